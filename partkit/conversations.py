@@ -1,0 +1,358 @@
+"""Training conversations about part examples, in wording that varies.
+
+One to three question-and-answer turns about one image. About half of the benchmark turns use the official wording of
+`questions`, the rest the phrasings below, so that a span tagger cannot rely on one template; other turns ask where a
+part is, whether it is there, or what the object is, and some of their answers ground nothing.
+
+In the templates {part} and the lists hold the span tags; a tag encloses the bare part name, never its article.
+"""
+
+from dataclasses import dataclass, field
+from functools import cache
+
+import inflect
+import numpy as np
+
+from partkit.questions import (
+    MADE_QUESTION_TYPES,
+    PartGraph,
+    filter_parts,
+    official_answer,
+    official_question,
+    possible_partners,
+    with_article,
+)
+from partkit.schema import GroundedConversation, PartExample, PartMask, escape_tags
+from partkit.seeding import seeded_generator
+from partkit.spans import join_parts
+
+MAX_TURNS = 3
+BENCHMARK_SHARE_OF_FIRST_TURNS = 0.75
+BENCHMARK_SHARE_OF_LATER_TURNS = 0.4
+OFFICIAL_SHARE = 0.5
+
+# Fields: name ("object" or the label), partner ("a bus"), parts ("x, y, and z"), a_parts ("an x and a y"),
+# the_parts ("the x and the y"); a capital first letter of a field capitalises the text put there.
+QUESTIONS = {
+    "identification": (
+        "Which parts can you see on the {name}?",
+        "What parts of the {name} are visible here?",
+        "List the visible parts of the {name}.",
+        "Name every part of the {name} that can be seen.",
+        "Look at the {name}. Which parts does it have?",
+        "Tell me the parts of this {name}.",
+        "Can you point out the parts of the {name}?",
+        "Describe the {name} by its parts.",
+        "Which parts make up the {name} in the picture?",
+    ),
+    "positive": (
+        "Which visible parts does the {name} share with {partner}?",
+        "What parts of the {name} would {partner} have too?",
+        "Compare the {name} with {partner}: which visible parts do both have?",
+        "Which visible parts of the {name} could belong to {partner} as well?",
+        "Name the visible parts that the {name} and {partner} have in common.",
+        "{Partner} and this {name}: which visible parts are common to both?",
+        "List what you see on the {name} that {partner} also has.",
+        "Think of {partner}. Which of its parts can you see on the {name}?",
+    ),
+    "negative": (
+        "Which visible parts of the {name} would {partner} lack?",
+        "What does the {name} have that {partner} does not?",
+        "Compare the {name} with {partner}: which visible parts has only the {name}?",
+        "Which parts here set the {name} apart from {partner}?",
+        "Name the visible parts of the {name} that {partner} never has.",
+        "{Partner} would miss some parts of this {name}. Which ones do you see?",
+        "List what you see on the {name} that is not part of {partner}.",
+        "Think of {partner}. Which parts of the {name} does it not have?",
+    ),
+    "location": (
+        "Where is the {plain}?",
+        "Point to the {plain}.",
+        "Show me the {plain}.",
+        "Can you find the {plain}?",
+        "Mark the {plain} of the {name}.",
+        "Please highlight the {plain}.",
+        "Which region shows the {plain}?",
+        "Locate the {plain} in the picture.",
+    ),
+    "presence": (
+        "Does it have {a_plain}?",
+        "Does the {name} have {a_plain}?",
+        "Can you see {a_plain}?",
+        "Do you see {a_plain} on the {name}?",
+        "Has this {name} got {a_plain}?",
+        "Could you spot {a_plain} here?",
+        "Would you say the {name} has {a_plain}?",
+        "Check the {name} for {a_plain}, please.",
+    ),
+    "object": (
+        "What is the object in the image?",
+        "What is this?",
+        "Name the object.",
+        "Which kind of object is shown?",
+        "What does the picture show?",
+        "Identify the object, please.",
+        "What would you call this object?",
+        "Which object is this?",
+    ),
+    "instances": (
+        "Which {plural} can you see?",
+        "Show me the {plural}.",
+        "Point out each {plain}.",
+        "List the {plural} one by one.",
+        "Mark every {plain} of the {name}.",
+        "Where are the {plural}?",
+        "Go through the {plural} of the {name}.",
+        "Find all {plural} in the picture.",
+    ),
+}
+ANSWERS = {
+    "identification": (
+        "I can see {a_parts}.",
+        "{A_parts} can be seen.",
+        "The {name} shows {a_parts}.",
+        "{parts}.",
+        "It has {a_parts}.",
+        "Visible on the {name}: {parts}.",
+        "I can make out {the_parts}.",
+        "{The_parts} can be made out on the {name}.",
+        "{parts}: that is all I can see.",
+    ),
+    "positive": (
+        "It shares {the_parts} with {partner}.",
+        "Both have {a_parts}.",
+        "{A_parts} would suit {partner} too.",
+        "In common: {parts}.",
+        "{Partner} has {a_parts} as well.",
+        "{parts}.",
+        "Like {partner}, the {name} has {a_parts}.",
+        "{The_parts} can be found on both.",
+    ),
+    "negative": (
+        "{Partner} would lack {the_parts}.",
+        "Only the {name} has {a_parts}.",
+        "{A_parts} would be missing on {partner}.",
+        "Not on {partner}: {parts}.",
+        "{parts}.",
+        "Unlike {partner}, the {name} has {a_parts}.",
+        "It has {a_parts}, which {partner} does not.",
+        "{The_parts} set it apart from {partner}.",
+    ),
+    "location": (
+        "The {part} {is} right here.",
+        "Here {is} the {part}.",
+        "This marks the {part}.",
+        "The {part} {is} highlighted.",
+        "I found the {part}.",
+        "Sure, the {part}.",
+        "{part}.",
+        "You can see the {part} here.",
+    ),
+    "presence": (
+        "Yes, its {part} {is} visible.",
+        "Yes, I see {a_part}.",
+        "Yes, the {part} {is} here.",
+        "Yes, it has {a_part}.",
+        "It does: {part}.",
+        "Yes: the {part}.",
+        "Indeed, {a_part} can be seen.",
+        "Yes, you can see the {part}.",
+    ),
+    "absence": (
+        "No, I see no {plain}.",
+        "No, it has no {plain}.",
+        "No.",
+        "No {plain} can be seen.",
+        "No, the {plain} {is} missing.",
+        "No, the {name} has no {plain}.",
+        "No {plain} in sight.",
+        "It does not.",
+    ),
+    "object": (
+        "It is {a_label}.",
+        "This is {a_label}.",
+        "{A_label}.",
+        "The picture shows {a_label}.",
+        "I would call it {a_label}.",
+        "That is {a_label}.",
+        "The object is {a_label}.",
+        "You are looking at {a_label}.",
+    ),
+    "instances": (
+        "I can see {counted}.",
+        "{Counted} can be seen.",
+        "There is {counted}.",
+        "The {name} has {counted}.",
+        "Here is {counted}.",
+        "It shows {counted}.",
+        "I found {counted}.",
+        "In the picture: {counted}.",
+    ),
+}
+
+
+@dataclass
+class _Turn:
+    """A question, its answer with span tags, and the labels of the tags in order. `topic` tells turns apart."""
+
+    topic: tuple[str | None, ...]
+    question: str
+    answer: str
+    labels: list[str] = field(default_factory=list)
+
+
+def converse(example: PartExample, *, part_graph: PartGraph, seed: int) -> GroundedConversation:
+    """One to three turns about the example; every phrase that names a visible part is tagged.
+
+    Parts are listed alphabetically. Depends on (seed, image_id) alone.
+    """
+    rng = seeded_generator(seed, "conversation", example.image_id)
+    turns: dict[tuple, _Turn] = {}
+    wanted = int(rng.integers(1, MAX_TURNS + 1))
+    while len(turns) < wanted:
+        share = BENCHMARK_SHARE_OF_LATER_TURNS if turns else BENCHMARK_SHARE_OF_FIRST_TURNS
+        make = _benchmark_turn if rng.random() < share else _other_turn
+        turn = make(example, part_graph=part_graph, rng=rng)
+        turns.setdefault(turn.topic, turn)
+    return _conversation(example, list(turns.values()), {mask.label: [mask] for mask in example.masks})
+
+
+def converse_about_instances(example: PartExample, *, seed: int) -> GroundedConversation:
+    """One turn per part that occurs several times: its instances are named by the same words, in random order.
+
+    The masks of `example` are one per instance, labels repeating.
+    """
+    rng = seeded_generator(seed, "conversation", example.image_id)
+    masks: dict[str, list[PartMask]] = {}
+    for position in rng.permutation(len(example.masks)):
+        mask = example.masks[position]
+        masks.setdefault(mask.label, []).append(mask)
+    repeated = sorted(label for label in masks if len(masks[label]) > 1)
+    turns = [_instance_turn(example, part, len(masks[part]), rng) for part in rng.permutation(repeated).tolist()]
+    return _conversation(example, turns, masks)
+
+
+def _conversation(example: PartExample, turns: list[_Turn], masks: dict[str, list[PartMask]]) -> GroundedConversation:
+    """Joins the turns; the n-th tag of a label within a turn takes the n-th mask of that label."""
+    messages, grounding = [], []
+    for turn in turns:
+        messages.append({"role": "user", "content": turn.question})
+        messages.append({"role": "assistant", "content": turn.answer})
+        grounding += [masks[label][turn.labels[:position].count(label)] for position, label in enumerate(turn.labels)]
+    conversation = GroundedConversation(
+        id=f"{example.image_id}-conversation",
+        image=example.image,
+        image_id=example.image_id,
+        image_label=example.image_label,
+        messages=messages,
+        masks=grounding,
+        source=example.source,
+        licence=example.licence,
+    )
+    conversation.validate(where=f"conversation {conversation.id}")
+    return conversation
+
+
+def _benchmark_turn(example: PartExample, *, part_graph: PartGraph, rng: np.random.Generator) -> _Turn:
+    """An identification, positive or negative turn; identification where no partner fits."""
+    label = example.image_label
+    visible = sorted(mask.label for mask in example.masks)
+    question_type = str(rng.choice(MADE_QUESTION_TYPES))
+    kind = question_type.removesuffix("_with_label")
+    partners = possible_partners(kind, label=label, visible=visible, part_graph=part_graph)
+    if not partners:
+        question_type = question_type.replace(kind, "identification")
+        kind, partners = "identification", [None]
+    partner = partners[rng.integers(len(partners))]
+    parts = filter_parts(kind, visible, partner=partner, part_graph=part_graph)
+    name = "object" if kind == question_type else escape_tags(label)
+    if rng.random() < OFFICIAL_SHARE:
+        words = {"image_label": name, "partner": partner and escape_tags(partner)}
+        question = official_question(question_type, **words)
+        answer = official_answer(question_type, join_parts([_tagged(part) for part in parts]), **words)
+    else:
+        words = {"name": name, "partner": partner and with_article(escape_tags(partner))}
+        question = _phrase(QUESTIONS[kind], rng, **words)
+        answer = _phrase(
+            ANSWERS[kind],
+            rng,
+            **words,
+            parts=join_parts([_tagged(part) for part in parts]),
+            a_parts=_join_naturally([_after_article(part) for part in parts]),
+            the_parts=_join_naturally([f"the {_tagged(part)}" for part in parts]),
+        )
+    return _Turn(("benchmark", question_type, partner), question, answer, parts)
+
+
+def _other_turn(example: PartExample, *, part_graph: PartGraph, rng: np.random.Generator) -> _Turn:
+    """Where a part is, whether it is there, or what the object is."""
+    label = escape_tags(example.image_label)
+    kind = str(rng.choice(["location", "presence", "object"], p=[0.4, 0.4, 0.2]))
+    if kind == "object":
+        question = _phrase(QUESTIONS[kind], rng)
+        return _Turn((kind,), question, _phrase(ANSWERS[kind], rng, a_label=with_article(label)))
+    visible = sorted(mask.label for mask in example.masks)
+    missing = sorted(set(part_graph[example.image_label]) - set(visible))
+    present = kind == "location" or not missing or rng.random() < 0.5
+    part = str(rng.choice(visible if present else missing))
+    plain = escape_tags(part)
+    words = {
+        "name": str(rng.choice(["object", label])),
+        "plain": plain,
+        "a_plain": plain if _is_plural(plain) else with_article(plain),
+        "is": "are" if _is_plural(plain) else "is",
+    }
+    question = _phrase(QUESTIONS[kind], rng, **words)
+    if not present:
+        return _Turn((kind, part), question, _phrase(ANSWERS["absence"], rng, **words))
+    words |= {"part": _tagged(part), "a_part": _after_article(part)}
+    return _Turn((kind, part), question, _phrase(ANSWERS[kind], rng, **words), [part])
+
+
+def _instance_turn(example: PartExample, part: str, count: int, rng: np.random.Generator) -> _Turn:
+    plain = escape_tags(part)
+    openings = [with_article(plain).split(" ", 1)[0], "another", *[f"a {_ordinal(n)}" for n in range(3, count + 1)]]
+    words = {
+        "name": str(rng.choice(["object", escape_tags(example.image_label)])),
+        "plain": plain,
+        "plural": _inflect_engine().plural_noun(plain),
+        "counted": _join_naturally([f"{opening} {_tagged(part)}" for opening in openings[:count]]),
+    }
+    question = _phrase(QUESTIONS["instances"], rng, **words)
+    return _Turn(("instances", part), question, _phrase(ANSWERS["instances"], rng, **words), [part] * count)
+
+
+def _phrase(templates: tuple[str, ...], rng: np.random.Generator, **words: str | None) -> str:
+    """A random template filled in; a field written with a capital gets a capital first letter."""
+    capitalised = {key.capitalize(): value[:1].upper() + value[1:] for key, value in words.items() if value}
+    return str(rng.choice(templates)).format(**words, **capitalised)
+
+
+def _tagged(part: str) -> str:
+    return f"<p>{escape_tags(part)}</p>"
+
+
+def _after_article(part: str) -> str:
+    if _is_plural(part):
+        return _tagged(part)
+    return f"{with_article(part).split(' ', 1)[0]} {_tagged(part)}"
+
+
+def _join_naturally(phrases: list[str]) -> str:
+    return " and ".join(filter(None, [", ".join(phrases[:-1]), phrases[-1]]))
+
+
+@cache
+def _is_plural(phrase: str) -> bool:
+    return bool(_inflect_engine().singular_noun(phrase.rsplit(" ", 1)[-1]))
+
+
+@cache
+def _ordinal(number: int) -> str:
+    engine = _inflect_engine()
+    return engine.number_to_words(engine.ordinal(number))
+
+
+@cache
+def _inflect_engine() -> inflect.engine:
+    return inflect.engine()

@@ -1,0 +1,250 @@
+"""The records every source is turned into, as dataclasses and as `datasets.Features`.
+
+    source files --> PartExample --> GroundedConversation   (training)
+                               \\--> Question               (benchmark)
+
+In a conversation the phrases of the assistant that name something visible stand in span tags, `<p>left wing</p>`; the
+i-th tag of the whole conversation is grounded by `masks[i]`. A literal tag in a text has a backslash before it.
+An image is whatever `datasets.Image` encodes: a PIL image or `{"bytes": ..., "path": ...}`.
+"""
+
+import dataclasses
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import Features, Image, List, Value
+
+from partkit.masks import RLE, DataError
+
+__all__ = [
+    "GROUNDED_CONVERSATION_FEATURES",
+    "PART_EXAMPLE_FEATURES",
+    "QUESTION_FEATURES",
+    "QUESTION_TYPES",
+    "DataError",
+    "GroundedConversation",
+    "PartExample",
+    "PartMask",
+    "Question",
+    "as_row",
+    "escape_tags",
+    "tagged_phrases",
+]
+
+QUESTION_TYPES = (
+    "identification",
+    "identification_with_label",
+    "positive",
+    "positive_with_label",
+    "negative",
+    "negative_with_label",
+    "difference",
+    "difference_with_label",
+    "whole_to_part",
+    "part_to_whole",
+)
+TWO_STEP_TYPES = ("whole_to_part", "part_to_whole")
+"""Question types that ask for the object too; only these fill the `object_` fields."""
+
+_TAG = re.compile(r"(?<!\\)</?p>")
+_LITERAL_TAG = re.compile(r"</?p>")
+
+
+@dataclass
+class PartMask:
+    """A part name and its visible pixels: RLE in the frame of the image."""
+
+    label: str
+    rle: RLE
+
+
+@dataclass
+class PartExample:
+    """An image of one object and the masks of its visible parts.
+
+    A label occurs once, except where a source keeps instances apart.
+    """
+
+    image: Any
+    image_id: str
+    image_label: str
+    masks: list[PartMask]
+    source: str
+    licence: str
+
+
+@dataclass
+class GroundedConversation:
+    """A training record: `messages` of {"role", "content"}, and one mask per span tag in order of appearance."""
+
+    id: str
+    image: Any
+    image_id: str
+    image_label: str
+    messages: list[dict[str, str]]
+    masks: list[PartMask]
+    source: str
+    licence: str
+
+    def validate(self, *, where: str) -> None:
+        """Raises DataError unless the messages alternate, tags pair up, and there are as many tags as masks."""
+        if not self.messages:
+            raise DataError(f"{where}, field 'messages': the conversation is empty")
+        tags = 0
+        for index, message in enumerate(self.messages):
+            place = f"{where}, field 'messages[{index}]'"
+            expected_role = "assistant" if index % 2 else "user"
+            if message["role"] != expected_role:
+                raise DataError(f"{place}: expected the role {expected_role!r}, found {message['role']!r}")
+            phrases = tagged_phrases(message["content"], where=place)
+            if phrases and expected_role == "user":
+                raise DataError(f"{place}: a user message holds the span tag <p>; write it as \\<p>")
+            tags += len(phrases)
+        if tags != len(self.masks):
+            raise DataError(f"{where}, field 'masks': {tags} span tags, but {len(self.masks)} masks")
+
+
+@dataclass
+class Question:
+    """A multiple-choice benchmark record. `masks` holds all visible parts of the image, not only those of the answer.
+
+    `correct` and `object_correct` are indices into `choices` and `object_choices`; the `object_` fields are None
+    except for the types `whole_to_part` and `part_to_whole`.
+    """
+
+    id: str
+    image: Any
+    image_id: str
+    image_label: str
+    question_type: str
+    question: str
+    choices: list[str]
+    correct: int
+    choice_parts: list[list[str]]
+    masks: list[PartMask]
+    object_question: str | None = None
+    object_choices: list[str] | None = None
+    object_classes: list[str] | None = None
+    object_correct: int | None = None
+    source: str = ""
+    licence: str = ""
+
+    def validate(self, *, where: str) -> None:
+        """Raises DataError, naming the field, unless exactly one of several different choices is right and masked."""
+        if self.question_type not in QUESTION_TYPES:
+            known = ", ".join(QUESTION_TYPES)
+            raise DataError(f"{where}, field 'question_type': unknown type {self.question_type!r}; known are {known}")
+        _check_choices(self.choices, correct=self.correct, where=where, field="choices")
+        if len(self.choice_parts) != len(self.choices):
+            raise DataError(
+                f"{where}, field 'choice_parts': {len(self.choices)} choices, but parts of {len(self.choice_parts)}"
+            )
+        part_sets = [frozenset(parts) for parts in self.choice_parts]
+        if len(set(part_sets)) != len(part_sets):
+            raise DataError(f"{where}, field 'choice_parts': two choices name the same parts {self.choice_parts}")
+        empty = [index for index, parts in enumerate(part_sets) if not parts]
+        if empty:
+            raise DataError(f"{where}, field 'choice_parts': choice {empty[0]} names no part")
+        unmasked = sorted(part_sets[self.correct] - {mask.label for mask in self.masks})
+        if unmasked:
+            raise DataError(f"{where}, field 'masks': the correct answer names {unmasked}, which have no mask")
+        self._validate_object_fields(where=where)
+
+    def _validate_object_fields(self, *, where: str) -> None:
+        fields = (self.object_question, self.object_choices, self.object_classes, self.object_correct)
+        if self.question_type not in TWO_STEP_TYPES:
+            if any(value is not None for value in fields):
+                raise DataError(f"{where}, field 'object_question': set, though {self.question_type} asks no object")
+            return
+        if any(value is None for value in fields):
+            raise DataError(f"{where}, field 'object_question': {self.question_type} needs every object field")
+        _check_choices(self.object_choices, correct=self.object_correct, where=where, field="object_choices")
+        if len(set(self.object_classes)) != len(self.object_choices):
+            raise DataError(
+                f"{where}, field 'object_classes': expected {len(self.object_choices)} different classes, "
+                f"found {self.object_classes}"
+            )
+
+
+def as_row(record: PartExample | GroundedConversation | Question) -> dict[str, Any]:
+    """The record as plain dictionaries and lists, for `datasets`; the image is passed on as it is."""
+    row = {item.name: getattr(record, item.name) for item in dataclasses.fields(record)}
+    row["masks"] = [{"label": mask.label, "rle": mask.rle} for mask in record.masks]
+    return row
+
+
+def escape_tags(text: str) -> str:
+    """Writes literal span tags of a foreign text, such as a label, with a backslash."""
+    return _LITERAL_TAG.sub(lambda match: "\\" + match.group(), text)
+
+
+def tagged_phrases(text: str, *, where: str = "text") -> list[str]:
+    """The phrases between span tags, in order. Raises DataError on unbalanced, nested or empty tags."""
+    tags = list(_TAG.finditer(text))
+    opening, closing = tags[::2], tags[1::2]
+    paired = len(opening) == len(closing) and all(tag.group() == "<p>" for tag in opening)
+    if not paired or any(tag.group() == "<p>" for tag in closing):
+        raise DataError(f"{where}: span tags <p> and </p> must alternate, found {text!r}")
+    phrases = [text[start.end() : end.start()] for start, end in zip(opening, closing, strict=True)]
+    if any(not phrase.strip() for phrase in phrases):
+        raise DataError(f"{where}: a span tag is empty in {text!r}")
+    return phrases
+
+
+def _check_choices(choices: list[str], *, correct: int, where: str, field: str) -> None:
+    if len(choices) < 2:
+        raise DataError(f"{where}, field {field!r}: expected at least two choices, found {len(choices)}")
+    if not 0 <= correct < len(choices):
+        raise DataError(f"{where}, field 'correct': {correct} is no index into {len(choices)} {field}")
+    if len(set(choices)) != len(choices):
+        repeated = next(choice for choice in choices if choices.count(choice) > 1)
+        raise DataError(f"{where}, field {field!r}: {repeated!r} occurs more than once")
+
+
+_MASKS = List({"label": Value("string"), "rle": {"size": List(Value("int32")), "counts": Value("string")}})
+
+PART_EXAMPLE_FEATURES = Features(
+    {
+        "image": Image(),
+        "image_id": Value("string"),
+        "image_label": Value("string"),
+        "masks": _MASKS,
+        "source": Value("string"),
+        "licence": Value("string"),
+    }
+)
+
+GROUNDED_CONVERSATION_FEATURES = Features(
+    {
+        "id": Value("string"),
+        "image": Image(),
+        "image_id": Value("string"),
+        "image_label": Value("string"),
+        "messages": List({"role": Value("string"), "content": Value("string")}),
+        "masks": _MASKS,
+        "source": Value("string"),
+        "licence": Value("string"),
+    }
+)
+
+QUESTION_FEATURES = Features(
+    {
+        "id": Value("string"),
+        "image": Image(),
+        "image_id": Value("string"),
+        "image_label": Value("string"),
+        "question_type": Value("string"),
+        "question": Value("string"),
+        "choices": List(Value("string")),
+        "correct": Value("int32"),
+        "choice_parts": List(List(Value("string"))),
+        "masks": _MASKS,
+        "object_question": Value("string"),
+        "object_choices": List(Value("string")),
+        "object_classes": List(Value("string")),
+        "object_correct": Value("int32"),
+        "source": Value("string"),
+        "licence": Value("string"),
+    }
+)

@@ -1,0 +1,194 @@
+"""The drawn miniature: pictures of objects with optional parts, and pixel-exact masks of what is visible.
+
+    seed, split, index --> class, parts present, pose, colours --> RGB canvas + id canvas --> image, visible masks
+
+Every picture depends on nothing but (seed, split, index), so splits never share one and any range of indices can be
+drawn in any order or process. Both canvases are drawn SUPERSAMPLING times larger: the image is averaged down, while a
+mask pixel belongs to the part that covers its centre. An occluder in front may hide bits of the object; a part of
+which fewer than MIN_VISIBLE_PIXELS stay visible is redrawn elsewhere or left out, never left in unannotated.
+"""
+
+import colorsys
+import io
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from partkit.drawings import COLOURS, FAMILIES, OBJECTS, Part
+from partkit.masks import encode
+from partkit.schema import PartExample, PartMask
+from partkit.seeding import seeded_generator
+
+IMAGE_SIZE = 128
+SUPERSAMPLING = 3
+MIN_VISIBLE_PIXELS = 25
+PRESENCE = 0.5
+MAX_ROTATION = 10.0
+NOISE = 2.0
+WEBP_QUALITY = 85
+SOURCE = "mini"
+LICENCE = "Apache-2.0"
+DEFAULT_SEED = 0
+
+_POSES_PER_PART_SET = 8
+_CANVAS = IMAGE_SIZE * SUPERSAMPLING
+
+
+@dataclass
+class Drawing:
+    """An RGB image and, per instance drawn, its part name and visible mask: boolean (IMAGE_SIZE, IMAGE_SIZE)."""
+
+    image: Image.Image
+    names: list[str]
+    masks: list[np.ndarray]
+
+
+def part_graph() -> dict[str, list[str]]:
+    """All parts an object of each label can have, sorted."""
+    return {label: sorted(part.name for part in parts) for label, parts in OBJECTS.items()}
+
+
+def required_parts() -> dict[str, list[str]]:
+    """The parts every object of each label has, sorted."""
+    return {label: sorted(part.name for part in parts if part.required) for label, parts in OBJECTS.items()}
+
+
+def instance_graph() -> dict[str, list[str]]:
+    """The labels of each family."""
+    return {family: list(objects) for family, objects in FAMILIES.items()}
+
+
+def encode_image(image: Image.Image) -> dict[str, Any]:
+    """The image as `datasets.Image` stores it. Lossy, so whoever compares pixels must compare decoded ones."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="WEBP", quality=WEBP_QUALITY)
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+def draw_example(split: str, index: int, *, seed: int = DEFAULT_SEED) -> PartExample:
+    """Draws one object; each visible part is one mask, its instances united. Parts are sorted by name."""
+    rng = seeded_generator(seed, "mini", split, index)
+    label = _draw_label(index)
+    parts = [part for part in OBJECTS[label] if part.required or rng.random() < PRESENCE]
+    drawing = _draw(parts, rng)
+    united: dict[str, np.ndarray] = {}
+    for name, mask in zip(drawing.names, drawing.masks, strict=True):
+        united[name] = united[name] | mask if name in united else mask
+    masks = [PartMask(name, encode(united[name])) for name in sorted(united)]
+    return PartExample(drawing.image, f"mini-{split}-{index:05d}", label, masks, SOURCE, LICENCE)
+
+
+def _draw_label(index: int) -> str:
+    """Labels take turns, so that every split is balanced."""
+    return list(OBJECTS)[index % len(OBJECTS)]
+
+
+def _draw(parts: list[Part], rng: np.random.Generator) -> Drawing:
+    """Draws the parts in new poses until each is visible; parts that stay hidden in every pose are left out."""
+    while True:
+        for _ in range(_POSES_PER_PART_SET):
+            drawing = _draw_once(parts, rng)
+            areas: dict[str, int] = {}
+            for name, mask in zip(drawing.names, drawing.masks, strict=True):
+                area = int(mask.sum())
+                areas[name] = areas.get(name, 0) + (area if area >= MIN_VISIBLE_PIXELS else 0)
+            hidden = {name for name, area in areas.items() if not area}
+            if not hidden:
+                return drawing
+        parts = [part for part in parts if part.name not in hidden]
+
+
+def _draw_once(parts: list[Part], rng: np.random.Generator) -> Drawing:
+    canvas = _background(rng)
+    ids = Image.new("L", canvas.size, 0)
+    pens = ImageDraw.Draw(canvas), ImageDraw.Draw(ids)
+    frame = _random_frame(rng)
+    names: list[str] = []
+    for part in parts:
+        colour = _part_colour(part, rng)
+        jittered = _jitter(part, rng)
+        for instance in jittered:
+            names.append(part.name)
+            for points, shade in instance:
+                _fill(pens, points @ frame[:2] + frame[2], colour * shade, len(names))
+    if rng.random() < 0.3:
+        _occlude(pens, rng)
+    pixels = np.asarray(canvas.reduce(SUPERSAMPLING), dtype=np.float32)
+    pixels = pixels * rng.uniform(0.88, 1.1) + rng.normal(0, NOISE, pixels.shape)
+    centre = SUPERSAMPLING // 2
+    id_map = np.asarray(ids)[centre::SUPERSAMPLING, centre::SUPERSAMPLING]
+    masks = [id_map == number for number in range(1, len(names) + 1)]
+    return Drawing(Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), names, masks)
+
+
+def _random_frame(rng: np.random.Generator) -> np.ndarray:
+    """An affine map from object to canvas coordinates: rows are the images of x and y, and the translation."""
+    half = _CANVAS / 2
+    scale = half * rng.uniform(0.78, 0.94)
+    angle = math.radians(rng.uniform(-MAX_ROTATION, MAX_ROTATION))
+    flip = rng.choice([-1.0, 1.0])
+    aspect = rng.uniform(0.9, 1.1)
+    slack = half - scale
+    x_axis = scale * flip * min(aspect, 1.0) * np.array([math.cos(angle), math.sin(angle)])
+    y_axis = scale / max(aspect, 1.0) * np.array([-math.sin(angle), math.cos(angle)])
+    return np.stack([x_axis, y_axis, half + rng.uniform(-slack, slack, 2)])
+
+
+def _jitter(part: Part, rng: np.random.Generator) -> list[list[tuple[np.ndarray, float]]]:
+    """Per instance the points (N, 2) and shade of each shape, the part as a whole slightly moved and resized."""
+    centre = np.mean([point for instance in part.instances for shape in instance for point in shape.points], axis=0)
+    stretch = rng.uniform(0.93, 1.08, 2)
+    offset = centre * (1 - stretch) + rng.uniform(-0.025, 0.025, 2)
+    return [
+        [(np.array(shape.points) * stretch + offset, shape.shade) for shape in instance] for instance in part.instances
+    ]
+
+
+def _part_colour(part: Part, rng: np.random.Generator) -> np.ndarray:
+    if part.name in COLOURS:
+        return np.array(COLOURS[part.name]) * rng.uniform(0.85, 1.1) + rng.normal(0, 9, 3)
+    return 255 * np.array(colorsys.hsv_to_rgb(rng.random(), rng.uniform(0.15, 0.75), rng.uniform(0.5, 0.95)))
+
+
+def _fill(pens: tuple[ImageDraw.ImageDraw, ...], points: np.ndarray, colour: np.ndarray, number: int) -> None:
+    """Fills an outlined polygon on both canvases; the outline belongs to the shape."""
+    corners = points.ravel().tolist()
+    closed = corners + corners[:4]
+    for pen, fill, outline in zip(pens, (_rgb(colour), number), (_rgb(colour * 0.55), number), strict=True):
+        pen.polygon(corners, fill=fill)
+        pen.line(closed, fill=outline, width=2)
+
+
+def _background(rng: np.random.Generator) -> Image.Image:
+    """A muted gradient with a few faint shapes, all of it behind the object."""
+    corners = rng.uniform(90, 215) + rng.normal(0, 14, (2, 2, 3))
+    canvas = Image.fromarray(corners.clip(0, 255).astype(np.uint8)).resize(
+        (_CANVAS, _CANVAS), Image.Resampling.BILINEAR
+    )
+    pen = ImageDraw.Draw(canvas)
+    for _ in range(rng.integers(0, 4)):
+        pen.polygon(_blob(rng, radius=rng.uniform(8, 22)), fill=_rgb(corners.mean((0, 1)) + rng.normal(0, 28, 3)))
+    return canvas
+
+
+def _occlude(pens: tuple[ImageDraw.ImageDraw, ...], rng: np.random.Generator) -> None:
+    """A small leaf-like shape in front of the object; it belongs to no part."""
+    corners = _blob(rng, radius=rng.uniform(4, 9))
+    pens[0].polygon(corners, fill=_rgb(np.array([70, 105, 60]) * rng.uniform(0.7, 1.3)))
+    pens[1].polygon(corners, fill=0)
+
+
+def _blob(rng: np.random.Generator, *, radius: float) -> list[float]:
+    """Corners of a random polygon somewhere on the canvas; `radius` in image pixels."""
+    angles = np.sort(rng.uniform(0, 2 * math.pi, 6))
+    radii = radius * SUPERSAMPLING * rng.uniform(0.6, 1.0, 6)
+    x, y = rng.uniform(0.1, 0.9, 2) * _CANVAS
+    return np.stack([x + radii * np.cos(angles), y + radii * np.sin(angles)], axis=1).ravel().tolist()
+
+
+def _rgb(colour: np.ndarray) -> tuple[int, int, int]:
+    red, green, blue = colour.clip(0, 255).astype(int).tolist()
+    return red, green, blue
