@@ -1,0 +1,877 @@
+"""PLUM: a vision-language model that tags spans of its own plain-text answer and turns each into a mask.
+
+From "Partonomy: Large Multimodal Models with Part-Level Visual Understanding" (arXiv 2505.20759).
+
+    input_ids, image ──> vlm ──> hidden states H ──> lm_head ──> next token
+                                      │
+                                      ├──> span tagger (bidirectional) ──> O/B/I per token ──> spans
+                                      └──> span projector ──> mean over the span's tokens ──> query z
+                                                                                               │
+    image ──> SAM encoder ──> image embedding ──────────────────> SAM mask decoder <───────────┤
+                                                                    ▲       │                  │
+                                            dense prompt ───────────┘       └──> low-res mask ──> (next span)
+                                    (first span: "no mask"; later: mask feedback over the earlier masks)
+
+Words used throughout. A *tag* is the class O, B or I of one token. A *span* is a B token and the I tokens directly
+after it, written `[row, start, end)` in token positions. A *row* is one conversation of the batch. *Grid* is SAM's
+image embedding (G x G cells), a *low-res mask* has 4G x 4G logits in the frame of SAM's padded square input.
+
+Shapes. B rows, L tokens, S spans of the whole batch, N images, D language width, C SAM width, G grid side, H/W pixels.
+
+Deliberate differences from the authors' research code: conversations of one batch are decoded in lock-step; images
+may be shared between rows or be absent; FiLM's unused third projection is gone; the focal Tversky loss has finite
+gradients on perfect predictions; every loss can be normalised by counts of the global batch.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoModelForImageTextToText, GenerationMixin, PreTrainedModel, SamModel
+from transformers import initialization as init
+from transformers.utils import ModelOutput
+
+try:
+    from .configuration_plum import PlumConfig
+except ImportError:
+    if __package__:
+        raise
+    from configuration_plum import PlumConfig
+
+TAG_OUTSIDE, TAG_BEGIN, TAG_INSIDE = 0, 1, 2
+IGNORE_INDEX = -100
+# Logit that stands for "certain" where a caller's binary mask takes the place of a predicted one.
+GIVEN_MASK_LOGIT = 10.0
+
+
+@dataclass
+class PlumOutput(ModelOutput):
+    """
+    Output of [`PlumForConditionalGeneration.forward`].
+
+    Args:
+        loss (`torch.FloatTensor` of shape `(1,)`): Weighted sum of `losses`.
+        losses (`dict[str, torch.FloatTensor]`): The unweighted losses by name, each a scalar.
+        logits (`torch.FloatTensor` of shape `(B, L, vocab_size)`): Next-token logits.
+        span_logits (`torch.FloatTensor` of shape `(B, L, 3)`): Logits of O, B and I.
+        pred_masks (`torch.FloatTensor` of shape `(S, 4G, 4G)`): Low-res mask logits, one per span of `spans`.
+        iou_scores (`torch.FloatTensor` of shape `(S,)`): SAM's predicted IoU of each mask.
+        last_hidden_state (`torch.FloatTensor` of shape `(B, L, D)`): The language model's output after its final norm.
+    """
+
+    loss: torch.FloatTensor | None = None
+    losses: dict[str, torch.FloatTensor] | None = None
+    logits: torch.FloatTensor | None = None
+    span_logits: torch.FloatTensor | None = None
+    pred_masks: torch.FloatTensor | None = None
+    iou_scores: torch.FloatTensor | None = None
+    last_hidden_state: torch.FloatTensor | None = None
+
+
+@dataclass
+class PlumSegmentationOutput(ModelOutput):
+    """
+    Output of [`PlumForConditionalGeneration.segment`]; `PlumProcessor.post_process_segmentation` reads it.
+
+    Args:
+        sequences (`torch.LongTensor` of shape `(B, L)`): Prompt and answer.
+        answer_mask (`torch.BoolTensor` of shape `(B, L)`): Tokens of the answer, special tokens left out.
+        span_logits (`torch.FloatTensor` of shape `(B, L, 3)`): Logits of O, B and I.
+        spans (`torch.LongTensor` of shape `(S, 3)`): The spans `[row, start, end)`, rows ascending.
+        tag_scores (`torch.FloatTensor` of shape `(S,)`):
+            Mean probability of "not O" over the span's tokens; 1 for spans that the caller gave.
+        pred_masks (`torch.FloatTensor` of shape `(S, 4G, 4G)`): Low-res mask logits.
+        iou_scores (`torch.FloatTensor` of shape `(S,)`): SAM's predicted IoU; 1 for masks that the caller gave.
+        sam_image_index (`torch.LongTensor` of shape `(B,)`): Image of each row, -1 for none.
+        original_sizes, reshaped_input_sizes (`torch.LongTensor` of shape `(N, 2)`):
+            (height, width) in pixels of the images as given and as resized for SAM before padding.
+    """
+
+    sequences: torch.LongTensor | None = None
+    answer_mask: torch.BoolTensor | None = None
+    span_logits: torch.FloatTensor | None = None
+    spans: torch.LongTensor | None = None
+    tag_scores: torch.FloatTensor | None = None
+    pred_masks: torch.FloatTensor | None = None
+    iou_scores: torch.FloatTensor | None = None
+    sam_image_index: torch.LongTensor | None = None
+    original_sizes: torch.LongTensor | None = None
+    reshaped_input_sizes: torch.LongTensor | None = None
+
+
+def decode_spans(tags: torch.LongTensor, answer_mask: torch.BoolTensor | None = None) -> torch.LongTensor:
+    """
+    Spans of BIO tags: a B and the I's directly after it; an I without an open span is ignored.
+
+    Args:
+        tags: `(B, L)` with 0 = O, 1 = B, 2 = I.
+        answer_mask: `(B, L)`; positions outside count as O.
+
+    Returns:
+        `(S, 3)` rows `[row, start, end)`, in order of row and start.
+    """
+    if answer_mask is not None:
+        tags = tags.masked_fill(~answer_mask, TAG_OUTSIDE)
+    rows, starts = (tags == TAG_BEGIN).nonzero(as_tuple=True)
+    # The span of a B ends at the first later position that is not I.
+    position = torch.arange(tags.shape[1] + 1, device=tags.device)
+    not_inside = F.pad(tags != TAG_INSIDE, (0, 1), value=True)
+    is_end = not_inside[rows] & (position[None] > starts[:, None])
+    return torch.stack([rows, starts, is_end.int().argmax(dim=1)], dim=1)
+
+
+def upscale_masks(
+    low_res_masks: torch.Tensor, sam_image_size: int, reshaped_size: tuple[int, int], original_size: tuple[int, int]
+) -> torch.Tensor:
+    """
+    Mask logits from SAM's low-res frame to the original image: upscale to the padded square, crop the padding, resize.
+
+    Args:
+        low_res_masks: `(S, 4G, 4G)` logits of one image.
+        sam_image_size: Side of SAM's padded square input in pixels.
+        reshaped_size: (height, width) of the resized image inside that square.
+        original_size: (height, width) of the image as given.
+
+    Returns:
+        `(S, height, width)` logits.
+    """
+    masks = F.interpolate(low_res_masks[:, None], (sam_image_size,) * 2, mode="bilinear", align_corners=False)
+    masks = masks[..., : reshaped_size[0], : reshaped_size[1]]
+    return F.interpolate(masks, tuple(original_size), mode="bilinear", align_corners=False)[:, 0]
+
+
+def downscale_mask(
+    mask: torch.Tensor, sam_image_size: int, reshaped_size: tuple[int, int], low_res_size: int
+) -> torch.Tensor:
+    """
+    A binary mask of an original image as low-res logits, the inverse of [`upscale_masks`].
+
+    Args:
+        mask: `(height, width)` bool or 0/1.
+        sam_image_size, reshaped_size: As in [`upscale_masks`].
+        low_res_size: Side 4G of the result.
+
+    Returns:
+        `(4G, 4G)` logits between -10 and 10.
+    """
+    mask = F.interpolate(mask[None, None].float(), tuple(reshaped_size), mode="bilinear", antialias=True)
+    mask = F.pad(mask, (0, sam_image_size - reshaped_size[1], 0, sam_image_size - reshaped_size[0]))
+    mask = F.interpolate(mask, (low_res_size,) * 2, mode="area")[0, 0]
+    return (2 * mask - 1) * GIVEN_MASK_LOGIT
+
+
+def focal_tversky_loss(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    false_negative_weight: float,
+    false_positive_weight: float,
+    gamma: float,
+) -> torch.Tensor:
+    """
+    `(1 - T) ** gamma`, `T = TP / (TP + a FN + b FP)` over soft probabilities (Abraham and Khan, arXiv 1810.07842).
+
+    Args:
+        logits, targets: `(S, H, W)`, targets 0/1.
+
+    Returns:
+        `(S,)` losses. The base of the power is kept above zero, where its gradient is infinite.
+    """
+    probabilities, targets = logits.sigmoid().flatten(1), targets.flatten(1)
+    true_positive = (probabilities * targets).sum(1)
+    false_negative = ((1 - probabilities) * targets).sum(1)
+    false_positive = (probabilities * (1 - targets)).sum(1)
+    weighted = true_positive + false_negative_weight * false_negative + false_positive_weight * false_positive
+    tversky_index = (true_positive + 1e-6) / (weighted + 1e-6)
+    return (1 - tversky_index).clamp(min=1e-7) ** gamma
+
+
+def dice_loss(logits: torch.Tensor, targets: torch.Tensor, scale: float = 1000.0) -> torch.Tensor:
+    """Soft dice loss `(S,)` of `(S, H, W)` logits and 0/1 targets; sums are divided by `scale` before adding 1e-6."""
+    probabilities, targets = logits.sigmoid().flatten(1), targets.flatten(1)
+    intersection = 2 * (probabilities * targets).sum(1) / scale
+    total = (probabilities.sum(1) + targets.sum(1)) / scale
+    return 1 - (intersection + 1e-6) / (total + 1e-6)
+
+
+def sincos_position_embedding(grid_size: int, width: int) -> torch.Tensor:
+    """Fixed 2D sine-cosine embedding `(1, G, G, width)` (as in ViT-MAE, arXiv 2111.06377), amplitude 0.5."""
+    frequencies = 10000.0 ** (-torch.arange(width // 4) / (width // 4))
+    angles = torch.arange(grid_size)[:, None] * frequencies  # (G, width/4)
+    axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # (G, width/2)
+    rows = axis[:, None].expand(-1, grid_size, -1)
+    columns = axis[None].expand(grid_size, -1, -1)
+    return 0.5 * torch.cat([rows, columns], dim=-1)[None]
+
+
+class PlumSpanTagger(nn.Module):
+    """O/B/I logits per token: a bidirectional post-norm encoder over the hidden states, then a small classifier."""
+
+    def __init__(self, config: PlumConfig):
+        super().__init__()
+        width = config.vlm_config.get_text_config().hidden_size
+        self.layers = nn.ModuleList(
+            nn.TransformerEncoderLayer(
+                width,
+                config.span_tagger_num_heads,
+                config.span_tagger_intermediate_size,
+                dropout=0.0,
+                batch_first=True,
+            )
+            for _ in range(config.span_tagger_num_layers)
+        )
+        self.classifier = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 3))
+
+    def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        """`(B, L, D)` hidden states and `(B, L)` mask (1 = real token) to `(B, L, 3)` logits."""
+        padding_mask = None if attention_mask is None else attention_mask == 0
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, src_key_padding_mask=padding_mask)
+        return self.classifier(hidden_states)
+
+
+class PlumMaskFeedback(nn.Module):
+    """
+    The dense prompt of a span, made from the masks of the earlier spans of its conversation.
+
+    Each earlier mask runs through SAM's own mask embedding (passed in, so the weights exist once), modulated by that
+    span's query before each activation (FiLM, arXiv 1709.07871); then, per grid cell, a learned query attends over
+    the earlier masks.
+    """
+
+    def __init__(self, config: PlumConfig):
+        super().__init__()
+        width = config.sam_config.vision_config.output_channels
+        channels = config.sam_config.prompt_encoder_config.mask_input_channels
+        self.num_heads = config.mask_feedback_num_heads
+        self.film = nn.ModuleList([nn.Linear(width, 2 * channels // 4), nn.Linear(width, 2 * channels)])
+        self.queries = nn.Parameter(torch.empty(config.sam_grid_size**2, width))
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
+
+    def embed(
+        self, masks: torch.Tensor, span_queries: torch.Tensor, positions: torch.Tensor, mask_embed: nn.Module
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Keys and values of masks, computed once for each span and used by every later one.
+
+        Args:
+            masks: `(n, 4G, 4G)` low-res logits.
+            span_queries: `(n, C)` queries of the spans they belong to.
+            positions: `(1, C, G, G)` SAM's dense positional embedding.
+            mask_embed: SAM's `prompt_encoder.mask_embed`.
+
+        Returns:
+            Keys and values, each `(n, G*G, C)`.
+        """
+        hidden_states = mask_embed.layer_norm1(mask_embed.conv1(masks[:, None]))
+        hidden_states = mask_embed.activation(self._modulate(hidden_states, self.film[0](span_queries)))
+        hidden_states = mask_embed.layer_norm2(mask_embed.conv2(hidden_states))
+        hidden_states = mask_embed.activation(self._modulate(hidden_states, self.film[1](span_queries)))
+        hidden_states = mask_embed.conv3(hidden_states) + positions  # (n, C, G, G)
+        hidden_states = hidden_states.flatten(2).transpose(1, 2)  # (n, G*G, C)
+        return self.k_proj(hidden_states), self.v_proj(hidden_states)
+
+    @staticmethod
+    def _modulate(hidden_states: torch.Tensor, film: torch.Tensor) -> torch.Tensor:
+        scale, shift = film[..., None, None].chunk(2, dim=1)
+        return hidden_states * (1 + scale) + shift
+
+    def forward(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """Keys and values `(n, T, G*G, C)` of T earlier masks each to dense prompts `(n, C, G, G)`."""
+        rows, earlier, cells, width = keys.shape
+        by_head = (rows, earlier, cells, self.num_heads, width // self.num_heads)
+        queries = self.q_proj(self.queries).view(by_head[2:])  # (G*G, heads, C/heads)
+        scores = (queries * keys.view(by_head)).sum(-1) / math.sqrt(by_head[-1])  # (n, T, G*G, heads)
+        attended = (scores.softmax(dim=1)[..., None] * values.view(by_head)).sum(dim=1)
+        dense = self.out_proj(attended.flatten(2))  # (n, G*G, C)
+        grid = math.isqrt(cells)
+        return dense.transpose(1, 2).unflatten(2, (grid, grid))
+
+
+class PlumPreTrainedModel(PreTrainedModel):
+    config: PlumConfig
+    base_model_prefix = "plum"
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, PlumMaskFeedback):
+            init.normal_(module.queries, std=self.config.initializer_range)
+
+
+class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
+    """A vision-language model with a span tagger, a span projector, mask feedback and a SAM."""
+
+    # Every loss below is normalised by its own count, so the Trainer must not divide again.
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: PlumConfig):
+        super().__init__(config)
+        text_width = config.vlm_config.get_text_config().hidden_size
+        sam_width = config.sam_config.vision_config.output_channels
+        self.vlm = AutoModelForImageTextToText.from_config(config.vlm_config)
+        self.sam = SamModel(config.sam_config)
+        self.span_tagger = PlumSpanTagger(config)
+        self.span_projector = nn.Sequential(
+            nn.Linear(text_width, text_width), nn.ReLU(), nn.Linear(text_width, sam_width)
+        )
+        self.mask_feedback = PlumMaskFeedback(config) if config.mask_feedback else None
+        self.post_init()
+
+    def initialize_weights(self):
+        """As in transformers, but with positions that a SAM can learn from when it starts without weights."""
+        super().initialize_weights()
+        # transformers draws the Gaussian matrix with a standard deviation of hundreds, which makes neighbouring cells
+        # orthogonal, and starts the encoder's absolute positions at zero. Loaded tensors are left alone by `init`.
+        with torch.no_grad():
+            for embedding in (self.sam.shared_image_embedding, self.sam.prompt_encoder.shared_embedding):
+                init.normal_(embedding.positional_embedding, std=1.0)
+            encoder = self.sam.vision_encoder
+            if encoder.pos_embed is not None:
+                init.copy_(encoder.pos_embed, sincos_position_embedding(*encoder.pos_embed.shape[2:]))
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.vlm.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.vlm.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.vlm.get_output_embeddings()
+
+    def save_pretrained(self, save_directory, save_original_format: bool = False, **kwargs):
+        """
+        As in transformers; but parameter names are saved as they are. Renamed to the vision-language model's own older
+        format they would not be found again by a Trainer that resumes.
+        """
+        super().save_pretrained(save_directory, save_original_format=save_original_format, **kwargs)
+
+    # ------------------------------------------------------------------ images
+
+    def get_image_embeddings(self, sam_pixel_values: torch.Tensor) -> torch.Tensor:
+        """SAM's encoder: `(N, 3, image_size, image_size)` pixels to `(N, C, G, G)` embeddings."""
+        return self.sam.vision_encoder(sam_pixel_values.to(self.sam.vision_encoder.dtype)).last_hidden_state
+
+    def _resolve_images(
+        self, input_ids, pixel_values, sam_pixel_values, sam_image_embeddings, sam_image_index
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
+        """The vision-language model's pixel values, SAM's embeddings and the image of each row."""
+        if sam_image_embeddings is None and sam_pixel_values is not None and len(sam_pixel_values):
+            sam_image_embeddings = self.get_image_embeddings(sam_pixel_values)
+        if sam_image_index is None:
+            count = 0 if sam_image_embeddings is None else len(sam_image_embeddings)
+            if count not in (0, len(input_ids)):
+                raise ValueError(
+                    f"Found {count} images for {len(input_ids)} rows; pass sam_image_index (B,) with the image of "
+                    "each row, -1 for none."
+                )
+            rows = torch.arange(len(input_ids), device=input_ids.device)
+            sam_image_index = rows if count else torch.full_like(rows, -1)
+        if self.config.vlm_image_input == "sam_image_embeddings" and sam_image_embeddings is not None:
+            pixel_values = sam_image_embeddings[sam_image_index[sam_image_index >= 0]]
+        if pixel_values is not None and not len(pixel_values):
+            pixel_values = None
+        return pixel_values, sam_image_embeddings, sam_image_index
+
+    # ---------------------------------------------------------------- training
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        span_labels: torch.LongTensor | None = None,
+        sam_pixel_values: torch.FloatTensor | None = None,
+        sam_image_embeddings: torch.FloatTensor | None = None,
+        sam_image_index: torch.LongTensor | None = None,
+        spans: torch.LongTensor | None = None,
+        mask_labels: list[torch.Tensor] | None = None,
+        original_sizes: torch.LongTensor | None = None,
+        reshaped_input_sizes: torch.LongTensor | None = None,
+        teacher_hidden_states: torch.FloatTensor | None = None,
+        loss_counts: dict[str, torch.Tensor] | None = None,
+        **vlm_inputs,
+    ) -> PlumOutput:
+        r"""
+        One pass over prompts and answers, with every loss whose labels are given.
+
+        Args:
+            input_ids, attention_mask (`(B, L)`): Tokens; image placeholders are already expanded by the processor.
+            pixel_values: Images for the vision-language model, in order of their placeholders.
+            labels (`(B, L)`): Tokens of the answers, -100 elsewhere; not shifted.
+            span_labels (`(B, L)`): 0 = O, 1 = B, 2 = I, -100 where unsupervised.
+            sam_pixel_values (`(N, 3, image_size, image_size)`): Images for SAM.
+            sam_image_embeddings (`(N, C, G, G)`): Given instead of `sam_pixel_values`.
+            sam_image_index (`(B,)`): The image of each row, -1 for none. Default: image i belongs to row i.
+            spans (`(S, 3)`): Spans `[row, start, end)` to segment, rows ascending, in the order of the conversation.
+            mask_labels (S tensors `(H, W)`, 0/1): The mask of each span, at the original size of its image.
+            original_sizes, reshaped_input_sizes (`(N, 2)`): (height, width) in pixels, as the processor returns them.
+            teacher_hidden_states (`(B, L, D)`): Output of the frozen language model for the same tokens.
+            loss_counts: Divisors of the losses (see [`count_loss_items`]), for batches that are only part of a larger
+                one (gradient accumulation, several processes). Default: the counts of this batch.
+            vlm_inputs: Further inputs of the vision-language model.
+        """
+        pixel_values, sam_image_embeddings, sam_image_index = self._resolve_images(
+            input_ids, pixel_values, sam_pixel_values, sam_image_embeddings, sam_image_index
+        )
+        hidden_states = self._run_language_model(input_ids, attention_mask, pixel_values, **vlm_inputs)
+        logits = self.get_output_embeddings()(hidden_states)
+        span_logits = self.span_tagger(hidden_states, attention_mask)
+        pred_masks = iou_scores = None
+        if spans is not None and len(spans):
+            pred_masks, iou_scores = self.decode_masks(hidden_states, spans, sam_image_embeddings, sam_image_index)
+
+        counts = loss_counts or self.count_loss_items(labels, span_labels, spans, mask_labels)
+        losses = {}
+        if labels is not None:
+            losses["language_modeling"] = self._language_modeling_loss(logits, labels, counts["tokens"])
+        if span_labels is not None:
+            losses["span_tagging"] = self._span_tagging_loss(span_logits, span_labels, counts["tag_weight"])
+        if mask_labels is not None:
+            image_of_span = sam_image_index[spans[:, 0]] if len(mask_labels) else None
+            sizes = (original_sizes, reshaped_input_sizes)
+            losses |= self._mask_losses(pred_masks, iou_scores, mask_labels, image_of_span, sizes, counts["masks"])
+        if teacher_hidden_states is not None:
+            losses["teacher_kl"] = self._teacher_loss(hidden_states, teacher_hidden_states, spans, counts["spans"])
+        weights = self.loss_weights
+        return PlumOutput(
+            loss=sum(weights[name] * value for name, value in losses.items()) if losses else None,
+            losses=losses or None,
+            logits=logits,
+            span_logits=span_logits,
+            pred_masks=pred_masks,
+            iou_scores=iou_scores,
+            last_hidden_state=hidden_states,
+        )
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        """Weight of each named loss in the total."""
+        return {
+            "language_modeling": self.config.language_modeling_loss_weight,
+            "span_tagging": self.config.span_loss_weight,
+            "mask_overlap": self.config.mask_overlap_loss_weight,
+            "mask_bce": self.config.mask_bce_loss_weight,
+            "mask_iou": self.config.mask_iou_loss_weight,
+            "teacher_kl": self.config.teacher_kl_loss_weight,
+        }
+
+    def count_loss_items(self, labels=None, span_labels=None, spans=None, mask_labels=None) -> dict[str, torch.Tensor]:
+        """
+        What each loss of a batch is divided by: target tokens, summed class weight of the supervised tags, masks,
+        spans. The counts of several batches may be added and given to [`forward`] as `loss_counts`.
+        """
+        counts = {
+            "tokens": torch.zeros(()) if labels is None else (labels[:, 1:] != IGNORE_INDEX).sum(),
+            "tag_weight": torch.zeros(()),
+            "masks": torch.tensor(float(len(mask_labels or []))),
+            "spans": torch.tensor(0.0 if spans is None else float(len(spans))),
+        }
+        if span_labels is not None:
+            targets = self._span_targets(span_labels)
+            class_weights = torch.tensor([*self.config.span_class_weights, 0.0], device=targets.device)
+            counts["tag_weight"] = class_weights[targets].sum()  # index -1 is the zero that stands for "ignored"
+        return {name: value.float() for name, value in counts.items()}
+
+    def _span_targets(self, span_labels: torch.Tensor) -> torch.Tensor:
+        """Targets 0/1/2 or -1 (ignored) according to `span_loss_scope`."""
+        if self.config.span_loss_scope == "answer":
+            return span_labels.clamp(min=-1)
+        has_span = (span_labels > TAG_OUTSIDE).any(dim=1, keepdim=True)
+        return torch.where(has_span, span_labels.clamp(min=TAG_OUTSIDE), -1)
+
+    def _run_language_model(self, input_ids, attention_mask, pixel_values, **vlm_inputs) -> torch.Tensor:
+        """Hidden states `(B, L, D)` after the language model's final norm; they line up with `input_ids`."""
+        outputs = self.vlm.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            pixel_values=None if pixel_values is None else pixel_values.to(self.vlm.dtype),
+            use_cache=False,
+            **vlm_inputs,
+        )
+        return outputs.last_hidden_state
+
+    def _language_modeling_loss(self, logits, labels, count) -> torch.Tensor:
+        loss = F.cross_entropy(
+            logits[:, :-1].flatten(0, 1).float(),
+            labels[:, 1:].flatten(),
+            ignore_index=IGNORE_INDEX,
+            reduction="sum",
+        )
+        return loss / count.to(loss).clamp(min=1)
+
+    def _span_tagging_loss(self, span_logits, span_labels, count) -> torch.Tensor:
+        loss = F.cross_entropy(
+            span_logits.flatten(0, 1).float(),
+            self._span_targets(span_labels).flatten(),
+            weight=torch.tensor(self.config.span_class_weights, device=span_logits.device),
+            ignore_index=-1,
+            reduction="sum",
+        )
+        return loss / count.to(loss).clamp(min=1e-6)
+
+    def _mask_losses(self, pred_masks, iou_scores, mask_labels, image_of_span, sizes, count):
+        """Overlap, cross-entropy and IoU-prediction losses at the original resolution, sums divided by `count`."""
+        names = ("mask_overlap", "mask_bce", "mask_iou")
+        if not mask_labels:
+            return dict.fromkeys(names, torch.zeros((), device=self.device))
+        if len(mask_labels) != len(pred_masks):
+            raise ValueError(f"Found {len(mask_labels)} mask_labels for {len(pred_masks)} spans; give one mask each.")
+        config = self.config
+        totals = dict.fromkeys(names, 0.0)
+        # Spans of images that share their sizes are taken together: one group for a data set of one size.
+        size_of_span = torch.cat(sizes, dim=1)[image_of_span]
+        for size in size_of_span.unique(dim=0):
+            members = (size_of_span == size).all(dim=1).nonzero()[:, 0]
+            original, reshaped = size[:2].tolist(), size[2:].tolist()
+            logits = upscale_masks(
+                pred_masks[members].float(), config.sam_config.vision_config.image_size, reshaped, original
+            )
+            targets = [mask_labels[i] for i in members.tolist()]
+            wrong = next((t for t in targets if list(t.shape) != original), None)
+            if wrong is not None:
+                raise ValueError(f"A mask label is {tuple(wrong.shape)} pixels but its image is {tuple(original)}.")
+            targets = torch.stack(targets).to(logits)
+            if config.mask_overlap_loss == "dice":
+                overlap = dice_loss(logits, targets)
+            else:
+                overlap = focal_tversky_loss(
+                    logits,
+                    targets,
+                    config.tversky_false_negative_weight,
+                    config.tversky_false_positive_weight,
+                    config.tversky_focal_exponent,
+                )
+            bce = F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(dim=(1, 2))
+            predicted, actual = logits.detach() > 0, targets > 0.5
+            union = (predicted | actual).sum(dim=(1, 2)).clamp(min=1)
+            iou = (predicted & actual).sum(dim=(1, 2)) / union
+            totals["mask_overlap"] += overlap.sum()
+            totals["mask_bce"] += bce.sum()
+            totals["mask_iou"] += (iou_scores[members].float() - iou).square().sum()
+        return {name: total / count.to(total).clamp(min=1) for name, total in totals.items()}
+
+    def _teacher_loss(self, hidden_states, teacher_hidden_states, spans, count) -> torch.Tensor:
+        """KL of two Gaussians of equal variance around the hidden states, averaged over each span, then over spans."""
+        if spans is None or not len(spans):
+            return hidden_states.new_zeros(())
+        squared = (hidden_states.float() - teacher_hidden_states.float()).square().mean(dim=-1, keepdim=True)
+        loss = 0.5 / self.config.teacher_kl_sigma**2 * self._mean_over_spans(squared, spans).sum()
+        return loss / count.to(loss).clamp(min=1)
+
+    # ------------------------------------------------------------------- masks
+
+    @staticmethod
+    def _mean_over_spans(states: torch.Tensor, spans: torch.LongTensor) -> torch.Tensor:
+        """`(B, L, D)` token states to `(S, D)` means over each span's tokens."""
+        rows, starts, ends = spans.unbind(dim=1)
+        position = torch.arange(states.shape[1], device=states.device)
+        inside = (position >= starts[:, None]) & (position < ends[:, None])  # (S, L)
+        weights = inside / (ends - starts)[:, None]
+        return torch.einsum("sl,sld->sd", weights.to(states.dtype), states[rows])
+
+    def decode_masks(
+        self,
+        hidden_states: torch.Tensor,
+        spans: torch.LongTensor,
+        sam_image_embeddings: torch.Tensor,
+        sam_image_index: torch.LongTensor,
+        given_masks: dict[int, torch.Tensor] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Masks of spans, conversations in lock-step: step t decodes the t-th span of every row that has one.
+
+        Args:
+            hidden_states: `(B, L, D)`.
+            spans: `(S, 3)` rows `[row, start, end)`, rows ascending.
+            sam_image_embeddings, sam_image_index: As in [`forward`].
+            given_masks: Low-res logits `(4G, 4G)` by span index, which stand in for the prediction of that span.
+
+        Returns:
+            `(S, 4G, 4G)` low-res logits and `(S,)` predicted IoUs.
+        """
+        rows = spans[:, 0].contiguous()
+        images = sam_image_index[rows]
+        self._check_spans(rows, images, sam_image_embeddings)
+        # The mask branch stays in the precision of its weights: bfloat16 autocast costs it visible accuracy.
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            dtype = self.sam.mask_decoder.iou_token.weight.dtype
+            projected = self.span_projector(hidden_states.to(self.span_projector[0].weight.dtype))
+            queries = self._mean_over_spans(projected, spans).to(dtype)  # (S, C)
+            embeddings = sam_image_embeddings.to(dtype)
+            positions = self.sam.get_image_wide_positional_embeddings().to(dtype)  # (1, C, G, G)
+            if self.mask_feedback is None and not given_masks:
+                return self._decode_step(queries, embeddings[images], positions, self._no_mask_prompt(len(spans)))
+            return self._decode_in_lock_step(queries, rows, images, embeddings, positions, given_masks or {})
+
+    def _check_spans(self, rows, images, sam_image_embeddings):
+        if (rows[1:] < rows[:-1]).any():
+            raise ValueError(f"Spans must be sorted by row, found rows {rows.tolist()}.")
+        if sam_image_embeddings is None or (images < 0).any():
+            missing = rows.tolist() if sam_image_embeddings is None else rows[images < 0].tolist()
+            raise ValueError(f"Rows {sorted(set(missing))} have spans to segment but no image.")
+
+    def _no_mask_prompt(self, count: int) -> torch.Tensor:
+        grid = self.config.sam_grid_size
+        return self.sam.prompt_encoder.no_mask_embed.weight[..., None, None].expand(count, -1, grid, grid)
+
+    def _decode_step(self, queries, embeddings, positions, dense) -> tuple[torch.Tensor, torch.Tensor]:
+        """SAM's mask decoder with one sparse and one dense prompt each: `(n, 4G, 4G)` logits, `(n,)` IoUs."""
+        masks, iou_scores = self.sam.mask_decoder(
+            image_embeddings=embeddings,
+            image_positional_embeddings=positions.expand(len(queries), -1, -1, -1),
+            sparse_prompt_embeddings=queries[:, None, None],  # (n, 1, 1, C): one point prompt each
+            dense_prompt_embeddings=dense,
+            multimask_output=False,
+        )
+        return masks[:, 0, 0], iou_scores[:, 0, 0]
+
+    def _decode_in_lock_step(self, queries, rows, images, embeddings, positions, given_masks):
+        count = len(rows)
+        index = torch.arange(count, device=rows.device)
+        first = torch.searchsorted(rows, rows)  # index of the first span of the same row
+        step = index - first
+        is_last = torch.cat([rows[1:] != rows[:-1], rows.new_ones(1, dtype=torch.bool)])
+        masks, iou_scores = [None] * count, [None] * count
+        keys, values = [None] * count, [None] * count
+        for t in range(int(step.max()) + 1):
+            members = index[step == t]
+            dense = self._no_mask_prompt(len(members))
+            if t and self.mask_feedback is not None:
+                earlier = [range(start, start + t) for start in first[members].tolist()]
+                dense = self.mask_feedback(
+                    torch.stack([torch.stack([keys[i] for i in spans]) for spans in earlier]),
+                    torch.stack([torch.stack([values[i] for i in spans]) for spans in earlier]),
+                )
+            step_masks, step_scores = self._decode_step(
+                queries[members], embeddings[images[members]], positions, dense
+            )
+            for i, mask, score in zip(members.tolist(), step_masks, step_scores, strict=True):
+                if i in given_masks:
+                    mask, score = given_masks[i].to(mask), torch.ones_like(score)
+                masks[i], iou_scores[i] = mask, score
+            followed = members[~is_last[members]].tolist()
+            if followed and self.mask_feedback is not None:
+                step_keys, step_values = self.mask_feedback.embed(
+                    torch.stack([masks[i] for i in followed]),
+                    queries[followed],
+                    positions,
+                    self.sam.prompt_encoder.mask_embed,
+                )
+                for i, key, value in zip(followed, step_keys, step_values, strict=True):
+                    keys[i], values[i] = key, value
+        return torch.stack(masks), torch.stack(iou_scores)
+
+    # --------------------------------------------------------------- inference
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        sam_pixel_values: torch.FloatTensor | None = None,
+        sam_image_embeddings: torch.FloatTensor | None = None,
+        sam_image_index: torch.LongTensor | None = None,
+        original_sizes: torch.LongTensor | None = None,
+        reshaped_input_sizes: torch.LongTensor | None = None,
+        **kwargs,
+    ) -> torch.LongTensor:
+        """
+        Generates answers with the vision-language model's own `generate`; takes all that the processor returns. SAM
+        runs only where the vision-language model looks through it (`vlm_image_input="sam_image_embeddings"`).
+        """
+        if self.config.vlm_image_input == "pixel_values":
+            sam_pixel_values = sam_image_embeddings = sam_image_index = None
+        pixel_values, _, _ = self._resolve_images(
+            input_ids, pixel_values, sam_pixel_values, sam_image_embeddings, sam_image_index
+        )
+        return self._generate(input_ids, attention_mask, pixel_values, **kwargs)
+
+    def _generate(self, input_ids, attention_mask, pixel_values, **kwargs) -> torch.LongTensor:
+        if pixel_values is not None:
+            kwargs["pixel_values"] = pixel_values.to(self.vlm.dtype)
+        # The settings that were loaded with this model, or changed on it by the caller, are those of the whole.
+        self.vlm.generation_config = self.generation_config
+        return self.vlm.generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+
+    @torch.no_grad()
+    def segment(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        sam_pixel_values: torch.FloatTensor | None = None,
+        sam_image_embeddings: torch.FloatTensor | None = None,
+        sam_image_index: torch.LongTensor | None = None,
+        spans: torch.LongTensor | None = None,
+        given_masks: dict[int, torch.Tensor] | None = None,
+        original_sizes: torch.LongTensor | None = None,
+        reshaped_input_sizes: torch.LongTensor | None = None,
+        span_labels: torch.LongTensor | None = None,
+        mask_labels: list[torch.Tensor] | None = None,
+        **generate_kwargs,
+    ) -> PlumSegmentationOutput:
+        r"""
+        Answers, tags its answers and segments the tagged spans, for a batch of conversations.
+
+        Without `labels` the rows are prompts: their answers are generated. With `labels` the rows already hold an
+        answer, which is tagged; with `spans` as well, those spans are segmented instead of predicted ones.
+
+        Args:
+            input_ids, attention_mask, pixel_values, sam_pixel_values, sam_image_embeddings, sam_image_index,
+            original_sizes, reshaped_input_sizes: As in [`forward`]. Prompts must be padded on the left.
+            labels (`(B, L)`): Given answers, -100 elsewhere.
+            spans (`(S, 3)`): Spans of the given answers to segment, `[row, start, end)`, rows ascending.
+            given_masks: Binary masks (original height, original width) by index of the span in `spans`. Such a mask
+                is returned in place of a predicted one, and the later spans of its row are decoded from it.
+            span_labels, mask_labels: Accepted, so that a training batch may be passed as it is, and unused.
+            generate_kwargs: Options of `generate`, such as `max_new_tokens`.
+
+        Raises:
+            ValueError: Spans without an image, a given mask of another size than its image, or several returned
+                sequences per prompt.
+        """
+        pixel_values, sam_image_embeddings, sam_image_index = self._resolve_images(
+            input_ids, pixel_values, sam_pixel_values, sam_image_embeddings, sam_image_index
+        )
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        if labels is None:
+            if spans is not None or given_masks:
+                raise ValueError("spans and given_masks belong to a given answer; pass its labels as well.")
+            prompt_length = input_ids.shape[1]
+            input_ids = self._generate_answers(input_ids, attention_mask, pixel_values, **generate_kwargs)
+            attention_mask, answer_mask = self._mask_answers(input_ids, attention_mask, prompt_length)
+        else:
+            answer_mask = (labels != IGNORE_INDEX) & ~torch.isin(labels, self._stop_tokens)
+
+        hidden_states = self._run_language_model(input_ids, attention_mask, pixel_values)
+        span_logits = self.span_tagger(hidden_states, attention_mask)
+        forced = spans is not None
+        if not forced:
+            # A row without an image has nothing to segment, whatever its words say.
+            visible = answer_mask & (sam_image_index >= 0)[:, None]
+            spans = decode_spans(span_logits.argmax(dim=-1), visible)
+        tag_scores = 1 - span_logits.float().softmax(dim=-1)[..., TAG_OUTSIDE, None]
+        tag_scores = self._mean_over_spans(tag_scores, spans)[:, 0]
+
+        size = self.config.low_res_mask_size
+        pred_masks, iou_scores = hidden_states.new_zeros((0, size, size)), hidden_states.new_zeros(0)
+        if len(spans):
+            images = sam_image_index[spans[:, 0]]
+            given = self._downscale_given_masks(given_masks, images, original_sizes, reshaped_input_sizes)
+            pred_masks, iou_scores = self.decode_masks(
+                hidden_states, spans, sam_image_embeddings, sam_image_index, given
+            )
+        return PlumSegmentationOutput(
+            sequences=input_ids,
+            answer_mask=answer_mask,
+            span_logits=span_logits,
+            spans=spans,
+            tag_scores=torch.ones_like(tag_scores) if forced else tag_scores,
+            pred_masks=pred_masks,
+            iou_scores=iou_scores,
+            sam_image_index=sam_image_index,
+            original_sizes=original_sizes,
+            reshaped_input_sizes=reshaped_input_sizes,
+        )
+
+    @property
+    def _stop_tokens(self) -> torch.LongTensor:
+        stop = self.generation_config.eos_token_id
+        stop = [] if stop is None else [stop] if isinstance(stop, int) else stop
+        return torch.tensor(stop, device=self.device, dtype=torch.long)
+
+    def _generate_answers(self, input_ids, attention_mask, pixel_values, **generate_kwargs) -> torch.LongTensor:
+        if (attention_mask[:, -1] == 0).any():
+            raise ValueError("Prompts must be padded on the left to be continued; pass padding_side='left'.")
+        sequences = self._generate(input_ids, attention_mask, pixel_values, **generate_kwargs)
+        if len(sequences) != len(input_ids):
+            raise ValueError(
+                f"segment() gives one answer per prompt, found {len(sequences)} sequences for {len(input_ids)} "
+                "prompts; set num_return_sequences=1."
+            )
+        return sequences
+
+    def _mask_answers(self, sequences, prompt_mask, prompt_length) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attention mask (up to and with the stop token) and answer mask (without it) of generated sequences."""
+        stops = torch.isin(sequences[:, prompt_length:], self._stop_tokens)
+        before_or_at_stop = stops.cumsum(dim=1) - stops.int() == 0
+        attention_mask = torch.cat([prompt_mask, before_or_at_stop.to(prompt_mask)], dim=1)
+        answer_mask = torch.cat([torch.zeros_like(prompt_mask, dtype=torch.bool), before_or_at_stop & ~stops], dim=1)
+        return attention_mask, answer_mask
+
+    def _downscale_given_masks(self, given_masks, images, original_sizes, reshaped_input_sizes):
+        given = {}
+        for i, mask in (given_masks or {}).items():
+            original, mask = tuple(original_sizes[images[i]].tolist()), torch.as_tensor(mask, device=self.device)
+            if tuple(mask.shape) != original:
+                raise ValueError(f"The given mask of span {i} is {tuple(mask.shape)} but its image is {original}.")
+            given[i] = downscale_mask(
+                mask,
+                self.config.sam_config.vision_config.image_size,
+                reshaped_input_sizes[images[i]].tolist(),
+                self.config.low_res_mask_size,
+            )
+        return given
+
+    @torch.no_grad()
+    def score_choices(
+        self,
+        input_ids: torch.LongTensor,
+        labels: torch.LongTensor,
+        num_choices: int,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        sam_pixel_values: torch.FloatTensor | None = None,
+        sam_image_embeddings: torch.FloatTensor | None = None,
+        sam_image_index: torch.LongTensor | None = None,
+        reduction: str = "answer_mean",
+        **unused,
+    ) -> torch.FloatTensor:
+        """
+        Negative log-likelihood of candidate answers; the choice of the model is the argmin.
+
+        Args:
+            input_ids (`(B, L)`): Conversations; `num_choices` consecutive rows per question, each with one answer.
+            labels (`(B, L)`): Tokens of the answers, -100 elsewhere.
+            num_choices: Answers per question.
+            reduction: `"answer_mean"` and `"answer_sum"` over the answer's tokens; `"sequence_mean"`, over prompt and
+                answer without image tokens and padding, is the protocol of the published figures.
+
+        Returns:
+            `(B / num_choices, num_choices)` scores.
+        """
+        if len(input_ids) % num_choices:
+            raise ValueError(f"Found {len(input_ids)} rows, which is not a multiple of num_choices={num_choices}.")
+        if reduction not in ("answer_mean", "answer_sum", "sequence_mean"):
+            raise ValueError(f"reduction must be answer_mean, answer_sum or sequence_mean, found {reduction!r}.")
+        pixel_values, _, _ = self._resolve_images(
+            input_ids, pixel_values, sam_pixel_values, sam_image_embeddings, sam_image_index
+        )
+        if reduction == "sequence_mean":
+            real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            counted = (real == 1) & (input_ids != self.config.vlm_config.image_token_id)
+            labels = torch.where(counted, input_ids, IGNORE_INDEX)
+        hidden_states = self._run_language_model(input_ids, attention_mask, pixel_values)
+        logits = self.get_output_embeddings()(hidden_states[:, :-1]).float()
+        targets = labels[:, 1:]
+        scores = F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORE_INDEX, reduction="none").sum(1)
+        if reduction != "answer_sum":
+            scores = scores / (targets != IGNORE_INDEX).sum(1)
+        return scores.view(-1, num_choices)
+
+
+__all__ = ["PlumForConditionalGeneration", "PlumOutput", "PlumPreTrainedModel", "PlumSegmentationOutput"]
