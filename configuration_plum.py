@@ -146,4 +146,6 @@ class PlumConfig(PreTrainedConfig):
                 )
 
 
+PlumConfig.register_for_auto_class()
+
 __all__ = ["PlumConfig"]

@@ -874,4 +874,6 @@ class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
         return scores.view(-1, num_choices)
 
 
+PlumForConditionalGeneration.register_for_auto_class("AutoModel")
+
 __all__ = ["PlumForConditionalGeneration", "PlumOutput", "PlumPreTrainedModel", "PlumSegmentationOutput"]

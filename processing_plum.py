@@ -490,4 +490,6 @@ def _bounding_box(mask: np.ndarray) -> tuple[int, int, int, int] | None:
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
 
+PlumProcessor.register_for_auto_class()
+
 __all__ = ["PlumAnswer", "PlumProcessor", "PlumSpan"]

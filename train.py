@@ -1,0 +1,551 @@
+"""
+Trains PLUM on grounded conversations.
+
+    accelerate launch train.py recipes/plum_tiny.yaml --output_dir runs/plum_tiny
+    torchrun --nproc_per_node 2 train.py recipes/plum_tiny.yaml --output_dir runs/plum_tiny --use_cpu true
+
+A recipe is a yaml file of the options below and of `transformers.TrainingArguments`; options on the command line go
+over it. The output folder holds the trained model with its processor and code (loadable with `AutoModel` and
+`trust_remote_code=True`), `training_curves.csv` and `.png`, and the checkpoints to resume from.
+"""
+
+import csv
+import dataclasses
+import json
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from datasets import Dataset, load_dataset
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
+from transformers import (
+    HfArgumentParser,
+    PreTrainedTokenizerFast,
+    SamImageProcessor,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+import partonomy_dataset  # noqa: F401  (makes load_dataset("partonomy") work)
+from configuration_plum import PlumConfig
+from modeling_plum import PlumForConditionalGeneration, decode_spans, upscale_masks
+from partkit.masks import decode as decode_rle
+from processing_plum import PlumProcessor, parse_span_tags
+
+# The published run adapts the language model's attention and trains these modules whole.
+LORA_TARGETS = r".*language_model\..*\.(q_proj|v_proj)"
+LORA_TRAINED_WHOLE = ["lm_head", "embed_tokens", "span_tagger", "span_projector", "mask_feedback", "mask_decoder"]
+
+
+@dataclass
+class ModelArguments:
+    """What is trained: a checkpoint, or a model from scratch with a tokenizer learned from the training texts."""
+
+    model: str | None = field(
+        default=None, metadata={"help": "Folder or Hub name of a PLUM checkpoint to start from."}
+    )
+    model_config: dict | str | None = field(
+        default=None,
+        metadata={"help": "Fields of PlumConfig (json) for a model from scratch; changes to a checkpoint's."},
+    )
+    tokenizer_vocab_size: int = field(default=800, metadata={"help": "Vocabulary of a tokenizer from scratch."})
+    lora_r: int = field(default=0, metadata={"help": "Rank of LoRA on the language model; 0 trains all weights."})
+    lora_alpha: int = field(default=16, metadata={"help": "Scale of LoRA."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout of LoRA."})
+
+    def __post_init__(self):
+        if isinstance(self.model_config, str):
+            self.model_config = json.loads(self.model_config)
+        if self.model is None and self.model_config is None:
+            raise ValueError("Give either model (a checkpoint) or model_config (a model from scratch) in the recipe.")
+
+
+@dataclass
+class DataArguments:
+    """The grounded conversations, and how an example varies from epoch to epoch."""
+
+    dataset: str = field(default="partonomy", metadata={"help": "Name or folder for load_dataset."})
+    name: str = field(default="mini", metadata={"help": "Configuration of the data set."})
+    data_dir: str | None = field(default=None, metadata={"help": "Folder of the configuration's files."})
+    train_split: str = field(default="train", metadata={"help": "Split that is trained on."})
+    eval_split: str = field(default="validation", metadata={"help": "Split that is evaluated during training."})
+    horizontal_flip: bool = field(default=False, metadata={"help": "Mirror half of the images; not with left/right."})
+    color_jitter: float = field(default=0.0, metadata={"help": "Largest relative change of each colour channel."})
+    max_spans: int | None = field(
+        default=None, metadata={"help": "Masks per conversation that are supervised; a random choice beyond that."}
+    )
+
+
+@dataclass
+class PlumTrainingArguments(TrainingArguments):
+    muon_learning_rate: float | None = field(
+        default=None, metadata={"help": "Train weight matrices with Muon at this rate, the rest with AdamW."}
+    )
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Keep False: images are read when batched."})
+    # Rows without images or spans leave parameters unused, on some ranks and not on others.
+    ddp_find_unused_parameters: bool | None = field(default=True, metadata={"help": "Needed with text-only rows."})
+
+
+# ------------------------------------------------------------------------------------------------ options
+
+
+def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, PlumTrainingArguments]:
+    """
+    A recipe (yaml, first argument) and options over it.
+
+    Raises:
+        SystemExit: An unknown option, or a value of the wrong type; the message names it.
+    """
+    parser = HfArgumentParser([ModelArguments, DataArguments, PlumTrainingArguments], description=__doc__)
+    options = []
+    if argv and argv[0].endswith((".yaml", ".yml")):
+        recipe, argv = Path(argv[0]), argv[1:]
+        if not recipe.is_file():
+            parser.error(f"recipe {recipe} does not exist")
+        content = yaml.safe_load(recipe.read_text())
+        if not isinstance(content, dict):
+            parser.error(f"recipe {recipe} must be a yaml mapping of options, found {type(content).__name__}")
+        known = {field.name for arguments in parser.dataclass_types for field in dataclasses.fields(arguments)}
+        unknown = sorted(set(content) - known)
+        if unknown:
+            parser.error(f"recipe {recipe} has unknown options {unknown}")
+        # As command line words, so that values are checked in the same way and later words win.
+        for name, value in content.items():
+            if value is not None:
+                options += [f"--{name}", *_as_words(value)]
+    return parser.parse_args_into_dataclasses(options + argv, look_for_args_file=False)
+
+
+def _as_words(value) -> list[str]:
+    if isinstance(value, dict):
+        return [json.dumps(value)]
+    return [str(item) for item in value] if isinstance(value, list) else [str(value)]
+
+
+# ------------------------------------------------------------------------------------------------ model
+
+
+def load_checkpoint(folder: str, changes: dict | None, **kwargs) -> tuple[PlumForConditionalGeneration, PlumProcessor]:
+    """A PLUM checkpoint and its processor; `changes` are fields of its config to overwrite."""
+    config, _ = PlumConfig.get_config_dict(folder)
+    if config.get("model_type") != "plum":
+        raise ValueError(f"{folder} holds a {config.get('model_type')!r} model, expected 'plum'.")
+    config = PlumConfig.from_pretrained(folder, **(changes or {}))
+    model = PlumForConditionalGeneration.from_pretrained(folder, config=config, **kwargs)
+    processor = PlumProcessor.from_pretrained(folder)
+    if processor.image_token_id != config.vlm_config.image_token_id:
+        raise ValueError(
+            f"The processor of {folder} has image token id {processor.image_token_id}, the model "
+            f"{config.vlm_config.image_token_id}; use the processor that was saved with the model."
+        )
+    return model, processor
+
+
+def build_from_scratch(
+    config: dict, vocab_size: int, texts: list[str]
+) -> tuple[PlumForConditionalGeneration, PlumProcessor]:
+    """A model of random weights that looks through SAM's encoder, and a processor with a tokenizer learned of `texts`."""
+    tokenizer = train_tokenizer(texts, vocab_size)
+    config = PlumConfig(**config)
+    if config.vlm_image_input != "sam_image_embeddings":
+        raise ValueError("A model from scratch needs vlm_image_input: sam_image_embeddings in its model_config.")
+    text_config, tower = config.vlm_config.text_config, config.vlm_config.vision_config
+    text_config.vocab_size = len(tokenizer)
+    config.vlm_config.image_token_index = tokenizer.convert_tokens_to_ids("<image>")
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(text_config, name, getattr(tokenizer, name))
+    model = PlumForConditionalGeneration(config)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(model.generation_config, name, getattr(tokenizer, name))
+
+    side, grid = config.sam_config.vision_config.image_size, tower.image_size // tower.patch_size
+    sam_image_processor = SamImageProcessor(size={"longest_edge": side}, pad_size={"height": side, "width": side})
+    processor = PlumProcessor(
+        sam_image_processor,
+        sam_image_processor,
+        tokenizer,
+        num_image_tokens=grid**2,
+        vlm_image_input=config.vlm_image_input,
+    )
+    return model, processor
+
+
+def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer: any text can be written in it, the words of `texts` in few tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<pad>", "<s>", "</s>", "<image>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        additional_special_tokens=["<image>"],
+    )
+
+
+def add_lora(model: PlumForConditionalGeneration, arguments: ModelArguments) -> nn.Module:
+    """LoRA on the language model's attention, PLUM's own modules and the mask decoder trained whole."""
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(
+        model,
+        LoraConfig(
+            r=arguments.lora_r,
+            lora_alpha=arguments.lora_alpha,
+            lora_dropout=arguments.lora_dropout,
+            target_modules=LORA_TARGETS,
+            modules_to_save=LORA_TRAINED_WHOLE,
+        ),
+    )
+
+
+# ------------------------------------------------------------------------------------------------ data
+
+
+class ConversationDataset(torch.utils.data.Dataset):
+    """
+    Grounded conversations (see `partkit.schema`) with random changes that depend on seed, epoch and index alone: the
+    same for any number of processes and workers, and after a resume.
+    """
+
+    def __init__(self, records: Dataset, seed: int = 0, flip: bool = False, jitter: float = 0.0, max_spans=None):
+        self.records, self.seed, self.epoch = records, seed, 0
+        self.flip, self.jitter, self.max_spans = flip, jitter, max_spans
+
+    def set_epoch(self, epoch: int):
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> dict:
+        record = self.records[index]
+        generator = np.random.default_rng([self.seed, self.epoch, index])
+        where = f"record {record['id']}"
+        masks = [decode_rle(mask["rle"], where=f"{where}, masks[{i}]") for i, mask in enumerate(record["masks"])]
+        image = record["image"]
+        if image is not None:
+            image = image.convert("RGB")
+            if self.flip and generator.random() < 0.5:
+                image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+                masks = [mask[:, ::-1].copy() for mask in masks]
+            if self.jitter:
+                gain, offset = generator.uniform(-self.jitter, self.jitter, (2, 3))
+                pixels = np.asarray(image, dtype=np.float32) * (1 + gain) + 128 * offset
+                image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+        chosen = np.arange(len(masks))
+        if self.max_spans is not None and len(masks) > self.max_spans:
+            chosen = np.sort(generator.choice(chosen, self.max_spans, replace=False))
+        return {"id": record["id"], "image": image, "messages": record["messages"], "masks": masks, "chosen": chosen}
+
+
+def as_chat(messages: list[dict], image: Image.Image | None) -> list[dict]:
+    """The messages of a record with its image in the first user turn."""
+    chat = [dict(message) for message in messages]
+    if image is not None:
+        chat[0]["content"] = [{"type": "image", "image": image}, {"type": "text", "text": chat[0]["content"]}]
+    return chat
+
+
+class Collator:
+    """Examples of a [`ConversationDataset`] to a batch of model inputs; masks that were not chosen are left out."""
+
+    def __init__(self, processor: PlumProcessor):
+        self.processor = processor
+
+    def __call__(self, examples: list[dict]) -> dict:
+        batch = self.processor.apply_chat_template(
+            [as_chat(example["messages"], example["image"]) for example in examples],
+            masks=[example["masks"] for example in examples],
+            tokenize=True,
+            return_dict=True,
+            padding_side="right",
+        )
+        counts = [0, *np.cumsum([len(example["masks"]) for example in examples])[:-1]]
+        chosen = np.concatenate([start + example["chosen"] for start, example in zip(counts, examples, strict=True)])
+        batch["spans"] = batch["spans"][chosen]
+        batch["mask_labels"] = [batch["mask_labels"][i] for i in chosen]
+        return dict(batch)
+
+
+# ------------------------------------------------------------------------------------------------ optimizer
+
+
+class MuonWithAdamW(torch.optim.Optimizer):
+    """Muon (as in torch) for weight matrices and AdamW for all else, as one optimizer to schedulers and checkpoints."""
+
+    def __init__(self, model: nn.Module, muon_learning_rate: float, learning_rate: float, weight_decay: float, betas):
+        matrices, others, undecayed = self._split(model)
+        muon = torch.optim.Muon(
+            matrices, lr=muon_learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
+        )
+        groups = [{"params": others, "weight_decay": weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
+        self.optimizers = [muon, torch.optim.AdamW(groups, lr=learning_rate, betas=betas)]
+        super().__init__([group for optimizer in self.optimizers for group in optimizer.param_groups], {})
+        self._share_groups()
+
+    @staticmethod
+    def _split(model: nn.Module) -> tuple[list, list, list]:
+        head = model.get_output_embeddings()
+        linear = (nn.Linear, nn.MultiheadAttention)
+        modules = [module for module in model.modules() if isinstance(module, linear) and module is not head]
+        matrices = {id(p): p for module in modules for p in module.parameters(recurse=False) if p.ndim == 2}
+        matrices = {key: p for key, p in matrices.items() if p.requires_grad and p is not head.weight}
+        rest = [p for p in model.parameters() if p.requires_grad and id(p) not in matrices]
+        return list(matrices.values()), [p for p in rest if p.ndim > 1], [p for p in rest if p.ndim <= 1]
+
+    def _share_groups(self):
+        """One set of group dictionaries: a scheduler that sets a rate here sets it there."""
+        groups = iter(self.param_groups)
+        for optimizer in self.optimizers:
+            optimizer.param_groups = [next(groups) for _ in optimizer.param_groups]
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def state_dict(self) -> dict:
+        return {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
+
+    def load_state_dict(self, state_dict: dict):
+        for optimizer, state in zip(self.optimizers, state_dict["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        self.param_groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+
+# ------------------------------------------------------------------------------------------------ trainer
+
+
+class PlumTrainer(Trainer):
+    """
+    The Trainer with losses that are normalised by the counts of the whole batch (over accumulation steps and
+    processes), logged by name, and with masks and tags measured during training.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs, compute_metrics=_summarise_counts)
+        # The losses come divided by the counts of the whole batch; the Trainer must not divide them again.
+        self.model_accepts_loss_kwargs = True
+        self._named_losses, self._steps_logged = {}, 0
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        model = self.accelerator.unwrap_model(self.model)
+        names = ("labels", "span_labels", "spans", "mask_labels")
+        counts = [model.count_loss_items(**{name: batch[name] for name in names}) for batch in batches]
+        total = {name: sum(count[name] for count in counts).to(device) for name in counts[0]} if counts else None
+        return batches, self.accelerator.reduce(total, "sum")
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**{name: value for name, value in inputs.items()}, loss_counts=num_items_in_batch)
+        loss = outputs["loss"]
+        if num_items_in_batch is not None:
+            for name, value in outputs["losses"].items():
+                self._named_losses[name] = self._named_losses.get(name, 0.0) + value.detach()
+            # Gradients are averaged over the processes; the counts are already those of all.
+            loss = loss * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs, start_time=None):
+        if "loss" in logs and self._named_losses:
+            steps = max(1, self.state.global_step - self._steps_logged)
+            totals = self.accelerator.reduce(self._named_losses, "sum")
+            logs |= {f"{name}_loss": float(total) / steps for name, total in totals.items()}
+            self._named_losses, self._steps_logged = {}, self.state.global_step
+        super().log(logs, start_time)
+
+    def create_optimizer(self, model=None):
+        if self.args.muon_learning_rate is None:
+            return super().create_optimizer(model)
+        if self.optimizer is None:
+            args = self.args
+            self.optimizer = MuonWithAdamW(
+                self.model,
+                args.muon_learning_rate,
+                args.learning_rate,
+                args.weight_decay,
+                (args.adam_beta1, args.adam_beta2),
+            )
+        return self.optimizer
+
+    @torch.no_grad()
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Loss, and per conversation the counts that [`_summarise_counts`] sums up: counts travel, masks do not."""
+        inputs = self._prepare_inputs(inputs)
+        with self.compute_loss_context_manager():
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+        counts = _count_row_results(inputs, outputs, self.accelerator.unwrap_model(self.model).config)
+        return loss.detach(), counts, counts[:, :1]
+
+
+def _count_row_results(inputs: dict, outputs: dict, config: PlumConfig) -> torch.Tensor:
+    """`(B, 5)` per conversation: summed IoU, masks, and right, predicted and true spans of the tagger."""
+    size = config.sam_config.vision_config.image_size
+    counts = torch.zeros(len(inputs["input_ids"]), 5, device=inputs["input_ids"].device)
+    for i, mask in enumerate(inputs["mask_labels"]):
+        row = inputs["spans"][i, 0]
+        image = inputs["sam_image_index"][row]
+        sizes = (inputs[name][image].tolist() for name in ("reshaped_input_sizes", "original_sizes"))
+        predicted = upscale_masks(outputs["pred_masks"][i, None].float(), size, *sizes)[0] > 0
+        union = (predicted | mask).sum()
+        counts[row, 0] += (predicted & mask).sum() / union if union else 1.0
+        counts[row, 1] += 1
+    supervised = inputs["span_labels"] >= 0
+    predicted = {tuple(span) for span in decode_spans(outputs["span_logits"].argmax(-1), supervised).tolist()}
+    true = {tuple(span) for span in decode_spans(inputs["span_labels"], supervised).tolist()}
+    for column, spans in ((2, predicted & true), (3, predicted), (4, true)):
+        for row, _, _ in spans:
+            counts[row, column] += 1
+    return counts
+
+
+def _summarise_counts(prediction) -> dict[str, float]:
+    iou, masks, right, predicted, true = np.asarray(prediction.predictions, dtype=np.float64).T
+    grounded = masks > 0
+    return {
+        "strict_macro_giou": float((iou[grounded] / masks[grounded]).mean()) if grounded.any() else float("nan"),
+        "strict_micro_giou": float(iou.sum() / max(1.0, masks.sum())),
+        "span_f1": float(2 * right.sum() / max(1.0, predicted.sum() + true.sum())),
+    }
+
+
+class TrainingCurves(TrainerCallback):
+    """Keeps `training_curves.csv` and `training_curves.png` in the output folder up to date."""
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self._write(args, state)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._write(args, state)
+
+    def _write(self, args, state):
+        if not state.is_world_process_zero:
+            return
+        rows = {}
+        for entry in state.log_history:
+            rows.setdefault(entry["step"], {}).update(entry)
+        shown = [name for row in rows.values() for name in row if "loss" in name or "giou" in name or "f1" in name]
+        names = ["step", "learning_rate", *dict.fromkeys(name for name in shown if name != "train_loss")]
+        path = Path(args.output_dir, "training_curves.csv")
+        with path.with_suffix(".tmp").open("w", newline="") as file:
+            writer = csv.DictWriter(file, names, extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(rows.values())
+        os.replace(path.with_suffix(".tmp"), path)
+        self._draw(list(rows.values()), names, path.with_suffix(".png"))
+
+    def _draw(self, rows, names, path):
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(11, 4), layout="constrained")
+        losses, metrics = figure.subplots(1, 2)
+        for name in names[2:]:
+            steps, values = zip(*[(row["step"], row[name]) for row in rows if name in row], strict=True)
+            (losses if "loss" in name else metrics).plot(steps, values, label=name)
+        losses.set(yscale="log", xlabel="step", title="losses")
+        metrics.set(ylim=(0, 1), xlabel="step", title="validation")
+        losses.legend(fontsize="small")
+        if metrics.lines:
+            metrics.legend(fontsize="small")
+        figure.savefig(path, dpi=110)
+
+
+# ------------------------------------------------------------------------------------------------ main
+
+
+def load_split(arguments: DataArguments, split: str) -> Dataset:
+    """Records of one split; `ValueError` if it holds none."""
+    records = load_dataset(arguments.dataset, arguments.name, data_dir=arguments.data_dir, split=split)
+    if not len(records):
+        raise ValueError(f"Split {split!r} of {arguments.dataset}/{arguments.name} holds no records.")
+    return records
+
+
+def conversation_texts(records: Dataset) -> list[str]:
+    """All texts of the records, without span tags."""
+    texts = []
+    for messages in records["messages"]:
+        for message in messages:
+            text = message["content"]
+            texts.append(" " + (parse_span_tags(text)[0] if message["role"] == "assistant" else text))
+    return texts
+
+
+def find_checkpoint(args: PlumTrainingArguments) -> str | None:
+    """The checkpoint to resume from: a given folder, or the last of the output folder for `true`."""
+    if args.resume_from_checkpoint in (None, "false"):
+        return None
+    if args.resume_from_checkpoint != "true":
+        return args.resume_from_checkpoint
+    checkpoint = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
+    if checkpoint is None:
+        raise ValueError(f"resume_from_checkpoint is true but {args.output_dir} holds no checkpoint.")
+    return checkpoint
+
+
+def main(argv: list[str]):
+    model_arguments, data_arguments, args = parse_arguments(argv)
+    set_seed(args.seed)
+
+    # Data
+    train_records = load_split(data_arguments, data_arguments.train_split)
+    eval_records = load_split(data_arguments, data_arguments.eval_split)
+
+    # Model
+    if model_arguments.model is not None:
+        model, processor = load_checkpoint(model_arguments.model, model_arguments.model_config)
+    else:
+        texts = conversation_texts(train_records)
+        model, processor = build_from_scratch(
+            model_arguments.model_config, model_arguments.tokenizer_vocab_size, texts
+        )
+    if model_arguments.lora_r:
+        model = add_lora(model, model_arguments)
+
+    # Training
+    trainer = PlumTrainer(
+        model=model,
+        args=args,
+        train_dataset=ConversationDataset(
+            train_records,
+            seed=args.seed,
+            flip=data_arguments.horizontal_flip,
+            jitter=data_arguments.color_jitter,
+            max_spans=data_arguments.max_spans,
+        ),
+        eval_dataset=ConversationDataset(eval_records),
+        data_collator=Collator(processor),
+        processing_class=processor,
+        callbacks=[TrainingCurves()],
+    )
+    trainer.train(resume_from_checkpoint=find_checkpoint(args))
+
+    # Output
+    if model_arguments.lora_r:
+        trainer.model = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
+    trainer.save_model()
+    trainer.save_state()
+    if trainer.is_world_process_zero():
+        print(f"The trained model, its processor and its curves are in {args.output_dir}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
