@@ -1,9 +1,16 @@
 """The PARTONOMY data set for `datasets`. Importing this module makes `load_dataset("partonomy", NAME)` work anywhere:
 
-import partonomy_dataset
-from datasets import load_dataset
+    import partonomy_dataset
+    from datasets import load_dataset
 
-load_dataset("partonomy", "mini")                             # grounded conversations about drawings, for training
+    load_dataset("partonomy", "mini")                             # drawings: grounded conversations, for training
+    load_dataset("partonomy", "mini_instances")                   # drawings: parts that occur several times
+    load_dataset("partonomy", "mini_questions")                   # drawings: benchmark questions
+    load_dataset("partonomy", "official", data_dir=FOLDER)        # the official release: benchmark questions
+    load_dataset("partonomy", "descriptor", data_dir=FOLDER)      # the authors' input format: grounded conversations
+
+`streaming=True` and `num_proc` work as everywhere. A bad record raises `partkit.schema.DataError`, which `datasets`
+wraps in a DatasetGenerationError unless it streams; see its `__cause__`.
 """
 
 import hashlib
@@ -17,54 +24,125 @@ from datasets.data_files import DataFilesDict
 from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 
 import partkit
-from partkit import synthesis
-from partkit.conversations import converse
-from partkit.schema import GROUNDED_CONVERSATION_FEATURES, as_row
+from partkit import schema, synthesis
+from partkit.conversations import converse, converse_about_instances
+from partkit.questions import make_questions
+from partkit.seeding import seeded_generator
+from partkit.sources.descriptor import DESCRIPTOR_FILE, Descriptor
+from partkit.sources.official import QUESTIONS_FILE, read_questions
 
 DATASET_NAME = "partonomy"
 MINI_SIZES = {"train": 2400, "validation": 100, "test": 150}
-DRAWINGS_PER_SHARD = 50
+MINI_INSTANCES_SIZES = {"train": 500, "validation": 50, "test": 100}
+# the questions are about the first drawings of each split of mini
+MINI_QUESTIONS_SIZES = {"train": 200, "validation": 100, "test": 150}
+DRAWING_SIZES = {"mini": MINI_SIZES, "mini_instances": MINI_INSTANCES_SIZES, "mini_questions": MINI_QUESTIONS_SIZES}
+EXAMPLES_PER_SHARD = 50
+HELD_OUT = 10
+"""One in so many images of a descriptor goes to its validation split."""
+SEED = synthesis.DEFAULT_SEED
 
-Rows = Iterator[tuple[str, dict[str, Any]]]
-IndexRange = tuple[int, int]
+Shards = list[list[int]]
+
+
+def _config(name: str, description: str) -> datasets.BuilderConfig:
+    return datasets.BuilderConfig(name=name, version=datasets.Version("1.0.0"), description=description)
 
 
 class Partonomy(datasets.GeneratorBasedBuilder):
-    """One builder for every source; each config has its own features."""
+    """One builder for every source. `mini`, `mini_instances` and `descriptor` give grounded conversations, the others
+    questions, with the features of `partkit.schema`."""
 
-    VERSION = datasets.Version("1.0.0")
     DEFAULT_CONFIG_NAME = "mini"
     BUILDER_CONFIGS = [
-        datasets.BuilderConfig(
-            name="mini", version=VERSION, description="Drawn objects: grounded conversations for training."
-        ),
+        _config("mini", "Drawn objects: grounded conversations for training."),
+        _config("mini_instances", "Drawn objects whose parts occur several times, one mask per instance."),
+        _config("mini_questions", "Benchmark questions about the drawings of mini."),
+        _config("official", f"The official release; data_dir holds {QUESTIONS_FILE} and images/."),
+        _config("descriptor", f"Conversations about a raw data set; data_dir holds {DESCRIPTOR_FILE} and its images."),
     ]
 
     def _info(self) -> datasets.DatasetInfo:
-        return datasets.DatasetInfo(description=self.config.description, features=GROUNDED_CONVERSATION_FEATURES)
+        asks = self.config.name in ("mini_questions", "official")
+        features = schema.QUESTION_FEATURES if asks else schema.GROUNDED_CONVERSATION_FEATURES
+        return datasets.DatasetInfo(description=self.config.description, features=features)
 
     def _split_generators(self, dl_manager: datasets.DownloadManager) -> list[datasets.SplitGenerator]:
+        if self.config.name == "official":
+            return [datasets.SplitGenerator(name="test", gen_kwargs={"split": "test", "shards": None})]
+        if self.config.name == "descriptor":
+            indices = _descriptor_splits(Descriptor(self._data_dir()))
+        else:
+            indices = {split: range(size) for split, size in DRAWING_SIZES[self.config.name].items()}
         return [
-            datasets.SplitGenerator(name=split, gen_kwargs={"split": split, "shards": _shards(size)})
-            for split, size in MINI_SIZES.items()
+            datasets.SplitGenerator(name=split, gen_kwargs={"split": split, "shards": _shards(list(members))})
+            for split, members in indices.items()
         ]
 
-    def _generate_examples(self, split: str, shards: list[IndexRange]) -> Rows:
-        for start, stop in shards:
-            for index in range(start, stop):
-                example = synthesis.draw_example(split, index)
-                example.image = synthesis.encode_image(example.image)
-                conversation = converse(example, part_graph=synthesis.part_graph(), seed=synthesis.DEFAULT_SEED)
-                yield conversation.id, as_row(conversation)
+    def _generate_examples(self, split: str, shards: Shards | None) -> Iterator[tuple[str, dict[str, Any]]]:
+        for record in self._records(split, shards):
+            yield record.id, schema.as_row(record)
+
+    def _records(self, split: str, shards: Shards | None) -> Iterator[schema.GroundedConversation | schema.Question]:
+        match self.config.name:
+            case "mini":
+                graph = synthesis.part_graph()
+                for index in _flat(shards):
+                    yield converse(_drawn(split, index), part_graph=graph, seed=SEED)
+            case "mini_instances":
+                for index in _flat(shards):
+                    yield converse_about_instances(_drawn(split, index, instances=True), seed=SEED)
+            case "mini_questions":
+                graph, required = synthesis.part_graph(), synthesis.required_parts()
+                for index in _flat(shards):
+                    yield from make_questions(
+                        _drawn(split, index), part_graph=graph, required_parts=required, seed=SEED
+                    )
+            case "official":
+                yield from read_questions(self._data_dir())
+            case "descriptor":
+                descriptor = Descriptor(self._data_dir())
+                for index in _flat(shards):
+                    yield converse(descriptor.example(index), part_graph=descriptor.part_graph, seed=SEED)
+
+    def _data_dir(self) -> Path:
+        if self.config.data_dir is None:
+            raise schema.DataError(
+                f'the config "{self.config.name}" reads your files: call load_dataset("{DATASET_NAME}", '
+                f'"{self.config.name}", data_dir=FOLDER)'
+            )
+        return Path(self.config.data_dir).expanduser()
 
 
-def _shards(size: int) -> list[IndexRange]:
-    """Index ranges, the unit that `num_proc` shares out."""
-    return [(start, min(start + DRAWINGS_PER_SHARD, size)) for start in range(0, size, DRAWINGS_PER_SHARD)]
+def _drawn(split: str, index: int, *, instances: bool = False) -> schema.PartExample:
+    draw = synthesis.draw_instances_example if instances else synthesis.draw_example
+    example = draw(split, index, seed=SEED)
+    example.image = synthesis.encode_image(example.image)
+    return example
+
+
+def _descriptor_splits(descriptor: Descriptor) -> dict[str, list[int]]:
+    """Indices of the instances per split; those that share an image stay together."""
+    image_paths = [descriptor.image_path(index) for index in range(len(descriptor))]
+    shuffled = seeded_generator(SEED, "held out").permutation(sorted(set(image_paths))).tolist()
+    held_out = set(shuffled[: len(shuffled) // HELD_OUT])
+    splits = {"train": [], "validation": []}
+    for index, image_path in enumerate(image_paths):
+        splits["validation" if image_path in held_out else "train"].append(index)
+    return splits
+
+
+def _shards(indices: list[int]) -> Shards:
+    """What `num_proc` shares out."""
+    return [indices[start : start + EXAMPLES_PER_SHARD] for start in range(0, len(indices), EXAMPLES_PER_SHARD)]
+
+
+def _flat(shards: Shards) -> Iterator[int]:
+    return (index for shard in shards for index in shard)
 
 
 class _ModuleFactory(datasets.load.PackagedDatasetModuleFactory):
-    """Finds the builder without searching for data files.
+    """Finds the builder without searching for data files; the cache depends on the one file that data_dir names.
 
     For a packaged module `datasets` globs the whole working directory (or data_dir) and makes what it finds part of
     the cache key: slow in a large folder, an error in an empty one, and a rebuild whenever an unrelated file changes.
@@ -73,9 +151,14 @@ class _ModuleFactory(datasets.load.PackagedDatasetModuleFactory):
     def get_module(self) -> datasets.load.DatasetModule:
         if self.name != DATASET_NAME:
             return super().get_module()
+        data_files = DataFilesDict()
+        if self.data_dir is not None:
+            folder = Path(self.data_dir).expanduser().resolve()
+            names = [name for name in (QUESTIONS_FILE, DESCRIPTOR_FILE) if (folder / name).is_file()]
+            data_files = DataFilesDict.from_patterns({"records": names} if names else {}, base_path=str(folder))
         module_path, source_hash = _PACKAGED_DATASETS_MODULES[self.name]
         return datasets.load.DatasetModule(
-            module_path, source_hash, {"data_files": DataFilesDict(), "dataset_name": self.name}
+            module_path, source_hash, {"data_files": data_files, "dataset_name": self.name}
         )
 
 

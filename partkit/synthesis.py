@@ -11,11 +11,12 @@ which fewer than MIN_VISIBLE_PIXELS stay visible is redrawn elsewhere or left ou
 import colorsys
 import io
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
+from scipy import ndimage
 
 from partkit.drawings import COLOURS, FAMILIES, OBJECTS, Part
 from partkit.masks import encode
@@ -81,24 +82,59 @@ def draw_example(split: str, index: int, *, seed: int = DEFAULT_SEED) -> PartExa
     return PartExample(drawing.image, f"mini-{split}-{index:05d}", label, masks, SOURCE, LICENCE)
 
 
+def draw_instances_example(split: str, index: int, *, seed: int = DEFAULT_SEED) -> PartExample:
+    """Draws one object with parts that occur several times; each instance is a mask of its own, so labels repeat.
+
+    Two to all instances of such a part are drawn, each visible and apart from the others.
+    """
+    rng = seeded_generator(seed, "mini_instances", split, index)
+    label = _draw_label(index)
+    while True:
+        parts = [
+            _with_some_instances(part, rng) for part in OBJECTS[label] if part.required or rng.random() < PRESENCE
+        ]
+        drawing = _draw(parts, rng, each_instance=True)
+        if len(set(drawing.names)) < len(drawing.names):
+            break
+    masks = [PartMask(name, encode(mask)) for name, mask in zip(drawing.names, drawing.masks, strict=True)]
+    return PartExample(drawing.image, f"mini_instances-{split}-{index:05d}", label, masks, SOURCE, LICENCE)
+
+
 def _draw_label(index: int) -> str:
     """Labels take turns, so that every split is balanced."""
     return list(OBJECTS)[index % len(OBJECTS)]
 
 
-def _draw(parts: list[Part], rng: np.random.Generator) -> Drawing:
-    """Draws the parts in new poses until each is visible; parts that stay hidden in every pose are left out."""
+def _with_some_instances(part: Part, rng: np.random.Generator) -> Part:
+    if len(part.instances) == 1:
+        return part
+    count = int(rng.integers(2, len(part.instances) + 1))
+    kept = sorted(rng.choice(len(part.instances), count, replace=False).tolist())
+    return replace(part, instances=tuple(part.instances[position] for position in kept))
+
+
+def _draw(parts: list[Part], rng: np.random.Generator, *, each_instance: bool = False) -> Drawing:
+    """Draws the parts in new poses until each is visible; parts that stay hidden in every pose are left out.
+
+    A part is visible if one instance is, or with `each_instance` if all of them are and none touches another.
+    """
     while True:
         for _ in range(_POSES_PER_PART_SET):
             drawing = _draw_once(parts, rng)
-            areas: dict[str, int] = {}
-            for name, mask in zip(drawing.names, drawing.masks, strict=True):
-                area = int(mask.sum())
-                areas[name] = areas.get(name, 0) + (area if area >= MIN_VISIBLE_PIXELS else 0)
-            hidden = {name for name, area in areas.items() if not area}
+            hidden = {part.name for part in parts if not _is_visible(part.name, drawing, each_instance=each_instance)}
             if not hidden:
                 return drawing
         parts = [part for part in parts if part.name not in hidden]
+
+
+def _is_visible(name: str, drawing: Drawing, *, each_instance: bool) -> bool:
+    masks = [mask for other, mask in zip(drawing.names, drawing.masks, strict=True) if other == name]
+    large = [mask.sum() >= MIN_VISIBLE_PIXELS for mask in masks]
+    if not each_instance:
+        return any(large)
+    grown = sum(ndimage.binary_dilation(mask, structure=np.ones((3, 3))).astype(int) for mask in masks)
+    touching = any((mask & (grown > 1)).any() for mask in masks)
+    return all(large) and not touching
 
 
 def _draw_once(parts: list[Part], rng: np.random.Generator) -> Drawing:

@@ -1,0 +1,166 @@
+"""The official release: `partonomy_qa_pairs.json` and `images/` <-> questions.
+
+One record of the JSON list, shortened (licence: that of the images, which the release does not state per record):
+
+    {"image_path": "images/train108.jpg", "image_label": "pickup truck",
+     "question_type": "identification", "question": "What visible parts does the object in the image have?",
+     "answer_choices": ["The object in the image has the following visible parts: hood, and wheel.", ...],
+     "answer_types": ["correct", "incorrect", "incorrect", "incorrect", "incorrect"],
+     "answer_parts": [["hood", "wheel"], ...],
+     "segmentations": {"hood": [{"size": [512, 512], "counts": "kV]12k?3N3L..."}], "wheel": [...]},
+     "object_question": null, "object_answer_choices": null, "object_answer_types": null,
+     "object_answer_classes": null}
+
+`segmentations` holds all visible parts of the image. The object fields are filled for whole_to_part and part_to_whole.
+"""
+
+import io
+import json
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from partkit.schema import DataError, Question
+from partkit.sources.files import ImageFiles, read_json, read_part_masks, typed, typed_list
+
+QUESTIONS_FILE = "partonomy_qa_pairs.json"
+SOURCE = "official"
+LICENCE = "not stated"
+
+
+def read_questions(folder: str | Path) -> Iterator[Question]:
+    """Yields every record of the folder as a question, choices in file order.
+
+    `image_id` is the image path; `image` holds the absolute path. Raises DataError naming file, record and field at
+    the first record that cannot be used; none is skipped.
+    """
+    folder = Path(folder)
+    path = folder / QUESTIONS_FILE
+    records = read_json(path)
+    if not isinstance(records, list) or not records:
+        raise DataError(f"{path}: expected a non-empty list of questions, found {records!r:.80}")
+    images = ImageFiles(folder)
+    for index, record in enumerate(records):
+        where = f"{path}, record {index}"
+        question = _read_question(record, id=f"{SOURCE}-{index:05d}", images=images, where=where)
+        question.validate(where=where)
+        yield question
+
+
+def write_official(questions: Iterable[Question], folder: str | Path) -> None:
+    """Writes questions in the official layout; reading the new folder gives equal records.
+
+    As the format has it the correct choice comes first; the others keep their order. Images are copied unchanged.
+    Raises DataError if the folder exists or two images claim one name; an incomplete folder is never left behind.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise DataError(f"{folder}: already exists; name a new folder")
+    unfinished = folder.with_name(folder.name + ".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        records = [_write_question(question, unfinished) for question in questions]
+        (unfinished / QUESTIONS_FILE).write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
+        unfinished.rename(folder)
+    except BaseException:
+        shutil.rmtree(unfinished)
+        raise
+
+
+def _read_question(record: Any, *, id: str, images: ImageFiles, where: str) -> Question:
+    image_path = typed(record, "image_path", str, where=where)
+    size = images.size(image_path, where=where)
+    answer_types = typed_list(record, "answer_types", str, where=where)
+    choices = typed_list(record, "answer_choices", str, where=where)
+    object_choices, object_correct = None, None
+    if typed(record, "object_question", (str, type(None)), where=where) is not None:
+        object_choices = typed_list(record, "object_answer_choices", str, where=where)
+        object_types = typed_list(record, "object_answer_types", str, where=where)
+        object_correct = _correct(object_types, object_choices, where=f"{where}, field 'object_answer_types'")
+    choice_parts = typed_list(record, "answer_parts", list, where=where)
+    if not all(isinstance(part, str) for parts in choice_parts for part in parts):
+        raise DataError(f"{where}, field 'answer_parts': expected lists of part names, found {choice_parts!r:.80}")
+    return Question(
+        id=id,
+        image={"bytes": None, "path": str(images.locate(image_path, where=where))},
+        image_id=image_path,
+        image_label=typed(record, "image_label", str, where=where),
+        question_type=typed(record, "question_type", str, where=where),
+        question=typed(record, "question", str, where=where),
+        choices=choices,
+        correct=_correct(answer_types, choices, where=f"{where}, field 'answer_types'"),
+        choice_parts=choice_parts,
+        masks=read_part_masks(typed(record, "segmentations", dict, where=where), image_size=size, where=where),
+        object_question=record["object_question"],
+        object_choices=object_choices,
+        object_classes=object_choices and typed_list(record, "object_answer_classes", str, where=where),
+        object_correct=object_correct,
+        source=SOURCE,
+        licence=LICENCE,
+    )
+
+
+def _correct(answer_types: list[str], choices: list[str], *, where: str) -> int:
+    if len(answer_types) != len(choices):
+        raise DataError(f"{where}: {len(choices)} choices, but {len(answer_types)} types")
+    unknown = sorted(set(answer_types) - {"correct", "incorrect"})
+    if unknown:
+        raise DataError(f"{where}: expected 'correct' or 'incorrect', found {unknown}")
+    if answer_types.count("correct") != 1:
+        raise DataError(f"{where}: expected exactly one 'correct', found {answer_types.count('correct')}")
+    return answer_types.index("correct")
+
+
+def _write_question(question: Question, folder: Path) -> dict[str, Any]:
+    order = _correct_first(question.correct, len(question.choices))
+    record = {
+        "image_path": _write_image(question, folder),
+        "image_label": question.image_label,
+        "question": question.question,
+        "question_type": question.question_type,
+        "answer_choices": [question.choices[position] for position in order],
+        "answer_types": _answer_types(len(order)),
+        "answer_parts": [question.choice_parts[position] for position in order],
+        "segmentations": {mask.label: [mask.rle] for mask in question.masks},
+        "object_question": question.object_question,
+        "object_answer_choices": None,
+        "object_answer_types": None,
+        "object_answer_classes": None,
+    }
+    if question.object_question is not None:
+        order = _correct_first(question.object_correct, len(question.object_choices))
+        record["object_answer_choices"] = [question.object_choices[position] for position in order]
+        record["object_answer_types"] = _answer_types(len(order))
+        record["object_answer_classes"] = [question.object_classes[position] for position in order]
+    return record
+
+
+def _write_image(question: Question, folder: Path) -> str:
+    """Copies the image into the folder; returns its relative path: the image id, completed where it is none."""
+    content = question.image["bytes"]
+    if content is None:
+        content = Path(question.image["path"]).read_bytes()
+    image_path = question.image_id
+    if not image_path.startswith("images/"):
+        with Image.open(io.BytesIO(content)) as image:
+            image_path = f"images/{image_path}.{image.format.lower()}"
+    target = folder / image_path
+    if not target.resolve().is_relative_to(folder.resolve()):
+        raise DataError(f"question {question.id}, field 'image_id': {question.image_id!r} leads out of the folder")
+    if target.exists() and target.read_bytes() != content:
+        raise DataError(f"question {question.id}, field 'image_id': {question.image_id!r} names two different images")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_bytes(content)
+    return image_path
+
+
+def _correct_first(correct: int, count: int) -> list[int]:
+    return [correct, *[position for position in range(count) if position != correct]]
+
+
+def _answer_types(count: int) -> list[str]:
+    return ["correct"] + ["incorrect"] * (count - 1)
