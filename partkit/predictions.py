@@ -13,14 +13,22 @@ One line of predictions.jsonl, shortened (spans are characters of the answer, ta
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from partkit.masks import RLE, DataError, validate_rle
 
-__all__ = ["Prediction", "SpanMask", "append_predictions", "read_predictions", "write_predictions"]
+__all__ = [
+    "Prediction",
+    "SpanMask",
+    "append_predictions",
+    "check_run",
+    "merge_predictions",
+    "read_predictions",
+    "write_whole",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,14 +126,6 @@ def append_predictions(path: Path, predictions: Iterable[Prediction]) -> None:
         os.fsync(file.fileno())
 
 
-def write_predictions(path: Path, predictions: Iterable[Prediction]) -> None:
-    """Writes the whole file at once: a reader sees the old file or the new one, never a part."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.writelines(map(_line, predictions))
-    os.replace(temporary, path)
-
-
 def read_predictions(path: Path) -> list[Prediction]:
     """All complete lines of a predictions file.
 
@@ -146,3 +146,56 @@ def read_predictions(path: Path) -> list[Prediction]:
                 raise DataError(f"{where}: expected one JSON object, found no valid JSON ({error}).") from error
             predictions.append(Prediction.from_dict(record, where=where))
     return predictions
+
+
+# ---------------------------------------------------------------- the folder of a run
+
+
+def write_whole(path: Path, pieces: Iterable[str]) -> None:
+    """Writes a text file at once: a reader sees the old file or the new one, never a part."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.writelines(pieces)
+    os.replace(temporary, path)
+
+
+def check_run(folder: Path, settings: dict[str, Any]) -> None:
+    """Refuses a folder that holds another run than the one of these settings; changes nothing.
+
+    Raises:
+        DataError: run.json differs, naming the settings, or there are predictions without a run.json.
+    """
+    path = folder / "run.json"
+    if not path.exists():
+        if any(folder.glob("predictions*.jsonl")):
+            raise DataError(f"{folder} holds predictions but no run.json to tell whose: give another folder.")
+        return
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path} is no valid JSON ({error}): give another folder.") from error
+    differing = [name for name in {**found, **settings} if found.get(name) != settings.get(name)]
+    if differing:
+        listed = ", ".join(f"{name} {found.get(name)!r} (now {settings.get(name)!r})" for name in differing)
+        raise DataError(f"{folder} holds another run, with {listed}: give another folder.")
+
+
+def merge_predictions(folder: Path, question_ids: Sequence[str]) -> None:
+    """Gathers predictions.jsonl and what each process wrote beside it into predictions.jsonl, in question order.
+
+    Raises:
+        DataError: a line is damaged or answers none of the questions.
+    """
+    merged, paths = folder / "predictions.jsonl", sorted(folder.glob("predictions.rank*.jsonl"))
+    by_id = {
+        prediction.question_id: prediction
+        for path in [merged, *paths]
+        if path.exists()
+        for prediction in read_predictions(path)
+    }
+    unknown = by_id.keys() - set(question_ids)
+    if unknown:
+        raise DataError(f"{folder} holds predictions for questions that were not asked, such as {min(unknown)!r}.")
+    write_whole(merged, (_line(by_id[question_id]) for question_id in question_ids if question_id in by_id))
+    for path in paths:
+        path.unlink()

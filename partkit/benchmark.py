@@ -1,0 +1,105 @@
+"""The questions of a benchmark split, in the batches and with the wrong images an evaluation uses."""
+
+import hashlib
+import itertools
+import json
+from collections.abc import Sequence
+from dataclasses import fields
+
+import datasets
+from PIL import Image, UnidentifiedImageError
+
+from partkit.masks import DataError
+from partkit.schema import PartMask, Question, as_row
+from partkit.seeding import seeded_generator
+
+__all__ = ["CONTROL_SEED", "fingerprint", "load_image", "load_questions", "make_batches", "pick_wrong_images"]
+
+CONTROL_SEED = 0
+
+
+def load_questions(
+    dataset: str, *, name: str, split: str, data_dir: str | None = None, limit: int | None = None
+) -> tuple[datasets.Dataset, list[Question]]:
+    """A split and its questions, in order and without their images.
+
+    Args:
+        dataset, name, split, data_dir: as in `datasets.load_dataset`.
+        limit: only this many questions, from the start.
+
+    Raises:
+        DataError: the data set, configuration or split does not exist, is empty or holds no questions, or a record is
+            not valid.
+    """
+    asked = f"data set {dataset!r}, name {name!r}, split {split!r}"
+    try:
+        rows = datasets.load_dataset(dataset, name, data_dir=data_dir, split=split)
+    except (ValueError, OSError, datasets.exceptions.DatasetGenerationError) as error:
+        cause = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        raise DataError(f"Cannot load {asked}: {cause}") from error
+    if limit is not None:
+        rows = rows.select(range(min(limit, len(rows))))
+    columns = [item.name for item in fields(Question)]
+    missing = sorted(set(columns) - set(rows.column_names))
+    if missing:
+        raise DataError(f"The {asked} holds no questions, its records lack {missing}: give another name.")
+    questions, ids = [], set()
+    for index, record in enumerate(rows.select_columns(columns).remove_columns("image")):
+        where = f"{asked}, record {index}"
+        question = Question(image=None, **{**record, "masks": [PartMask(**mask) for mask in record["masks"]]})
+        question.validate(where=where)
+        if question.id in ids:
+            raise DataError(f"{where}, field 'id': {question.id!r} occurs more than once")
+        ids.add(question.id)
+        questions.append(question)
+    return rows, questions
+
+
+def load_image(rows: datasets.Dataset, index: int, question: Question) -> Image.Image:
+    """The image of one record as RGB; raises DataError if it cannot be read or is not of its masks' size."""
+    try:
+        image = rows[index]["image"].convert("RGB")
+    except (UnidentifiedImageError, OSError) as error:
+        raise DataError(f"Question {question.id!r}: image {question.image_id!r} cannot be read: {error}") from error
+    size, expected = [image.height, image.width], list(question.masks[0].rle["size"])
+    if size != expected:
+        raise DataError(f"Question {question.id!r}: its image has [height, width] {size}, its masks {expected}.")
+    return image
+
+
+def fingerprint(questions: Sequence[Question]) -> str:
+    """Changes with any text, mask or image id of the questions, and with their order; not with the machine."""
+    digest = hashlib.sha256()
+    for question in questions:
+        digest.update(json.dumps({**as_row(question), "image": None}, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def make_batches(questions: Sequence[Question], batch_size: int) -> list[list[int]]:
+    """Indices of the questions of each step, questions about one image next to each other."""
+    first_use: dict[str, int] = {}
+    for index, question in enumerate(questions):
+        first_use.setdefault(question.image_id, index)
+    order = sorted(range(len(questions)), key=lambda index: (first_use[questions[index].image_id], index))
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def pick_wrong_images(labels: dict[str, str]) -> dict[str, str]:
+    """For every image another one, each used once, and of another label where the labels allow it.
+
+    Args:
+        labels: label of each image, by image id.
+
+    Raises:
+        DataError: there is only one image.
+    """
+    if len(labels) < 2:
+        raise DataError("The wrong-image control needs at least two images, found one: run without the control.")
+    shuffled = seeded_generator(CONTROL_SEED, "wrong_image").permutation(sorted(labels)).tolist()
+    by_label = sorted(shuffled, key=labels.__getitem__)
+    # Turned by the size of the largest label, no image meets its own label while that has at most half of all images.
+    largest = max(len(list(group)) for _, group in itertools.groupby(by_label, labels.__getitem__))
+    turn = min(largest, len(by_label) - 1)
+    return dict(zip(by_label, by_label[turn:] + by_label[:turn], strict=True))
