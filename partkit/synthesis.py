@@ -89,13 +89,14 @@ def draw_instances_example(split: str, index: int, *, seed: int = DEFAULT_SEED) 
     """
     rng = seeded_generator(seed, "mini_instances", split, index)
     label = _draw_label(index)
-    while True:
-        parts = [
+    repeated = False
+    while not repeated:
+        drawn = [
             _with_some_instances(part, rng) for part in OBJECTS[label] if part.required or rng.random() < PRESENCE
         ]
-        drawing = _draw(parts, rng, each_instance=True)
-        if len(set(drawing.names)) < len(drawing.names):
-            break
+        if any(len(part.instances) > 1 for part in drawn):
+            drawing = _draw(drawn, rng, each_instance=True)
+            repeated = len(set(drawing.names)) < len(drawing.names)
     masks = [PartMask(name, encode(mask)) for name, mask in zip(drawing.names, drawing.masks, strict=True)]
     return PartExample(drawing.image, f"mini_instances-{split}-{index:05d}", label, masks, SOURCE, LICENCE)
 

@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 from datasets import load_dataset
+from pyarrow import parquet
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -32,10 +33,11 @@ def main() -> None:
             for split, dataset in load_dataset(partonomy_dataset.DATASET_NAME, name, cache_dir=cache_dir).items():
                 path = output_dir / name / f"{split}-00000-of-00001.parquet"
                 path.parent.mkdir(parents=True, exist_ok=True)
-                # one row group with a large dictionary stores an image once, however many rows show it
-                dataset.to_parquet(
+                # the schema carries the features; with a large dictionary an image is stored once per column chunk
+                parquet.write_table(
+                    dataset.with_format("arrow")[:].cast(dataset.features.arrow_schema),
                     path,
-                    batch_size=len(dataset),
+                    row_group_size=len(dataset),
                     compression="zstd",
                     compression_level=19,
                     dictionary_pagesize_limit=DICTIONARY_BYTES,

@@ -1,0 +1,178 @@
+import re
+from collections import Counter
+from itertools import combinations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from partkit import synthesis
+from partkit.masks import encode
+from partkit.questions import (
+    DISTRACTORS,
+    MADE_QUESTION_TYPES,
+    TOGGLES,
+    filter_parts,
+    make_questions,
+    official_answer,
+    official_question,
+    toggled_distractors,
+    with_article,
+)
+from partkit.schema import PartExample, PartMask
+from partkit.sources.official import read_questions
+from partkit.spans import join_parts
+
+GRAPH = synthesis.part_graph()
+REQUIRED = synthesis.required_parts()
+RLE = encode(np.eye(4, dtype=bool))
+
+
+def example(image_id: str, label: str, parts: list[str]) -> PartExample:
+    return PartExample(None, image_id, label, [PartMask(part, RLE) for part in sorted(parts)], "test", "none")
+
+
+@st.composite
+def examples(draw):
+    label = draw(st.sampled_from(sorted(GRAPH)))
+    optional = sorted(set(GRAPH[label]) - set(REQUIRED[label]))
+    present = draw(st.lists(st.sampled_from(optional), unique=True))
+    return example(draw(st.text(max_size=8)), label, [*REQUIRED[label], *present])
+
+
+def questions_about(record: PartExample, *, seed: int = 0, question_types=MADE_QUESTION_TYPES):
+    return make_questions(record, part_graph=GRAPH, required_parts=REQUIRED, question_types=question_types, seed=seed)
+
+
+def partner_of(question) -> str | None:
+    found = re.search(r"(?:in common with|which) an? (.+?)(?: does not have)?\?$", question.question)
+    return found and found.group(1)
+
+
+@given(examples(), st.integers(0, 3))
+@settings(deadline=None, max_examples=80)
+def test_every_question_has_one_right_answer_and_only_possible_wrong_ones(record, seed):
+    visible = {mask.label for mask in record.masks}
+    for question in questions_about(record, seed=seed):
+        kind = question.question_type.removesuffix("_with_label")
+        truth = question.choice_parts[question.correct]
+        partner = partner_of(question)
+        assert (partner is None) == (kind == "identification")
+        assert truth == filter_parts(kind, sorted(visible), partner=partner, part_graph=GRAPH)
+        optional = sorted(set(GRAPH[record.image_label]) - set(REQUIRED[record.image_label]))
+        eligible = set(filter_parts(kind, optional, partner=partner, part_graph=GRAPH))
+        toggled = set()
+        for position, parts in enumerate(question.choice_parts):
+            assert parts == sorted(set(parts))
+            assert parts
+            if position != question.correct:
+                assert 1 <= len(set(truth) ^ set(parts)) <= TOGGLES
+                toggled |= set(truth) ^ set(parts)
+        assert toggled <= eligible
+        assert len(toggled) <= TOGGLES
+        assert len({frozenset(parts) for parts in question.choice_parts}) == DISTRACTORS + 1
+        assert len(set(question.choices)) == DISTRACTORS + 1
+
+
+@given(examples())
+@settings(deadline=None, max_examples=40)
+def test_a_negative_question_shares_a_part_with_another_object(record):
+    visible = {mask.label for mask in record.masks}
+    for question in questions_about(record, question_types=["negative"]):
+        partner = partner_of(question)
+        assert partner != record.image_label
+        assert visible & set(GRAPH[partner])
+
+
+@given(st.lists(examples(), min_size=2, max_size=4, unique_by=lambda record: record.image_id))
+@settings(deadline=None, max_examples=20)
+def test_questions_do_not_depend_on_the_order_of_images_or_types(records):
+    forward = [question for record in records for question in questions_about(record)]
+    backward = [
+        question
+        for record in reversed(records)
+        for question in questions_about(record, question_types=MADE_QUESTION_TYPES[::-1])
+    ]
+    assert {question.id: question for question in forward} == {question.id: question for question in backward}
+
+
+def test_an_example_without_masks_gets_no_comparison_and_no_right_answer():
+    bare = example("bare", "bus", [])
+    assert questions_about(bare, question_types=["positive", "negative"]) == []
+
+
+def test_a_type_with_too_few_optional_parts_is_not_asked():
+    graph, required = {"stool": ["leg", "seat", "cushion"]}, {"stool": ["seat"]}
+    record = example("stool", "stool", ["seat", "leg"])
+    assert make_questions(record, part_graph=graph, required_parts=required, seed=0) == []
+
+
+def test_the_wording_is_that_of_the_official_release(fixtures_dir):
+    compared = Counter()
+    for question in read_questions(fixtures_dir / "official_layout"):
+        if question.question_type not in MADE_QUESTION_TYPES:
+            continue
+        partner = partner_of(question)
+        words = {"image_label": question.image_label, "partner": partner}
+        assert official_question(question.question_type, **words) == question.question
+        for parts, choice in zip(question.choice_parts, question.choices, strict=True):
+            assert official_answer(question.question_type, join_parts(parts), **words) == choice
+        compared[question.question_type] += 1
+    assert set(compared) == set(MADE_QUESTION_TYPES)
+
+
+@pytest.mark.parametrize(
+    ("phrase", "expected"),
+    [("engine", "an engine"), ("bus", "a bus"), ("SUV parked to the left", "a SUV parked to the left")],
+)
+def test_articles_follow_the_whole_phrase(phrase, expected):
+    assert with_article(phrase) == expected
+
+
+def test_toggling_makes_every_choice_equally_likely_to_be_the_truth():
+    """Over all truths on three optional parts, each list is the truth as often as it is a given distractor."""
+    eligible = ["a", "b", "c"]
+    subsets = [[*chosen, "z"] for size in range(4) for chosen in combinations(eligible, size)]
+    as_truth, as_distractor = Counter(), Counter()
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        for truth in subsets:
+            as_truth[tuple(truth)] += 1
+            as_distractor.update(map(tuple, toggled_distractors(truth, eligible=eligible, rng=rng)))
+    assert set(as_distractor) == set(as_truth)
+    shares = np.array([as_distractor[key] / as_truth[key] for key in as_truth])
+    np.testing.assert_allclose(shares, DISTRACTORS, atol=0.35)
+
+
+def test_blind_heuristics_stay_near_chance_on_the_test_questions(capsys):
+    records = [synthesis.draw_example("test", index) for index in range(150)]
+    questions = [question for record in records for question in questions_about(record)]
+    common = Counter(part for question in questions for parts in question.choice_parts for part in parts)
+
+    def medoid(choices: list[list[str]]) -> list[int]:
+        return [-sum(len(set(parts) ^ set(other)) for other in choices) for parts in choices]
+
+    heuristics = {
+        "longest": lambda choices: [len(parts) for parts in choices],
+        "shortest": lambda choices: [-len(parts) for parts in choices],
+        "most common parts": lambda choices: [np.mean([common[part] for part in parts]) for parts in choices],
+        "medoid": medoid,
+        "first": lambda choices: [-position for position in range(len(choices))],
+    }
+    with capsys.disabled():
+        print()
+        for name, score in heuristics.items():
+            accuracy = expected_accuracy(questions, score)
+            print(f"blind choice on {len(questions)} questions, {name}: {accuracy:.3f}")
+            assert accuracy == pytest.approx(0.2, abs=0.07)
+
+
+def expected_accuracy(questions, score) -> float:
+    """Ties are broken at random, so a tie of n that holds the right answer counts 1 / n."""
+    hits = []
+    for question in questions:
+        scores = np.asarray(score(question.choice_parts), dtype=float)
+        best = np.flatnonzero(scores == scores.max())
+        hits.append((question.correct in best) / len(best))
+    return float(np.mean(hits))
