@@ -353,6 +353,9 @@ class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
         As in transformers; but parameter names are saved as they are. Renamed to the vision-language model's own older
         format they would not be found again by a Trainer that resumes.
         """
+        # transformers records one auto class per model; this one answers to two.
+        auto_map = getattr(self.config, "auto_map", None) or {}
+        self.config.auto_map = auto_map | {"AutoModelForImageTextToText": f"modeling_plum.{type(self).__name__}"}
         super().save_pretrained(save_directory, save_original_format=save_original_format, **kwargs)
 
     # ------------------------------------------------------------------ images

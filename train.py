@@ -50,12 +50,10 @@ LORA_TRAINED_WHOLE = ["lm_head", "embed_tokens", "span_tagger", "span_projector"
 class ModelArguments:
     """What is trained: a checkpoint, or a model from scratch with a tokenizer learned from the training texts."""
 
-    model: str | None = field(
-        default=None, metadata={"help": "Folder or Hub name of a PLUM checkpoint to start from."}
-    )
+    model: str | None = field(default=None, metadata={"help": "Folder or Hub name of a PLUM checkpoint."})
     model_config: dict | str | None = field(
         default=None,
-        metadata={"help": "Fields of PlumConfig (json) for a model from scratch; changes to a checkpoint's."},
+        metadata={"help": "PlumConfig of a model from scratch, or changes to a checkpoint's."},
     )
     tokenizer_vocab_size: int = field(default=800, metadata={"help": "Vocabulary of a tokenizer from scratch."})
     lora_r: int = field(default=0, metadata={"help": "Rank of LoRA on the language model; 0 trains all weights."})
@@ -153,7 +151,7 @@ def load_checkpoint(folder: str, changes: dict | None, **kwargs) -> tuple[PlumFo
 def build_from_scratch(
     config: dict, vocab_size: int, texts: list[str]
 ) -> tuple[PlumForConditionalGeneration, PlumProcessor]:
-    """A model of random weights that looks through SAM's encoder, and a processor with a tokenizer learned of `texts`."""
+    """A model of random weights that looks through SAM's encoder, and a processor with a tokenizer for `texts`."""
     tokenizer = train_tokenizer(texts, vocab_size)
     config = PlumConfig(**config)
     if config.vlm_image_input != "sam_image_embeddings":
@@ -289,7 +287,7 @@ class Collator:
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
-    """Muon (as in torch) for weight matrices and AdamW for all else, as one optimizer to schedulers and checkpoints."""
+    """Muon (as in torch) for weight matrices and AdamW for the rest, one optimizer to schedulers and checkpoints."""
 
     def __init__(self, model: nn.Module, muon_learning_rate: float, learning_rate: float, weight_decay: float, betas):
         matrices, others, undecayed = self._split(model)
@@ -297,7 +295,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
             matrices, lr=muon_learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
         )
         groups = [{"params": others, "weight_decay": weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
-        self.optimizers = [muon, torch.optim.AdamW(groups, lr=learning_rate, betas=betas)]
+        self.optimizers = [torch.optim.AdamW(groups, lr=learning_rate, betas=betas), muon]
         super().__init__([group for optimizer in self.optimizers for group in optimizer.param_groups], {})
         self._share_groups()
 

@@ -53,6 +53,7 @@ def tiny_tokenizer(kind: str = "byte_level") -> PreTrainedTokenizerFast:
 def tiny_config(shared_vision: bool = True, **options) -> PlumConfig:
     """A PLUM of 0.2 M parameters on 64 px images; with its own CLIP tower or looking through SAM's encoder."""
     sam_config = {
+        "initializer_range": 0.15,  # so that masks differ visibly from each other without any training
         "vision_config": {
             "hidden_size": 32,
             "output_channels": 32,
