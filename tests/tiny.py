@@ -15,6 +15,7 @@ CORPUS = [
     "USER: What visible parts does the object in the image have? ASSISTANT: The object in the image has the following "
     "visible parts: left wing, right wing, tail, and wheel. It is red.",
     "Which parts can you see? I can see a wheel, another wheel and a third wheel.",
+    "(abcdefghijklmnopqrstuvwxyz)<p>/\\",
 ]
 IMAGE_SIZE = 64
 NUM_IMAGE_TOKENS = 16
@@ -30,13 +31,13 @@ def tiny_tokenizer(kind: str = "byte_level") -> PreTrainedTokenizerFast:
         trainer = trainers.BpeTrainer(initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), **options)
     elif kind == "metaspace":
         tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation()])
         tokenizer.decoder = decoders.Metaspace()
         trainer = trainers.BpeTrainer(**options)
     else:
         tokenizer = Tokenizer(models.WordPiece(unk_token="<unk>"))
         tokenizer.normalizer = normalizers.Lowercase()
-        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
         tokenizer.decoder = decoders.WordPiece()
         trainer = trainers.WordPieceTrainer(**options)
     tokenizer.train_from_iterator(CORPUS, trainer)

@@ -1,0 +1,253 @@
+"""Tags to tokens and back, masks in every form, typed results; on three kinds of tokenizer."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from processing_plum import PlumProcessor, parse_span_tags, to_binary_mask
+from tests.tiny import conversation, random_image, random_mask, tiny_model, tiny_processor
+
+TOKENIZERS = ["byte_level", "metaspace", "wordpiece"]
+ANSWER = "The object has a <p>left wing</p>, (<p>tail</p>), and one <p>wheel</p>."
+
+
+@pytest.fixture(scope="module", params=TOKENIZERS)
+def processor(request):
+    return tiny_processor(tokenizer_kind=request.param)
+
+
+@pytest.fixture(scope="module")
+def byte_level_processor():
+    return tiny_processor()
+
+
+def encode(processor, conversations, **options):
+    return processor.apply_chat_template(conversations, tokenize=True, return_dict=True, **options)
+
+
+def words_of(processor, ids) -> str:
+    return processor.tokenizer.decode(ids).strip()
+
+
+@given(
+    st.lists(st.tuples(st.text("ab <>p/", max_size=8), st.text("xyz", min_size=1, max_size=5)), max_size=6),
+    st.text("ab <>p/", max_size=8),
+)
+def test_tags_put_around_words_come_out_as_the_ranges_of_those_words(pieces, rest):
+    def escape(text):
+        return text.replace("<p>", "\\<p>").replace("</p>", "\\</p>")
+
+    tagged = "".join(f"{escape(before)}<p>{words}</p>" for before, words in pieces) + escape(rest)
+    plain, spans = parse_span_tags(tagged)
+    assert plain == "".join(before + words for before, words in pieces) + rest
+    assert [plain[start:end] for start, end in spans] == [words for _, words in pieces]
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("A <p>wing.", "Unbalanced span tag in a text with 1 opening and 0 closing span tags: 'A <p>wing.'"),
+        ("A wing</p>.", "Unbalanced span tag in a text with 0 opening and 1 closing"),
+        ("<p>a <p>b</p></p>", "Nested span tag in a text with 2 opening and 2 closing"),
+        ("A <p> </p>.", "Empty span tag in a text with 1 opening and 1 closing"),
+    ],
+)
+def test_a_broken_tag_is_refused_with_the_counts_and_the_text(text, words):
+    with pytest.raises(ValueError, match=words):
+        parse_span_tags(text)
+
+
+def test_bio_labels_cover_exactly_the_tagged_words(processor):
+    masks = [[random_mask(seed=seed) for seed in range(3)]]
+    batch = encode(processor, [conversation(random_image(), ANSWER)], masks=masks)
+    spans = batch["spans"].tolist()
+    assert [words_of(processor, batch["input_ids"][row, start:end]) for row, start, end in spans] == [
+        "left wing",
+        "tail",
+        "wheel",
+    ]
+    expected = torch.where(batch["labels"] == -100, -100, 0)
+    for row, start, end in spans:
+        expected[row, start:end] = 2
+        expected[row, start] = 1
+    assert torch.equal(batch["span_labels"], expected)
+
+
+def test_labels_are_the_answers_of_every_assistant_turn(processor):
+    chat = conversation(random_image(), "A <p>wheel</p>.") + conversation(None, "It is red.", question="Colour?")
+    batch = encode(processor, [chat], masks=[[random_mask()]])
+    answers = words_of(processor, batch["labels"][batch["labels"] != -100])
+    assert answers.replace("</s>", "|").replace(" ", "").lower() == "awheel.|itisred.|"
+    assert (batch["input_ids"] == processor.image_token_id).sum() == processor.num_image_tokens
+
+
+def test_padding_side_moves_spans_with_their_tokens(processor):
+    chats = [conversation(random_image(), ANSWER), conversation(None, "It is red.")]
+    long = [conversation(random_image(), "I can see a wheel. " * 5)]
+    for side in ("left", "right"):
+        batch = encode(processor, chats + long, padding_side=side)
+        found = [
+            words_of(processor, batch["input_ids"][row, start:end]) for row, start, end in batch["spans"].tolist()
+        ]
+        assert found == ["left wing", "tail", "wheel"]
+        assert (batch["attention_mask"][1] == 0).sum() > 0
+
+
+def test_tags_in_a_users_text_are_plain_text(byte_level_processor):
+    chat = conversation(random_image(), "\\<p> is a tag, a <p>wheel</p> is a part.", question="What is <p>this</p>?")
+    batch = encode(byte_level_processor, [chat], masks=[[random_mask()]])
+    text = byte_level_processor.tokenizer.decode(batch["input_ids"][0])
+    assert "What is <p>this</p>?" in text and "<p> is a tag" in text
+    assert len(batch["spans"]) == 1
+
+
+def test_only_conversations_with_masks_supervise_their_tags(byte_level_processor):
+    chats = [conversation(random_image(), "A <p>wheel</p>."), conversation(None, "No."), conversation(None, "Yes.")]
+    batch = encode(byte_level_processor, chats, masks=[[random_mask()], [], None])
+    supervised = (batch["span_labels"] >= 0).any(dim=1)
+    assert supervised.tolist() == [True, True, False]
+    assert batch["sam_image_index"].tolist() == [0, -1, -1]
+
+
+@pytest.mark.parametrize("masks", [[[]], [[random_mask(seed=i) for i in range(2)]]])
+def test_a_count_of_masks_that_differs_from_the_tags_names_both_and_the_text(byte_level_processor, masks):
+    chat = conversation(random_image(), "A <p>wheel</p>.")
+    with pytest.raises(ValueError, match=f"1 span tags but {len(masks[0])} masks for the text 'A wheel.</s>'"):
+        encode(byte_level_processor, [chat], masks=masks)
+
+
+def test_masks_in_every_form_are_the_same_mask():
+    mask = np.zeros((50, 70), dtype=bool)
+    mask[10:30, 20:60] = True
+    compressed = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
+    runs = [20 * 50 + 10] + [20, 30] * 39 + [20, 10 * 50 + 20]
+    forms = [
+        mask,
+        torch.from_numpy(mask),
+        Image.fromarray(mask),
+        compressed,
+        {"size": [50, 70], "counts": compressed["counts"].decode()},
+        {"size": [50, 70], "counts": runs},
+        [[20, 10, 60, 10, 60, 30, 20, 30]],
+    ]
+    for form in forms:
+        assert np.array_equal(to_binary_mask(form, (50, 70)), mask), form
+
+
+@pytest.mark.parametrize(
+    "mask, words",
+    [
+        (np.zeros((9, 9)), r"A mask is \(9, 9\).*image is \(50, 70\)"),
+        ({"size": [9, 9], "counts": "0"}, r"size \[9, 9\].*image \[50, 70\]"),
+        ({"size": [50, 70], "counts": "0PPPPPPPPP7"}, "does not decode to 50 x 70"),
+        ({"size": [50, 70], "counts": [7]}, "do not add up to 50 x 70"),
+        ([[1, 2, 3, 4]], "at least three points"),
+    ],
+)
+def test_a_damaged_mask_is_refused(mask, words):
+    with pytest.raises(ValueError, match=words):
+        to_binary_mask(mask, (50, 70))
+
+
+def test_one_image_in_several_conversations_is_encoded_once(byte_level_processor):
+    first, second = random_image(seed=1), random_image(90, 40, seed=2)
+    chats = [conversation(image, "Yes.") for image in (first, second, None, first)]
+    batch = encode(byte_level_processor, chats)
+    assert batch["sam_image_index"].tolist() == [0, 1, -1, 0]
+    assert batch["original_sizes"].tolist() == [[50, 70], [90, 40]]
+    own_tower = encode(tiny_processor(shared_vision=False), chats)
+    assert len(own_tower["sam_pixel_values"]) == 2 and len(own_tower["pixel_values"]) == 3
+
+
+def test_two_spans_without_a_token_between_them_are_refused_if_they_share_one(byte_level_processor):
+    chats = [conversation(random_image(), "A <p>whe</p><p>el</p>.")]
+    with pytest.raises(ValueError, match="The span 'el' of conversation 0 has no tokens of its own"):
+        encode(byte_level_processor, chats)
+
+
+def test_an_image_token_in_a_text_is_refused(byte_level_processor):
+    chats = [conversation(random_image(), "Yes."), conversation(None, "Yes.", question="What is <image>?")]
+    with pytest.raises(ValueError, match="Conversation 1 has 16 image tokens, expected 0"):
+        encode(byte_level_processor, chats)
+    with pytest.raises(ValueError, match="Found 0 images for 1 texts with '<image>'"):
+        byte_level_processor(text="USER: <image>\nHello ASSISTANT:")
+
+
+def test_two_images_in_one_conversation_are_refused(byte_level_processor):
+    chat = conversation(random_image(), "Yes.") + conversation(random_image(seed=1), "No.")
+    with pytest.raises(ValueError, match="one image per conversation, found 2"):
+        encode(byte_level_processor, [chat])
+
+
+def test_a_rendered_prompt_is_encoded_as_the_chat_it_came_from(byte_level_processor):
+    chat, image = conversation(random_image(), None), random_image()
+    prompt = byte_level_processor.apply_chat_template(chat, add_generation_prompt=True)
+    assert prompt == "USER: <image>\nWhich parts can you see? ASSISTANT:"
+    called = byte_level_processor(images=image, text=prompt)
+    expected = encode(byte_level_processor, [chat], add_generation_prompt=True)
+    assert called.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(called[name], value), name
+
+
+def test_results_are_the_words_and_masks_of_the_answer_at_the_size_of_the_image(processor):
+    model = tiny_model()
+    images = [random_image(50, 70, seed=1), random_image(90, 40, seed=2), None]
+    chats = [
+        conversation(images[0], ANSWER),
+        conversation(images[1], "The <p>tail</p>."),
+        conversation(images[2], "It is red."),
+    ]
+    outputs = model.segment(**encode(processor, chats))
+    answers = processor.post_process_segmentation(outputs)
+    plain = ["The object has a left wing, (tail), and one wheel.", "The tail.", "It is red."]
+    squeezed = [answer.text.replace(" ", "").lower() for answer in answers]
+    assert squeezed == [text.replace(" ", "").lower() for text in plain]
+    assert [[span.text.lower() for span in answer.spans] for answer in answers] == [
+        ["left wing", "tail", "wheel"],
+        ["tail"],
+        [],
+    ]
+    for answer, size in zip(answers, [(50, 70), (90, 40), None], strict=True):
+        for span in answer.spans:
+            assert answer.text[span.start : span.end] == span.text
+            assert span.mask.shape == size and span.mask.dtype == bool
+            assert 0.0 <= span.score <= 1.0
+            x0, y0, x1, y1 = span.box
+            assert span.mask[y0:y1, x0:x1].sum() == span.mask.sum()
+            assert (
+                span.mask[y0:y1, [x0, x1 - 1]].any(axis=0).all() and span.mask[[y0, y1 - 1], x0:x1].any(axis=1).all()
+            )
+
+
+def test_an_empty_mask_has_no_box(byte_level_processor):
+    model = tiny_model()
+    outputs = model.segment(**encode(byte_level_processor, [conversation(random_image(), "A <p>wheel</p>.")]))
+    span = byte_level_processor.post_process_segmentation(outputs, mask_threshold=1e9)[0].spans[0]
+    assert span.box is None and not span.mask.any()
+
+
+@pytest.mark.parametrize("shared_vision", [True, False])
+def test_a_saved_processor_loads_to_the_same_function(tmp_path, shared_vision):
+    processor = tiny_processor(shared_vision)
+    processor.save_pretrained(tmp_path)
+    loaded = PlumProcessor.from_pretrained(tmp_path)
+    chats, masks = [conversation(random_image(), "A <p>wheel</p>.")], [[random_mask()]]
+    found, expected = encode(loaded, chats, masks=masks), encode(processor, chats, masks=masks)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        for left, right in zip(found[name], value, strict=True):
+            assert torch.equal(left, right), name
+
+
+def test_a_tokenizer_without_the_image_token_is_refused():
+    processor = tiny_processor()
+    tokenizer = copy.deepcopy(processor.tokenizer)
+    with pytest.raises(ValueError, match="no token '<picture>'"):
+        PlumProcessor(processor.sam_image_processor, processor.sam_image_processor, tokenizer, image_token="<picture>")
