@@ -10,13 +10,13 @@ In the templates {part} and the lists hold the span tags; a tag encloses the bar
 from dataclasses import dataclass, field
 from functools import cache
 
-import inflect
 import numpy as np
 
 from partkit.questions import (
     MADE_QUESTION_TYPES,
     PartGraph,
     filter_parts,
+    inflect_engine,
     official_answer,
     official_question,
     possible_partners,
@@ -315,7 +315,7 @@ def _instance_turn(example: PartExample, part: str, count: int, rng: np.random.G
     words = {
         "name": str(rng.choice(["object", escape_tags(example.image_label)])),
         "plain": plain,
-        "plural": _inflect_engine().plural_noun(plain),
+        "plural": inflect_engine().plural_noun(plain),
         "counted": _join_naturally([f"{opening} {_tagged(part)}" for opening in openings[:count]]),
     }
     question = _phrase(QUESTIONS["instances"], rng, **words)
@@ -344,15 +344,10 @@ def _join_naturally(phrases: list[str]) -> str:
 
 @cache
 def _is_plural(phrase: str) -> bool:
-    return bool(_inflect_engine().singular_noun(phrase.rsplit(" ", 1)[-1]))
+    return bool(inflect_engine().singular_noun(phrase.rsplit(" ", 1)[-1]))
 
 
 @cache
 def _ordinal(number: int) -> str:
-    engine = _inflect_engine()
+    engine = inflect_engine()
     return engine.number_to_words(engine.ordinal(number))
-
-
-@cache
-def _inflect_engine() -> inflect.engine:
-    return inflect.engine()

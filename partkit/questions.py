@@ -13,7 +13,7 @@ from itertools import combinations
 import inflect
 import numpy as np
 
-from partkit.schema import PartExample, Question
+from partkit.schema import DataError, PartExample, Question
 from partkit.seeding import seeded_generator
 from partkit.spans import join_parts
 
@@ -60,7 +60,14 @@ def make_questions(
         required_parts: those of them that every object of a label has; no distractor ever leaves them out.
 
     A type is not asked where fewer than TOGGLES optional parts pass its filter, or where no partner object fits.
+    Raises DataError if the graphs do not know the object or one of its parts.
     """
+    label = example.image_label
+    if label not in part_graph or label not in required_parts:
+        raise DataError(f"example {example.image_id}, field 'image_label': the part graphs do not know {label!r}")
+    unknown = sorted({mask.label for mask in example.masks} - set(part_graph[label]))
+    if unknown:
+        raise DataError(f"example {example.image_id}, field 'masks': part_graph[{label!r}] does not have {unknown}")
     questions = [
         _make_question(example, part_graph=part_graph, required_parts=required_parts, question_type=kind, seed=seed)
         for kind in question_types
@@ -163,9 +170,9 @@ def _kind_and_name(question_type: str, image_label: str) -> tuple[str, str]:
 @cache
 def with_article(phrase: str) -> str:
     """The phrase after "a" or "an", as `inflect` chooses for the whole phrase."""
-    return _inflect_engine().a(phrase)
+    return inflect_engine().a(phrase)
 
 
 @cache
-def _inflect_engine() -> inflect.engine:
+def inflect_engine() -> inflect.engine:
     return inflect.engine()

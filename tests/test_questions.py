@@ -20,7 +20,7 @@ from partkit.questions import (
     toggled_distractors,
     with_article,
 )
-from partkit.schema import PartExample, PartMask
+from partkit.schema import DataError, PartExample, PartMask
 from partkit.sources.official import read_questions
 from partkit.spans import join_parts
 
@@ -106,6 +106,13 @@ def test_a_type_with_too_few_optional_parts_is_not_asked():
     graph, required = {"stool": ["leg", "seat", "cushion"]}, {"stool": ["seat"]}
     record = example("stool", "stool", ["seat", "leg"])
     assert make_questions(record, part_graph=graph, required_parts=required, seed=0) == []
+
+
+def test_objects_and_parts_outside_the_graphs_are_refused_by_name():
+    with pytest.raises(DataError, match="example one, field 'image_label'.*'spoon'"):
+        questions_about(example("one", "spoon", ["door"]))
+    with pytest.raises(DataError, match="example one, field 'masks'.*'propeller'"):
+        questions_about(example("one", "bus", ["body", "propeller"]))
 
 
 def test_the_wording_is_that_of_the_official_release(fixtures_dir):

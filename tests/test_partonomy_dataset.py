@@ -1,0 +1,206 @@
+import dataclasses
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from datasets import load_dataset
+from PIL import Image
+
+import partonomy_dataset
+from partkit import synthesis
+from partkit.masks import DataError, decode
+from partkit.schema import GROUNDED_CONVERSATION_FEATURES, QUESTION_FEATURES, GroundedConversation, PartMask, Question
+from partkit.sources.official import QUESTIONS_FILE
+
+ROOT = Path(__file__).resolve().parent.parent
+PARQUET = ROOT / "partonomy"
+DRAWN = sorted(partonomy_dataset.DRAWING_SIZES)
+FEATURES = {
+    "mini": GROUNDED_CONVERSATION_FEATURES,
+    "mini_instances": GROUNDED_CONVERSATION_FEATURES,
+    "mini_questions": QUESTION_FEATURES,
+}
+
+
+def read_parquet(name: str, split: str, tmp_path: Path):
+    return load_dataset(str(PARQUET), name, split=split, cache_dir=tmp_path / "parquet")
+
+
+def as_record(row: dict, kind: type) -> GroundedConversation | Question:
+    masks = [PartMask(mask["label"], mask["rle"]) for mask in row["masks"]]
+    return kind(**{field.name: row[field.name] for field in dataclasses.fields(kind)} | {"masks": masks})
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_the_builder_and_the_parquet_folder_serve_the_same_records(name, tmp_path):
+    stored = read_parquet(name, "test", tmp_path)
+    drawn = list(load_dataset("partonomy", name, split="test", streaming=True))
+    assert stored.features == FEATURES[name]
+    assert len(stored) == len(drawn)
+    for row, other in zip(stored, drawn, strict=True):
+        np.testing.assert_array_equal(np.asarray(row.pop("image")), np.asarray(other.pop("image")))
+        assert row == other
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_all_stored_records_are_valid_and_no_image_is_in_two_splits(name, tmp_path):
+    kind = Question if name == "mini_questions" else GroundedConversation
+    owners = {}
+    for split, size in partonomy_dataset.DRAWING_SIZES[name].items():
+        stored = read_parquet(name, split, tmp_path)
+        ids = stored["id"][:]
+        assert len(set(ids)) == len(ids)
+        assert len(set(stored["image_id"])) == size
+        for row in stored.remove_columns("image"):
+            as_record(row | {"image": None}, kind).validate(where=row["id"])
+        for row in stored.select_columns(["image", "image_id"]).cast_column("image", datasets.Image(decode=False)):
+            assert owners.setdefault(row["image"]["bytes"], row["image_id"]) == row["image_id"]
+
+
+def test_questions_are_about_the_images_of_the_conversations(tmp_path):
+    asked = read_parquet("mini_questions", "test", tmp_path)
+    talked = read_parquet("mini", "test", tmp_path)
+    assert set(asked["image_id"]) == set(talked["image_id"])
+    first = asked[0]
+    same = talked[talked["image_id"][:].index(first["image_id"])]
+    np.testing.assert_array_equal(np.asarray(first["image"]), np.asarray(same["image"]))
+    for mask in first["masks"]:
+        assert decode(mask["rle"], expected_size=(first["image"].height, first["image"].width)).any()
+
+
+def test_two_processes_make_the_data_set_that_is_stored(tmp_path):
+    drawn = load_dataset("partonomy", "mini_questions", num_proc=2, cache_dir=tmp_path)
+    for split, rows in drawn.items():
+        stored = read_parquet("mini_questions", split, tmp_path)
+        assert rows.remove_columns("image")[:] == stored.remove_columns("image")[:]
+
+
+def run_python(code: str, *, cwd: Path, tmp_path: Path) -> str:
+    environment = {
+        "PYTHONPATH": str(ROOT) if cwd != ROOT else "",
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    }
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_folder_is_served_from_the_repository_root_without_any_import_of_the_project(tmp_path):
+    code = (
+        "import sys; from datasets import load_dataset; d = load_dataset('partonomy', split='test');"
+        "print(d[0]['id'], d[0]['image'].size, 'partkit' in sys.modules)"
+    )
+    assert run_python(code, cwd=ROOT, tmp_path=tmp_path) == "mini-test-00000-conversation (128, 128) False\n"
+
+
+def test_the_import_serves_it_from_an_empty_folder_and_loads_neither_torch_nor_the_model(tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    code = (
+        "import sys, partonomy_dataset; from datasets import load_dataset;"
+        "print(load_dataset('partonomy', 'mini_questions', split='test')[0]['image_id']);"
+        "print(sorted({'torch', 'transformers', 'modeling_plum', 'processing_plum'} & set(sys.modules)))"
+    )
+    assert run_python(code, cwd=empty, tmp_path=tmp_path) == "mini-test-00000\n[]\n"
+
+
+def test_other_packaged_modules_still_find_their_files(tmp_path):
+    (tmp_path / "data.csv").write_text("a,b\n1,2\n")
+    assert load_dataset("csv", data_dir=str(tmp_path), split="train", cache_dir=tmp_path / "cache")[0] == {
+        "a": 1,
+        "b": 2,
+    }
+
+
+def test_the_parquet_files_stay_within_their_limit_and_graphs_match_the_drawings():
+    assert sum(path.stat().st_size for path in PARQUET.rglob("*.parquet")) < 9_500_000
+    graphs = json.loads((PARQUET / "graphs" / "mini.json").read_text())
+    assert graphs == {
+        "part_graph": synthesis.part_graph(),
+        "required_parts": synthesis.required_parts(),
+        "instance_graph": synthesis.instance_graph(),
+    }
+
+
+def test_the_card_states_the_sizes_of_the_splits(tmp_path):
+    card = (PARQUET / "README.md").read_text()
+    for name in DRAWN:
+        counts = [len(read_parquet(name, split, tmp_path)) for split in ("train", "validation", "test")]
+        assert re.search(rf"^\| `{name}` .*\| {counts[0]} \| {counts[1]} \| {counts[2]} \|$", card, re.MULTILINE)
+
+
+def test_every_import_stands_on_one_line():
+    """datasets 3 runs the file as a script and reads its imports line by line."""
+    lines = (ROOT / "partonomy_dataset.py").read_text().splitlines()
+    assert not [line for line in lines if re.match(r"(from|import) .*\($", line)]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_the_official_sample_loads_by_name(fixtures_dir, tmp_path, streaming):
+    folder = str(fixtures_dir / "official_layout")
+    data = load_dataset(
+        "partonomy", "official", data_dir=folder, split="test", streaming=streaming, cache_dir=tmp_path
+    )
+    rows = list(data.select_columns(["id", "question_type", "image"]))
+    assert len(rows) == 420
+    assert len({row["question_type"] for row in rows}) == 10
+    assert {row["image"].size for row in rows[:10]} == {(512, 512)}
+
+
+def small_descriptor(fixtures_dir: Path, folder: Path, *, instances: int) -> Path:
+    source = fixtures_dir / "data" / "real_parts"
+    content = json.loads((source / "descriptor.json").read_text())
+    content["instances"] = content["instances"][:: 1225 // instances][:instances]
+    (folder / "images").mkdir(parents=True)
+    for instance in content["instances"]:
+        shutil.copy(source / instance["image_path"], folder / instance["image_path"])
+    (folder / "descriptor.json").write_text(json.dumps(content))
+    return folder
+
+
+def test_a_descriptor_gives_a_tenth_of_its_images_to_validation(fixtures_dir, tmp_path):
+    folder = small_descriptor(fixtures_dir, tmp_path / "data", instances=60)
+    splits = load_dataset("partonomy", "descriptor", data_dir=str(folder), num_proc=2, cache_dir=tmp_path / "cache")
+    assert {split: len(rows) for split, rows in splits.items()} == {"train": 54, "validation": 6}
+    assert not set(splits["train"]["image_id"]) & set(splits["validation"]["image_id"])
+    for row in splits["validation"]:
+        assert all(mask["rle"]["size"] == [row["image"].height, row["image"].width] for mask in row["masks"])
+
+
+def test_a_changed_file_is_read_again_and_not_served_from_the_cache(fixtures_dir, tmp_path):
+    folder = small_descriptor(fixtures_dir, tmp_path / "data", instances=12)
+    load = {"path": "partonomy", "name": "descriptor", "data_dir": str(folder), "cache_dir": tmp_path / "cache"}
+    assert len(load_dataset(**load, split="train")) == 11
+    content = json.loads((folder / "descriptor.json").read_text())
+    content["instances"] = content["instances"][:5]
+    (folder / "descriptor.json").write_text(json.dumps(content))
+    assert len(load_dataset(**load, split="train")) == 5
+
+
+def test_a_bad_record_is_named_in_the_chain_of_causes_and_leaves_no_data_set_behind(tmp_path):
+    folder = tmp_path / "data"
+    (folder / "images").mkdir(parents=True)
+    Image.new("RGB", (4, 4)).save(folder / "images" / "one.png")
+    (folder / QUESTIONS_FILE).write_text(json.dumps([{"image_path": "images/two.png"}]))
+    load = {"path": "partonomy", "name": "official", "data_dir": str(folder), "cache_dir": tmp_path / "cache"}
+    for _ in range(2):
+        with pytest.raises(Exception, match="generating the dataset") as caught:
+            load_dataset(**load)
+        assert isinstance(caught.value.__cause__, DataError)
+        assert re.search(r"record 0, field 'image_path': there is no image", str(caught.value.__cause__))
+
+
+@pytest.mark.parametrize("name", ["official", "descriptor"])
+def test_a_config_that_reads_files_asks_for_their_folder(name, tmp_path):
+    with pytest.raises(Exception, match="data_dir=FOLDER|generating") as caught:
+        load_dataset("partonomy", name, cache_dir=tmp_path)
+    assert "data_dir=FOLDER" in str(caught.value.__cause__ or caught.value)
