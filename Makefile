@@ -1,0 +1,23 @@
+# make demo: train plum-tiny on the drawn miniature, evaluate it, write the report.   make test: the test suite.
+PYTHON := .venv/bin/python
+INSTALLED := .venv/installed
+
+.PHONY: demo test lint data
+
+demo: $(INSTALLED)
+	rm -rf runs/demo
+	.venv/bin/accelerate launch --cpu --num_processes 1 train.py recipes/plum_tiny.yaml --output_dir runs/demo/model
+	$(PYTHON) evaluate_plum.py --model runs/demo/model --dataset partonomy --name mini_questions --split test \
+		--output_dir runs/demo/evaluation
+
+test: $(INSTALLED)
+	HF_HUB_OFFLINE=1 $(PYTHON) -m pytest
+
+lint: $(INSTALLED)
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+
+$(INSTALLED): setup.cfg pyproject.toml constraints.txt
+	python3 -m venv .venv
+	.venv/bin/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
