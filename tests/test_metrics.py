@@ -338,6 +338,7 @@ def test_scores_or_masks_that_do_not_fit_the_question_are_named():
         evaluate_predictions([question], [replace(make_prediction(0, {}, {}), wrong_image=other_size)])
 
 
-def test_the_docstring_example_runs_as_it_stands():
-    assert doctest.testmod(metrics).failed == 0
+def test_the_examples_of_docstring_and_documentation_run_as_they_stand():
+    results = [doctest.testmod(metrics), doctest.testfile("../docs/benchmark.md")]
+    assert [(result.failed, result.attempted > 0) for result in results] == [(0, True)] * 2
     assert decode({"size": [2, 3], "counts": "024"}).tolist() == [[True, False, False]] * 2
