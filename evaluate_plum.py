@@ -411,9 +411,10 @@ def describe_run(arguments: EvaluationArguments, settings: dict[str, Any], state
 def evaluate(arguments: EvaluationArguments) -> None:
     """The whole run; raises DataError before anything is written if it cannot be done."""
     started = time.perf_counter()
-    state = PartialState(cpu=arguments.device == "cpu")
-    if arguments.device == "cuda" and state.device.type != "cuda":
+    if arguments.device == "cuda" and not torch.cuda.is_available():
         raise DataError("--device cuda was asked for, but there is no GPU: use auto or cpu.")
+    # Without a GPU accelerate starts its processes apart, each believing to be the only one, unless it is told so.
+    state = PartialState(cpu=arguments.device == "cpu" or not torch.cuda.is_available())
     with state.main_process_first():
         rows, questions = load_questions(
             arguments.dataset,

@@ -96,7 +96,7 @@ def pick_wrong_images(labels: dict[str, str]) -> dict[str, str]:
         DataError: there is only one image.
     """
     if len(labels) < 2:
-        raise DataError("The wrong-image control needs at least two images, found one: run without the control.")
+        raise DataError("The wrong-image control needs at least two images, found one: use --control none.")
     shuffled = seeded_generator(CONTROL_SEED, "wrong_image").permutation(sorted(labels)).tolist()
     by_label = sorted(shuffled, key=labels.__getitem__)
     # Turned by the size of the largest label, no image meets its own label while that has at most half of all images.

@@ -294,7 +294,7 @@ def run_script(*options, launcher=()):
 
 def test_two_processes_give_the_numbers_of_one(model_dir, question_set, tmp_path, finished):
     options = ["--model", model_dir, "--dataset", question_set, "--name", "default", "--output_dir", tmp_path / "run"]
-    options += ["--max_new_tokens", "12", "--batch_size", "3", "--device", "cpu"]
+    options += ["--max_new_tokens", "12", "--batch_size", "3"]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = run_script(*map(str, options), launcher=launcher)
     assert done.returncode == 0, done.stderr
@@ -353,6 +353,12 @@ def test_a_folder_without_a_fitting_model_and_processor_is_refused(model_dir, qu
 def test_a_model_that_is_neither_a_folder_nor_on_the_hub_is_refused(question_set, tmp_path):
     with pytest.raises(DataError, match="'no/such-model' is neither a folder nor"):
         evaluate(arguments("no/such-model", question_set, tmp_path / "run"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_gpu_that_is_not_there_is_refused(model_dir, question_set, tmp_path):
+    with pytest.raises(DataError, match="there is no GPU"):
+        evaluate(arguments(model_dir, question_set, tmp_path / "run", device="cuda"))
 
 
 @pytest.mark.parametrize("option", ["batch_size", "max_new_tokens", "limit"])
