@@ -149,10 +149,11 @@ def _read_curves(path: Path) -> dict[str, tuple[list[float], list[float]]]:
 
 
 def _draw_curves(path: Path) -> str:
-    """Data address of the training curves: losses on the left, everything else on the right."""
+    """Data address of the training curves: losses on the left, figures of the validation split on the right."""
     curves = _read_curves(path)
     losses = [name for name in curves if "loss" in name]
-    groups = [group for group in (losses, [name for name in curves if name not in losses]) if group]
+    figures = [name for name in curves if name.startswith("eval_") and name not in losses]
+    groups = [group for group in (losses, figures) if group]
     figure = Figure(figsize=(5.5 * max(1, len(groups)), 3.6), layout="constrained")
     for axis, group in zip(np.atleast_1d(figure.subplots(1, max(1, len(groups)))), groups, strict=False):
         for index, name in enumerate(group):
