@@ -4,7 +4,6 @@ from typing import Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig, SamConfig
-from transformers.configuration_utils import SubConfigSpec
 
 
 @strict
@@ -54,10 +53,7 @@ class PlumConfig(PreTrainedConfig):
     """
 
     model_type = "plum"
-    sub_configs_defaults = {
-        "vlm_config": SubConfigSpec(config_class=AutoConfig, model_type="llava"),
-        "sam_config": SamConfig,
-    }
+    sub_configs = {"vlm_config": AutoConfig, "sam_config": SamConfig}
 
     # The two backbones
     vlm_config: dict | PreTrainedConfig | None = None
@@ -89,6 +85,13 @@ class PlumConfig(PreTrainedConfig):
     teacher_kl_sigma: float = 1.0
 
     initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs):
+        if not isinstance(self.vlm_config, PreTrainedConfig):
+            self.vlm_config = AutoConfig.for_model(**{"model_type": "llava", **(self.vlm_config or {})})
+        if not isinstance(self.sam_config, PreTrainedConfig):
+            self.sam_config = SamConfig(**(self.sam_config or {}))
+        super().__post_init__(**kwargs)
 
     @property
     def sam_grid_size(self) -> int:
