@@ -93,6 +93,10 @@ class PlumConfig(PreTrainedConfig):
             self.sam_config = SamConfig(**(self.sam_config or {}))
         super().__post_init__(**kwargs)
 
+    def get_text_config(self, decoder=None, encoder=None) -> PreTrainedConfig:
+        """The language model's configuration."""
+        return self.vlm_config.get_text_config(decoder=decoder, encoder=encoder)
+
     @property
     def sam_grid_size(self) -> int:
         """Side, in cells, of SAM's square image embedding."""
