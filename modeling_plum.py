@@ -609,7 +609,7 @@ class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
         # The mask branch stays in the precision of its weights: bfloat16 autocast costs it visible accuracy.
         with torch.autocast(hidden_states.device.type, enabled=False):
             dtype = self.sam.mask_decoder.iou_token.weight.dtype
-            projected = self.span_projector(hidden_states.to(self.span_projector[0].weight.dtype))
+            projected = self.span_projector(hidden_states.to(next(self.span_projector.parameters()).dtype))
             queries = self._mean_over_spans(projected, spans).to(dtype)  # (S, C)
             embeddings = sam_image_embeddings.to(dtype)
             positions = self.sam.get_image_wide_positional_embeddings().to(dtype)  # (1, C, G, G)

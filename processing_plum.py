@@ -247,7 +247,7 @@ class PlumProcessor(ProcessorMixin):
         conversations = conversation if is_batched else [conversation]
         rendered, answer_ranges = render_jinja_template(
             conversations=[_without_images(messages) for messages in conversations],
-            chat_template=self._resolve_chat_template(chat_template),
+            chat_template=chat_template or self.chat_template,
             add_generation_prompt=add_generation_prompt,
             return_assistant_tokens_mask=True,
             **{**self.tokenizer.special_tokens_map, **kwargs},

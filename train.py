@@ -25,7 +25,9 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import (
+    AutoConfig,
     HfArgumentParser,
+    PreTrainedConfig,
     PreTrainedTokenizerFast,
     SamImageProcessor,
     Trainer,
@@ -39,7 +41,11 @@ import partonomy_dataset  # noqa: F401  (makes load_dataset("partonomy") work)
 from configuration_plum import PlumConfig
 from modeling_plum import PlumForConditionalGeneration, decode_spans, upscale_masks
 from partkit.masks import decode as decode_rle
+from partkit.schema import DataError, tagged_phrases
 from processing_plum import PlumProcessor, parse_span_tags
+
+# A checkpoint is read by the code of this folder, so nobody is asked whether to trust the copy saved with it.
+AutoConfig.register("plum", PlumConfig, exist_ok=True)
 
 # The published run adapts the language model's attention and trains these modules whole.
 LORA_TARGETS = r".*language_model\..*\.(q_proj|v_proj)"
@@ -62,7 +68,12 @@ class ModelArguments:
 
     def __post_init__(self):
         if isinstance(self.model_config, str):
-            self.model_config = json.loads(self.model_config)
+            try:
+                self.model_config = json.loads(self.model_config)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"model_config must be a mapping (JSON on the command line): {error}") from error
+        if not isinstance(self.model_config, dict | None):
+            raise ValueError(f"model_config must be a mapping, found {self.model_config!r}.")
         if self.model is None and self.model_config is None:
             raise ValueError("Give either model (a checkpoint) or model_config (a model from scratch) in the recipe.")
 
@@ -103,7 +114,8 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Plu
     Raises:
         SystemExit: An unknown option, or a value of the wrong type; the message names it.
     """
-    parser = HfArgumentParser([ModelArguments, DataArguments, PlumTrainingArguments], description=__doc__)
+    arguments = [ModelArguments, DataArguments, PlumTrainingArguments]
+    parser = HfArgumentParser(arguments, description=__doc__, allow_abbrev=False)
     options = []
     if argv and argv[0].endswith((".yaml", ".yml")):
         recipe, argv = Path(argv[0]), argv[1:]
@@ -112,15 +124,19 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Plu
         content = yaml.safe_load(recipe.read_text())
         if not isinstance(content, dict):
             parser.error(f"recipe {recipe} must be a yaml mapping of options, found {type(content).__name__}")
-        known = {field.name for arguments in parser.dataclass_types for field in dataclasses.fields(arguments)}
+        known = {field.name for part in parser.dataclass_types for field in dataclasses.fields(part)}
         unknown = sorted(set(content) - known)
         if unknown:
             parser.error(f"recipe {recipe} has unknown options {unknown}")
         # As command line words, so that values are checked in the same way and later words win.
         for name, value in content.items():
-            if value is not None:
-                options += [f"--{name}", *_as_words(value)]
-    return parser.parse_args_into_dataclasses(options + argv, look_for_args_file=False)
+            if value is None:
+                parser.error(f"recipe {recipe} gives option {name!r} no value; leave it out for its default")
+            options += [f"--{name}", *_as_words(value)]
+    try:
+        return parser.parse_args_into_dataclasses(options + argv, look_for_args_file=False)
+    except ValueError as error:
+        parser.error(str(error))
 
 
 def _as_words(value) -> list[str]:
@@ -138,6 +154,7 @@ def load_checkpoint(folder: str, changes: dict | None, **kwargs) -> tuple[PlumFo
     if config.get("model_type") != "plum":
         raise ValueError(f"{folder} holds a {config.get('model_type')!r} model, expected 'plum'.")
     config = PlumConfig.from_pretrained(folder, **(changes or {}))
+    check_config_fields(changes or {}, config)
     model = PlumForConditionalGeneration.from_pretrained(folder, config=config, **kwargs)
     processor = PlumProcessor.from_pretrained(folder)
     if processor.image_token_id != config.vlm_config.image_token_id:
@@ -153,7 +170,8 @@ def build_from_scratch(
 ) -> tuple[PlumForConditionalGeneration, PlumProcessor]:
     """A model of random weights that looks through SAM's encoder, and a processor with a tokenizer for `texts`."""
     tokenizer = train_tokenizer(texts, vocab_size)
-    config = PlumConfig(**config)
+    given, config = config, PlumConfig(**config)
+    check_config_fields(given, config)
     if config.vlm_image_input != "sam_image_embeddings":
         raise ValueError("A model from scratch needs vlm_image_input: sam_image_embeddings in its model_config.")
     text_config, tower = config.vlm_config.text_config, config.vlm_config.vision_config
@@ -175,6 +193,17 @@ def build_from_scratch(
         vlm_image_input=config.vlm_image_input,
     )
     return model, processor
+
+
+def check_config_fields(given: dict, config: PreTrainedConfig, where: str = "model_config"):
+    """`ValueError` on a field that `config` does not have: transformers would keep it and never read it."""
+    known = {field.name for field in dataclasses.fields(config)} | {*config.attribute_map, "model_type"}
+    unknown = sorted(set(given) - known)
+    if unknown:
+        raise ValueError(f"{where} has fields {unknown}, which {type(config).__name__} does not know.")
+    for name, value in given.items():
+        if isinstance(getattr(config, name), PreTrainedConfig):
+            check_config_fields(value, getattr(config, name), f"{where}.{name}")
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -234,10 +263,8 @@ class ConversationDataset(torch.utils.data.Dataset):
         return len(self.records)
 
     def __getitem__(self, index: int) -> dict:
-        record = self.records[index]
+        record, masks = self._read(index)
         generator = np.random.default_rng([self.seed, self.epoch, index])
-        where = f"record {record['id']}"
-        masks = [decode_rle(mask["rle"], where=f"{where}, masks[{i}]") for i, mask in enumerate(record["masks"])]
         image = record["image"]
         if image is not None:
             image = image.convert("RGB")
@@ -252,6 +279,28 @@ class ConversationDataset(torch.utils.data.Dataset):
         if self.max_spans is not None and len(masks) > self.max_spans:
             chosen = np.sort(generator.choice(chosen, self.max_spans, replace=False))
         return {"id": record["id"], "image": image, "messages": record["messages"], "masks": masks, "chosen": chosen}
+
+    def _read(self, index: int) -> tuple[dict, list[np.ndarray]]:
+        """A record and its masks; `DataError` naming the record and the field if they do not fit together."""
+        try:
+            record = self.records[index]
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+            identity = self.records.select_columns("id")[index]["id"]
+            raise DataError(f"record {identity}, field 'image': the image cannot be read: {error}") from error
+        where, image = f"record {record['id']}", record["image"]
+        answers = [message["content"] for message in record["messages"] if message["role"] == "assistant"]
+        tags = sum(len(tagged_phrases(answer, where=f"{where}, field 'messages'")) for answer in answers)
+        if tags != len(record["masks"]):
+            raise DataError(
+                f"{where}, field 'masks': expected one mask for each of {tags} span tags, found {len(record['masks'])}"
+            )
+        if image is None and tags:
+            raise DataError(f"{where}, field 'image': expected an image for {tags} masks, found none")
+        masks = [
+            decode_rle(mask["rle"], expected_size=(image.height, image.width), where=f"{where}, field 'masks[{i}]'")
+            for i, mask in enumerate(record["masks"])
+        ]
+        return record, masks
 
 
 def as_chat(messages: list[dict], image: Image.Image | None) -> list[dict]:
@@ -340,12 +389,14 @@ class PlumTrainer(Trainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs, compute_metrics=_summarise_counts)
+        self.add_callback(EpochSetter)
         # The losses come divided by the counts of the whole batch; the Trainer must not divide them again.
         self.model_accepts_loss_kwargs = True
-        self._named_losses, self._steps_logged = {}, 0
+        self._named_losses, self._steps_summed = {}, 0
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._steps_summed += 1
         model = self.accelerator.unwrap_model(self.model)
         names = ("labels", "span_labels", "spans", "mask_labels")
         counts = [model.count_loss_items(**{name: batch[name] for name in names}) for batch in batches]
@@ -353,7 +404,7 @@ class PlumTrainer(Trainer):
         return batches, self.accelerator.reduce(total, "sum")
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        outputs = model(**{name: value for name, value in inputs.items()}, loss_counts=num_items_in_batch)
+        outputs = model(**inputs, loss_counts=num_items_in_batch)
         loss = outputs["loss"]
         if num_items_in_batch is not None:
             for name, value in outputs["losses"].items():
@@ -364,11 +415,15 @@ class PlumTrainer(Trainer):
 
     def log(self, logs, start_time=None):
         if "loss" in logs and self._named_losses:
-            steps = max(1, self.state.global_step - self._steps_logged)
             totals = self.accelerator.reduce(self._named_losses, "sum")
-            logs |= {f"{name}_loss": float(total) / steps for name, total in totals.items()}
-            self._named_losses, self._steps_logged = {}, self.state.global_step
+            logs |= {f"{name}_loss": float(total) / self._steps_summed for name, total in totals.items()}
+            self._named_losses, self._steps_summed = {}, 0
         super().log(logs, start_time)
+
+    def _issue_warnings_after_load(self, load_result):
+        # Tied weights are saved under one of their names; the others are not missing.
+        missing = [name for name in load_result.missing_keys if name not in self.model.all_tied_weights_keys]
+        super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
 
     def create_optimizer(self, model=None):
         if self.args.muon_learning_rate is None:
@@ -425,6 +480,20 @@ def _summarise_counts(prediction) -> dict[str, float]:
     }
 
 
+class EpochSetter(TrainerCallback):
+    """
+    Tells the data set and its sampler which epoch it is. accelerate tells one of the two, and neither in the rest of
+    an epoch that is resumed by several processes.
+    """
+
+    def on_epoch_begin(self, args, state, control, train_dataloader, **kwargs):
+        sampler = train_dataloader.batch_sampler
+        while hasattr(sampler, "batch_sampler"):  # the shard of each process
+            sampler = sampler.batch_sampler
+        for listener in (train_dataloader.dataset, sampler.sampler):
+            listener.set_epoch(int(state.epoch))
+
+
 class TrainingCurves(TrainerCallback):
     """Keeps `training_curves.csv` and `training_curves.png` in the output folder up to date."""
 
@@ -470,10 +539,15 @@ class TrainingCurves(TrainerCallback):
 
 
 def load_split(arguments: DataArguments, split: str) -> Dataset:
-    """Records of one split; `ValueError` if it holds none."""
+    """Records of one split; `ValueError` if it holds none, or no conversations."""
     records = load_dataset(arguments.dataset, arguments.name, data_dir=arguments.data_dir, split=split)
     if not len(records):
         raise ValueError(f"Split {split!r} of {arguments.dataset}/{arguments.name} holds no records.")
+    missing = sorted({"id", "image", "messages", "masks"} - set(records.column_names))
+    if missing:
+        raise ValueError(
+            f"{arguments.dataset}/{arguments.name} has no columns {missing}; training needs grounded conversations."
+        )
     return records
 
 
@@ -489,10 +563,11 @@ def conversation_texts(records: Dataset) -> list[str]:
 
 def find_checkpoint(args: PlumTrainingArguments) -> str | None:
     """The checkpoint to resume from: a given folder, or the last of the output folder for `true`."""
-    if args.resume_from_checkpoint in (None, "false"):
+    wanted = args.resume_from_checkpoint or "false"
+    if wanted.lower() not in ("true", "false"):
+        return wanted
+    if wanted.lower() == "false":
         return None
-    if args.resume_from_checkpoint != "true":
-        return args.resume_from_checkpoint
     checkpoint = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
     if checkpoint is None:
         raise ValueError(f"resume_from_checkpoint is true but {args.output_dir} holds no checkpoint.")
