@@ -89,8 +89,11 @@ class DataArguments:
     eval_split: str = field(default="validation", metadata={"help": "Split that is evaluated during training."})
     horizontal_flip: bool = field(default=False, metadata={"help": "Mirror half of the images; not with left/right."})
     color_jitter: float = field(default=0.0, metadata={"help": "Largest relative change of each colour channel."})
+    split_turns: bool = field(
+        default=False, metadata={"help": "Make each turn a conversation of its own: no answer is copied from another."}
+    )
     max_spans: int | None = field(
-        default=None, metadata={"help": "Masks per conversation that are supervised; a random choice beyond that."}
+        default=None, metadata={"help": "Masks per record that are supervised; a random choice beyond that."}
     )
 
 
@@ -121,7 +124,10 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Plu
         recipe, argv = Path(argv[0]), argv[1:]
         if not recipe.is_file():
             parser.error(f"recipe {recipe} does not exist")
-        content = yaml.safe_load(recipe.read_text())
+        try:
+            content = yaml.safe_load(recipe.read_text())
+        except yaml.YAMLError as error:
+            parser.error(f"recipe {recipe} is not valid yaml: {' '.join(str(error).split())}")
         if not isinstance(content, dict):
             parser.error(f"recipe {recipe} must be a yaml mapping of options, found {type(content).__name__}")
         known = {field.name for part in parser.dataclass_types for field in dataclasses.fields(part)}
@@ -197,7 +203,7 @@ def build_from_scratch(
 
 def check_config_fields(given: dict, config: PreTrainedConfig, where: str = "model_config"):
     """`ValueError` on a field that `config` does not have: transformers would keep it and never read it."""
-    known = {field.name for field in dataclasses.fields(config)} | {*config.attribute_map, "model_type"}
+    known = {*type(config)().to_dict(), *config.attribute_map}
     unknown = sorted(set(given) - known)
     if unknown:
         raise ValueError(f"{where} has fields {unknown}, which {type(config).__name__} does not know.")
@@ -252,9 +258,17 @@ class ConversationDataset(torch.utils.data.Dataset):
     same for any number of processes and workers, and after a resume.
     """
 
-    def __init__(self, records: Dataset, seed: int = 0, flip: bool = False, jitter: float = 0.0, max_spans=None):
+    def __init__(
+        self,
+        records: Dataset,
+        seed: int = 0,
+        flip: bool = False,
+        jitter: float = 0.0,
+        split_turns: bool = False,
+        max_spans: int | None = None,
+    ):
         self.records, self.seed, self.epoch = records, seed, 0
-        self.flip, self.jitter, self.max_spans = flip, jitter, max_spans
+        self.flip, self.jitter, self.split_turns, self.max_spans = flip, jitter, split_turns, max_spans
 
     def set_epoch(self, epoch: int):
         self.epoch = epoch
@@ -275,10 +289,20 @@ class ConversationDataset(torch.utils.data.Dataset):
                 gain, offset = generator.uniform(-self.jitter, self.jitter, (2, 3))
                 pixels = np.asarray(image, dtype=np.float32) * (1 + gain) + 128 * offset
                 image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-        chosen = np.arange(len(masks))
-        if self.max_spans is not None and len(masks) > self.max_spans:
-            chosen = np.sort(generator.choice(chosen, self.max_spans, replace=False))
-        return {"id": record["id"], "image": image, "messages": record["messages"], "masks": masks, "chosen": chosen}
+        conversations = [{"messages": record["messages"], "masks": masks}]
+        if self.split_turns:
+            conversations = split_into_turns(record["messages"], masks)
+        self._choose_spans(conversations, generator)
+        return {"id": record["id"], "image": image, "conversations": conversations}
+
+    def _choose_spans(self, conversations: list[dict], generator: np.random.Generator):
+        """Sets which masks of each conversation are supervised: those of whole conversations while they fit."""
+        left = sum(len(conversation["masks"]) for conversation in conversations)
+        left = left if self.max_spans is None else min(left, self.max_spans)
+        for i in generator.permutation(len(conversations)):
+            count = len(conversations[i]["masks"])
+            chosen = generator.choice(count, min(count, left), replace=False)
+            conversations[i]["chosen"], left = np.sort(chosen), left - len(chosen)
 
     def _read(self, index: int) -> tuple[dict, list[np.ndarray]]:
         """A record and its masks; `DataError` naming the record and the field if they do not fit together."""
@@ -303,6 +327,16 @@ class ConversationDataset(torch.utils.data.Dataset):
         return record, masks
 
 
+def split_into_turns(messages: list[dict], masks: list[np.ndarray]) -> list[dict]:
+    """Each question with its answer as a conversation of its own, with the masks of its own span tags."""
+    turns, start = [], 0
+    for question, answer in zip(messages[::2], messages[1::2], strict=True):
+        end = start + len(tagged_phrases(answer["content"]))
+        turns.append({"messages": [question, answer], "masks": masks[start:end]})
+        start = end
+    return turns
+
+
 def as_chat(messages: list[dict], image: Image.Image | None) -> list[dict]:
     """The messages of a record with its image in the first user turn."""
     chat = [dict(message) for message in messages]
@@ -312,23 +346,30 @@ def as_chat(messages: list[dict], image: Image.Image | None) -> list[dict]:
 
 
 class Collator:
-    """Examples of a [`ConversationDataset`] to a batch of model inputs; masks that were not chosen are left out."""
+    """
+    Examples of a [`ConversationDataset`] to a batch of model inputs, a row per conversation, without the masks that
+    were not chosen. `record_index` `(B,)` says which example a row belongs to.
+    """
 
     def __init__(self, processor: PlumProcessor):
         self.processor = processor
 
     def __call__(self, examples: list[dict]) -> dict:
+        rows = [(i, conversation) for i, example in enumerate(examples) for conversation in example["conversations"]]
         batch = self.processor.apply_chat_template(
-            [as_chat(example["messages"], example["image"]) for example in examples],
-            masks=[example["masks"] for example in examples],
+            [as_chat(conversation["messages"], examples[i]["image"]) for i, conversation in rows],
+            masks=[conversation["masks"] for _, conversation in rows],
             tokenize=True,
             return_dict=True,
             padding_side="right",
         )
-        counts = [0, *np.cumsum([len(example["masks"]) for example in examples])[:-1]]
-        chosen = np.concatenate([start + example["chosen"] for start, example in zip(counts, examples, strict=True)])
+        chosen, start = [], 0
+        for _, conversation in rows:
+            chosen += (start + conversation["chosen"]).tolist()
+            start += len(conversation["masks"])
         batch["spans"] = batch["spans"][chosen]
         batch["mask_labels"] = [batch["mask_labels"][i] for i in chosen]
+        batch["record_index"] = torch.tensor([i for i, _ in rows])
         return dict(batch)
 
 
@@ -404,6 +445,7 @@ class PlumTrainer(Trainer):
         return batches, self.accelerator.reduce(total, "sum")
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        inputs = {name: value for name, value in inputs.items() if name != "record_index"}
         outputs = model(**inputs, loss_counts=num_items_in_batch)
         loss = outputs["loss"]
         if num_items_in_batch is not None:
@@ -441,32 +483,33 @@ class PlumTrainer(Trainer):
 
     @torch.no_grad()
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Loss, and per conversation the counts that [`_summarise_counts`] sums up: counts travel, masks do not."""
+        """Loss, and per record the counts that [`_summarise_counts`] sums up: counts travel, masks do not."""
         inputs = self._prepare_inputs(inputs)
         with self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
-        counts = _count_row_results(inputs, outputs, self.accelerator.unwrap_model(self.model).config)
+        counts = _count_record_results(inputs, outputs, self.accelerator.unwrap_model(self.model).config)
         return loss.detach(), counts, counts[:, :1]
 
 
-def _count_row_results(inputs: dict, outputs: dict, config: PlumConfig) -> torch.Tensor:
-    """`(B, 5)` per conversation: summed IoU, masks, and right, predicted and true spans of the tagger."""
+def _count_record_results(inputs: dict, outputs: dict, config: PlumConfig) -> torch.Tensor:
+    """`(records, 5)`: summed IoU, masks, and right, predicted and true spans of the tagger."""
     size = config.sam_config.vision_config.image_size
-    counts = torch.zeros(len(inputs["input_ids"]), 5, device=inputs["input_ids"].device)
+    record_of_row = inputs["record_index"].tolist()
+    counts = torch.zeros(record_of_row[-1] + 1, 5, device=inputs["input_ids"].device)
     for i, mask in enumerate(inputs["mask_labels"]):
-        row = inputs["spans"][i, 0]
+        row = int(inputs["spans"][i, 0])
         image = inputs["sam_image_index"][row]
         sizes = (inputs[name][image].tolist() for name in ("reshaped_input_sizes", "original_sizes"))
         predicted = upscale_masks(outputs["pred_masks"][i, None].float(), size, *sizes)[0] > 0
         union = (predicted | mask).sum()
-        counts[row, 0] += (predicted & mask).sum() / union if union else 1.0
-        counts[row, 1] += 1
+        counts[record_of_row[row], 0] += (predicted & mask).sum() / union if union else 1.0
+        counts[record_of_row[row], 1] += 1
     supervised = inputs["span_labels"] >= 0
     predicted = {tuple(span) for span in decode_spans(outputs["span_logits"].argmax(-1), supervised).tolist()}
     true = {tuple(span) for span in decode_spans(inputs["span_labels"], supervised).tolist()}
     for column, spans in ((2, predicted & true), (3, predicted), (4, true)):
         for row, _, _ in spans:
-            counts[row, column] += 1
+            counts[record_of_row[row], column] += 1
     return counts
 
 
@@ -490,8 +533,9 @@ class EpochSetter(TrainerCallback):
         sampler = train_dataloader.batch_sampler
         while hasattr(sampler, "batch_sampler"):  # the shard of each process
             sampler = sampler.batch_sampler
-        for listener in (train_dataloader.dataset, sampler.sampler):
-            listener.set_epoch(int(state.epoch))
+        train_dataloader.dataset.set_epoch(int(state.epoch))
+        if hasattr(sampler.sampler, "set_epoch"):  # only where the order is random
+            sampler.sampler.set_epoch(int(state.epoch))
 
 
 class TrainingCurves(TrainerCallback):
@@ -602,9 +646,10 @@ def main(argv: list[str]):
             seed=args.seed,
             flip=data_arguments.horizontal_flip,
             jitter=data_arguments.color_jitter,
+            split_turns=data_arguments.split_turns,
             max_spans=data_arguments.max_spans,
         ),
-        eval_dataset=ConversationDataset(eval_records),
+        eval_dataset=ConversationDataset(eval_records, split_turns=data_arguments.split_turns),
         data_collator=Collator(processor),
         processing_class=processor,
         callbacks=[TrainingCurves()],

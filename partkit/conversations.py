@@ -1,8 +1,9 @@
 """Training conversations about part examples, in wording that varies.
 
-One to three question-and-answer turns about one image. About half of the benchmark turns use the official wording of
-`questions`, the rest the phrasings below, so that a span tagger cannot rely on one template; other turns ask where a
-part is, whether it is there, or what the object is, and some of their answers ground nothing.
+Up to four question-and-answer turns about one image, in random order: which parts it shows, which of them another
+object shares, which it lacks, and one small question (where a part is, whether it is there, what the object is; some
+of these answers ground nothing). About half of the first three use the official wording of `questions`, the rest the
+phrasings below, so that a span tagger cannot rely on one template.
 
 In the templates {part} and the lists hold the span tags; a tag encloses the bare part name, never its article.
 """
@@ -13,7 +14,6 @@ from functools import cache
 import numpy as np
 
 from partkit.questions import (
-    MADE_QUESTION_TYPES,
     PartGraph,
     filter_parts,
     inflect_engine,
@@ -26,9 +26,6 @@ from partkit.schema import GroundedConversation, PartExample, PartMask, escape_t
 from partkit.seeding import seeded_generator
 from partkit.spans import join_parts
 
-MAX_TURNS = 3
-BENCHMARK_SHARE_OF_FIRST_TURNS = 0.75
-BENCHMARK_SHARE_OF_LATER_TURNS = 0.4
 OFFICIAL_SHARE = 0.5
 
 # Fields: name ("object" or the label), partner ("a bus"), parts ("x, y, and z"), a_parts ("an x and a y"),
@@ -193,28 +190,26 @@ ANSWERS = {
 
 @dataclass
 class _Turn:
-    """A question, its answer with span tags, and the labels of the tags in order. `topic` tells turns apart."""
+    """A question, its answer with span tags, and the labels of the tags in order."""
 
-    topic: tuple[str | None, ...]
     question: str
     answer: str
     labels: list[str] = field(default_factory=list)
 
 
 def converse(example: PartExample, *, part_graph: PartGraph, seed: int) -> GroundedConversation:
-    """One to three turns about the example; every phrase that names a visible part is tagged.
+    """Two to four turns about the example; every phrase that names a visible part is tagged.
 
-    Parts are listed alphabetically. Depends on (seed, image_id) alone.
+    A comparison for which no other object fits is left out. Parts are listed alphabetically. Depends on (seed,
+    image_id) alone.
     """
     rng = seeded_generator(seed, "conversation", example.image_id)
-    turns: dict[tuple, _Turn] = {}
-    wanted = int(rng.integers(1, MAX_TURNS + 1))
-    while len(turns) < wanted:
-        share = BENCHMARK_SHARE_OF_LATER_TURNS if turns else BENCHMARK_SHARE_OF_FIRST_TURNS
-        make = _benchmark_turn if rng.random() < share else _other_turn
-        turn = make(example, part_graph=part_graph, rng=rng)
-        turns.setdefault(turn.topic, turn)
-    return _conversation(example, list(turns.values()), {mask.label: [mask] for mask in example.masks})
+    kinds = ("identification", "positive", "negative")
+    turns = [_benchmark_turn(kind, example, part_graph=part_graph, rng=rng) for kind in kinds]
+    turns.append(_other_turn(example, part_graph=part_graph, rng=rng))
+    asked = [turn for turn in turns if turn is not None]
+    shuffled = [asked[position] for position in rng.permutation(len(asked))]
+    return _conversation(example, shuffled, {mask.label: [mask] for mask in example.masks})
 
 
 def converse_about_instances(example: PartExample, *, seed: int) -> GroundedConversation:
@@ -253,16 +248,16 @@ def _conversation(example: PartExample, turns: list[_Turn], masks: dict[str, lis
     return conversation
 
 
-def _benchmark_turn(example: PartExample, *, part_graph: PartGraph, rng: np.random.Generator) -> _Turn:
-    """An identification, positive or negative turn; identification where no partner fits."""
+def _benchmark_turn(
+    kind: str, example: PartExample, *, part_graph: PartGraph, rng: np.random.Generator
+) -> _Turn | None:
+    """An identification, positive or negative turn, with or without the object's label; None if no partner fits."""
     label = example.image_label
     visible = sorted(mask.label for mask in example.masks)
-    question_type = str(rng.choice(MADE_QUESTION_TYPES))
-    kind = question_type.removesuffix("_with_label")
+    question_type = str(rng.choice([kind, f"{kind}_with_label"]))
     partners = possible_partners(kind, label=label, visible=visible, part_graph=part_graph)
     if not partners:
-        question_type = question_type.replace(kind, "identification")
-        kind, partners = "identification", [None]
+        return None
     partner = partners[rng.integers(len(partners))]
     parts = filter_parts(kind, visible, partner=partner, part_graph=part_graph)
     name = "object" if kind == question_type else escape_tags(label)
@@ -281,7 +276,7 @@ def _benchmark_turn(example: PartExample, *, part_graph: PartGraph, rng: np.rand
             a_parts=_join_naturally([_after_article(part) for part in parts]),
             the_parts=_join_naturally([f"the {_tagged(part)}" for part in parts]),
         )
-    return _Turn(("benchmark", question_type, partner), question, answer, parts)
+    return _Turn(question, answer, parts)
 
 
 def _other_turn(example: PartExample, *, part_graph: PartGraph, rng: np.random.Generator) -> _Turn:
@@ -290,7 +285,7 @@ def _other_turn(example: PartExample, *, part_graph: PartGraph, rng: np.random.G
     kind = str(rng.choice(["location", "presence", "object"], p=[0.4, 0.4, 0.2]))
     if kind == "object":
         question = _phrase(QUESTIONS[kind], rng)
-        return _Turn((kind,), question, _phrase(ANSWERS[kind], rng, a_label=with_article(label)))
+        return _Turn(question, _phrase(ANSWERS[kind], rng, a_label=with_article(label)))
     visible = sorted(mask.label for mask in example.masks)
     missing = sorted(set(part_graph[example.image_label]) - set(visible))
     present = kind == "location" or not missing or rng.random() < 0.5
@@ -304,9 +299,9 @@ def _other_turn(example: PartExample, *, part_graph: PartGraph, rng: np.random.G
     }
     question = _phrase(QUESTIONS[kind], rng, **words)
     if not present:
-        return _Turn((kind, part), question, _phrase(ANSWERS["absence"], rng, **words))
+        return _Turn(question, _phrase(ANSWERS["absence"], rng, **words))
     words |= {"part": _tagged(part), "a_part": _after_article(part)}
-    return _Turn((kind, part), question, _phrase(ANSWERS[kind], rng, **words), [part])
+    return _Turn(question, _phrase(ANSWERS[kind], rng, **words), [part])
 
 
 def _instance_turn(example: PartExample, part: str, count: int, rng: np.random.Generator) -> _Turn:
@@ -319,7 +314,7 @@ def _instance_turn(example: PartExample, part: str, count: int, rng: np.random.G
         "counted": _join_naturally([f"{opening} {_tagged(part)}" for opening in openings[:count]]),
     }
     question = _phrase(QUESTIONS["instances"], rng, **words)
-    return _Turn(("instances", part), question, _phrase(ANSWERS["instances"], rng, **words), [part] * count)
+    return _Turn(question, _phrase(ANSWERS["instances"], rng, **words), [part] * count)
 
 
 def _phrase(templates: tuple[str, ...], rng: np.random.Generator, **words: str | None) -> str:

@@ -1,4 +1,4 @@
-"""Keeps every test offline and its caches apart; the environment is set before any Hugging Face library is imported."""
+"""Keeps every test offline and its caches apart; the environment is set before any Hugging Face import."""
 
 import os
 import tempfile

@@ -1,4 +1,4 @@
-"""Behaviour of the model on tiny random weights: against naive versions, batched against single, saved against loaded"""
+"""The model on tiny random weights: against naive versions, batched against single, saved against loaded."""
 
 import copy
 import os
