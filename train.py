@@ -620,6 +620,7 @@ def find_checkpoint(args: PlumTrainingArguments) -> str | None:
 
 def main(argv: list[str]):
     model_arguments, data_arguments, args = parse_arguments(argv)
+    checkpoint = find_checkpoint(args)
     set_seed(args.seed)
 
     # Data
@@ -654,7 +655,7 @@ def main(argv: list[str]):
         processing_class=processor,
         callbacks=[TrainingCurves()],
     )
-    trainer.train(resume_from_checkpoint=find_checkpoint(args))
+    trainer.train(resume_from_checkpoint=checkpoint)
 
     # Output
     if model_arguments.lora_r:
