@@ -631,7 +631,7 @@ class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
     def _decode_step(self, queries, embeddings, positions, dense) -> tuple[torch.Tensor, torch.Tensor]:
         """SAM's mask decoder with one sparse and one dense prompt each: `(n, 4G, 4G)` logits, `(n,)` IoUs."""
         masks, iou_scores = self.sam.mask_decoder(
-            image_embeddings=embeddings,
+            embeddings,
             image_positional_embeddings=positions.expand(len(queries), -1, -1, -1),
             sparse_prompt_embeddings=queries[:, None, None],  # (n, 1, 1, C): one point prompt each
             dense_prompt_embeddings=dense,

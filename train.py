@@ -525,17 +525,12 @@ def _summarise_counts(prediction) -> dict[str, float]:
 
 class EpochSetter(TrainerCallback):
     """
-    Tells the data set and its sampler which epoch it is. accelerate tells one of the two, and neither in the rest of
-    an epoch that is resumed by several processes.
+    Tells the data set which epoch it is: accelerate tells the sampler alone where there are several processes, and in
+    the rest of an epoch that is resumed.
     """
 
     def on_epoch_begin(self, args, state, control, train_dataloader, **kwargs):
-        sampler = train_dataloader.batch_sampler
-        while hasattr(sampler, "batch_sampler"):  # the shard of each process
-            sampler = sampler.batch_sampler
         train_dataloader.dataset.set_epoch(int(state.epoch))
-        if hasattr(sampler.sampler, "set_epoch"):  # only where the order is random
-            sampler.sampler.set_epoch(int(state.epoch))
 
 
 class TrainingCurves(TrainerCallback):
