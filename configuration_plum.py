@@ -145,7 +145,8 @@ class PlumConfig(PreTrainedConfig):
             )
         if self.vlm_image_input == "sam_image_embeddings":
             tower = self.vlm_config.vision_config
-            found, expected = (tower.num_channels, tower.image_size), (embedding_width, self.sam_grid_size)
+            side = tower.image_size if isinstance(tower.image_size, int) else max(tower.image_size)
+            found, expected = (tower.num_channels, side), (embedding_width, self.sam_grid_size)
             if found != expected:
                 raise ValueError(
                     "vlm_image_input is 'sam_image_embeddings', so vlm_config.vision_config must have (num_channels, "

@@ -87,10 +87,13 @@ class DataArguments:
     data_dir: str | None = field(default=None, metadata={"help": "Folder of the configuration's files."})
     train_split: str = field(default="train", metadata={"help": "Split that is trained on."})
     eval_split: str = field(default="validation", metadata={"help": "Split that is evaluated during training."})
-    horizontal_flip: bool = field(default=False, metadata={"help": "Mirror half of the images; not with left/right."})
     color_jitter: float = field(default=0.0, metadata={"help": "Largest relative change of each colour channel."})
-    split_turns: bool = field(
-        default=False, metadata={"help": "Make each turn a conversation of its own: no answer is copied from another."}
+    turns_per_record: int | None = field(
+        default=None,
+        metadata={
+            "help": "Train on so many random turns of a record, 0 for all, each as a conversation of its own, so that "
+            "no answer is copied from another. Default: a record is one conversation."
+        },
     )
     max_spans: int | None = field(
         default=None, metadata={"help": "Masks per record that are supervised; a random choice beyond that."}
@@ -262,13 +265,12 @@ class ConversationDataset(torch.utils.data.Dataset):
         self,
         records: Dataset,
         seed: int = 0,
-        flip: bool = False,
         jitter: float = 0.0,
-        split_turns: bool = False,
+        turns_per_record: int | None = None,
         max_spans: int | None = None,
     ):
         self.records, self.seed, self.epoch = records, seed, 0
-        self.flip, self.jitter, self.split_turns, self.max_spans = flip, jitter, split_turns, max_spans
+        self.jitter, self.turns_per_record, self.max_spans = jitter, turns_per_record, max_spans
 
     def set_epoch(self, epoch: int):
         self.epoch = epoch
@@ -282,16 +284,15 @@ class ConversationDataset(torch.utils.data.Dataset):
         image = record["image"]
         if image is not None:
             image = image.convert("RGB")
-            if self.flip and generator.random() < 0.5:
-                image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-                masks = [mask[:, ::-1].copy() for mask in masks]
             if self.jitter:
                 gain, offset = generator.uniform(-self.jitter, self.jitter, (2, 3))
                 pixels = np.asarray(image, dtype=np.float32) * (1 + gain) + 128 * offset
                 image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
         conversations = [{"messages": record["messages"], "masks": masks}]
-        if self.split_turns:
+        if self.turns_per_record is not None:
             conversations = split_into_turns(record["messages"], masks)
+            count = min(self.turns_per_record or len(conversations), len(conversations))
+            conversations = [conversations[i] for i in generator.permutation(len(conversations))[:count]]
         self._choose_spans(conversations, generator)
         return {"id": record["id"], "image": image, "conversations": conversations}
 
@@ -382,7 +383,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
     def __init__(self, model: nn.Module, muon_learning_rate: float, learning_rate: float, weight_decay: float, betas):
         matrices, others, undecayed = self._split(model)
         muon = torch.optim.Muon(
-            matrices, lr=muon_learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
+            matrices, lr=muon_learning_rate, weight_decay=weight_decay, ns_steps=4, adjust_lr_fn="match_rms_adamw"
         )
         groups = [{"params": others, "weight_decay": weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
         self.optimizers = [torch.optim.AdamW(groups, lr=learning_rate, betas=betas), muon]
@@ -640,12 +641,13 @@ def main(argv: list[str]):
         train_dataset=ConversationDataset(
             train_records,
             seed=args.seed,
-            flip=data_arguments.horizontal_flip,
             jitter=data_arguments.color_jitter,
-            split_turns=data_arguments.split_turns,
+            turns_per_record=data_arguments.turns_per_record,
             max_spans=data_arguments.max_spans,
         ),
-        eval_dataset=ConversationDataset(eval_records, split_turns=data_arguments.split_turns),
+        eval_dataset=ConversationDataset(
+            eval_records, turns_per_record=None if data_arguments.turns_per_record is None else 0
+        ),
         data_collator=Collator(processor),
         processing_class=processor,
         callbacks=[TrainingCurves()],

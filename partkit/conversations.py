@@ -3,7 +3,8 @@
 Up to four question-and-answer turns about one image, in random order: which parts it shows, which of them another
 object shares, which it lacks, and one small question (where a part is, whether it is there, what the object is; some
 of these answers ground nothing). About half of the first three use the official wording of `questions`, the rest the
-phrasings below, so that a span tagger cannot rely on one template.
+phrasings below, so that a span tagger cannot rely on one template. The words of an answer follow from those of its
+question (the n-th answer belongs to the n-th question): what is left to find out is in the image.
 
 In the templates {part} and the lists hold the span tags; a tag encloses the bare part name, never its article.
 """
@@ -267,10 +268,10 @@ def _benchmark_turn(
         answer = official_answer(question_type, join_parts([_tagged(part) for part in parts]), **words)
     else:
         words = {"name": name, "partner": partner and with_article(escape_tags(partner))}
-        question = _phrase(QUESTIONS[kind], rng, **words)
+        style = _pick_style(kind, rng)
+        question = _phrase(QUESTIONS[kind][style], **words)
         answer = _phrase(
-            ANSWERS[kind],
-            rng,
+            ANSWERS[kind][style],
             **words,
             parts=join_parts([_tagged(part) for part in parts]),
             a_parts=_join_naturally([_after_article(part) for part in parts]),
@@ -283,9 +284,10 @@ def _other_turn(example: PartExample, *, part_graph: PartGraph, rng: np.random.G
     """Where a part is, whether it is there, or what the object is."""
     label = escape_tags(example.image_label)
     kind = str(rng.choice(["location", "presence", "object"], p=[0.4, 0.4, 0.2]))
+    style = _pick_style(kind, rng)
     if kind == "object":
-        question = _phrase(QUESTIONS[kind], rng)
-        return _Turn(question, _phrase(ANSWERS[kind], rng, a_label=with_article(label)))
+        question = _phrase(QUESTIONS[kind][style])
+        return _Turn(question, _phrase(ANSWERS[kind][style], a_label=with_article(label)))
     visible = sorted(mask.label for mask in example.masks)
     missing = sorted(set(part_graph[example.image_label]) - set(visible))
     present = kind == "location" or not missing or rng.random() < 0.5
@@ -297,11 +299,11 @@ def _other_turn(example: PartExample, *, part_graph: PartGraph, rng: np.random.G
         "a_plain": plain if _is_plural(plain) else with_article(plain),
         "is": "are" if _is_plural(plain) else "is",
     }
-    question = _phrase(QUESTIONS[kind], rng, **words)
+    question = _phrase(QUESTIONS[kind][style], **words)
     if not present:
-        return _Turn(question, _phrase(ANSWERS["absence"], rng, **words))
+        return _Turn(question, _phrase(ANSWERS["absence"][style], **words))
     words |= {"part": _tagged(part), "a_part": _after_article(part)}
-    return _Turn(question, _phrase(ANSWERS[kind], rng, **words), [part])
+    return _Turn(question, _phrase(ANSWERS[kind][style], **words), [part])
 
 
 def _instance_turn(example: PartExample, part: str, count: int, rng: np.random.Generator) -> _Turn:
@@ -313,14 +315,19 @@ def _instance_turn(example: PartExample, part: str, count: int, rng: np.random.G
         "plural": inflect_engine().plural_noun(plain),
         "counted": _join_naturally([f"{opening} {_tagged(part)}" for opening in openings[:count]]),
     }
-    question = _phrase(QUESTIONS["instances"], rng, **words)
-    return _Turn(question, _phrase(ANSWERS["instances"], rng, **words), [part] * count)
+    style = _pick_style("instances", rng)
+    question = _phrase(QUESTIONS["instances"][style], **words)
+    return _Turn(question, _phrase(ANSWERS["instances"][style], **words), [part] * count)
 
 
-def _phrase(templates: tuple[str, ...], rng: np.random.Generator, **words: str | None) -> str:
-    """A random template filled in; a field written with a capital gets a capital first letter."""
+def _pick_style(kind: str, rng: np.random.Generator) -> int:
+    return int(rng.integers(len(QUESTIONS[kind])))
+
+
+def _phrase(template: str, **words: str | None) -> str:
+    """A template filled in; a field written with a capital gets a capital first letter."""
     capitalised = {key.capitalize(): value[:1].upper() + value[1:] for key, value in words.items() if value}
-    return str(rng.choice(templates)).format(**words, **capitalised)
+    return template.format(**words, **capitalised)
 
 
 def _tagged(part: str) -> str:

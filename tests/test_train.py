@@ -118,7 +118,7 @@ def run_trainer(output_dir, resume: str | None = None, augmented: bool = False, 
         "use_cpu": True,
     }
     args = train.PlumTrainingArguments(str(output_dir), **{**settings, **options})
-    changes = {"flip": True, "jitter": 0.2, "max_spans": 2} if augmented else {}
+    changes = {"jitter": 0.2, "max_spans": 2} if augmented else {}
     recorder, model = GradientRecorder(), tiny_model()
     # At its small initial weights the feedback would have gradients that vanish in rounding.
     for parameter in model.mask_feedback.parameters():
@@ -190,7 +190,6 @@ def base_options(data_folder: Path, output_dir: Path) -> dict:
         "name": "default",
         "output_dir": str(output_dir),
         "use_cpu": True,
-        "horizontal_flip": True,
         "color_jitter": 0.2,
         "max_spans": 2,
         "per_device_train_batch_size": 4,
@@ -229,11 +228,11 @@ def parse(tmp_path, content, *words):
 
 
 def test_the_command_line_goes_over_the_recipe_which_goes_over_the_defaults(tmp_path):
-    recipe = {"model": "folder", "learning_rate": 0.5, "max_steps": 7, "horizontal_flip": True, "bf16": False}
-    model, data, training = parse(tmp_path, recipe, "--learning_rate", "0.25", "--horizontal_flip", "false")
+    recipe = {"model": "folder", "learning_rate": 0.5, "max_steps": 7, "color_jitter": 0.5, "bf16": False}
+    model, data, training = parse(tmp_path, recipe, "--learning_rate", "0.25", "--color_jitter", "0")
     assert (training.learning_rate, training.max_steps) == (0.25, 7)
     assert (model.model, model.lora_r) == ("folder", 0)
-    assert (data.horizontal_flip, data.name) == (False, "mini")
+    assert (data.color_jitter, data.name) == (0.0, "mini")
 
 
 def test_a_model_config_is_a_mapping_in_the_recipe_and_json_on_the_command_line(tmp_path):
@@ -357,8 +356,8 @@ def test_two_processes_measure_what_one_measures_on_a_split_they_cannot_share_ev
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"muon_learning_rate": 0.01, "split_turns": True}, {"lora_r": 2, "lora_dropout": 0.2}],
-    ids=["adamw", "muon_split_turns", "lora"],
+    [{}, {"muon_learning_rate": 0.01, "turns_per_record": 2}, {"lora_r": 2, "lora_dropout": 0.2}],
+    ids=["adamw", "muon_turns", "lora"],
 )
 def test_a_run_that_goes_on_from_the_middle_of_an_epoch_ends_bit_for_bit_as_if_never_stopped(
     trained, data_folder, tmp_path, options
@@ -653,7 +652,7 @@ def test_an_example_depends_on_seed_epoch_and_index_alone():
     records = make_records([record(number, 3) for number in range(6)])
 
     def pixels(seed, epoch, indices=range(6)):
-        examples = train.ConversationDataset(records, seed=seed, flip=True, jitter=0.2, max_spans=2)
+        examples = train.ConversationDataset(records, seed=seed, jitter=0.2, max_spans=2)
         examples.set_epoch(epoch)
         return {i: (np.asarray(examples[i]["image"]).tobytes(), chosen_masks(examples[i])[0]) for i in indices}
 
@@ -662,21 +661,6 @@ def test_an_example_depends_on_seed_epoch_and_index_alone():
     assert all(first[i] != pixels(0, 1)[i] and first[i] != pixels(1, 0)[i] for i in range(6))
     assert all(len(chosen) == 2 and chosen == sorted(chosen) for _, chosen in first.values())
     assert len({tuple(chosen) for _, chosen in first.values()}) > 1
-
-
-def test_a_flip_mirrors_image_and_masks_alike():
-    records = make_records([record(number, 2) for number in range(8)])
-    plain, flipped = train.ConversationDataset(records), train.ConversationDataset(records, flip=True)
-    mirrored = []
-    for i in range(8):
-        image, found = np.asarray(plain[i]["image"]), np.asarray(flipped[i]["image"])
-        mirrored.append(not np.array_equal(found, image))
-        step = -1 if mirrored[-1] else 1
-        assert np.array_equal(found, image[:, ::step])
-        masks, found_masks = (data[i]["conversations"][0]["masks"] for data in (plain, flipped))
-        for mask, found_mask in zip(masks, found_masks, strict=True):
-            assert np.array_equal(found_mask, mask[:, ::step])
-    assert 0 < sum(mirrored) < 8
 
 
 def test_masks_beyond_the_largest_number_are_left_out_of_the_batch_with_their_spans():
@@ -693,7 +677,7 @@ def test_masks_beyond_the_largest_number_are_left_out_of_the_batch_with_their_sp
 def test_split_turns_are_rows_of_their_own_with_their_own_masks_and_the_image_they_share():
     rows, processor = [record(0, 3), record(1, 2)], tiny_processor()
     together = batch_of(rows, processor)
-    examples = train.ConversationDataset(make_records(rows), split_turns=True)
+    examples = train.ConversationDataset(make_records(rows), turns_per_record=0)
     batch = train.Collator(processor)([examples[0], examples[1]])
     assert batch["record_index"].tolist() == [0, 0, 1] and together["record_index"].tolist() == [0, 1]
     assert batch["sam_image_index"].tolist() == [0, 0, 1] and len(batch["sam_pixel_values"]) == 2
