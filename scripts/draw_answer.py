@@ -1,6 +1,6 @@
 """Draws an answer of a model: the image, its masks, and the text with each span in the colour of its mask.
 
-python scripts/draw_answer.py --model runs/demo/model --output docs/overlay.png
+python scripts/draw_answer.py --model runs/demo/model --output docs/overlay.png --question 8
 """
 
 import argparse
