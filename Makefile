@@ -2,7 +2,7 @@
 PYTHON := .venv/bin/python
 INSTALLED := .venv/installed
 
-.PHONY: demo test lint data
+.PHONY: demo test lint
 
 demo: $(INSTALLED)
 	rm -rf runs/demo
