@@ -52,7 +52,7 @@ from partkit.predictions import (
     write_whole,
 )
 from partkit.report import FIGURES, write_report
-from partkit.schema import Question, escape_tags
+from partkit.schema import Question, as_chat, escape_tags
 from partkit.spans import tag_phrases
 from processing_plum import PlumProcessor, parse_span_tags
 
@@ -168,7 +168,7 @@ class Predictor:
         self._embeddings = dict(zip(map(id, unique), embeddings, strict=True))
 
     def _encode(self, rows: Sequence[Row], *, prompt: bool = False) -> dict[str, torch.Tensor]:
-        conversations = [with_image(messages, image) for image, messages in rows]
+        conversations = [as_chat(messages, image) for image, messages in rows]
         inputs = self.processor.apply_chat_template(
             conversations,
             tokenize=True,
@@ -257,13 +257,6 @@ def choose_object(question: Question) -> list[list[Message]]:
         answer = escape_tags(question.choices[question.correct])
         messages = [*ask(question), {"role": "assistant", "content": answer}, *messages]
     return [[*messages, {"role": "assistant", "content": escape_tags(choice)}] for choice in question.object_choices]
-
-
-def with_image(messages: Sequence[Message], image: Image.Image) -> list[Message]:
-    """The conversation with the image in front of its first message."""
-    first = messages[0]
-    content = [{"type": "image", "image": image}, {"type": "text", "text": first["content"]}]
-    return [{**first, "content": content}, *messages[1:]]
 
 
 def keep_last_answer(labels: torch.LongTensor) -> torch.LongTensor:

@@ -41,7 +41,7 @@ import partonomy_dataset  # noqa: F401  (makes load_dataset("partonomy") work)
 from configuration_plum import PlumConfig
 from modeling_plum import PlumForConditionalGeneration, decode_spans, upscale_masks
 from partkit.masks import decode as decode_rle
-from partkit.schema import DataError, tagged_phrases
+from partkit.schema import DataError, as_chat, tagged_phrases
 from processing_plum import PlumProcessor, parse_span_tags
 
 # A checkpoint is read by the code of this folder, so nobody is asked whether to trust the copy saved with it.
@@ -336,14 +336,6 @@ def split_into_turns(messages: list[dict], masks: list[np.ndarray]) -> list[dict
         turns.append({"messages": [question, answer], "masks": masks[start:end]})
         start = end
     return turns
-
-
-def as_chat(messages: list[dict], image: Image.Image | None) -> list[dict]:
-    """The messages of a record with its image in the first user turn."""
-    chat = [dict(message) for message in messages]
-    if image is not None:
-        chat[0]["content"] = [{"type": "image", "image": image}, {"type": "text", "text": chat[0]["content"]}]
-    return chat
 
 
 class Collator:

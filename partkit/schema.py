@@ -27,6 +27,7 @@ __all__ = [
     "PartExample",
     "PartMask",
     "Question",
+    "as_chat",
     "as_row",
     "escape_tags",
     "tagged_phrases",
@@ -248,3 +249,11 @@ QUESTION_FEATURES = Features(
         "licence": Value("string"),
     }
 )
+
+
+def as_chat(messages: list[dict], image: Any) -> list[dict]:
+    """The messages as a chat with the image, unless it is None, in front of the first; `messages` stay as they are."""
+    chat = [dict(message) for message in messages]
+    if image is not None:
+        chat[0]["content"] = [{"type": "image", "image": image}, {"type": "text", "text": chat[0]["content"]}]
+    return chat

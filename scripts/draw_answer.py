@@ -42,7 +42,7 @@ def main() -> None:
     masked.imshow(overlay(record["image"], [span.mask for span in answer.spans]))
     for axes in (plain, masked, text):
         axes.axis("off")
-    write_text(text, record["question"], [(piece, None) for piece in [record["question"]]], top=0.9)
+    write_text(text, record["question"], [(record["question"], None)], top=0.9)
     write_text(text, answer.text, highlight(answer.text, answer.spans, colours=COLOURS), top=0.62)
     figure.savefig(arguments.output, dpi=110)
 

@@ -181,7 +181,7 @@ def two_processes(tmp_path_factory) -> dict:
         text=True,
     )
     assert run.returncode == 0, run.stderr
-    return torch.load(folder / "runs.pt")
+    return torch.load(folder / "runs.pt", weights_only=True)
 
 
 def base_options(data_folder: Path, output_dir: Path) -> dict:
@@ -276,7 +276,8 @@ def test_a_missing_recipe_is_named(capsys):
 @pytest.mark.parametrize("recipe", sorted(ROOT.glob("recipes/*.yaml")), ids=lambda path: path.stem)
 def test_every_recipe_is_understood(recipe, tmp_path):
     words = ["--use_cpu", "true", "--output_dir", str(tmp_path)]
-    model, _, _ = train.parse_arguments([str(recipe), *words])
+    model, _, training = train.parse_arguments([str(recipe), *words])
+    assert training.output_dir == str(tmp_path)
     if model.model is None:
         config = train.PlumConfig(**copy.deepcopy(model.model_config))
         train.check_config_fields(model.model_config, config)
