@@ -366,8 +366,8 @@ class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
 
     def _resolve_images(
         self, input_ids, pixel_values, sam_pixel_values, sam_image_embeddings, sam_image_index
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
-        """The vision-language model's pixel values, SAM's embeddings and the image of each row."""
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor | None, torch.Tensor]:
+        """The vision-language model's image inputs, SAM's embeddings and the image of each row."""
         if sam_image_embeddings is None and sam_pixel_values is not None and len(sam_pixel_values):
             sam_image_embeddings = self.get_image_embeddings(sam_pixel_values)
         if sam_image_index is None:
@@ -379,11 +379,30 @@ class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
                 )
             rows = torch.arange(len(input_ids), device=input_ids.device)
             sam_image_index = rows if count else torch.full_like(rows, -1)
-        if self.config.vlm_image_input == "sam_image_embeddings" and sam_image_embeddings is not None:
-            pixel_values = sam_image_embeddings[sam_image_index[sam_image_index >= 0]]
-        if pixel_values is not None and not len(pixel_values):
-            pixel_values = None
-        return pixel_values, sam_image_embeddings, sam_image_index
+        vlm_inputs = {}
+        if self.config.vlm_image_input == "sam_image_embeddings":
+            if sam_image_embeddings is not None:
+                vlm_inputs["inputs_embeds"] = self._embed_with_images(input_ids, sam_image_embeddings, sam_image_index)
+        elif pixel_values is not None and len(pixel_values):
+            vlm_inputs["pixel_values"] = pixel_values.to(self.vlm.dtype)
+        return vlm_inputs, sam_image_embeddings, sam_image_index
+
+    def _embed_with_images(self, input_ids, sam_image_embeddings, sam_image_index) -> torch.Tensor:
+        """
+        Input embeddings `(B, L, D)` with the features of each row's image in its placeholders. The vision tower sees an
+        image once, however many rows ask about it.
+        """
+        placeholders = input_ids == self.config.vlm_config.image_token_id
+        features = self.vlm.model.get_image_features(sam_image_embeddings.to(self.vlm.dtype), return_dict=True)
+        features = torch.stack(list(features.pooler_output))[sam_image_index[sam_image_index >= 0]]
+        if placeholders.sum() != features.shape[:2].numel():
+            raise ValueError(
+                f"Image features and image tokens do not match: {len(features)} rows with an image have "
+                f"{features.shape[1]} features each, found {int(placeholders.sum())} image tokens; set the processor's "
+                f"num_image_tokens to {features.shape[1]}."
+            )
+        embeddings = self.get_input_embeddings()(input_ids)
+        return embeddings.masked_scatter(placeholders[..., None], features.to(embeddings))
 
     # ---------------------------------------------------------------- training
 
@@ -424,10 +443,10 @@ class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
                 one (gradient accumulation, several processes). Default: the counts of this batch.
             vlm_inputs: Further inputs of the vision-language model.
         """
-        pixel_values, sam_image_embeddings, sam_image_index = self._resolve_images(
+        image_inputs, sam_image_embeddings, sam_image_index = self._resolve_images(
             input_ids, pixel_values, sam_pixel_values, sam_image_embeddings, sam_image_index
         )
-        hidden_states = self._run_language_model(input_ids, attention_mask, pixel_values, **vlm_inputs)
+        hidden_states = self._run_language_model(input_ids, attention_mask, **image_inputs, **vlm_inputs)
         logits = self.get_output_embeddings()(hidden_states)
         span_logits = self.span_tagger(hidden_states, attention_mask)
         pred_masks = iou_scores = None
@@ -493,15 +512,11 @@ class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
         has_span = (span_labels > TAG_OUTSIDE).any(dim=1, keepdim=True)
         return torch.where(has_span, span_labels.clamp(min=TAG_OUTSIDE), -1)
 
-    def _run_language_model(self, input_ids, attention_mask, pixel_values, **vlm_inputs) -> torch.Tensor:
+    def _run_language_model(self, input_ids, attention_mask, **vlm_inputs) -> torch.Tensor:
         """Hidden states `(B, L, D)` after the language model's final norm; they line up with `input_ids`."""
-        outputs = self.vlm.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            pixel_values=None if pixel_values is None else pixel_values.to(self.vlm.dtype),
-            use_cache=False,
-            **vlm_inputs,
-        )
+        if "inputs_embeds" not in vlm_inputs:
+            vlm_inputs["input_ids"] = input_ids
+        outputs = self.vlm.model(attention_mask=attention_mask, use_cache=False, **vlm_inputs)
         return outputs.last_hidden_state
 
     def _language_modeling_loss(self, logits, labels, count) -> torch.Tensor:
@@ -696,14 +711,12 @@ class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
         """
         if self.config.vlm_image_input == "pixel_values":
             sam_pixel_values = sam_image_embeddings = sam_image_index = None
-        pixel_values, _, _ = self._resolve_images(
+        image_inputs, _, _ = self._resolve_images(
             input_ids, pixel_values, sam_pixel_values, sam_image_embeddings, sam_image_index
         )
-        return self._generate(input_ids, attention_mask, pixel_values, **kwargs)
+        return self._generate(input_ids, attention_mask, **image_inputs, **kwargs)
 
-    def _generate(self, input_ids, attention_mask, pixel_values, **kwargs) -> torch.LongTensor:
-        if pixel_values is not None:
-            kwargs["pixel_values"] = pixel_values.to(self.vlm.dtype)
+    def _generate(self, input_ids, attention_mask, **kwargs) -> torch.LongTensor:
         # The settings that were loaded with this model, or changed on it by the caller, are those of the whole.
         self.vlm.generation_config = self.generation_config
         return self.vlm.generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
@@ -746,7 +759,7 @@ class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
             ValueError: Spans without an image, a given mask of another size than its image, or several returned
                 sequences per prompt.
         """
-        pixel_values, sam_image_embeddings, sam_image_index = self._resolve_images(
+        image_inputs, sam_image_embeddings, sam_image_index = self._resolve_images(
             input_ids, pixel_values, sam_pixel_values, sam_image_embeddings, sam_image_index
         )
         if attention_mask is None:
@@ -755,12 +768,15 @@ class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
             if spans is not None or given_masks:
                 raise ValueError("spans and given_masks belong to a given answer; pass its labels as well.")
             prompt_length = input_ids.shape[1]
-            input_ids = self._generate_answers(input_ids, attention_mask, pixel_values, **generate_kwargs)
+            input_ids = self._generate_answers(input_ids, attention_mask, **image_inputs, **generate_kwargs)
             attention_mask, answer_mask = self._mask_answers(input_ids, attention_mask, prompt_length)
+            if "inputs_embeds" in image_inputs:
+                answers = self.get_input_embeddings()(input_ids[:, prompt_length:])
+                image_inputs["inputs_embeds"] = torch.cat([image_inputs["inputs_embeds"], answers], dim=1)
         else:
             answer_mask = (labels != IGNORE_INDEX) & ~torch.isin(labels, self._stop_tokens)
 
-        hidden_states = self._run_language_model(input_ids, attention_mask, pixel_values)
+        hidden_states = self._run_language_model(input_ids, attention_mask, **image_inputs)
         span_logits = self.span_tagger(hidden_states, attention_mask)
         forced = spans is not None
         if not forced:
@@ -797,10 +813,10 @@ class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
         stop = [] if stop is None else [stop] if isinstance(stop, int) else stop
         return torch.tensor(stop, device=self.device, dtype=torch.long)
 
-    def _generate_answers(self, input_ids, attention_mask, pixel_values, **generate_kwargs) -> torch.LongTensor:
+    def _generate_answers(self, input_ids, attention_mask, **generate_kwargs) -> torch.LongTensor:
         if (attention_mask[:, -1] == 0).any():
             raise ValueError("Prompts must be padded on the left to be continued; pass padding_side='left'.")
-        sequences = self._generate(input_ids, attention_mask, pixel_values, **generate_kwargs)
+        sequences = self._generate(input_ids, attention_mask, **generate_kwargs)
         if len(sequences) != len(input_ids):
             raise ValueError(
                 f"segment() gives one answer per prompt, found {len(sequences)} sequences for {len(input_ids)} "
@@ -861,14 +877,14 @@ class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
             raise ValueError(f"Found {len(input_ids)} rows, which is not a multiple of num_choices={num_choices}.")
         if reduction not in ("answer_mean", "answer_sum", "sequence_mean"):
             raise ValueError(f"reduction must be answer_mean, answer_sum or sequence_mean, found {reduction!r}.")
-        pixel_values, _, _ = self._resolve_images(
+        image_inputs, _, _ = self._resolve_images(
             input_ids, pixel_values, sam_pixel_values, sam_image_embeddings, sam_image_index
         )
         if reduction == "sequence_mean":
             real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
             counted = (real == 1) & (input_ids != self.config.vlm_config.image_token_id)
             labels = torch.where(counted, input_ids, IGNORE_INDEX)
-        hidden_states = self._run_language_model(input_ids, attention_mask, pixel_values)
+        hidden_states = self._run_language_model(input_ids, attention_mask, **image_inputs)
         logits = self.get_output_embeddings()(hidden_states[:, :-1]).float()
         targets = labels[:, 1:]
         scores = F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORE_INDEX, reduction="none").sum(1)

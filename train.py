@@ -183,25 +183,33 @@ def build_from_scratch(
     check_config_fields(given, config)
     if config.vlm_image_input != "sam_image_embeddings":
         raise ValueError("A model from scratch needs vlm_image_input: sam_image_embeddings in its model_config.")
-    text_config, tower = config.vlm_config.text_config, config.vlm_config.vision_config
+    text_config = config.vlm_config.text_config
     text_config.vocab_size = len(tokenizer)
-    config.vlm_config.image_token_index = tokenizer.convert_tokens_to_ids("<image>")
+    config.vlm_config.image_token_id = tokenizer.convert_tokens_to_ids("<image>")
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(text_config, name, getattr(tokenizer, name))
     model = PlumForConditionalGeneration(config)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(model.generation_config, name, getattr(tokenizer, name))
 
-    side, grid = config.sam_config.vision_config.image_size, tower.image_size // tower.patch_size
+    side = config.sam_config.vision_config.image_size
     sam_image_processor = SamImageProcessor(size={"longest_edge": side}, pad_size={"height": side, "width": side})
     processor = PlumProcessor(
         sam_image_processor,
         sam_image_processor,
         tokenizer,
-        num_image_tokens=grid**2,
+        num_image_tokens=count_image_tokens(model),
         vlm_image_input=config.vlm_image_input,
     )
     return model, processor
+
+
+@torch.no_grad()
+def count_image_tokens(model: PlumForConditionalGeneration) -> int:
+    """How many vectors the language model sees of one image."""
+    config = model.config
+    grid = torch.zeros(1, config.sam_config.vision_config.output_channels, config.sam_grid_size, config.sam_grid_size)
+    return len(torch.cat(list(model.vlm.get_image_features(grid, return_dict=True).pooler_output)))
 
 
 def check_config_fields(given: dict, config: PreTrainedConfig, where: str = "model_config"):
