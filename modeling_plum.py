@@ -23,27 +23,35 @@ may be shared between rows or be absent; FiLM's unused third projection is gone;
 gradients on perfect predictions; every loss can be normalised by counts of the global batch.
 """
 
+import inspect
 import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModelForImageTextToText, GenerationMixin, PreTrainedModel, SamModel
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedModel,
+    SamModel,
+)
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 try:
     from .configuration_plum import PlumConfig
+    from .masks_plum import dice_loss, downscale_mask, focal_tversky_loss, upscale_masks
 except ImportError:
     if __package__:
         raise
     from configuration_plum import PlumConfig
+    from masks_plum import dice_loss, downscale_mask, focal_tversky_loss, upscale_masks
 
 TAG_OUTSIDE, TAG_BEGIN, TAG_INSIDE = 0, 1, 2
 IGNORE_INDEX = -100
-# Logit that stands for "certain" where a caller's binary mask takes the place of a predicted one.
-GIVEN_MASK_LOGIT = 10.0
 
 
 @dataclass
@@ -120,79 +128,6 @@ def decode_spans(tags: torch.LongTensor, answer_mask: torch.BoolTensor | None = 
     not_inside = F.pad(tags != TAG_INSIDE, (0, 1), value=True)
     is_end = not_inside[rows] & (position[None] > starts[:, None])
     return torch.stack([rows, starts, is_end.int().argmax(dim=1)], dim=1)
-
-
-def upscale_masks(
-    low_res_masks: torch.Tensor, sam_image_size: int, reshaped_size: tuple[int, int], original_size: tuple[int, int]
-) -> torch.Tensor:
-    """
-    Mask logits from SAM's low-res frame to the original image: upscale to the padded square, crop the padding, resize.
-
-    Args:
-        low_res_masks: `(S, 4G, 4G)` logits of one image.
-        sam_image_size: Side of SAM's padded square input in pixels.
-        reshaped_size: (height, width) of the resized image inside that square.
-        original_size: (height, width) of the image as given.
-
-    Returns:
-        `(S, height, width)` logits.
-    """
-    masks = F.interpolate(low_res_masks[:, None], (sam_image_size,) * 2, mode="bilinear", align_corners=False)
-    masks = masks[..., : reshaped_size[0], : reshaped_size[1]]
-    return F.interpolate(masks, tuple(original_size), mode="bilinear", align_corners=False)[:, 0]
-
-
-def downscale_mask(
-    mask: torch.Tensor, sam_image_size: int, reshaped_size: tuple[int, int], low_res_size: int
-) -> torch.Tensor:
-    """
-    A binary mask of an original image as low-res logits, the inverse of [`upscale_masks`].
-
-    Args:
-        mask: `(height, width)` bool or 0/1.
-        sam_image_size, reshaped_size: As in [`upscale_masks`].
-        low_res_size: Side 4G of the result.
-
-    Returns:
-        `(4G, 4G)` logits between -10 and 10.
-    """
-    mask = F.interpolate(mask[None, None].float(), tuple(reshaped_size), mode="bilinear", antialias=True)
-    mask = F.pad(mask, (0, sam_image_size - reshaped_size[1], 0, sam_image_size - reshaped_size[0]))
-    mask = F.interpolate(mask, (low_res_size,) * 2, mode="area")[0, 0]
-    return (2 * mask - 1) * GIVEN_MASK_LOGIT
-
-
-def focal_tversky_loss(
-    logits: torch.Tensor,
-    targets: torch.Tensor,
-    false_negative_weight: float,
-    false_positive_weight: float,
-    gamma: float,
-) -> torch.Tensor:
-    """
-    `(1 - T) ** gamma`, `T = TP / (TP + a FN + b FP)` over soft probabilities (Abraham and Khan, arXiv 1810.07842).
-
-    Args:
-        logits, targets: `(S, H, W)`, targets 0/1.
-
-    Returns:
-        `(S,)` losses. The base of the power is kept above zero, where its gradient is infinite.
-    """
-    probabilities, targets = logits.sigmoid().flatten(1), targets.flatten(1)
-    true_positive = (probabilities * targets).sum(1)
-    false_negative = ((1 - probabilities) * targets).sum(1)
-    false_positive = (probabilities * (1 - targets)).sum(1)
-    weighted = true_positive + false_negative_weight * false_negative + false_positive_weight * false_positive
-    tversky_index = (true_positive + 1e-6) / (weighted + 1e-6)
-    return (1 - tversky_index).clamp(min=1e-7) ** gamma
-
-
-def dice_loss(logits: torch.Tensor, targets: torch.Tensor, scale: float = 1000.0) -> torch.Tensor:
-    """Soft dice loss `(S,)` of `(S, H, W)` logits and 0/1 targets; sums are divided by `scale` before adding 1e-6."""
-    probabilities, targets = logits.sigmoid().flatten(1), targets.flatten(1)
-    intersection = 2 * (probabilities * targets).sum(1) / scale
-    total = (probabilities.sum(1) + targets.sum(1)) / scale
-    return 1 - (intersection + 1e-6) / (total + 1e-6)
 
 
 def sincos_position_embedding(grid_size: int, width: int) -> torch.Tensor:
@@ -308,6 +243,18 @@ class PlumPreTrainedModel(PreTrainedModel):
             init.normal_(module.queries, std=self.config.initializer_range)
 
 
+def _load_whole(auto_class, folder: str, config, dtype) -> PreTrainedModel:
+    """A pretrained model; `ValueError` if any of its weights is not in the checkpoint."""
+    model, report = auto_class.from_pretrained(folder, config=config, dtype=dtype, output_loading_info=True)
+    absent = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
+    if absent:
+        raise ValueError(
+            f"{folder} lacks {len(absent)} tensors of a {config.model_type!r} model or holds them in another shape: "
+            f"{', '.join(absent[:5])}{' ...' if len(absent) > 5 else ''}."
+        )
+    return model
+
+
 class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
     """A vision-language model with a span tagger, a span projector, mask feedback and a SAM."""
 
@@ -319,6 +266,11 @@ class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
         text_width = config.vlm_config.get_text_config().hidden_size
         sam_width = config.sam_config.vision_config.output_channels
         self.vlm = AutoModelForImageTextToText.from_config(config.vlm_config)
+        if not isinstance(getattr(self.vlm, "model", None), PreTrainedModel):
+            raise ValueError(
+                f"vlm_config is a {config.vlm_config.model_type!r} model, and {type(self.vlm).__name__} has no model "
+                "without language-modeling head, whose hidden states PLUM tags; choose another family."
+            )
         self.sam = SamModel(config.sam_config)
         self.span_tagger = PlumSpanTagger(config)
         self.span_projector = nn.Sequential(
@@ -326,6 +278,39 @@ class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
         )
         self.mask_feedback = PlumMaskFeedback(config) if config.mask_feedback else None
         self.post_init()
+
+    @classmethod
+    def from_backbones(
+        cls, vlm: str, sam: str, *, dtype: str | torch.dtype = "auto", **plum_options
+    ) -> "PlumForConditionalGeneration":
+        """
+        A PLUM of a pretrained vision-language model and a pretrained SAM, fresh only in what is PLUM's own: span
+        tagger, span projector and mask feedback. `PlumProcessor.from_backbones` makes the processor.
+
+        Args:
+            vlm: Folder or Hub name of an image-text-to-text model, such as `llava-hf/llava-1.5-7b-hf`.
+            sam: Folder or Hub name of a SAM, such as `facebook/sam-vit-huge`.
+            dtype: Precision of all weights; `"auto"` takes that of the vision-language model.
+            plum_options: Further fields of [`PlumConfig`].
+
+        Raises:
+            ValueError: A backbone of another kind or that does not fit (before any weight is read), or that lacks
+                weights.
+        """
+        vlm_config, sam_config = AutoConfig.from_pretrained(vlm), AutoConfig.from_pretrained(sam)
+        if sam_config.model_type != "sam":
+            raise ValueError(f"{sam} holds a {sam_config.model_type!r} model, expected 'sam'.")
+        with torch.device("meta"):
+            model = cls(cls.config_class(vlm_config=vlm_config, sam_config=sam_config, **plum_options))
+        config = model.config
+        model.vlm = _load_whole(AutoModelForImageTextToText, vlm, config.vlm_config, dtype)
+        model.sam = _load_whole(SamModel, sam, config.sam_config, model.vlm.dtype)
+        model.generation_config = model.vlm.generation_config
+        for module in (model.span_tagger, model.span_projector, model.mask_feedback):
+            if module is not None:
+                module.to_empty(device=model.vlm.device).to(model.vlm.dtype).apply(model._init_weights)
+        config.dtype = model.vlm.dtype
+        return model.eval()
 
     def initialize_weights(self):
         """As in transformers, but with positions that a SAM can learn from when it starts without weights."""
@@ -389,8 +374,8 @@ class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
 
     def _embed_with_images(self, input_ids, sam_image_embeddings, sam_image_index) -> torch.Tensor:
         """
-        Input embeddings `(B, L, D)` with the features of each row's image in its placeholders. The vision tower sees an
-        image once, however many rows ask about it.
+        Input embeddings `(B, L, D)` with the features of each row's image in its placeholders. The vision tower sees
+        an image once, however many rows ask about it.
         """
         placeholders = input_ids == self.config.vlm_config.image_token_id
         features = self.vlm.model.get_image_features(sam_image_embeddings.to(self.vlm.dtype), return_dict=True)
@@ -398,8 +383,8 @@ class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
         if placeholders.sum() != features.shape[:2].numel():
             raise ValueError(
                 f"Image features and image tokens do not match: {len(features)} rows with an image have "
-                f"{features.shape[1]} features each, found {int(placeholders.sum())} image tokens; set the processor's "
-                f"num_image_tokens to {features.shape[1]}."
+                f"{features.shape[1]} features each, found {int(placeholders.sum())} image tokens; set the "
+                f"processor's num_image_tokens to {features.shape[1]}."
             )
         embeddings = self.get_input_embeddings()(input_ids)
         return embeddings.masked_scatter(placeholders[..., None], features.to(embeddings))
@@ -517,7 +502,13 @@ class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
         if "inputs_embeds" not in vlm_inputs:
             vlm_inputs["input_ids"] = input_ids
         outputs = self.vlm.model(attention_mask=attention_mask, use_cache=False, **vlm_inputs)
-        return outputs.last_hidden_state
+        hidden_states = outputs.last_hidden_state
+        if hidden_states.shape[:2] != input_ids.shape:
+            raise ValueError(
+                f"{type(self.vlm).__name__} returns {tuple(hidden_states.shape[:2])} hidden states for input_ids of "
+                f"shape {tuple(input_ids.shape)}; PLUM needs a family with one for each token."
+            )
+        return hidden_states
 
     def _language_modeling_loss(self, logits, labels, count) -> torch.Tensor:
         loss = F.cross_entropy(
@@ -737,7 +728,7 @@ class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
         reshaped_input_sizes: torch.LongTensor | None = None,
         span_labels: torch.LongTensor | None = None,
         mask_labels: list[torch.Tensor] | None = None,
-        **generate_kwargs,
+        **kwargs,
     ) -> PlumSegmentationOutput:
         r"""
         Answers, tags its answers and segments the tagged spans, for a batch of conversations.
@@ -753,7 +744,7 @@ class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
             given_masks: Binary masks (original height, original width) by index of the span in `spans`. Such a mask
                 is returned in place of a predicted one, and the later spans of its row are decoded from it.
             span_labels, mask_labels: Accepted, so that a training batch may be passed as it is, and unused.
-            generate_kwargs: Options of `generate`, such as `max_new_tokens`.
+            kwargs: Options of `generate`, such as `max_new_tokens`, and further inputs of the vision-language model.
 
         Raises:
             ValueError: Spans without an image, a given mask of another size than its image, or several returned
@@ -762,21 +753,21 @@ class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
         image_inputs, sam_image_embeddings, sam_image_index = self._resolve_images(
             input_ids, pixel_values, sam_pixel_values, sam_image_embeddings, sam_image_index
         )
+        further_inputs, generate_kwargs = self._split_inputs(kwargs)
+        vlm_inputs = image_inputs | further_inputs
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         if labels is None:
             if spans is not None or given_masks:
                 raise ValueError("spans and given_masks belong to a given answer; pass its labels as well.")
-            prompt_length = input_ids.shape[1]
-            input_ids = self._generate_answers(input_ids, attention_mask, **image_inputs, **generate_kwargs)
-            attention_mask, answer_mask = self._mask_answers(input_ids, attention_mask, prompt_length)
-            if "inputs_embeds" in image_inputs:
-                answers = self.get_input_embeddings()(input_ids[:, prompt_length:])
-                image_inputs["inputs_embeds"] = torch.cat([image_inputs["inputs_embeds"], answers], dim=1)
+            prompt = input_ids
+            input_ids = self._generate_answers(prompt, attention_mask, **vlm_inputs, **generate_kwargs)
+            attention_mask, answer_mask = self._mask_answers(input_ids, attention_mask, prompt.shape[1])
+            vlm_inputs = self._extend_to_answers(vlm_inputs, prompt, input_ids)
         else:
             answer_mask = (labels != IGNORE_INDEX) & ~torch.isin(labels, self._stop_tokens)
 
-        hidden_states = self._run_language_model(input_ids, attention_mask, **image_inputs)
+        hidden_states = self._run_language_model(input_ids, attention_mask, **vlm_inputs)
         span_logits = self.span_tagger(hidden_states, attention_mask)
         forced = spans is not None
         if not forced:
@@ -824,6 +815,22 @@ class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
             )
         return sequences
 
+    def _split_inputs(self, kwargs: dict) -> tuple[dict, dict]:
+        """Further inputs of the vision-language model, and options of `generate`."""
+        options = {*vars(GenerationConfig()), *inspect.signature(GenerationMixin.generate).parameters}
+        inputs = {name: value for name, value in kwargs.items() if name not in options}
+        return inputs, {name: value for name, value in kwargs.items() if name in options}
+
+    def _extend_to_answers(self, vlm_inputs: dict, prompt, sequences) -> dict:
+        """Inputs given per token of the prompt, for prompt and answer: embeddings, or type ids with 0 for text."""
+        answers, extended = sequences[:, prompt.shape[1] :], dict(vlm_inputs)
+        for name, value in vlm_inputs.items():
+            if name == "inputs_embeds":
+                extended[name] = torch.cat([value, self.get_input_embeddings()(answers)], dim=1)
+            elif isinstance(value, torch.Tensor) and value.shape == prompt.shape:
+                extended[name] = F.pad(value, (0, answers.shape[1]))
+        return extended
+
     def _mask_answers(self, sequences, prompt_mask, prompt_length) -> tuple[torch.Tensor, torch.Tensor]:
         """Attention mask (up to and with the stop token) and answer mask (without it) of generated sequences."""
         stops = torch.isin(sequences[:, prompt_length:], self._stop_tokens)
@@ -858,7 +865,7 @@ class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
         sam_image_embeddings: torch.FloatTensor | None = None,
         sam_image_index: torch.LongTensor | None = None,
         reduction: str = "answer_mean",
-        **unused,
+        **vlm_inputs,
     ) -> torch.FloatTensor:
         """
         Negative log-likelihood of candidate answers; the choice of the model is the argmin.
@@ -869,6 +876,7 @@ class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
             num_choices: Answers per question.
             reduction: `"answer_mean"` and `"answer_sum"` over the answer's tokens; `"sequence_mean"`, over prompt and
                 answer without image tokens and padding, is the protocol of the published figures.
+            vlm_inputs: Further inputs of the vision-language model; those of [`forward`] alone are unused.
 
         Returns:
             `(B / num_choices, num_choices)` scores.
@@ -884,7 +892,9 @@ class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
             real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
             counted = (real == 1) & (input_ids != self.config.vlm_config.image_token_id)
             labels = torch.where(counted, input_ids, IGNORE_INDEX)
-        hidden_states = self._run_language_model(input_ids, attention_mask, **image_inputs)
+        own = inspect.signature(self.forward).parameters
+        vlm_inputs = {name: value for name, value in vlm_inputs.items() if name not in own}
+        hidden_states = self._run_language_model(input_ids, attention_mask, **image_inputs, **vlm_inputs)
         logits = self.get_output_embeddings()(hidden_states[:, :-1]).float()
         targets = labels[:, 1:]
         scores = F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORE_INDEX, reduction="none").sum(1)

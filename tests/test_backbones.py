@@ -1,0 +1,342 @@
+"""PLUM around pretrained backbones of several families: what is theirs stays theirs, and every path runs."""
+
+import copy
+
+import pytest
+import torch
+from huggingface_hub.errors import StrictDataclassClassValidationError
+from torch import nn
+from torch.testing import assert_close
+from transformers import AutoConfig, AutoModelForImageTextToText, CLIPVisionConfig, CLIPVisionModel, SamModel
+
+from configuration_plum import PlumConfig
+from modeling_plum import PlumForConditionalGeneration
+from processing_plum import PlumProcessor
+from tests.tiny import conversation, random_image, random_mask, tiny_config
+from tests.tiny_backbones import FAMILIES, llava_clip, qwen2_5_vl, tiny_sam
+
+# A folder is read by the code under test, so nobody is asked whether to trust the copy saved with it.
+AutoConfig.register("plum", PlumConfig, exist_ok=True)
+EXACT = {"rtol": 1e-4, "atol": 1e-5}
+PLUM = {"span_tagger_num_heads": 4, "span_tagger_intermediate_size": 64}
+WIDE, TALL = random_image(50, 70, seed=1), random_image(90, 40, seed=2)
+CHATS = [
+    conversation(WIDE, "I can see a <p>wheel</p>, another <p>wheel</p> and a <p>left wing</p>."),
+    conversation(TALL, "The <p>tail</p> is red."),
+    conversation(WIDE, "It is red."),
+    conversation(None, "Which object?"),
+]
+MASKS = [[random_mask(50, 70, seed) for seed in range(3)], [random_mask(90, 40, seed=3)], [], None]
+PROMPTS = [conversation(image, None) for image in (WIDE, TALL, None)]
+
+
+@pytest.fixture(scope="module")
+def sam_folder(tmp_path_factory):
+    return str(tiny_sam(tmp_path_factory.mktemp("sam")))
+
+
+@pytest.fixture(scope="module", params=FAMILIES, ids=lambda family: family.__name__)
+def vlm_folder(request, tmp_path_factory):
+    return str(request.param(tmp_path_factory.mktemp(request.param.__name__)))
+
+
+@pytest.fixture(scope="module")
+def plum(vlm_folder, sam_folder):
+    torch.manual_seed(0)
+    model = PlumForConditionalGeneration.from_backbones(vlm=vlm_folder, sam=sam_folder, **PLUM)
+    return model, PlumProcessor.from_backbones(vlm=vlm_folder, sam=sam_folder)
+
+
+def encode(processor, chats, **options):
+    return processor.apply_chat_template(chats, tokenize=True, return_dict=True, **options)
+
+
+def prompt(processor, chats):
+    return encode(processor, chats, add_generation_prompt=True, padding_side="left")
+
+
+def vlm_inputs_of(model, batch):
+    """Inputs of a batch that the vision-language model takes by itself."""
+    own = ("labels", "span_labels", "spans", "mask_labels", "original_sizes", "reshaped_input_sizes")
+    return {name: value for name, value in batch.items() if not name.startswith("sam_") and name not in own}
+
+
+def test_the_vision_language_model_inside_is_the_pretrained_one(plum, vlm_folder):
+    model, processor = plum
+    alone = AutoModelForImageTextToText.from_pretrained(vlm_folder).eval()
+    assert alone.state_dict().keys() == model.vlm.state_dict().keys()
+    for name, tensor in alone.state_dict().items():
+        assert torch.equal(model.vlm.state_dict()[name], tensor), name
+    batch = encode(processor, CHATS, masks=MASKS)
+    with torch.no_grad():
+        expected = alone(**vlm_inputs_of(model, batch), use_cache=False).logits
+        assert_close(model(**batch).logits, expected, rtol=0, atol=0)
+    prompts = prompt(processor, PROMPTS)
+    options = {"max_new_tokens": 8, "do_sample": False}
+    assert torch.equal(
+        model.generate(**prompts, **options), alone.generate(**vlm_inputs_of(model, prompts), **options)
+    )
+
+
+def test_the_sam_inside_is_the_pretrained_one(plum, sam_folder):
+    model, processor = plum
+    alone = SamModel.from_pretrained(sam_folder).eval()
+    for name, tensor in alone.state_dict().items():
+        assert torch.equal(model.sam.state_dict()[name], tensor), name
+    pixels = encode(processor, CHATS)["sam_pixel_values"]
+    points = torch.tensor([[[[20.0, 30.0]]], [[[40.0, 10.0]]]])
+    with torch.no_grad():
+        found, expected = (sam(pixel_values=pixels, input_points=points) for sam in (model.sam, alone))
+        embeddings = model.get_image_embeddings(pixels)
+        assert_close(embeddings, alone.get_image_embeddings(pixels), rtol=0, atol=0)
+    assert_close(found.pred_masks, expected.pred_masks, rtol=0, atol=0)
+    assert_close(found.iou_scores, expected.iou_scores, rtol=0, atol=0)
+
+
+def test_only_plums_own_modules_are_fresh_and_as_a_model_from_scratch_has_them(plum):
+    model, _ = plum
+    scratch = PlumForConditionalGeneration(model.config)
+    for name in ("span_tagger", "span_projector", "mask_feedback"):
+        fresh, expected = (getattr(plum, name).state_dict() for plum in (model, scratch))
+        assert fresh.keys() == expected.keys()
+        for key, parameter in fresh.items():
+            assert parameter.device.type == "cpu" and parameter.isfinite().all(), key
+            if float(expected[key].std()) == 0:
+                assert torch.equal(parameter, expected[key]), key  # biases and layer norms
+            elif parameter.numel() > 500:
+                assert float(parameter.std()) == pytest.approx(float(expected[key].std()), rel=0.15), key
+    assert model.state_dict().keys() == scratch.state_dict().keys()
+
+
+def test_image_tokens_are_those_of_the_familys_own_processor(plum):
+    _, processor = plum
+    texts = [processor.apply_chat_template(chat, add_generation_prompt=True) for chat in PROMPTS[:2]]
+    expected = processor._vlm_processor(images=[[WIDE], [TALL]], text=texts, padding=True, return_tensors="pt")
+    found = prompt(processor, PROMPTS[:2])
+    for row in range(2):
+        ids = expected["input_ids"][row][expected["attention_mask"][row] == 1].tolist()
+        assert found["input_ids"][row][found["attention_mask"][row] == 1].tolist() == ids
+    for name, value in expected.items():
+        if name not in ("input_ids", "attention_mask", "mm_token_type_ids"):
+            assert_close(found[name], value, rtol=0, atol=0)
+
+
+def test_labels_and_spans_are_words_of_the_answer_in_every_family(plum):
+    _, processor = plum
+    batch = encode(processor, CHATS, masks=MASKS)
+    words = [processor.tokenizer.decode(batch["input_ids"][row, a:b]).strip() for row, a, b in batch["spans"]]
+    assert words == ["wheel", "wheel", "left wing", "tail"]
+    answers = [processor.tokenizer.decode(row[row >= 0]).strip() for row in batch["labels"]]
+    stop = processor.tokenizer.eos_token
+    assert answers[1:] == [f"The tail is red.{stop}", f"It is red.{stop}", f"Which object?{stop}"]
+
+
+def test_one_step_of_training_lowers_the_loss_and_reaches_every_part(plum):
+    model, processor = copy.deepcopy(plum[0]).train(), plum[1]
+    batch = encode(processor, CHATS, masks=MASKS)
+    loss = model(**batch).loss
+    loss.backward()
+    reached = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    touched = {name for name in reached if model.get_parameter(name).grad.abs().sum() > 0}
+    for part in ("span_tagger.classifier", "span_projector", "mask_feedback.film", "sam.mask_decoder", "lm_head"):
+        assert any(part in name for name in touched), part
+    assert any("q_proj" in name for name in touched)
+    assert any(part in name for name in touched for part in ("vision_tower", "visual", "vision_model"))
+    with torch.no_grad():
+        for name in reached:
+            parameter = model.get_parameter(name)
+            parameter -= 1e-4 * parameter.grad
+        assert loss.isfinite() and float(model(**batch).loss) < float(loss)
+
+
+def test_each_row_of_a_batch_equals_the_row_alone(plum):
+    model, processor = plum
+    with torch.no_grad():
+        together = model(**encode(processor, CHATS, masks=MASKS))
+        for row, members in ((0, slice(0, 3)), (1, slice(3, 4)), (3, slice(0, 0))):
+            batch = encode(processor, CHATS[row : row + 1])
+            alone, length = model(**batch), batch["input_ids"].shape[1]
+            assert_close(together.logits[row, :length], alone.logits[0], **EXACT)
+            assert_close(together.span_logits[row, :length], alone.span_logits[0], **EXACT)
+            if alone.pred_masks is not None:
+                assert_close(together.pred_masks[members], alone.pred_masks, **EXACT)
+
+
+def test_answers_generated_and_segmented_in_a_batch_equal_those_alone(plum):
+    model, processor = plum
+    options = {"max_new_tokens": 12, "do_sample": False}
+    batch = prompt(processor, PROMPTS)
+    together = model.segment(**batch, **options)
+    assert torch.equal(together.sequences, model.generate(**batch, **options))
+    answers = processor.post_process_segmentation(together)
+    for row, chat in enumerate(PROMPTS):
+        alone = model.segment(**prompt(processor, [chat]), **options)
+        (expected,) = processor.post_process_segmentation(alone)
+        assert answers[row].text == expected.text
+        assert [span.text for span in answers[row].spans] == [span.text for span in expected.spans]
+        members = together.spans[:, 0] == row
+        assert_close(together.pred_masks[members], alone.pred_masks, **EXACT)
+
+
+def test_a_generated_answer_is_tagged_and_segmented_as_the_same_answer_given(plum):
+    model, processor = plum
+    prompts = prompt(processor, PROMPTS[:2])
+    generated = model.segment(**prompts, max_new_tokens=12, do_sample=False)
+    new = generated.sequences.shape[1] - prompts["input_ids"].shape[1]
+    given = {**prompts, "input_ids": generated.sequences}
+    for name in ("attention_mask", "mm_token_type_ids"):
+        if name in given:
+            fill = 1 if name == "attention_mask" else 0
+            given[name] = nn.functional.pad(given[name], (0, new), value=fill)
+    labels = torch.where(generated.answer_mask, generated.sequences, -100)
+    tagged = model.segment(**given, labels=labels)
+    assert_close(tagged.span_logits[generated.answer_mask], generated.span_logits[generated.answer_mask], **EXACT)
+
+
+def test_choices_score_as_in_a_forward_pass(plum):
+    model, processor = plum
+    batch = encode(processor, CHATS, masks=MASKS)
+    with torch.no_grad():
+        log_probabilities = model(**batch).logits[:, :-1].log_softmax(-1)
+    targets = batch["labels"][:, 1:]
+    picked = log_probabilities.gather(2, targets.clamp(min=0)[..., None])[..., 0] * (targets >= 0)
+    scores = model.score_choices(**batch, num_choices=2, reduction="answer_sum")
+    assert_close(scores, -picked.sum(1).view(2, 2), **EXACT)
+
+
+def test_a_saved_model_and_processor_load_to_the_same_function(plum, tmp_path):
+    model, processor = plum
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    loaded = PlumForConditionalGeneration.from_pretrained(tmp_path).eval()
+    batch, again = (encode(p, CHATS, masks=MASKS) for p in (processor, PlumProcessor.from_pretrained(tmp_path)))
+    assert batch.keys() == again.keys()
+    with torch.no_grad():
+        assert_close(loaded(**again).logits, model(**batch).logits, rtol=0, atol=0)
+    options = {"max_new_tokens": 8, "do_sample": False}
+    found, expected = (m.segment(**prompt(processor, PROMPTS), **options) for m in (loaded, model))
+    assert torch.equal(found.sequences, expected.sequences)
+    assert_close(found.pred_masks, expected.pred_masks, **EXACT)
+
+
+def test_the_precision_asked_for_is_that_of_every_weight(tmp_path, sam_folder):
+    model = PlumForConditionalGeneration.from_backbones(
+        vlm=str(llava_clip(tmp_path)), sam=sam_folder, dtype=torch.bfloat16, **PLUM
+    )
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert model.dtype == model.config.dtype == torch.bfloat16
+
+
+def test_an_image_is_padded_and_not_cropped_for_a_tower_that_crops(tmp_path, sam_folder):
+    processor = PlumProcessor.from_backbones(vlm=str(llava_clip(tmp_path)), sam=sam_folder)
+    image = random_image(32, 96).point(lambda value: 0)
+    image.paste((255, 255, 255), (0, 0, 8, 32))  # far left, which a centre crop of the square would lose
+    pixels = encode(processor, [conversation(image, None)])["pixel_values"]
+    assert pixels.shape == (1, 3, 32, 32)
+    assert float(pixels[0, :, 16, 0].min()) > 1.0 and float(pixels[0, :, 16, 16].max()) < 0.0
+
+
+def test_a_chat_template_is_kept_where_answers_end_and_else_gives_way_to_plums_own(tmp_path, sam_folder):
+    kept = PlumProcessor.from_backbones(vlm=str(qwen2_5_vl(tmp_path / "qwen")), sam=sam_folder)
+    assert kept.chat_template == kept.tokenizer.chat_template
+    replaced = PlumProcessor.from_backbones(vlm=str(llava_clip(tmp_path / "llava")), sam=sam_folder)
+    text = replaced.apply_chat_template(conversation(WIDE, "A <p>wing</p>.", question="Which parts?"))
+    assert text == "USER: <image>\nWhich parts? ASSISTANT: A <p>wing</p>.</s>"
+
+
+def test_a_template_that_rewrites_an_earlier_turn_is_refused(plum):
+    _, processor = plum
+    template = "{% for m in messages %}{{ m.role[0] if loop.last else m.role }}:{{ m.content[0].text }}{% endfor %}"
+    chats = [conversation(None, "Yes.") + conversation(None, "No.")]
+    with pytest.raises(ValueError, match="renders turn 1 differently"):
+        encode(processor, chats, chat_template=template)
+
+
+# ------------------------------------------------------------------------------------------------ what cannot work
+
+
+@pytest.mark.parametrize(
+    "vlm_config, words",
+    [
+        ({"model_type": "florence2"}, "'florence2' model, an encoder-decoder.*do not line up with input_ids"),
+        ({"model_type": "pix2struct"}, "'pix2struct' model, an encoder-decoder"),
+        ({"model_type": "git"}, "'git' model without image_token_id: images are not placeholder tokens"),
+        ({"model_type": "kosmos-2"}, "'kosmos-2' model without image_token_id"),
+        ({"model_type": "blip-2", "text_config": {"model_type": "t5"}}, "'blip-2' model, an encoder-decoder"),
+    ],
+    ids=lambda value: value["model_type"] if isinstance(value, dict) else "",
+)
+def test_a_family_whose_hidden_states_do_not_line_up_is_refused_by_the_config(vlm_config, words):
+    with pytest.raises(StrictDataclassClassValidationError, match=words):
+        PlumConfig(vlm_config=vlm_config)
+
+
+def test_a_family_without_a_model_below_its_head_is_refused_by_the_model():
+    config = PlumConfig(vlm_config={"model_type": "blip-2", "image_token_index": 9})
+    with pytest.raises(ValueError, match="Blip2ForConditionalGeneration has no model without"), torch.device("meta"):
+        PlumForConditionalGeneration(config)
+
+
+def test_hidden_states_of_another_length_are_refused(plum):
+    model, processor = copy.deepcopy(plum[0]), plum[1]
+    batch = encode(processor, CHATS[3:])
+
+    def drop_a_position(module, arguments, outputs):
+        outputs.last_hidden_state = outputs.last_hidden_state[:, 1:]
+        return outputs
+
+    model.vlm.model.register_forward_hook(drop_a_position)
+    length = batch["input_ids"].shape[1]
+    with pytest.raises(ValueError, match=rf"\(1, {length - 1}\) hidden states for input_ids of shape \(1, {length}\)"):
+        model(**batch)
+
+
+def test_a_backbone_that_is_no_sam_is_refused(tmp_path, sam_folder):
+    vlm = str(llava_clip(tmp_path / "vlm"))
+    CLIPVisionModel(CLIPVisionConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2)).save_pretrained(
+        tmp_path / "clip"
+    )
+    with pytest.raises(ValueError, match="holds a 'clip_vision_model' model, expected 'sam'"):
+        PlumForConditionalGeneration.from_backbones(vlm=vlm, sam=str(tmp_path / "clip"), **PLUM)
+
+
+def test_a_sam_of_another_embedding_width_is_refused(tmp_path, sam_folder):
+    vlm = str(llava_clip(tmp_path / "vlm"))
+    words = "mask_feedback_num_heads is 5, which does not divide SAM's embedding width 32"
+    with pytest.raises(StrictDataclassClassValidationError, match=words):
+        PlumForConditionalGeneration.from_backbones(vlm=vlm, sam=sam_folder, mask_feedback_num_heads=5, **PLUM)
+    config = AutoConfig.from_pretrained(sam_folder)
+    config.mask_decoder_config.hidden_size = 64
+    SamModel(tiny_config().sam_config).save_pretrained(tmp_path / "sam")
+    config.save_pretrained(tmp_path / "sam")
+    words = "mask_decoder_config.hidden_size is 64 but .*output_channels is 32"
+    with pytest.raises(StrictDataclassClassValidationError, match=words):
+        PlumForConditionalGeneration.from_backbones(vlm=vlm, sam=str(tmp_path / "sam"), **PLUM)
+
+
+def test_a_backbone_that_lacks_weights_is_refused_with_their_names(tmp_path, sam_folder):
+    model = SamModel.from_pretrained(sam_folder)
+    weights = {name: value for name, value in model.state_dict().items() if "prompt_encoder.no_mask" not in name}
+    model.save_pretrained(tmp_path / "sam", state_dict=weights)
+    vlm = str(llava_clip(tmp_path / "vlm"))
+    with pytest.raises(ValueError, match="lacks 1 tensors of a 'sam' model.*prompt_encoder.no_mask_embed.weight"):
+        PlumForConditionalGeneration.from_backbones(vlm=vlm, sam=str(tmp_path / "sam"), **PLUM)
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("Wav2Vec2Model", "'Wav2Vec2Model', which is not a processor class"),
+        ("LlavaNextVideoProcessor", "LlavaNextVideoProcessor cannot be built from an image processor and a tokenizer"),
+    ],
+)
+def test_a_processor_that_plum_cannot_use_is_refused(plum, name, words):
+    _, own = plum
+    with pytest.raises(ValueError, match=words):
+        PlumProcessor(
+            own.image_processor,
+            own.sam_image_processor,
+            own.tokenizer,
+            image_token=own.image_token,
+            vlm_processor_class=name,
+        )
