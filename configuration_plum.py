@@ -110,6 +110,7 @@ class PlumConfig(PreTrainedConfig):
     def validate_architecture(self):
         """Cross-field checks; raises `ValueError` naming both values."""
         sam = self.sam_config
+        self._check_vlm_family()
         embedding_width = sam.vision_config.output_channels
         text_width = self.vlm_config.get_text_config().hidden_size
         for name, value in (
@@ -152,6 +153,20 @@ class PlumConfig(PreTrainedConfig):
                     "vlm_image_input is 'sam_image_embeddings', so vlm_config.vision_config must have (num_channels, "
                     f"image_size) = SAM's (embedding width, grid size) = {expected}, found {found}."
                 )
+
+    def _check_vlm_family(self):
+        """PLUM tags and segments tokens by the hidden states at their positions in `input_ids`."""
+        vlm = self.vlm_config
+        if vlm.is_encoder_decoder or vlm.get_text_config().is_encoder_decoder:
+            raise ValueError(
+                f"vlm_config is a {vlm.model_type!r} model, an encoder-decoder: its decoder sees the answer alone, so "
+                "that hidden states do not line up with input_ids; choose a decoder-only vision-language model."
+            )
+        if getattr(vlm, "image_token_id", None) is None:
+            raise ValueError(
+                f"vlm_config is a {vlm.model_type!r} model without image_token_id: images are not placeholder tokens "
+                "in input_ids, so that hidden states do not line up with them; choose a family where they are."
+            )
 
 
 PlumConfig.register_for_auto_class()

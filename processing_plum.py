@@ -10,39 +10,55 @@ character spans, then O/B/I labels by the offsets of the tokens that overlap the
 in a user's text there are no tags, so nothing needs escaping there.
 """
 
-import re
+import inspect
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from transformers import BatchFeature, ProcessorMixin
+import transformers
+from torch.nn.utils.rnn import pad_sequence
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoTokenizer,
+    BatchFeature,
+    LlavaImageProcessor,
+    ProcessorMixin,
+)
 from transformers.image_utils import load_image
-from transformers.utils.chat_template_utils import render_jinja_template
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+
+try:
+    from .chat_plum import (
+        DEFAULT_CHAT_TEMPLATE,
+        PlainChat,
+        can_train_on,
+        find_answers,
+        find_image,
+        parse_span_tags,
+        render_chats,
+        strip_span_tags,
+        without_images,
+    )
+    from .masks_plum import to_binary_mask
+except ImportError:
+    if __package__:
+        raise
+    from chat_plum import (
+        DEFAULT_CHAT_TEMPLATE,
+        PlainChat,
+        can_train_on,
+        find_answers,
+        find_image,
+        parse_span_tags,
+        render_chats,
+        strip_span_tags,
+        without_images,
+    )
+    from masks_plum import to_binary_mask
 
 TAG_OUTSIDE, TAG_BEGIN, TAG_INSIDE = 0, 1, 2
 IGNORE_INDEX = -100
-
-DEFAULT_CHAT_TEMPLATE = """\
-{%- for message in messages -%}
-{%- if message.role == 'user' -%}
-{{- 'USER: ' -}}
-{%- if message.content is string -%}{{- message.content -}}
-{%- else -%}
-{%- for part in message.content if part.type == 'image' -%}{{- '<image>\n' -}}{%- endfor -%}
-{%- for part in message.content if part.type == 'text' -%}{{- part.text -}}{%- endfor -%}
-{%- endif -%}
-{{- ' ' -}}
-{%- else -%}
-{{- 'ASSISTANT:' -}}
-{%- generation -%}
-{%- if message.content is string -%}{{- ' ' + message.content + eos_token -}}
-{%- else -%}{{- ' ' + message.content[0].text + eos_token -}}
-{%- endif -%}
-{%- endgeneration -%}
-{%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- 'ASSISTANT:' -}}{%- endif -%}
-"""
 
 
 @dataclass(frozen=True)
@@ -74,95 +90,6 @@ class PlumAnswer:
     spans: list[PlumSpan]
 
 
-@dataclass
-class _Text:
-    """A rendered conversation without tags; ranges are `(start, end)` in characters of `text`."""
-
-    text: str
-    answers: list[tuple[int, int]]
-    spans: list[tuple[int, int]]
-
-
-def parse_span_tags(text: str) -> tuple[str, list[tuple[int, int]]]:
-    r"""
-    Takes the span tags out of a text.
-
-    >>> parse_span_tags("A <p>wing</p> and \\<p> as text.")
-    ('A wing and <p> as text.', [(2, 6)])
-
-    Returns:
-        The plain text, and the character range `(start, end)` of each span in it.
-
-    Raises:
-        ValueError: A tag is unbalanced, nested or empty; the message counts the tags and quotes the text.
-    """
-    plain, spans, opened, last = "", [], None, 0
-
-    def fail(problem: str):
-        opening, closing = (len(re.findall(rf"(?<!\\){tag}", text)) for tag in ("<p>", "</p>"))
-        raise ValueError(f"{problem} in a text with {opening} opening and {closing} closing span tags: {text!r}")
-
-    for match in re.finditer(r"\\?</?p>", text):
-        plain += text[last : match.start()]
-        last = match.end()
-        tag = match.group()
-        if tag.startswith("\\"):
-            plain += tag[1:]
-        elif tag == "<p>":
-            if opened is not None:
-                fail("Nested span tag")
-            opened = len(plain)
-        else:
-            if opened is None:
-                fail("Unbalanced span tag")
-            if not plain[opened:].strip():
-                fail("Empty span tag")
-            spans.append((opened, len(plain)))
-            opened = None
-    if opened is not None:
-        fail("Unbalanced span tag")
-    return plain + text[last:], spans
-
-
-def to_binary_mask(mask, size: tuple[int, int]) -> np.ndarray:
-    """
-    A mask in any of the usual forms as a boolean array.
-
-    Args:
-        mask: Array, tensor or PIL image `(height, width)` (non-zero is inside); COCO RLE `{"size", "counts"}`; or a
-            list of polygons `[x0, y0, x1, y1, ...]` in pixels, united.
-        size: (height, width) of the image the mask belongs to.
-
-    Raises:
-        ValueError: The mask has another size than its image, or its RLE is damaged.
-    """
-    if isinstance(mask, (dict, list)):
-        mask = _decode_coco(mask, size)
-    mask = np.asarray(mask)
-    if mask.shape != tuple(size):
-        raise ValueError(f"A mask is {mask.shape} (height, width) but its image is {tuple(size)}; resize the mask.")
-    return mask != 0
-
-
-def _decode_coco(mask: dict | list, size: tuple[int, int]) -> np.ndarray:
-    from pycocotools import mask as coco_mask
-
-    if isinstance(mask, dict):
-        if list(mask["size"]) != list(size):
-            raise ValueError(f"An RLE mask has size {list(mask['size'])} (height, width) but its image {list(size)}.")
-        if isinstance(mask["counts"], list):
-            if any(run < 0 for run in mask["counts"]) or sum(mask["counts"]) != size[0] * size[1]:
-                raise ValueError(f"The runs of an RLE mask do not add up to {size[0]} x {size[1]} pixels.")
-            mask = coco_mask.frPyObjects(mask, *size)
-        try:
-            return coco_mask.decode(mask)
-        except ValueError as error:
-            raise ValueError(f"An RLE mask does not decode to {size[0]} x {size[1]} pixels: {error}") from error
-    if not mask or any(len(polygon) < 6 or len(polygon) % 2 for polygon in mask):
-        raise ValueError(f"A polygon needs at least three points, [x0, y0, x1, y1, x2, y2], found {mask}.")
-    return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(mask, *size)))
-
-
 class PlumProcessor(ProcessorMixin):
     r"""
     Image processors, tokenizer and chat template of PLUM in one.
@@ -171,10 +98,17 @@ class PlumProcessor(ProcessorMixin):
         image_processor: Prepares images for the vision-language model.
         sam_image_processor: Prepares images for SAM: longest side resized, padded to a square.
         tokenizer: A fast tokenizer that has `image_token` as one token.
-        num_image_tokens (`int`): Tokens that stand for one image in the language model's input.
+        num_image_tokens (`int`): Tokens that stand for one image in the language model's input, where every image has
+            the same number of them and nothing around them.
         vlm_image_input (`str`): As in [`PlumConfig`]; with `"sam_image_embeddings"` no `pixel_values` are made.
         image_token (`str`): Placeholder of an image in a rendered conversation.
-        chat_template (`str`, *optional*): Jinja template; it must mark assistant texts with `{% generation %}`.
+        vlm_processor_class (`str`, *optional*):
+            transformers' processor of the vision-language model, such as `"Qwen2_5_VLProcessor"`. It then says which
+            tokens stand for an image and which further inputs the model needs, and `num_image_tokens` is unused.
+        vlm_processor_options (`dict`, *optional*): Further arguments of that class, such as `image_seq_len`.
+        chat_template (`str`, *optional*):
+            Jinja template of messages whose contents are lists of parts. A turn must render to the same text whatever
+            follows it.
     """
 
     def __init__(
@@ -185,23 +119,71 @@ class PlumProcessor(ProcessorMixin):
         num_image_tokens: int = 576,
         vlm_image_input: str = "pixel_values",
         image_token: str = "<image>",
+        vlm_processor_class: str | None = None,
+        vlm_processor_options: dict | None = None,
         chat_template: str | None = None,
         **kwargs,
     ):
         self.num_image_tokens = num_image_tokens
         self.vlm_image_input = vlm_image_input
         self.image_token = image_token
+        self.vlm_processor_class = vlm_processor_class
+        self.vlm_processor_options = vlm_processor_options
         super().__init__(
             image_processor, sam_image_processor, tokenizer, chat_template=chat_template or DEFAULT_CHAT_TEMPLATE
         )
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         if self.image_token_id is None or self.image_token_id == tokenizer.unk_token_id:
             raise ValueError(f"The tokenizer has no token {image_token!r}; add it as a special token.")
+        self._vlm_processor = None
+        if vlm_processor_class is not None:
+            options = vlm_processor_options or {}
+            self._vlm_processor = _images_only_processor(vlm_processor_class, image_processor, tokenizer, options)
+
+    @classmethod
+    def from_backbones(cls, vlm: str, sam: str) -> "PlumProcessor":
+        """
+        The processor of [`PlumForConditionalGeneration.from_backbones`] with the same arguments.
+
+        Tokenizer, image processor and chat template are those of the vision-language model, with two exceptions. An
+        image processor that crops pads the image to a square first, so that both models see all of it. A chat template
+        that PLUM cannot train on (it changes earlier turns, or does not end an answer with a special token) gives way
+        to PLUM's own, which is that of LLaVA-1.5.
+
+        Args:
+            vlm: Folder or Hub name of an image-text-to-text model with its processor.
+            sam: Folder or Hub name of a SAM with its image processor.
+        """
+        settings, _ = ProcessorMixin.get_processor_dict(vlm)
+        model_type = AutoConfig.from_pretrained(vlm).model_type
+        name = settings.get("processor_class") or PROCESSOR_MAPPING_NAMES.get(model_type)
+        tokenizer, image_processor = AutoTokenizer.from_pretrained(vlm), AutoImageProcessor.from_pretrained(vlm)
+        if getattr(image_processor, "do_center_crop", False):
+            image_processor = LlavaImageProcessor.from_dict({**image_processor.to_dict(), "do_pad": True})
+        names = inspect.signature(_find_processor_class(name)).parameters.keys() - {"chat_template"}
+        options = {key: value for key, value in settings.items() if key in names and "processor" not in key}
+        processor = cls(
+            image_processor,
+            AutoImageProcessor.from_pretrained(sam),
+            tokenizer,
+            image_token=_images_only_processor(name, image_processor, tokenizer, options).image_token,
+            vlm_processor_class=name,
+            vlm_processor_options=options,
+        )
+        template = settings.get("chat_template") or tokenizer.chat_template
+        stops = tuple(tokenizer.all_special_tokens)
+        if isinstance(template, str) and can_train_on(template, processor._template_variables, stops):
+            processor.chat_template = template
+        return processor
+
+    @property
+    def _template_variables(self) -> dict:
+        return {**self.tokenizer.special_tokens_map, "image_token": self.image_token}
 
     @property
     def model_input_names(self) -> list[str]:
         sam_names = ["sam_pixel_values", "sam_image_index", "original_sizes", "reshaped_input_sizes"]
-        vlm_names = ["pixel_values"] if self.vlm_image_input == "pixel_values" else []
+        vlm_names = self.image_processor.model_input_names if self.vlm_image_input == "pixel_values" else []
         return [*self.tokenizer.model_input_names, *vlm_names, *sam_names]
 
     # ---------------------------------------------------------------- encoding
@@ -214,7 +196,6 @@ class PlumProcessor(ProcessorMixin):
         tokenize: bool = False,
         return_dict: bool = False,
         masks: list | None = None,
-        padding: bool | str = True,
         padding_side: str | None = None,
         **kwargs,
     ) -> str | list[str] | BatchFeature:
@@ -228,7 +209,7 @@ class PlumProcessor(ProcessorMixin):
             add_generation_prompt: End with the words after which an assistant answers.
             masks: For each conversation (or for the only one) the masks of its span tags in order, in any form that
                 [`to_binary_mask`] takes, or `None` where the conversation does not supervise spans.
-            padding, padding_side: As in tokenizers; prompts that are continued need `padding_side="left"`.
+            padding_side: As in tokenizers; prompts that are continued need `padding_side="left"`.
             kwargs: Variables of the template.
 
         Returns:
@@ -237,38 +218,30 @@ class PlumProcessor(ProcessorMixin):
             in tokens where an answer is tagged; `span_labels` `(B, L)` (O/B/I as 0/1/2, -100 where unsupervised) and
             `mask_labels` (S bool tensors `(height, width)`) with `masks`; `sam_image_index` `(B,)`, and where there
             are images `sam_pixel_values` `(N, 3, h, w)`, `original_sizes` and `reshaped_input_sizes` `(N, 2)`
-            (height, width), and `pixel_values` of the image processor.
+            (height, width), and `pixel_values` and whatever else the vision-language model takes with an image.
 
         Raises:
             ValueError: Unbalanced, nested or empty tags; a count of tags that differs from the count of masks; a mask
                 of another size than its image; tags outside assistant texts cannot occur, they are plain text there.
         """
         is_batched = not isinstance(conversation[0], dict)
-        conversations = conversation if is_batched else [conversation]
-        rendered, answer_ranges = render_jinja_template(
-            conversations=[_without_images(messages) for messages in conversations],
-            chat_template=chat_template or self.chat_template,
-            add_generation_prompt=add_generation_prompt,
-            return_assistant_tokens_mask=True,
-            **{**self.tokenizer.special_tokens_map, **kwargs},
-        )
+        conversations = [without_images(messages) for messages in (conversation if is_batched else [conversation])]
+        template, variables = chat_template or self.chat_template, self._template_variables | kwargs
+        rendered = render_chats(conversations, template, variables, add_generation_prompt)
         if not tokenize:
             return rendered if is_batched else rendered[0]
 
-        texts = [self._parse(text, ranges) for text, ranges in zip(rendered, answer_ranges, strict=True)]
-        images = [_find_image(messages) for messages in conversations]
+        texts = []
+        for messages, text in zip(conversations, rendered, strict=True):
+            texts.append(strip_span_tags(text, find_answers(messages, text, template, variables)))
+        images = [find_image(messages) for messages in (conversation if is_batched else [conversation])]
         if masks is not None and not is_batched:
             masks = [masks]
-        batch = self._encode(texts, images, masks, padding, padding_side, has_answers=any(answer_ranges))
+        batch = self._encode(texts, images, masks, padding_side)
         return batch if return_dict else batch["input_ids"]
 
     def __call__(
-        self,
-        images=None,
-        text: str | list[str] | None = None,
-        padding: bool | str = True,
-        padding_side: str | None = None,
-        **kwargs,
+        self, images=None, text: str | list[str] | None = None, padding_side: str | None = None, **kwargs
     ) -> BatchFeature:
         """
         Encodes rendered prompts that hold one image placeholder for each image; see [`apply_chat_template`] for
@@ -287,59 +260,63 @@ class PlumProcessor(ProcessorMixin):
             raise ValueError(f"Found {len(images)} images for {sum(wanted)} texts with {self.image_token!r}.")
         remaining = iter(images)
         images = [load_image(next(remaining)) if has_image else None for has_image in wanted]
-        return self._encode([self._parse(text, []) for text in texts], images, None, padding, padding_side)
+        return self._encode([PlainChat(text, [], []) for text in texts], images, None, padding_side)
 
-    def _parse(self, rendered: str, answer_ranges: list[tuple[int, int]]) -> _Text:
-        """Expands image placeholders outside the answers and takes the span tags out of the answers."""
-        parsed, last = _Text("", [], []), 0
-        for start, end in answer_ranges:
-            parsed.text += self._expand_image(rendered[last:start])
-            answer, spans = parse_span_tags(rendered[start:end])
-            offset, last = len(parsed.text), end
-            parsed.answers.append((offset, offset + len(answer)))
-            parsed.spans += [(offset + span_start, offset + span_end) for span_start, span_end in spans]
-            parsed.text += answer
-        parsed.text += self._expand_image(rendered[last:])
-        return parsed
-
-    def _expand_image(self, text: str) -> str:
-        return text.replace(self.image_token, self.image_token * self.num_image_tokens)
-
-    def _encode(self, texts, images, masks, padding, padding_side, has_answers=False) -> BatchFeature:
+    def _encode(self, texts, images, masks, padding_side) -> BatchFeature:
         if masks is not None and len(masks) != len(texts):
             raise ValueError(f"Found masks for {len(masks)} conversations but {len(texts)} conversations.")
         self._check_images(texts, images)
-        add_special_tokens = not all(text.text.startswith(self.tokenizer.bos_token or "\0") for text in texts)
-        encoded = self.tokenizer(
-            [text.text for text in texts],
-            padding=padding,
-            padding_side=padding_side,
-            add_special_tokens=add_special_tokens,
-            return_offsets_mapping=True,
-            return_tensors="pt",
-        )
-        offsets = encoded.pop("offset_mapping")
-        batch = BatchFeature({"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]})
-        if has_answers:
+        image_inputs, image_tokens = self._encode_images(images)
+        tokens = self._tokenize(texts, image_tokens, padding_side)
+        offsets = tokens.pop("offset_mapping")
+        batch = BatchFeature(tokens)
+        if any(text.answers for text in texts):
             in_answer = torch.stack([_overlap(row, text.answers) for row, text in zip(offsets, texts, strict=True)])
-            in_answer &= encoded["attention_mask"].bool()
-            batch["labels"] = torch.where(in_answer, encoded["input_ids"], IGNORE_INDEX)
+            in_answer &= batch["attention_mask"].bool()
+            batch["labels"] = torch.where(in_answer, batch["input_ids"], IGNORE_INDEX)
         if any(text.spans for text in texts) or masks is not None:
             batch["spans"] = self._locate_spans(texts, offsets)
         if masks is not None:
             batch["span_labels"] = self._label_spans(batch, masks)
             batch["mask_labels"] = self._prepare_masks(texts, images, masks)
-        batch.update(self._encode_images(images))
+        batch.update(image_inputs)
         return batch
 
     def _check_images(self, texts, images):
         for row, (text, image) in enumerate(zip(texts, images, strict=True)):
-            found, expected = text.text.count(self.image_token), self.num_image_tokens if image is not None else 0
+            found, expected = text.text.count(self.image_token), int(image is not None)
             if found != expected:
                 raise ValueError(
-                    f"Conversation {row} has {found} image tokens, expected {expected} for "
-                    f"{int(image is not None)} image(s); {self.image_token!r} may not stand in a message's text."
+                    f"Conversation {row} has {found} image placeholders {self.image_token!r} for {expected} images; "
+                    "the placeholder may not stand in a message's text."
                 )
+
+    def _tokenize(self, texts, image_tokens, padding_side) -> dict[str, torch.Tensor]:
+        """
+        Padded `(B, L)` tensors and `offset_mapping` `(B, L, 2)` of texts whose placeholders are replaced by the tokens
+        of their image. Placeholders are special tokens, so the words around them are tokenized as without them.
+        """
+        add_special_tokens = not all(text.text.startswith(self.tokenizer.bos_token or "\0") for text in texts)
+        encoded = self.tokenizer(
+            [text.text for text in texts], add_special_tokens=add_special_tokens, return_offsets_mapping=True
+        )
+        names = ["attention_mask", *next(filter(None, image_tokens), {"input_ids": []})]
+        rows = {name: [] for name in [*names, "offset_mapping"]}
+        for ids, offsets, image in zip(encoded["input_ids"], encoded["offset_mapping"], image_tokens, strict=True):
+            row = {name: [0] * len(ids) for name in names} | {"input_ids": ids, "offset_mapping": offsets}
+            if image is not None:
+                at = ids.index(self.image_token_id)
+                image = image | {"offset_mapping": [offsets[at]] * len(image["input_ids"])}
+                row |= {name: row[name][:at] + image[name] + row[name][at + 1 :] for name in image}
+            row["attention_mask"] = [1] * len(row["input_ids"])
+            for name, values in row.items():
+                rows[name].append(torch.tensor(values))
+        fill = {"input_ids": self.tokenizer.pad_token_id or 0}
+        side = padding_side or self.tokenizer.padding_side
+        return {
+            name: pad_sequence(values, batch_first=True, padding_value=fill.get(name, 0), padding_side=side)
+            for name, values in rows.items()
+        }
 
     def _locate_spans(self, texts, offsets) -> torch.LongTensor:
         """Token ranges `(S, 3)` of the character spans: the tokens that overlap them."""
@@ -381,20 +358,46 @@ class PlumProcessor(ProcessorMixin):
             prepared += [torch.from_numpy(to_binary_mask(mask, size)) for mask in row]
         return prepared
 
-    def _encode_images(self, images) -> dict:
+    def _encode_images(self, images) -> tuple[dict, list[dict[str, list[int]] | None]]:
+        """Image inputs of the batch, and for each row what its placeholder stands for: `input_ids`, type ids."""
         unique = list({id(image): image for image in images if image is not None}.values())
         position = {id(image): i for i, image in enumerate(unique)}
         encoded = {"sam_image_index": torch.tensor([position.get(id(image), -1) for image in images])}
         if not unique:
-            return encoded
+            return encoded, [None] * len(images)
         sam = self.sam_image_processor(unique, return_tensors="pt")
         encoded["sam_pixel_values"] = sam["pixel_values"]
         encoded["original_sizes"] = torch.as_tensor(sam["original_sizes"])
         encoded["reshaped_input_sizes"] = torch.as_tensor(sam["reshaped_input_sizes"])
-        if self.vlm_image_input == "pixel_values":
-            present = [image for image in images if image is not None]
+        present = [image for image in images if image is not None]
+        tokens = [{"input_ids": [self.image_token_id] * self.num_image_tokens}] * len(present)
+        if self._vlm_processor is not None:
+            vlm_inputs, tokens = self._run_vlm_processor(present)
+            encoded |= vlm_inputs
+        elif self.vlm_image_input == "pixel_values":
             encoded |= self.image_processor(present, return_tensors="pt")
-        return encoded
+        remaining = iter(tokens)
+        return encoded, [None if image is None else next(remaining) for image in images]
+
+    def _run_vlm_processor(self, images) -> tuple[dict, list[dict[str, list[int]]]]:
+        """The vision-language model's image inputs, and the tokens it has in the place of each image."""
+        outputs = self._vlm_processor(
+            images=[[image] for image in images],
+            text=[self.image_token] * len(images),
+            add_special_tokens=False,
+            padding=True,
+            return_tensors="pt",
+        )
+        real, shape = outputs["attention_mask"].bool(), outputs["input_ids"].shape
+        by_token = {
+            name: outputs.pop(name)
+            for name, value in list(outputs.items())
+            if name == "input_ids" or name.endswith("token_type_ids") and value.shape == shape
+        }
+        del outputs["attention_mask"]
+        return dict(outputs), [
+            {name: value[row][real[row]].tolist() for name, value in by_token.items()} for row in range(len(images))
+        ]
 
     # ---------------------------------------------------------------- decoding
 
@@ -449,28 +452,23 @@ class PlumProcessor(ProcessorMixin):
         return list(masks[:, 0].cpu().numpy())
 
 
-def _without_images(messages: list[dict]) -> list[dict]:
-    """The messages with bare image placeholders, so that templates are rendered without touching pixels."""
-    return [
-        message
-        if isinstance(message["content"], str)
-        else {
-            **message,
-            "content": [{"type": "image"} if part["type"] == "image" else part for part in message["content"]],
-        }
-        for message in messages
-    ]
+def _find_processor_class(name: str | None) -> type[ProcessorMixin]:
+    family = getattr(transformers, name or "", None)
+    if not (isinstance(family, type) and issubclass(family, ProcessorMixin)):
+        raise ValueError(f"vlm_processor_class is {name!r}, which is not a processor class of transformers.")
+    return family
 
 
-def _find_image(messages: list[dict]):
-    """The one image of a conversation, loaded, or `None`."""
-    contents = [part for message in messages if not isinstance(message["content"], str) for part in message["content"]]
-    images = [part["image"] for part in contents if part["type"] == "image"]
-    if len(images) > 1:
-        raise ValueError(f"PLUM segments one image per conversation, found {len(images)}.")
-    if not images:
-        return None
-    return load_image(images[0]) if isinstance(images[0], str) else images[0]
+def _images_only_processor(name: str, image_processor, tokenizer, options: dict) -> ProcessorMixin:
+    """transformers' processor class `name` without its video and audio parts, which need further libraries."""
+    family = _find_processor_class(name)
+    images_only = type(name, (family,), {"get_attributes": classmethod(lambda cls: ["image_processor", "tokenizer"])})
+    absent = [key for key in inspect.signature(family).parameters if key.endswith("_processor")]
+    parts = {**dict.fromkeys(absent), "image_processor": image_processor, "tokenizer": tokenizer}
+    try:
+        return images_only(**parts, **options)
+    except (ImportError, TypeError, ValueError) as error:
+        raise ValueError(f"{name} cannot be built from an image processor and a tokenizer: {error}") from error
 
 
 def _overlap(offsets: torch.Tensor, ranges: list[tuple[int, int]]) -> torch.BoolTensor:
@@ -492,4 +490,4 @@ def _bounding_box(mask: np.ndarray) -> tuple[int, int, int, int] | None:
 
 PlumProcessor.register_for_auto_class()
 
-__all__ = ["PlumAnswer", "PlumProcessor", "PlumSpan"]
+__all__ = ["PlumAnswer", "PlumProcessor", "PlumSpan", "parse_span_tags"]
