@@ -54,12 +54,19 @@ LORA_TRAINED_WHOLE = ["lm_head", "embed_tokens", "span_tagger", "span_projector"
 
 @dataclass
 class ModelArguments:
-    """What is trained: a checkpoint, or a model from scratch with a tokenizer learned from the training texts."""
+    """
+    What is trained: a checkpoint; pretrained backbones with fresh modules of PLUM around them; or a model from scratch
+    with a tokenizer learned from the training texts.
+    """
 
     model: str | None = field(default=None, metadata={"help": "Folder or Hub name of a PLUM checkpoint."})
+    vlm: str | None = field(
+        default=None, metadata={"help": "Folder or Hub name of a vision-language model to start from."}
+    )
+    sam: str | None = field(default=None, metadata={"help": "Folder or Hub name of a SAM to start from."})
     model_config: dict | str | None = field(
         default=None,
-        metadata={"help": "PlumConfig of a model from scratch, or changes to a checkpoint's."},
+        metadata={"help": "PlumConfig of a model from scratch, or changes to that of a checkpoint or of backbones."},
     )
     tokenizer_vocab_size: int = field(default=800, metadata={"help": "Vocabulary of a tokenizer from scratch."})
     lora_r: int = field(default=0, metadata={"help": "Rank of LoRA on the language model; 0 trains all weights."})
@@ -74,8 +81,12 @@ class ModelArguments:
                 raise ValueError(f"model_config must be a mapping (JSON on the command line): {error}") from error
         if not isinstance(self.model_config, dict | None):
             raise ValueError(f"model_config must be a mapping, found {self.model_config!r}.")
-        if self.model is None and self.model_config is None:
-            raise ValueError("Give either model (a checkpoint) or model_config (a model from scratch) in the recipe.")
+        if (self.vlm is None) != (self.sam is None):
+            raise ValueError(f"Give vlm and sam together, found vlm={self.vlm!r} and sam={self.sam!r}.")
+        if self.model is not None and self.vlm is not None:
+            raise ValueError("Give either model (a checkpoint) or vlm and sam (pretrained backbones), not both.")
+        if self.model is None and self.vlm is None and self.model_config is None:
+            raise ValueError("Give model (a checkpoint), vlm and sam (backbones) or model_config (from scratch).")
 
 
 @dataclass
@@ -172,6 +183,16 @@ def load_checkpoint(folder: str, changes: dict | None, **kwargs) -> tuple[PlumFo
             f"{config.vlm_config.image_token_id}; use the processor that was saved with the model."
         )
     return model, processor
+
+
+def compose_backbones(vlm: str, sam: str, options: dict) -> tuple[PlumForConditionalGeneration, PlumProcessor]:
+    """Pretrained backbones with fresh modules of PLUM, in float32, and their processor; `options` are its config's."""
+    backbones = sorted({"vlm_config", "sam_config"} & set(options))
+    if backbones:
+        raise ValueError(f"model_config gives {backbones}, which come with vlm and sam; leave them out.")
+    check_config_fields(options, PlumConfig())
+    model = PlumForConditionalGeneration.from_backbones(vlm=vlm, sam=sam, dtype=torch.float32, **options)
+    return model, PlumProcessor.from_backbones(vlm=vlm, sam=sam)
 
 
 def build_from_scratch(
@@ -626,6 +647,10 @@ def main(argv: list[str]):
     # Model
     if model_arguments.model is not None:
         model, processor = load_checkpoint(model_arguments.model, model_arguments.model_config)
+    elif model_arguments.vlm is not None:
+        model, processor = compose_backbones(
+            model_arguments.vlm, model_arguments.sam, model_arguments.model_config or {}
+        )
     else:
         texts = conversation_texts(train_records)
         model, processor = build_from_scratch(

@@ -1,0 +1,53 @@
+"""
+Prints the parameters of a recipe's model by module, all and those that LoRA training changes; no weights are needed.
+
+    python scripts/count_parameters.py recipes/plum_7b.yaml
+
+Options of train.py go over the recipe, for example `--vlm FOLDER --sam FOLDER` where the Hub is out of reach: a folder
+needs no more than a config.json.
+"""
+
+import sys
+from collections import Counter
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from configuration_plum import PlumConfig
+from modeling_plum import PlumForConditionalGeneration
+from train import add_lora, parse_arguments
+
+
+def module_of(name: str) -> str:
+    """The part of PLUM that a parameter belongs to, whatever LoRA has put around it."""
+    parts = [part for part in name.removeprefix("base_model.model.").split(".") if part != "model"]
+    return ".".join(parts[:2]) if parts[0] in ("vlm", "sam") else parts[0]
+
+
+def count_parameters(argv: list[str]) -> list[tuple[str, int, int]]:
+    """Rows (module, parameters, trained parameters) of a recipe with `vlm` and `sam`, the sum last."""
+    arguments, _, _ = parse_arguments([*argv, "--use_cpu", "true"])
+    backbones = [AutoConfig.from_pretrained(folder) for folder in (arguments.vlm, arguments.sam)]
+    config = PlumConfig(vlm_config=backbones[0], sam_config=backbones[1], **(arguments.model_config or {}))
+    with torch.device("meta"):
+        model = PlumForConditionalGeneration(config)
+        total, trained = Counter(), Counter()
+        for name, parameter in model.named_parameters():
+            total[module_of(name)] += parameter.numel()
+        for name, parameter in add_lora(model, arguments).named_parameters():
+            if parameter.requires_grad:
+                trained[module_of(name)] += parameter.numel()
+    rows = [(module, count, trained[module]) for module, count in total.items()]
+    return [*rows, ("all", sum(total.values()), sum(trained.values()))]
+
+
+def format_table(rows: list[tuple[str, int, int]]) -> str:
+    lines = ["| module | parameters | trained with LoRA |", "|---|---:|---:|"]
+    return "\n".join([*lines, *(f"| `{module}` | {count:,} | {trained:,} |" for module, count, trained in rows)])
+
+
+if __name__ == "__main__":
+    print(format_table(count_parameters(sys.argv[1:])))
