@@ -18,3 +18,21 @@ def fixtures_dir() -> Path:
     if "PLUM_FIXTURES" not in os.environ:
         pytest.skip("set PLUM_FIXTURES to the folder that holds official_layout/ and data/real_parts/")
     return Path(os.environ["PLUM_FIXTURES"])
+
+
+@pytest.fixture(scope="session")
+def whole_recording(fixtures_dir, tmp_path_factory):
+    """A whole set of tensors recorded from the authors' code."""
+    from tests.recording import Recording
+
+    return Recording(fixtures_dir / "parity", tmp_path_factory.mktemp("whole_recording"))
+
+
+@pytest.fixture(scope="session", params=["the part in tests/fixtures", "all of it in PLUM_FIXTURES"])
+def recording(request, tmp_path_factory):
+    """Tensors recorded from the authors' code: the part that is in the repository, and a whole set."""
+    from tests.recording import PUBLIC_FOLDER, Recording
+
+    if request.param == "all of it in PLUM_FIXTURES":
+        return request.getfixturevalue("whole_recording")
+    return Recording(PUBLIC_FOLDER, tmp_path_factory.mktemp("recording"))
