@@ -134,8 +134,9 @@ def original_gradients(recording: Recording, model: PlumForConditionalGeneration
     parameters = dict(model.named_parameters())
     compared, unrecorded = {}, {}
     for name, recipe in plan_conversion(model.config, parameters).items():
-        # A projector of one linear layer ends in an identity here, which has no gradient there.
-        if name.startswith("vlm.model.multi_modal_projector.linear_2."):
+        # A projector of one linear layer ends in an identity here, which has no gradient there; SAM's positional
+        # matrix is a constant there and a parameter in transformers.
+        if name.startswith("vlm.model.multi_modal_projector.linear_2.") or name.endswith(".positional_embedding"):
             continue
         found = parameters[name].grad
         if recipe.sources[0] in recorded:
