@@ -17,15 +17,9 @@ import numpy as np
 import torch
 import transformers
 from torch.nn.utils.rnn import pad_sequence
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoTokenizer,
-    BatchFeature,
-    LlavaImageProcessor,
-    ProcessorMixin,
-)
+from transformers import AutoConfig, AutoTokenizer, BatchFeature, LlavaImageProcessor, ProcessorMixin
 from transformers.image_utils import load_image
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
 try:

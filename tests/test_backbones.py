@@ -37,7 +37,10 @@ def sam_folder(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=FAMILIES, ids=lambda family: family.__name__)
 def vlm_folder(request, tmp_path_factory):
-    return str(request.param(tmp_path_factory.mktemp(request.param.__name__)))
+    try:
+        return str(request.param(tmp_path_factory.mktemp(request.param.__name__)))
+    except ImportError as error:  # some image processors of older versions of transformers
+        pytest.skip(f"needs a library that is not installed: {' '.join(str(error).split())}")
 
 
 @pytest.fixture(scope="module")
