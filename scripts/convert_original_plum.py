@@ -49,6 +49,7 @@ from processing_plum import PlumProcessor
 
 PROJECTOR = "vlm.model.multi_modal_projector."
 WITH_PLACEHOLDER = ("vlm.lm_head.weight", "vlm.model.language_model.embed_tokens.weight")
+MIN_SHARD_BYTES = 50_000_000
 FEEDBACK_PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
 
@@ -155,14 +156,15 @@ class OriginalCheckpoint:
 
     def __init__(self, reader: CheckpointReader, lora_alpha: float | None, lora_r: int | None):
         self.reader = reader
-        plain = {}
+        plain: dict[str, str] = {}
         for name in reader.shapes:
-            if not any(re.search(pattern, name) for pattern in original.UNUSED):
-                short = name.removeprefix("base_model.model.")
-                short = short.replace(".modules_to_save.default.", ".").replace(".base_layer.", ".")
-                if short in plain:
-                    raise ValueError(f"The tensors {plain[short]!r} and {name!r} are both {short!r}; remove one.")
-                plain[short] = name
+            short = name.removeprefix("base_model.model.")
+            short = short.replace(".modules_to_save.default.", ".").replace(".base_layer.", ".")
+            if any(re.search(pattern, short) for pattern in original.UNUSED):
+                continue
+            if short in plain:
+                raise ValueError(f"The tensors {plain[short]!r} and {name!r} are both {short!r}; remove one.")
+            plain[short] = name
         adapters = {name: plain.pop(name) for name in [*plain] if re.search(r"\.lora_[AB]\.", name)}
         self._drop_shared(plain)
         recipes = {name: Recipe((source,)) for name, source in plain.items()}
@@ -299,9 +301,9 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def write_weights(plan: Plan, source: CheckpointReader | OriginalCheckpoint, folder: Path):
-    """Makes the tensors of a plan and writes them by shards of a tenth of the whole, or 50 MB where that is more."""
+    """Makes the tensors of a plan and writes them, a shard of a tenth of the whole at a time."""
     shapes = {name: build(recipe, source.shapes.get) for name, recipe in plan.items()}
-    size = max(50_000_000, sum(tensor.nbytes for tensor in shapes.values()) // 10)
+    size = max(MIN_SHARD_BYTES, sum(tensor.nbytes for tensor in shapes.values()) // 10)
     split = split_torch_state_dict_into_shards(shapes, max_shard_size=size)
     for filename, names in split.filename_to_tensors.items():
         tensors = {name: build(plan[name], source.read).contiguous() for name in names}
