@@ -254,7 +254,7 @@ def test_a_model_config_is_a_mapping_in_the_recipe_and_json_on_the_command_line(
         ({"model": "m", "max_spans": None}, [], "'max_spans' no value"),
         ("- model\n- learning_rate", [], "must be a yaml mapping of options, found list"),
         ("model: [", [], "recipe.yaml is not valid yaml"),
-        ({"learning_rate": 1.0}, [], "either model (a checkpoint) or model_config"),
+        ({"learning_rate": 1.0}, [], "Give model (a checkpoint), vlm and sam (backbones) or model_config"),
         ({"model_config": 5}, [], "model_config must be a mapping, found 5"),
         ({"model_config": "tiny"}, [], "model_config must be a mapping"),
     ],
