@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from configuration_plum import PlumConfig
 from modeling_plum import PlumForConditionalGeneration
 from scripts import convert_original_plum
 from scripts.convert_original_plum import convert, reverse
@@ -204,6 +206,85 @@ def test_there_and_back_again_changes_no_bit(run, tmp_path, original, projector)
     assert first == second
 
 
+ODD_CONFIG = {
+    "vlm_config": {
+        "model_type": "llava",
+        "image_token_index": 60,
+        "projector_hidden_act": "gelu",
+        "vision_feature_layer": -1,
+        "vision_feature_select_strategy": "full",
+        "vision_config": {
+            "model_type": "clip_vision_model",
+            "hidden_size": 24,
+            "intermediate_size": 40,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 3,
+            "image_size": 30,
+            "patch_size": 10,
+        },
+        "text_config": {
+            "model_type": "llama",
+            "vocab_size": 61,
+            "hidden_size": 48,
+            "intermediate_size": 56,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 2,
+            "rms_norm_eps": 1e-5,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0},
+        },
+    },
+    "sam_config": {
+        "vision_config": {
+            "hidden_size": 36,
+            "output_channels": 16,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 3,
+            "image_size": 60,
+            "patch_size": 12,
+            "window_size": 2,
+            "global_attn_indexes": [0, 2],
+            "num_pos_feats": 8,
+            "mlp_dim": 20,
+        },
+        "prompt_encoder_config": {"hidden_size": 16, "image_size": 60, "patch_size": 12, "mask_input_channels": 8},
+        "mask_decoder_config": {
+            "hidden_size": 16,
+            "mlp_dim": 28,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 2,
+            "num_multimask_outputs": 2,
+            "iou_head_depth": 4,
+            "iou_head_hidden_dim": 12,
+            "layer_norm_eps": 1e-5,
+        },
+    },
+    "span_tagger_num_layers": 2,
+    "span_tagger_num_heads": 4,
+    "span_tagger_intermediate_size": 44,
+    "span_loss_scope": "sequence",
+    "mask_overlap_loss": "dice",
+}
+
+
+@pytest.mark.parametrize("mask_feedback", [True, False])
+def test_a_model_of_other_sizes_goes_to_the_original_names_and_comes_back_the_same(tmp_path, mask_feedback):
+    torch.manual_seed(0)
+    config = PlumConfig(**ODD_CONFIG, mask_feedback=mask_feedback, mask_feedback_num_heads=2)
+    model = PlumForConditionalGeneration(config)
+    with torch.no_grad():  # the rows of the image placeholder, which the original has not
+        for embedding in (model.get_input_embeddings(), model.get_output_embeddings()):
+            embedding.weight[-1] = 0
+    model.save_pretrained(tmp_path / "model")
+    reverse(tmp_path / "model", tmp_path / "original")
+    config_file = tmp_path / "original" / "options.json"
+    convert(tmp_path / "original", tmp_path / "again", config_file=config_file)
+    again = PlumForConditionalGeneration.from_pretrained(tmp_path / "again")
+    assert_same(again.state_dict(), model.state_dict())
+    first, second = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("model", "again"))
+    assert first == second
+
+
 # ---------------------------------------------------------------- the processor
 
 
@@ -382,3 +463,24 @@ def test_the_command_prints_its_peak_memory_or_one_sentence(monkeypatch, capsys,
         convert_original_plum.main()
     assert stop.value.code == 1
     assert "exists already" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_peak_memory_stays_under_a_third_above_the_checkpoint(tmp_path, options, original):
+    """1.8 GB, so that the libraries' own half gigabyte does not hide what the conversion takes up."""
+    layers, width = 8, 600_000
+    tensors = {name: tensor for name, tensor in original.items() if not name.startswith("model.layers.")}
+    for layer in range(layers):
+        for name, tensor in original.items():
+            if name.startswith("model.layers.0."):
+                name = name.replace(".0.", f".{layer}.", 1)
+                tensors[name] = torch.ones([width if size == 64 else size for size in tensor.shape])
+    write_shards(tensors, tmp_path, "bin")
+    (tmp_path / "options.json").write_text(json.dumps(options))
+    script = convert_original_plum.__file__
+    command = [sys.executable, script, "--checkpoint", tmp_path, "--output_dir", tmp_path / "converted"]
+    result = subprocess.run(
+        [*command, "--config", tmp_path / "options.json"], capture_output=True, text=True, check=True
+    )
+    ratio = float(re.search(r"([\d.]+)x", result.stdout)[1])
+    assert ratio < 1.3
