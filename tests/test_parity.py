@@ -15,6 +15,9 @@ from modeling_plum import PlumForConditionalGeneration, decode_spans, dice_loss,
 from tests.recording import original_gradients
 
 CLOSE = {"atol": 2e-4, "rtol": 1e-4}
+# Every mask of a conversation feeds the next, and its rounding with it: the seventh recorded one is 1.5e-4 away
+# from float64.
+CLOSE_LONG_CHAIN = {"atol": 1e-3, "rtol": 1e-3}
 CLOSE_LOSS = {"abs": 1e-4, "rel": 1e-5}
 
 TRAINING_CASES = {
@@ -339,22 +342,22 @@ def test_the_forward_of_the_validation_during_training_equals_the_recorded_one(w
 # ---------------------------------------------------------------- evaluation
 
 
-def check_evaluation(recording, model, case, spans):
+def check_evaluation(recording, model, case, spans, close=CLOSE):
     """Masks of given spans of the recorded question against those of a case."""
     about, expected = recording.description["eval"][case], recording.load(case)
     assert spans.tolist() == [[row, *span] for row, found in enumerate(about["spans"]) for span in found]
     batch = recording.evaluation_batch()
     outputs = model.segment(**batch, labels=batch["input_ids"], spans=spans)
     assert_close(outputs.span_logits, expected["seg_logits"], **CLOSE)
-    assert_close(outputs.pred_masks, numbered(expected, "low_res_masks")[:, 0], **CLOSE)
+    assert_close(outputs.pred_masks, numbered(expected, "low_res_masks")[:, 0], **close)
     predicted = [score for row in about["iou_predictions"] for score in row]
-    assert outputs.iou_scores.tolist() == pytest.approx(predicted, abs=CLOSE["atol"])
+    assert outputs.iou_scores.tolist() == pytest.approx(predicted, abs=close["atol"])
     sizes = (batch[name][0].tolist() for name in ("reshaped_input_sizes", "original_sizes"))
     masks = upscale_masks(outputs.pred_masks, recording.options["sam"]["image_size"], *sizes)
     for row in range(len(about["spans"])):
         found = masks[spans[:, 0] == row]
         for index, mask in enumerate(found):
-            assert_close(mask, expected[f"pred_masks.{row}.{index}"].squeeze(0), **CLOSE)
+            assert_close(mask, expected[f"pred_masks.{row}.{index}"].squeeze(0), **close)
 
 
 @pytest.mark.parametrize("feedback", [True, False])
@@ -375,7 +378,7 @@ def test_spans_and_masks_of_tags_at_odd_places_equal_the_recorded_ones(whole_rec
 def test_predicted_spans_of_whole_sequences_and_their_masks_equal_the_recorded_ones(whole_recording, whole_model):
     batch = whole_recording.evaluation_batch()
     tags = whole_model(**batch).span_logits.argmax(dim=-1)
-    check_evaluation(whole_recording, whole_model, "eval_mc_pred_spans", decode_spans(tags))
+    check_evaluation(whole_recording, whole_model, "eval_mc_pred_spans", decode_spans(tags), CLOSE_LONG_CHAIN)
 
 
 @pytest.mark.parametrize("case", ["eval_mc_gt_spans", "eval_mc_pred_spans"])
