@@ -26,6 +26,7 @@ import re
 import resource
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -101,7 +102,7 @@ class CheckpointReader:
     def _weight_files(folder: Path) -> list[Path]:
         indexes = [*folder.glob("*.safetensors.index.json"), *folder.glob("*.bin.index.json")]
         if indexes:
-            names = set(json.loads(indexes[0].read_text())["weight_map"].values())
+            names = set(original.read_json(indexes[0]).get("weight_map", {}).values())
             paths = sorted(folder / Path(name).name for name in names)
             if missing := [path.name for path in paths if not path.is_file()]:
                 raise ValueError(f"{indexes[0]} names the files {missing}, which are not in {folder}.")
@@ -126,6 +127,8 @@ class CheckpointReader:
                 f"{path} is not a plain file of tensors; a pickle that would run code is not loaded, and the format "
                 f"of PyTorch before 1.6 cannot be memory-mapped: {str(error).splitlines()[0]}"
             ) from error
+        if not isinstance(tensors, dict):
+            raise ValueError(f"{path} holds a {type(tensors).__name__}, where tensors by name are expected.")
         for name, value in tensors.items():
             if not isinstance(value, torch.Tensor):
                 raise ValueError(f"{path} holds {name!r}, a {type(value).__name__}, where a tensor is expected.")
@@ -148,7 +151,7 @@ class CheckpointReader:
 class OriginalCheckpoint:
     """
     An original checkpoint under its plain names: without peft's prefixes, shared tensors once, LoRA merged, and
-    without what has no place here.
+    without what has no place here (`unused` counts it by its reason).
 
     Raises:
         ValueError: Two names for one tensor, shared tensors that differ, LoRA tensors that do not fit.
@@ -156,15 +159,18 @@ class OriginalCheckpoint:
 
     def __init__(self, reader: CheckpointReader, lora_alpha: float | None, lora_r: int | None):
         self.reader = reader
+        self.unused: Counter[str] = Counter()
         plain: dict[str, str] = {}
         for name in reader.shapes:
             short = name.removeprefix("base_model.model.")
             short = short.replace(".modules_to_save.default.", ".").replace(".base_layer.", ".")
-            if any(re.search(pattern, short) for pattern in original.UNUSED):
-                continue
-            if short in plain:
+            reason = next((reason for pattern, reason in original.UNUSED.items() if re.search(pattern, short)), None)
+            if reason is not None:
+                self.unused[reason] += 1
+            elif short in plain:
                 raise ValueError(f"The tensors {plain[short]!r} and {name!r} are both {short!r}; remove one.")
-            plain[short] = name
+            else:
+                plain[short] = name
         adapters = {name: plain.pop(name) for name in [*plain] if re.search(r"\.lora_[AB]\.", name)}
         self._drop_shared(plain)
         recipes = {name: Recipe((source,)) for name, source in plain.items()}
@@ -268,8 +274,8 @@ def plan_reversal(config: PlumConfig, sources: Iterable[str]) -> Plan:
             plan["model.mm_projector.bias"] = Recipe(
                 (biases[0], weights[1], biases[1]), lambda first, weight, second: weight @ first + second
             )
-        else:
-            plan[original.rename(name, pairs) or name] = Recipe((name,))
+        elif (there := original.rename(name, pairs)) is not None:
+            plan[there] = Recipe((name,))
     return plan
 
 
@@ -372,6 +378,8 @@ def convert(
         reader.add(vision_tower, prefix=original.VISION_TOWER, beginning="vision_model.")
         tower = CLIPVisionConfig.from_pretrained(vision_tower)
     source = OriginalCheckpoint(reader, lora_alpha, lora_r)
+    for reason, count in source.unused.items():
+        print(f"Left out {count} tensors: {reason}")
     config = original.read_config(source.shapes, original.read_options(checkpoint, config_file), tower)
 
     with torch.device("meta"):
@@ -407,6 +415,17 @@ def reverse(checkpoint: Path, output_dir: Path):
     """Writes a converted folder under the original's names, with `options.json`, the `--config` to convert it back."""
     reader = CheckpointReader(checkpoint)
     config = PlumConfig.from_pretrained(checkpoint)
+    if config.vlm_config.model_type != "llava" or config.vlm_image_input != "pixel_values":
+        raise ValueError(
+            f"The original is a llava that looks at pixels; {checkpoint} is a {config.vlm_config.model_type} that "
+            f"looks at {config.vlm_image_input}."
+        )
+    rows = config.vlm_config.text_config.vocab_size
+    if config.vlm_config.image_token_id != rows - 1:
+        raise ValueError(
+            "The original has the image placeholder outside its vocabulary, so it has to be the last token here: "
+            f"image_token_index is {config.vlm_config.image_token_id}, expected {rows - 1}."
+        )
     plan = plan_reversal(config, reader.shapes)
     check_complete(plan, reader.shapes)
     with new_folder(output_dir) as folder:
@@ -432,7 +451,7 @@ def main():
             reverse(checkpoint, output_dir)
         else:
             convert(checkpoint, output_dir, config_file=config_file, **options)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         parser.exit(1, f"{error}\n")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
     size = CheckpointReader(checkpoint).num_bytes

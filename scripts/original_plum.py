@@ -179,16 +179,26 @@ PLUM_OPTIONS = {
 never used, so the default of 1 is what the original computed."""
 
 
+def read_json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a JSON {type(content).__name__}, where an object is expected.")
+    return content
+
+
 def read_options(checkpoint: Path, config_file: Path | None) -> dict[str, dict]:
     """
     What shapes do not tell, as an object with the keys `llm`, `clip`, `sam` and `plum`: from a file of this form, or
     from the checkpoint's LLaVA-style config.json, which holds all of it on one level.
     """
     if config_file is not None:
-        return json.loads(config_file.read_text())
+        return read_json(config_file)
     if not (checkpoint / "config.json").is_file():
         raise ValueError(f"{checkpoint} has no config.json; give a JSON file of its options as --config.")
-    options = json.loads((checkpoint / "config.json").read_text())
+    options = read_json(checkpoint / "config.json")
     clip = {"select_layer": "mm_vision_select_layer", "select_feature": "mm_vision_select_feature"}
     return {
         "llm": options,
@@ -200,9 +210,11 @@ def read_options(checkpoint: Path, config_file: Path | None) -> dict[str, dict]:
 class Shapes(dict):
     """Tensors by their original names, of which only shapes are looked at."""
 
-    def size(self, name: str) -> torch.Size:
+    def size(self, name: str, axes: int) -> torch.Size:
         if name not in self:
             raise ValueError(f"The checkpoint has no tensor {name!r}, from which sizes are read; is it complete?")
+        if self[name].ndim != axes:
+            raise ValueError(f"The tensor {name!r} is {tuple(self[name].shape)}, expected {axes} axes.")
         return self[name].shape
 
     def count(self, pattern: str) -> int:
@@ -231,7 +243,7 @@ def read_config(shapes: Shapes, options: dict[str, dict], tower: CLIPVisionConfi
             "model_type": "llava",
             "text_config": _text_config(shapes, options.get("llm", {})),
             "vision_config": tower.to_dict() if tower is not None else _vision_config(shapes, clip),
-            "image_token_index": shapes.size("model.embed_tokens.weight")[0],
+            "image_token_index": shapes.size("model.embed_tokens.weight", 2)[0],
             "projector_hidden_act": "linear" if single else "gelu",
             "vision_feature_layer": clip.get("select_layer", -2),
             "vision_feature_select_strategy": {"patch": "default", "cls_patch": "full"}[
@@ -250,7 +262,7 @@ def read_config(shapes: Shapes, options: dict[str, dict], tower: CLIPVisionConfi
 
 def _tagger_width(shapes: Shapes) -> int:
     name = "bio_encoder.encoder.layers.0.linear1.weight"
-    return shapes.size(name)[0] if name in shapes else PlumConfig.span_tagger_intermediate_size
+    return shapes.size(name, 2)[0] if name in shapes else PlumConfig.span_tagger_intermediate_size
 
 
 def _required(options: dict, name: str, part: str) -> Any:
@@ -263,7 +275,7 @@ def _required(options: dict, name: str, part: str) -> Any:
 
 
 def _text_config(shapes: Shapes, options: dict) -> dict:
-    vocab_size, width = shapes.size("model.embed_tokens.weight")
+    vocab_size, width = shapes.size("model.embed_tokens.weight", 2)
     heads = _required(options, "num_attention_heads", "llm")
     _required(options, "rms_norm_eps", "llm")
     return {
@@ -271,9 +283,9 @@ def _text_config(shapes: Shapes, options: dict) -> dict:
         **{name: options[name] for name in LLAMA_OPTIONS if options.get(name) is not None},
         "vocab_size": vocab_size + 1,  # the image placeholder, which the original has outside its vocabulary
         "hidden_size": width,
-        "intermediate_size": shapes.size("model.layers.0.mlp.gate_proj.weight")[0],
+        "intermediate_size": shapes.size("model.layers.0.mlp.gate_proj.weight", 2)[0],
         "num_hidden_layers": shapes.count("model.layers.*."),
-        "num_key_value_heads": shapes.size("model.layers.0.self_attn.k_proj.weight")[0] * heads // width,
+        "num_key_value_heads": shapes.size("model.layers.0.self_attn.k_proj.weight", 2)[0] * heads // width,
     }
 
 
@@ -284,14 +296,14 @@ def _vision_config(shapes: Shapes, options: dict) -> dict:
             "The checkpoint leaves its vision tower out; give the transformers folder of the CLIP model that it was "
             "trained with (mm_vision_tower in its config.json) as --vision_tower."
         )
-    width, _, patch_size, _ = shapes.size(embeddings + "patch_embedding.weight")
-    cells = shapes.size(embeddings + "position_embedding.weight")[0] - 1
+    width, _, patch_size, _ = shapes.size(embeddings + "patch_embedding.weight", 4)
+    cells = shapes.size(embeddings + "position_embedding.weight", 2)[0] - 1
     return {
         "model_type": "clip_vision_model",
         **{name: options[name] for name in CLIP_OPTIONS if name in options},
         "num_attention_heads": _required(options, "num_attention_heads", "clip"),
         "hidden_size": width,
-        "intermediate_size": shapes.size(layers + "0.mlp.fc1.weight")[0],
+        "intermediate_size": shapes.size(layers + "0.mlp.fc1.weight", 2)[0],
         "num_hidden_layers": shapes.count(layers + "*."),
         "image_size": round(cells**0.5) * patch_size,
         "patch_size": patch_size,
@@ -300,42 +312,42 @@ def _vision_config(shapes: Shapes, options: dict) -> dict:
 
 def _sam_config(shapes: Shapes, options: dict) -> dict:
     encoder, decoder = SAM + "image_encoder.", SAM + "mask_decoder."
-    width, _, patch_size, _ = shapes.size(encoder + "patch_embed.proj.weight")
-    grid = shapes.size(encoder + "pos_embed")[1]
-    channels = shapes.size(encoder + "neck.0.weight")[0]
+    width, _, patch_size, _ = shapes.size(encoder + "patch_embed.proj.weight", 4)
+    grid = shapes.size(encoder + "pos_embed", 4)[1]
+    channels = shapes.size(encoder + "neck.0.weight", 4)[0]
     depth = shapes.count(encoder + "blocks.*.")
     # Relative positions reach over 2w - 1 cells in a window of w and over the whole grid without one.
-    reach = [(shapes.size(f"{encoder}blocks.{i}.attn.rel_pos_h")[0] + 1) // 2 for i in range(depth)]
+    reach = [(shapes.size(f"{encoder}blocks.{i}.attn.rel_pos_h", 2)[0] + 1) // 2 for i in range(depth)]
     return {
         "vision_config": {
             "hidden_size": width,
             "output_channels": channels,
             "num_hidden_layers": depth,
-            "num_attention_heads": width // shapes.size(encoder + "blocks.0.attn.rel_pos_h")[1],
+            "num_attention_heads": width // shapes.size(encoder + "blocks.0.attn.rel_pos_h", 2)[1],
             "image_size": grid * patch_size,
             "patch_size": patch_size,
             "window_size": min(reach),
             "global_attn_indexes": [i for i, cells in enumerate(reach) if cells == grid],
-            "mlp_dim": shapes.size(encoder + "blocks.0.mlp.lin1.weight")[0],
+            "mlp_dim": shapes.size(encoder + "blocks.0.mlp.lin1.weight", 2)[0],
             "num_pos_feats": channels // 2,
         },
         "prompt_encoder_config": {
             "hidden_size": channels,
             "image_size": grid * patch_size,
             "patch_size": patch_size,
-            "mask_input_channels": shapes.size(SAM + "prompt_encoder.mask_downscaling.3.weight")[0],
+            "mask_input_channels": shapes.size(SAM + "prompt_encoder.mask_downscaling.3.weight", 4)[0],
             "num_point_embeddings": shapes.count(SAM + "prompt_encoder.point_embeddings.*."),
         },
         "mask_decoder_config": {
             "hidden_size": channels,
-            "mlp_dim": shapes.size(decoder + "transformer.layers.0.mlp.lin1.weight")[0],
+            "mlp_dim": shapes.size(decoder + "transformer.layers.0.mlp.lin1.weight", 2)[0],
             "num_hidden_layers": shapes.count(decoder + "transformer.layers.*."),
             "num_attention_heads": options.get("decoder_num_heads", 8),
             "attention_downsample_rate": channels
-            // shapes.size(decoder + "transformer.final_attn_token_to_image.q_proj.weight")[0],
-            "num_multimask_outputs": shapes.size(decoder + "mask_tokens.weight")[0] - 1,
+            // shapes.size(decoder + "transformer.final_attn_token_to_image.q_proj.weight", 2)[0],
+            "num_multimask_outputs": shapes.size(decoder + "mask_tokens.weight", 2)[0] - 1,
             "iou_head_depth": shapes.count(decoder + "iou_prediction_head.layers.*."),
-            "iou_head_hidden_dim": shapes.size(decoder + "iou_prediction_head.layers.0.weight")[0],
+            "iou_head_hidden_dim": shapes.size(decoder + "iou_prediction_head.layers.0.weight", 2)[0],
             "layer_norm_eps": 1e-5,  # of PyTorch, as in Meta's SAM; transformers' default is 1e-6
         },
     }

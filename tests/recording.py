@@ -31,17 +31,14 @@ class Recording:
             work_dir / name for name in ("original", "options.json", "converted")
         )
         self.checkpoint.mkdir()
-        for name in ("weights_rest", "weights_embed_head"):
-            (self.checkpoint / f"{name}.safetensors").symlink_to((folder / f"{name}.safetensors").resolve())
+        for path in folder.glob("weights_*.safetensors"):
+            if path.stem != "weights_teacher":
+                (self.checkpoint / path.name).symlink_to(path.resolve())
         self.config_file.write_text(json.dumps(self.options))
         convert(self.checkpoint, self.converted, config_file=self.config_file)
 
     def load(self, name: str) -> dict[str, torch.Tensor]:
         return load_file(self.folder / f"{name}.safetensors")
-
-    @property
-    def weights(self) -> dict[str, torch.Tensor]:
-        return self.load("weights_rest") | self.load("weights_embed_head")
 
     def expand(self, ids: torch.Tensor, values: torch.Tensor, fill: int | None = None) -> torch.Tensor:
         """
@@ -60,7 +57,7 @@ class Recording:
         return F.pad(tags, (self.options["num_image_tokens"] - 1, 0))
 
     def text_inputs(self, ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
-        image_token = self.weights["model.embed_tokens.weight"].shape[0]
+        image_token = self.options["llm"]["vocab_size"]  # the row after those of the original
         return {
             "input_ids": self.expand(ids, ids, fill=image_token),
             "attention_mask": self.expand(ids, attention_mask),
@@ -82,7 +79,7 @@ class Recording:
             "original_sizes": torch.tensor(about["original_sizes"]),
             "reshaped_input_sizes": torch.tensor(about["resize_list"]),
         }
-        masks = [inputs[f"masks.{i}"] for i in range(len(about["n_masks"]))]
+        masks = [inputs.get(f"masks.{i}", torch.empty(0)) for i in range(len(about["n_masks"]))]
         batch["spans"], batch["mask_labels"] = assign_masks(decode_spans(span_labels), images, masks)
         if "images" in inputs:
             batch |= {"pixel_values": inputs["images_clip"][images], "sam_pixel_values": inputs["images"]}

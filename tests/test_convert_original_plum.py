@@ -28,6 +28,7 @@ from modeling_plum import PlumForConditionalGeneration
 from scripts import convert_original_plum
 from scripts.convert_original_plum import convert, reverse
 from tests.recording import PUBLIC_FOLDER
+from tests.tiny import tiny_model
 
 TOWER = "model.vision_tower.vision_tower."
 UNUSED = ("mask_pooler.mask_modulator.projections.2.", "rotary_emb.inv_freq")
@@ -351,6 +352,10 @@ BAD_TENSORS = {
         lambda tensors: without(tensors, "model.embed_tokens.weight"),
         "no tensor 'model.embed_tokens.weight'",
     ),
+    "a tensor without an axis that tells a size": (
+        reshape("model.embed_tokens.weight", (94,)),
+        r"'model.embed_tokens.weight' is \(94,\), expected 2 axes",
+    ),
     "a surplus tensor": (
         lambda tensors: tensors | {"crf.transitions": torch.zeros(3, 3)},
         r"has 1 that are not known: \['crf.transitions'\]",
@@ -416,6 +421,18 @@ class RunsCode:
         return Path.touch, (self.path,)
 
 
+def test_only_a_model_with_the_layout_of_the_original_goes_back(tmp_path):
+    config = PlumConfig(**ODD_CONFIG)
+    config.vlm_config.image_token_id = 3
+    PlumForConditionalGeneration(config).save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="image_token_index is 3, expected 60"):
+        reverse(tmp_path / "model", tmp_path / "original")
+    tiny_model().save_pretrained(tmp_path / "shared_vision")
+    with pytest.raises(ValueError, match="is a llava that looks at sam_image_embeddings"):
+        reverse(tmp_path / "shared_vision", tmp_path / "original")
+    assert not (tmp_path / "original").exists()
+
+
 @pytest.mark.parametrize("form", ["code", "a number", "no pickle"])
 def test_a_file_that_is_not_plain_tensors_is_refused_and_its_code_not_run(tmp_path, options, original, form):
     path = tmp_path / "pytorch_model.bin"
@@ -458,7 +475,9 @@ def test_the_command_prints_its_peak_memory_or_one_sentence(monkeypatch, capsys,
     command = ["convert", "--checkpoint", str(tmp_path), "--output_dir", str(tmp_path / "converted")]
     monkeypatch.setattr(sys, "argv", [*command, "--config", str(tmp_path / "options.json")])
     convert_original_plum.main()
-    assert re.search(r"converted: peak memory \d+\.\d+ GB for a checkpoint of 0\.00 GB", capsys.readouterr().out)
+    printed = capsys.readouterr().out
+    assert "Left out 2 tensors: FiLM of a third block" in printed
+    assert re.search(r"converted: peak memory \d+\.\d+ GB for a checkpoint of 0\.00 GB", printed)
     with pytest.raises(SystemExit) as stop:
         convert_original_plum.main()
     assert stop.value.code == 1
