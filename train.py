@@ -9,7 +9,6 @@ over it. The output folder holds the trained model with its processor and code (
 `trust_remote_code=True`), `training_curves.csv` and `.png`, and the checkpoints to resume from.
 """
 
-import csv
 import dataclasses
 import json
 import os
@@ -30,8 +29,6 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedTokenizerFast,
     SamImageProcessor,
-    Trainer,
-    TrainerCallback,
     TrainingArguments,
     set_seed,
 )
@@ -39,10 +36,11 @@ from transformers.trainer_utils import get_last_checkpoint
 
 import partonomy_dataset  # noqa: F401  (makes load_dataset("partonomy") work)
 from configuration_plum import PlumConfig
-from modeling_plum import PlumForConditionalGeneration, decode_spans, upscale_masks
+from modeling_plum import PlumForConditionalGeneration
 from partkit.masks import decode as decode_rle
 from partkit.schema import DataError, as_chat, tagged_phrases
 from processing_plum import PlumProcessor, parse_span_tags
+from trainer_plum import PlumTrainer, TrainingCurves
 
 # A checkpoint is read by the code of this folder, so nobody is asked whether to trust the copy saved with it.
 AutoConfig.register("plum", PlumConfig, exist_ok=True)
@@ -69,6 +67,10 @@ class ModelArguments:
         metadata={"help": "PlumConfig of a model from scratch, or changes to that of a checkpoint or of backbones."},
     )
     tokenizer_vocab_size: int = field(default=800, metadata={"help": "Vocabulary of a tokenizer from scratch."})
+    frozen_modules: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Modules whose weights are left as they are, such as sam.vision_encoder."},
+    )
     lora_r: int = field(default=0, metadata={"help": "Rank of LoRA on the language model; 0 trains all weights."})
     lora_alpha: int = field(default=16, metadata={"help": "Scale of LoRA."})
     lora_dropout: float = field(default=0.05, metadata={"help": "Dropout of LoRA."})
@@ -265,6 +267,15 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
     )
 
 
+def freeze(model: PlumForConditionalGeneration, names: list[str]):
+    """Leaves modules out of the training; `ValueError` naming one that the model does not have."""
+    for name in names:
+        try:
+            model.get_submodule(name).requires_grad_(False)
+        except AttributeError as error:
+            raise ValueError(f"frozen_modules has {name!r}, which is no module of the model: {error}") from error
+
+
 def add_lora(model: PlumForConditionalGeneration, arguments: ModelArguments) -> nn.Module:
     """LoRA on the language model's attention, PLUM's own modules and the mask decoder trained whole."""
     from peft import LoraConfig, get_peft_model
@@ -395,207 +406,6 @@ class Collator:
         return dict(batch)
 
 
-# ------------------------------------------------------------------------------------------------ optimizer
-
-
-class MuonWithAdamW(torch.optim.Optimizer):
-    """Muon (as in torch) for weight matrices and AdamW for the rest, one optimizer to schedulers and checkpoints."""
-
-    def __init__(self, model: nn.Module, muon_learning_rate: float, learning_rate: float, weight_decay: float, betas):
-        matrices, others, undecayed = self._split(model)
-        muon = torch.optim.Muon(
-            matrices, lr=muon_learning_rate, weight_decay=weight_decay, ns_steps=4, adjust_lr_fn="match_rms_adamw"
-        )
-        groups = [{"params": others, "weight_decay": weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
-        self.optimizers = [torch.optim.AdamW(groups, lr=learning_rate, betas=betas), muon]
-        super().__init__([group for optimizer in self.optimizers for group in optimizer.param_groups], {})
-        self._share_groups()
-
-    @staticmethod
-    def _split(model: nn.Module) -> tuple[list, list, list]:
-        head = model.get_output_embeddings()
-        linear = (nn.Linear, nn.MultiheadAttention)
-        modules = [module for module in model.modules() if isinstance(module, linear) and module is not head]
-        matrices = {id(p): p for module in modules for p in module.parameters(recurse=False) if p.ndim == 2}
-        matrices = {key: p for key, p in matrices.items() if p.requires_grad and p is not head.weight}
-        rest = [p for p in model.parameters() if p.requires_grad and id(p) not in matrices]
-        return list(matrices.values()), [p for p in rest if p.ndim > 1], [p for p in rest if p.ndim <= 1]
-
-    def _share_groups(self):
-        """One set of group dictionaries: a scheduler that sets a rate here sets it there."""
-        groups = iter(self.param_groups)
-        for optimizer in self.optimizers:
-            optimizer.param_groups = [next(groups) for _ in optimizer.param_groups]
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        for optimizer in self.optimizers:
-            optimizer.step()
-
-    def state_dict(self) -> dict:
-        return {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
-
-    def load_state_dict(self, state_dict: dict):
-        for optimizer, state in zip(self.optimizers, state_dict["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
-        self.param_groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
-
-
-# ------------------------------------------------------------------------------------------------ trainer
-
-
-class PlumTrainer(Trainer):
-    """
-    The Trainer with losses that are normalised by the counts of the whole batch (over accumulation steps and
-    processes), logged by name, and with masks and tags measured during training.
-    """
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs, compute_metrics=_summarise_counts)
-        self.add_callback(EpochSetter)
-        # The losses come divided by the counts of the whole batch; the Trainer must not divide them again.
-        self.model_accepts_loss_kwargs = True
-        self._named_losses, self._steps_summed = {}, 0
-
-    def get_batch_samples(self, epoch_iterator, num_batches, device):
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._steps_summed += 1
-        model = self.accelerator.unwrap_model(self.model)
-        names = ("labels", "span_labels", "spans", "mask_labels")
-        counts = [model.count_loss_items(**{name: batch[name] for name in names}) for batch in batches]
-        total = {name: sum(count[name] for count in counts).to(device) for name in counts[0]} if counts else None
-        return batches, self.accelerator.reduce(total, "sum")
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        inputs = {name: value for name, value in inputs.items() if name != "record_index"}
-        outputs = model(**inputs, loss_counts=num_items_in_batch)
-        loss = outputs["loss"]
-        if num_items_in_batch is not None:
-            for name, value in outputs["losses"].items():
-                self._named_losses[name] = self._named_losses.get(name, 0.0) + value.detach()
-            # Gradients are averaged over the processes; the counts are already those of all.
-            loss = loss * self.accelerator.num_processes
-        return (loss, outputs) if return_outputs else loss
-
-    def log(self, logs, start_time=None):
-        if "loss" in logs and self._named_losses:
-            totals = self.accelerator.reduce(self._named_losses, "sum")
-            logs |= {f"{name}_loss": float(total) / self._steps_summed for name, total in totals.items()}
-            self._named_losses, self._steps_summed = {}, 0
-        super().log(logs, start_time)
-
-    def _issue_warnings_after_load(self, load_result):
-        # Tied weights are saved under one of their names; the others are not missing.
-        missing = [name for name in load_result.missing_keys if name not in self.model.all_tied_weights_keys]
-        super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
-
-    def create_optimizer(self, model=None):
-        if self.args.muon_learning_rate is None:
-            return super().create_optimizer(model)
-        if self.optimizer is None:
-            args = self.args
-            self.optimizer = MuonWithAdamW(
-                self.model,
-                args.muon_learning_rate,
-                args.learning_rate,
-                args.weight_decay,
-                (args.adam_beta1, args.adam_beta2),
-            )
-        return self.optimizer
-
-    @torch.no_grad()
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Loss, and per record the counts that [`_summarise_counts`] sums up: counts travel, masks do not."""
-        inputs = self._prepare_inputs(inputs)
-        with self.compute_loss_context_manager():
-            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
-        counts = _count_record_results(inputs, outputs, self.accelerator.unwrap_model(self.model).config)
-        return loss.detach(), counts, counts[:, :1]
-
-
-def _count_record_results(inputs: dict, outputs: dict, config: PlumConfig) -> torch.Tensor:
-    """`(records, 5)`: summed IoU, masks, and right, predicted and true spans of the tagger."""
-    size = config.sam_config.vision_config.image_size
-    record_of_row = inputs["record_index"].tolist()
-    counts = torch.zeros(record_of_row[-1] + 1, 5, device=inputs["input_ids"].device)
-    for i, mask in enumerate(inputs["mask_labels"]):
-        row = int(inputs["spans"][i, 0])
-        image = inputs["sam_image_index"][row]
-        sizes = (inputs[name][image].tolist() for name in ("reshaped_input_sizes", "original_sizes"))
-        predicted = upscale_masks(outputs["pred_masks"][i, None].float(), size, *sizes)[0] > 0
-        union = (predicted | mask).sum()
-        counts[record_of_row[row], 0] += (predicted & mask).sum() / union if union else 1.0
-        counts[record_of_row[row], 1] += 1
-    supervised = inputs["span_labels"] >= 0
-    predicted = {tuple(span) for span in decode_spans(outputs["span_logits"].argmax(-1), supervised).tolist()}
-    true = {tuple(span) for span in decode_spans(inputs["span_labels"], supervised).tolist()}
-    for column, spans in ((2, predicted & true), (3, predicted), (4, true)):
-        for row, _, _ in spans:
-            counts[record_of_row[row], column] += 1
-    return counts
-
-
-def _summarise_counts(prediction) -> dict[str, float]:
-    iou, masks, right, predicted, true = np.asarray(prediction.predictions, dtype=np.float64).T
-    grounded = masks > 0
-    return {
-        "strict_macro_giou": float((iou[grounded] / masks[grounded]).mean()) if grounded.any() else float("nan"),
-        "strict_micro_giou": float(iou.sum() / max(1.0, masks.sum())),
-        "span_f1": float(2 * right.sum() / max(1.0, predicted.sum() + true.sum())),
-    }
-
-
-class EpochSetter(TrainerCallback):
-    """
-    Tells the data set which epoch it is: accelerate tells the sampler alone where there are several processes, and in
-    the rest of an epoch that is resumed.
-    """
-
-    def on_epoch_begin(self, args, state, control, train_dataloader, **kwargs):
-        train_dataloader.dataset.set_epoch(int(state.epoch))
-
-
-class TrainingCurves(TrainerCallback):
-    """Keeps `training_curves.csv` and `training_curves.png` in the output folder up to date."""
-
-    def on_evaluate(self, args, state, control, **kwargs):
-        self._write(args, state)
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self._write(args, state)
-
-    def _write(self, args, state):
-        if not state.is_world_process_zero:
-            return
-        rows = {}
-        for entry in state.log_history:
-            rows.setdefault(entry["step"], {}).update(entry)
-        shown = [name for row in rows.values() for name in row if "loss" in name or "giou" in name or "f1" in name]
-        names = ["step", "learning_rate", *dict.fromkeys(name for name in shown if name != "train_loss")]
-        path = Path(args.output_dir, "training_curves.csv")
-        with path.with_suffix(".tmp").open("w", newline="") as file:
-            writer = csv.DictWriter(file, names, extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows(rows.values())
-        os.replace(path.with_suffix(".tmp"), path)
-        self._draw(list(rows.values()), names, path.with_suffix(".png"))
-
-    def _draw(self, rows, names, path):
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(11, 4), layout="constrained")
-        losses, metrics = figure.subplots(1, 2)
-        for name in names[2:]:
-            steps, values = zip(*[(row["step"], row[name]) for row in rows if name in row], strict=True)
-            (losses if "loss" in name else metrics).plot(steps, values, label=name)
-        losses.set(yscale="log", xlabel="step", title="losses")
-        metrics.set(ylim=(0, 1), xlabel="step", title="validation")
-        losses.legend(fontsize="small")
-        if metrics.lines:
-            metrics.legend(fontsize="small")
-        figure.savefig(path, dpi=110)
-
-
 # ------------------------------------------------------------------------------------------------ main
 
 
@@ -656,6 +466,7 @@ def main(argv: list[str]):
         model, processor = build_from_scratch(
             model_arguments.model_config, model_arguments.tokenizer_vocab_size, texts
         )
+    freeze(model, model_arguments.frozen_modules)
     if model_arguments.lora_r:
         model = add_lora(model, model_arguments)
 

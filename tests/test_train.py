@@ -25,6 +25,7 @@ from torch.testing import assert_close
 from transformers import AutoModel, AutoProcessor, LlamaConfig, TrainerCallback
 
 import train
+import trainer_plum
 from modeling_plum import PlumForConditionalGeneration
 from partkit.masks import DataError, encode
 from partkit.schema import GROUNDED_CONVERSATION_FEATURES
@@ -292,6 +293,19 @@ def test_a_field_that_no_config_knows_is_refused_wherever_it_stands():
     wrong["vlm_config"]["text_config"]["hiden_size"] = 32
     with pytest.raises(ValueError, match=r"model_config.vlm_config.text_config has fields \['hiden_size'\].*LlamaC"):
         train.build_from_scratch(wrong, 300, CORPUS)
+
+
+def test_frozen_modules_keep_their_weights_and_the_others_learn(trained, data_folder, tmp_path):
+    run_main(base_options(data_folder, tmp_path) | {"model": trained, "frozen_modules": "sam.vision_encoder"})
+    before, after = (load_file(Path(folder) / "model.safetensors") for folder in (trained, tmp_path))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and not any(name.startswith("sam.vision_encoder.") for name in changed)
+    assert any(name.startswith("sam.mask_decoder.") for name in changed)
+
+
+def test_a_frozen_module_that_the_model_does_not_have_is_named():
+    with pytest.raises(ValueError, match="frozen_modules has 'sam.encoder', which is no module of the model"):
+        train.freeze(tiny_model(shared_vision=True), ["sam.encoder"])
 
 
 # ------------------------------------------------------------------------------------------------ parts of a batch
@@ -589,8 +603,8 @@ def test_a_split_without_masks_has_no_macro_giou(tmp_path):
 # ------------------------------------------------------------------------------------------------ optimizer
 
 
-def muon_with_adamw(model) -> train.MuonWithAdamW:
-    return train.MuonWithAdamW(model, 0.02, 0.001, 0.05, (0.9, 0.98))
+def muon_with_adamw(model) -> trainer_plum.MuonWithAdamW:
+    return trainer_plum.MuonWithAdamW(model, 0.02, 0.001, 0.05, (0.9, 0.98))
 
 
 def test_muon_gets_the_matrices_of_layers_and_adamw_embeddings_head_and_the_rest():
