@@ -25,6 +25,8 @@ gradients on perfect predictions; every loss can be normalised by counts of the 
 
 import inspect
 import math
+from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -138,6 +140,17 @@ def sincos_position_embedding(grid_size: int, width: int) -> torch.Tensor:
     rows = axis[:, None].expand(-1, grid_size, -1)
     columns = axis[None].expand(grid_size, -1, -1)
     return 0.5 * torch.cat([rows, columns], dim=-1)[None]
+
+
+@contextmanager
+def recorded_inputs(module: nn.Module):
+    """The keyword arguments of the module's next call, in a dictionary that is filled when it is called."""
+    inputs = {}
+    handle = module.register_forward_pre_hook(lambda _, args, kwargs: inputs.update(kwargs), with_kwargs=True)
+    try:
+        yield inputs
+    finally:
+        handle.remove()
 
 
 class PlumSpanTagger(nn.Module):
@@ -405,7 +418,7 @@ class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
         mask_labels: list[torch.Tensor] | None = None,
         original_sizes: torch.LongTensor | None = None,
         reshaped_input_sizes: torch.LongTensor | None = None,
-        teacher_hidden_states: torch.FloatTensor | None = None,
+        teacher: Callable[..., ModelOutput] | None = None,
         loss_counts: dict[str, torch.Tensor] | None = None,
         **vlm_inputs,
     ) -> PlumOutput:
@@ -423,7 +436,8 @@ class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
             spans (`(S, 3)`): Spans `[row, start, end)` to segment, rows ascending, in the order of the conversation.
             mask_labels (S tensors `(H, W)`, 0/1): The mask of each span, at the original size of its image.
             original_sizes, reshaped_input_sizes (`(N, 2)`): (height, width) in pixels, as the processor returns them.
-            teacher_hidden_states (`(B, L, D)`): Output of the frozen language model for the same tokens.
+            teacher: The frozen language model that the span tokens are held to. Called, without gradients, with the
+                inputs that the language model of this model gets, its input embeddings among them.
             loss_counts: Divisors of the losses (see [`count_loss_items`]), for batches that are only part of a larger
                 one (gradient accumulation, several processes). Default: the counts of this batch.
             vlm_inputs: Further inputs of the vision-language model.
@@ -431,7 +445,8 @@ class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
         image_inputs, sam_image_embeddings, sam_image_index = self._resolve_images(
             input_ids, pixel_values, sam_pixel_values, sam_image_embeddings, sam_image_index
         )
-        hidden_states = self._run_language_model(input_ids, attention_mask, **image_inputs, **vlm_inputs)
+        with recorded_inputs(self.vlm.get_decoder()) as language_inputs:
+            hidden_states = self._run_language_model(input_ids, attention_mask, **image_inputs, **vlm_inputs)
         logits = self.get_output_embeddings()(hidden_states)
         span_logits = self.span_tagger(hidden_states, attention_mask)
         pred_masks = iou_scores = None
@@ -448,8 +463,8 @@ class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
             image_of_span = sam_image_index[spans[:, 0]] if len(mask_labels) else None
             sizes = (original_sizes, reshaped_input_sizes)
             losses |= self._mask_losses(pred_masks, iou_scores, mask_labels, image_of_span, sizes, counts["masks"])
-        if teacher_hidden_states is not None:
-            losses["teacher_kl"] = self._teacher_loss(hidden_states, teacher_hidden_states, spans, counts["spans"])
+        if teacher is not None:
+            losses["teacher_kl"] = self._teacher_loss(hidden_states, teacher, language_inputs, spans, counts["spans"])
         weights = self.loss_weights
         return PlumOutput(
             loss=sum(weights[name] * value for name, value in losses.items()) if losses else None,
@@ -570,10 +585,12 @@ class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
             totals["mask_iou"] += (iou_scores[members].float() - iou).square().sum()
         return {name: total / count.to(total).clamp(min=1) for name, total in totals.items()}
 
-    def _teacher_loss(self, hidden_states, teacher_hidden_states, spans, count) -> torch.Tensor:
+    def _teacher_loss(self, hidden_states, teacher, language_inputs, spans, count) -> torch.Tensor:
         """KL of two Gaussians of equal variance around the hidden states, averaged over each span, then over spans."""
         if spans is None or not len(spans):
             return hidden_states.new_zeros(())
+        with torch.no_grad():
+            teacher_hidden_states = teacher(**language_inputs).last_hidden_state
         squared = (hidden_states.float() - teacher_hidden_states.float()).square().mean(dim=-1, keepdim=True)
         loss = 0.5 / self.config.teacher_kl_sigma**2 * self._mean_over_spans(squared, spans).sum()
         return loss / count.to(loss).clamp(min=1)

@@ -1,13 +1,17 @@
 """How PLUM is trained: a Trainer whose losses are normalised over the global batch, its optimizer and its curves."""
 
+import copy
 import csv
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
+from peft import PeftModel
 from torch import nn
 from transformers import Trainer, TrainerCallback
+from transformers.utils import ModelOutput
 
 from configuration_plum import PlumConfig
 from modeling_plum import decode_spans, upscale_masks
@@ -56,6 +60,23 @@ class MuonWithAdamW(torch.optim.Optimizer):
         self.param_groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
 
+def build_teacher(model: nn.Module) -> Callable[..., ModelOutput] | None:
+    """
+    The language model as it is before the training, frozen; None where `teacher_kl_loss_weight` is 0. With LoRA it is
+    the model's own language model with its adapter switched off, without LoRA a copy.
+    """
+    if not model.config.teacher_kl_loss_weight:
+        return None
+    if not isinstance(model, PeftModel):
+        return copy.deepcopy(model.vlm.get_decoder()).eval().requires_grad_(False)
+
+    def without_adapter(**inputs) -> ModelOutput:
+        with model.disable_adapter():
+            return model.get_base_model().vlm.get_decoder()(**inputs)
+
+    return without_adapter
+
+
 class PlumTrainer(Trainer):
     """
     The Trainer with losses that are normalised by the counts of the whole batch (over accumulation steps and
@@ -64,6 +85,7 @@ class PlumTrainer(Trainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs, compute_metrics=_summarise_counts)
+        self.teacher = build_teacher(self.model)
         self.add_callback(EpochSetter)
         # The losses come divided by the counts of the whole batch; the Trainer must not divide them again.
         self.model_accepts_loss_kwargs = True
@@ -80,7 +102,7 @@ class PlumTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs = {name: value for name, value in inputs.items() if name != "record_index"}
-        outputs = model(**inputs, loss_counts=num_items_in_batch)
+        outputs = model(**inputs, loss_counts=num_items_in_batch, teacher=self.teacher)
         loss = outputs["loss"]
         if num_items_in_batch is not None:
             for name, value in outputs["losses"].items():

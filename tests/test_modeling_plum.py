@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
+from transformers.utils import ModelOutput
 
 from modeling_plum import (
     PlumForConditionalGeneration,
@@ -253,10 +254,26 @@ def test_the_teacher_loss_is_half_the_squared_distance_averaged_over_spans():
     with torch.no_grad():
         student = model(**batch).last_hidden_state
         teacher = student + torch.randn(student.shape, generator=torch.Generator().manual_seed(0))
-        found = model(**batch, teacher_hidden_states=teacher).losses["teacher_kl"]
+        found = model(**batch, teacher=lambda **_: ModelOutput(last_hidden_state=teacher)).losses["teacher_kl"]
     squared = (student - teacher).square()
     expected = [0.5 / 4 * squared[row, start:end].mean() for row, start, end in batch["spans"].tolist()]
     assert_close(found, torch.stack(expected).mean())
+
+
+def test_a_teacher_gets_the_students_input_embeddings_and_no_gradients(model_and_processor):
+    model, processor = copy.deepcopy(model_and_processor[0]), model_and_processor[1]
+    batch = mixed_batch(processor)
+    teacher = copy.deepcopy(model.vlm.get_decoder())
+    assert float(model(**batch, teacher=teacher).losses["teacher_kl"]) == 0.0
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(2.0)
+    assert float(model(**batch, teacher=teacher).losses["teacher_kl"]) == 0.0
+    with torch.no_grad():
+        model.vlm.get_decoder().norm.weight.mul_(2.0)
+    outputs = model(**batch, teacher=teacher)
+    assert float(outputs.losses["teacher_kl"]) > 0.0
+    outputs.loss.backward()
+    assert all(parameter.grad is None for parameter in teacher.parameters())
 
 
 def test_a_text_only_batch_trains_and_has_zero_mask_losses(model_and_processor):

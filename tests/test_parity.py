@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 from transformers import SamImageProcessor
+from transformers.utils import ModelOutput
 
 from modeling_plum import PlumForConditionalGeneration, decode_spans, dice_loss, focal_tversky_loss, upscale_masks
 from tests.recording import original_gradients
@@ -178,9 +179,10 @@ def test_losses_of_single_masks_and_spans_equal_the_recorded_ones(recording, mod
             tagger = copy.copy(model)
             tagger.config = copy.copy(model.config)
             tagger.config.teacher_kl_sigma = options["sigma"]
-            student, teacher = pieces["loss.kl_proj"][None], pieces["loss.kl_ref"][None]
+            student, expected_states = pieces["loss.kl_proj"][None], pieces["loss.kl_ref"][None]
             spans = torch.tensor([[0, 0, student.shape[1]]])
-            found = tagger._teacher_loss(student, teacher, spans, torch.tensor(1.0))
+            recorded = ModelOutput(last_hidden_state=expected_states)
+            found = tagger._teacher_loss(student, lambda recorded=recorded: recorded, {}, spans, torch.tensor(1.0))
         else:
             continue
         checked += 1
@@ -201,23 +203,21 @@ def test_upscaled_masks_equal_the_recorded_ones(recording, pieces):
 # ---------------------------------------------------------------- training
 
 
-def teacher_states(recording, model, hidden_inputs, attention_mask) -> torch.Tensor:
-    """Output of the recorded frozen language model for the student's input embeddings."""
+def recorded_teacher(recording, model):
+    """The recorded frozen language model, which is given the student's input embeddings."""
     teacher = copy.deepcopy(model.vlm.model.language_model)
     weights = recording.load("weights_teacher")
     weights = {name.removeprefix("teacher_llm."): value for name, value in weights.items()}
     problems = teacher.load_state_dict(weights, strict=False)
     assert problems.missing_keys == ["embed_tokens.weight"]
     assert all(name.endswith("rotary_emb.inv_freq") for name in problems.unexpected_keys)
-    with torch.no_grad():
-        return teacher(inputs_embeds=hidden_inputs, attention_mask=attention_mask).last_hidden_state
+    return teacher
 
 
 def run_training(recording, model, case):
     batch = recording.training_batch()
     if case == "train_full":
-        embeddings = recording.load(case)["inputs_embeds"]
-        batch["teacher_hidden_states"] = teacher_states(recording, model, embeddings, batch["attention_mask"])
+        batch["teacher"] = recorded_teacher(recording, model)
     return batch, model(**batch)
 
 
