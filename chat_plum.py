@@ -6,6 +6,7 @@ in characters.
 """
 
 import re
+from bisect import bisect_right
 from dataclasses import dataclass
 
 from jinja2 import TemplateError
@@ -137,6 +138,43 @@ def strip_span_tags(rendered: str, answer_ranges: list[tuple[int, int]]) -> Plai
         parsed.text += answer
     parsed.text += rendered[last:]
     return parsed
+
+
+def insert_seg_tokens(chat: PlainChat, seg_token: str) -> PlainChat:
+    """
+    Puts the special token after each span; the spans of the result are those tokens.
+
+    >>> insert_seg_tokens(PlainChat("A wing.", [(0, 7)], [(2, 6)]), "[SEG]")
+    PlainChat(text='A wing[SEG].', answers=[(0, 12)], spans=[(6, 11)])
+
+    Raises:
+        ValueError: The token stands in a message's text.
+    """
+    if seg_token in chat.text:
+        raise ValueError(f"{seg_token!r} may not stand in a message's text, found {chat.text!r}.")
+    ends, width = [end for _, end in chat.spans], len(seg_token)
+    pieces = [chat.text[start:end] for start, end in zip([0, *ends], [*ends, len(chat.text)], strict=True)]
+    return PlainChat(
+        seg_token.join(pieces),
+        [
+            (start + width * bisect_right(ends, start), end + width * bisect_right(ends, end))
+            for start, end in chat.answers
+        ],
+        [(end + width * i, end + width * (i + 1)) for i, end in enumerate(ends)],
+    )
+
+
+def find_last_phrase(text: str) -> int:
+    """
+    Where the phrase at the end of a text starts: after the last punctuation mark, conjunction or article. For texts
+    in which a token says where a phrase ends and nothing says where it starts.
+
+    >>> text = "It has a tail and a left wing"
+    >>> text[find_last_phrase(text) :]
+    'left wing'
+    """
+    boundary = re.match(r".*([.,:;!?()]|\b(and|or|an?|another|the)\s)\s*", text, re.DOTALL | re.IGNORECASE)
+    return boundary.end() if boundary else 0
 
 
 def without_images(messages: list[dict]) -> list[dict]:

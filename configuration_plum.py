@@ -21,6 +21,11 @@ class PlumConfig(PreTrainedConfig):
             processor prepares it, or `"sam_image_embeddings"`, the output of SAM's encoder (then one vision encoder
             serves both sides, and the tower is a small network over SAM's grid: `num_channels` is SAM's embedding
             width and `image_size` its grid).
+        span_source (`str`, *optional*, defaults to `"tagger"`):
+            Where spans come from: `"tagger"`, the span tagger's O/B/I classes of a plain-text answer, or
+            `"seg_token"`, a special token that the model writes after each phrase it grounds, as in LISA
+            (arXiv 2308.00692); then a span is that one token, and there is no span tagger and no span loss.
+        seg_token_id (`int`, *optional*): That token, for `span_source="seg_token"`.
         span_tagger_num_layers (`int`, *optional*, defaults to 1):
             Bidirectional encoder layers of the span tagger; 0 tags from the causal hidden states directly.
         span_tagger_num_heads (`int`, *optional*, defaults to 8):
@@ -60,7 +65,9 @@ class PlumConfig(PreTrainedConfig):
     sam_config: dict | PreTrainedConfig | None = None
     vlm_image_input: Literal["pixel_values", "sam_image_embeddings"] = "pixel_values"
 
-    # Span tagger
+    # Spans
+    span_source: Literal["tagger", "seg_token"] = "tagger"
+    seg_token_id: int | None = None
     span_tagger_num_layers: int = 1
     span_tagger_num_heads: int = 8
     span_tagger_intermediate_size: int = 2048
@@ -130,6 +137,7 @@ class PlumConfig(PreTrainedConfig):
                     f"sam_config.vision_config.{side} is {vision} but sam_config.prompt_encoder_config.{side} is "
                     f"{prompt}; set both to the same value."
                 )
+        self._check_span_source()
         if self.span_tagger_num_layers and text_width % self.span_tagger_num_heads:
             raise ValueError(
                 f"span_tagger_num_heads is {self.span_tagger_num_heads}, which does not divide the language model's "
@@ -153,6 +161,19 @@ class PlumConfig(PreTrainedConfig):
                     "vlm_image_input is 'sam_image_embeddings', so vlm_config.vision_config must have (num_channels, "
                     f"image_size) = SAM's (embedding width, grid size) = {expected}, found {found}."
                 )
+
+    def _check_span_source(self):
+        if (self.span_source == "seg_token") != (self.seg_token_id is not None):
+            raise ValueError(
+                f"span_source is {self.span_source!r} but seg_token_id is {self.seg_token_id}; give the id of the "
+                "tokenizer's special token with 'seg_token', and none with 'tagger'."
+            )
+        vocab_size = self.vlm_config.get_text_config().vocab_size
+        if self.seg_token_id is not None and not 0 <= self.seg_token_id < vocab_size:
+            raise ValueError(
+                f"seg_token_id is {self.seg_token_id} but the language model has {vocab_size} tokens; add the token "
+                "to the tokenizer and resize the model's embeddings."
+            )
 
     def _check_vlm_family(self):
         """PLUM tags and segments tokens by the hidden states at their positions in `input_ids`."""

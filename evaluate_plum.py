@@ -141,11 +141,14 @@ class Predictor:
     ) -> list[Prediction]:
         """One prediction per question, from the image given beside it. The same image must be the same object."""
         self._encode_images(images)
+        tagged = self.processor.seg_token is not None
         choice_scores = self._score(
-            [[(image, c) for c in choose(q)] for q, image in zip(questions, images, strict=True)]
+            [[(image, c) for c in choose(q, tagged=tagged)] for q, image in zip(questions, images, strict=True)]
         )
         asked = [index for index, question in enumerate(questions) if question.object_question is not None]
-        object_scores = self._score([[(images[i], c) for c in choose_object(questions[i])] for i in asked])
+        object_scores = self._score(
+            [[(images[i], c) for c in choose_object(questions[i], tagged=tagged)] for i in asked]
+        )
         object_scores = dict(zip(asked, object_scores, strict=True))
         given = self._segment_given(questions, images)
         generated = self._segment_freely(questions, images)
@@ -195,7 +198,7 @@ class Predictor:
         return scores
 
     def _segment_given(self, questions: Sequence[Question], images: Sequence[Image.Image]) -> list[dict[str, Any]]:
-        tagged = [tag_phrases(question.choices[question.correct], true_parts(question)) for question in questions]
+        tagged = [write_choice(question, question.correct, tagged=True) for question in questions]
         rows = [
             (image, [*ask(question), {"role": "assistant", "content": answer}])
             for question, image, answer in zip(questions, images, tagged, strict=True)
@@ -245,16 +248,23 @@ def ask(question: Question) -> list[Message]:
     return [{"role": "user", "content": question.object_question}, {"role": "assistant", "content": answer}, *messages]
 
 
-def choose(question: Question) -> list[list[Message]]:
+def write_choice(question: Question, index: int, *, tagged: bool) -> str:
+    """A choice as the model would write it: with its parts tagged if a token follows each grounded phrase."""
+    choice = question.choices[index]
+    return tag_phrases(choice, question.choice_parts[index]) if tagged else escape_tags(choice)
+
+
+def choose(question: Question, *, tagged: bool) -> list[list[Message]]:
     """One conversation per choice of the part question."""
-    return [[*ask(question), {"role": "assistant", "content": escape_tags(choice)}] for choice in question.choices]
+    choices = [write_choice(question, index, tagged=tagged) for index in range(len(question.choices))]
+    return [[*ask(question), {"role": "assistant", "content": choice}] for choice in choices]
 
 
-def choose_object(question: Question) -> list[list[Message]]:
+def choose_object(question: Question, *, tagged: bool) -> list[list[Message]]:
     """One conversation per choice of the object question; `part_to_whole` asks for the parts first, and is told."""
     messages = [{"role": "user", "content": question.object_question}]
     if question.question_type == "part_to_whole":
-        answer = escape_tags(question.choices[question.correct])
+        answer = write_choice(question, question.correct, tagged=tagged)
         messages = [*ask(question), {"role": "assistant", "content": answer}, *messages]
     return [[*messages, {"role": "assistant", "content": escape_tags(choice)}] for choice in question.object_choices]
 

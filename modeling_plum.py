@@ -12,6 +12,9 @@ From "Partonomy: Large Multimodal Models with Part-Level Visual Understanding" (
                                             dense prompt ───────────┘       └──> low-res mask ──> (next span)
                                     (first span: "no mask"; later: mask feedback over the earlier masks)
 
+With `span_source="seg_token"` the model is the LISA-like baseline (arXiv 2308.00692): no tagger, but a special token
+`[SEG]` after each grounded phrase, whose hidden state alone is the span's. All else is the same.
+
 Words used throughout. A *tag* is the class O, B or I of one token. A *span* is a B token and the I tokens directly
 after it, written `[row, start, end)` in token positions. A *row* is one conversation of the batch. *Grid* is SAM's
 image embedding (G x G cells), a *low-res mask* has 4G x 4G logits in the frame of SAM's padded square input.
@@ -65,7 +68,7 @@ class PlumOutput(ModelOutput):
         loss (`torch.FloatTensor` of shape `(1,)`): Weighted sum of `losses`.
         losses (`dict[str, torch.FloatTensor]`): The unweighted losses by name, each a scalar.
         logits (`torch.FloatTensor` of shape `(B, L, vocab_size)`): Next-token logits.
-        span_logits (`torch.FloatTensor` of shape `(B, L, 3)`): Logits of O, B and I.
+        span_logits (`torch.FloatTensor` of shape `(B, L, 3)`): Logits of O, B and I (see `tag_tokens`).
         pred_masks (`torch.FloatTensor` of shape `(S, 4G, 4G)`): Low-res mask logits, one per span of `spans`.
         iou_scores (`torch.FloatTensor` of shape `(S,)`): SAM's predicted IoU of each mask.
         last_hidden_state (`torch.FloatTensor` of shape `(B, L, D)`): The language model's output after its final norm.
@@ -285,7 +288,7 @@ class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
                 "without language-modeling head, whose hidden states PLUM tags; choose another family."
             )
         self.sam = SamModel(config.sam_config)
-        self.span_tagger = PlumSpanTagger(config)
+        self.span_tagger = PlumSpanTagger(config) if config.span_source == "tagger" else None
         self.span_projector = nn.Sequential(
             nn.Linear(text_width, text_width), nn.ReLU(), nn.Linear(text_width, sam_width)
         )
@@ -448,7 +451,7 @@ class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
         with recorded_inputs(self.vlm.get_decoder()) as language_inputs:
             hidden_states = self._run_language_model(input_ids, attention_mask, **image_inputs, **vlm_inputs)
         logits = self.get_output_embeddings()(hidden_states)
-        span_logits = self.span_tagger(hidden_states, attention_mask)
+        span_logits = self.tag_tokens(input_ids, hidden_states, attention_mask)
         pred_masks = iou_scores = None
         if spans is not None and len(spans):
             pred_masks, iou_scores = self.decode_masks(hidden_states, spans, sam_image_embeddings, sam_image_index)
@@ -457,7 +460,7 @@ class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
         losses = {}
         if labels is not None:
             losses["language_modeling"] = self._language_modeling_loss(logits, labels, counts["tokens"])
-        if span_labels is not None:
+        if span_labels is not None and self.span_tagger is not None:
             losses["span_tagging"] = self._span_tagging_loss(span_logits, span_labels, counts["tag_weight"])
         if mask_labels is not None:
             image_of_span = sam_image_index[spans[:, 0]] if len(mask_labels) else None
@@ -524,6 +527,18 @@ class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
                 f"shape {tuple(input_ids.shape)}; PLUM needs a family with one for each token."
             )
         return hidden_states
+
+    def tag_tokens(
+        self, input_ids: torch.LongTensor, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """
+        O/B/I logits `(B, L, 3)`, from the span tagger. With `span_source="seg_token"` the tokens say it themselves:
+        the special token is a B, with certainty, and every other token an O.
+        """
+        if self.span_tagger is not None:
+            return self.span_tagger(hidden_states, attention_mask)
+        tags = torch.where(input_ids == self.config.seg_token_id, TAG_BEGIN, TAG_OUTSIDE)
+        return F.one_hot(tags, num_classes=3).to(hidden_states.dtype).log()
 
     def _language_modeling_loss(self, logits, labels, count) -> torch.Tensor:
         loss = F.cross_entropy(
@@ -785,7 +800,7 @@ class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
             answer_mask = (labels != IGNORE_INDEX) & ~torch.isin(labels, self._stop_tokens)
 
         hidden_states = self._run_language_model(input_ids, attention_mask, **vlm_inputs)
-        span_logits = self.span_tagger(hidden_states, attention_mask)
+        span_logits = self.tag_tokens(input_ids, hidden_states, attention_mask)
         forced = spans is not None
         if not forced:
             # A row without an image has nothing to segment, whatever its words say.

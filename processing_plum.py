@@ -8,6 +8,9 @@ A *span tag* `<p>...</p>` in an assistant's text says that the words are grounde
 conversation by its i-th mask. Tags live in Python strings only: they are taken out before tokenizing, and become
 character spans, then O/B/I labels by the offsets of the tokens that overlap them. A literal tag is written `\\<p>`;
 in a user's text there are no tags, so nothing needs escaping there.
+
+With a `seg_token` (`span_source="seg_token"` in [`PlumConfig`]) the words are followed by that special token, which is
+the span in their place; it is no part of the texts that come back.
 """
 
 import inspect
@@ -29,6 +32,8 @@ try:
         can_train_on,
         find_answers,
         find_image,
+        find_last_phrase,
+        insert_seg_tokens,
         parse_span_tags,
         render_chats,
         strip_span_tags,
@@ -44,6 +49,8 @@ except ImportError:
         can_train_on,
         find_answers,
         find_image,
+        find_last_phrase,
+        insert_seg_tokens,
         parse_span_tags,
         render_chats,
         strip_span_tags,
@@ -96,6 +103,9 @@ class PlumProcessor(ProcessorMixin):
             the same number of them and nothing around them.
         vlm_image_input (`str`): As in [`PlumConfig`]; with `"sam_image_embeddings"` no `pixel_values` are made.
         image_token (`str`): Placeholder of an image in a rendered conversation.
+        seg_token (`str`, *optional*):
+            Special token of the tokenizer that follows each grounded phrase, for a model with
+            `span_source="seg_token"`; none for one with a span tagger.
         vlm_processor_class (`str`, *optional*):
             transformers' processor of the vision-language model, such as `"Qwen2_5_VLProcessor"`. It then says which
             tokens stand for an image and which further inputs the model needs, and `num_image_tokens` is unused.
@@ -113,6 +123,7 @@ class PlumProcessor(ProcessorMixin):
         num_image_tokens: int = 576,
         vlm_image_input: str = "pixel_values",
         image_token: str = "<image>",
+        seg_token: str | None = None,
         vlm_processor_class: str | None = None,
         vlm_processor_options: dict | None = None,
         chat_template: str | None = None,
@@ -121,6 +132,7 @@ class PlumProcessor(ProcessorMixin):
         self.num_image_tokens = num_image_tokens
         self.vlm_image_input = vlm_image_input
         self.image_token = image_token
+        self.seg_token = seg_token
         self.vlm_processor_class = vlm_processor_class
         self.vlm_processor_options = vlm_processor_options
         super().__init__(
@@ -129,6 +141,8 @@ class PlumProcessor(ProcessorMixin):
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         if self.image_token_id is None or self.image_token_id == tokenizer.unk_token_id:
             raise ValueError(f"The tokenizer has no token {image_token!r}; add it as a special token.")
+        if seg_token is not None and seg_token not in tokenizer.all_special_tokens:
+            raise ValueError(f"The tokenizer has no special token {seg_token!r}; add it.")
         self._vlm_processor = None
         if vlm_processor_class is not None:
             options = vlm_processor_options or {}
@@ -227,7 +241,8 @@ class PlumProcessor(ProcessorMixin):
 
         texts = []
         for messages, text in zip(conversations, rendered, strict=True):
-            texts.append(strip_span_tags(text, find_answers(messages, text, template, variables)))
+            plain = strip_span_tags(text, find_answers(messages, text, template, variables))
+            texts.append(plain if self.seg_token is None else insert_seg_tokens(plain, self.seg_token))
         images = [find_image(messages) for messages in (conversation if is_batched else [conversation])]
         if masks is not None and not is_batched:
             masks = [masks]
@@ -404,7 +419,8 @@ class PlumProcessor(ProcessorMixin):
             mask_threshold: Logit above which a pixel is inside.
 
         Returns:
-            One [`PlumAnswer`] per row; a row without spans has an empty list of them.
+            One [`PlumAnswer`] per row; a row without spans has an empty list of them. With a `seg_token`, which says
+            where a phrase ends and not where it starts, the text of a span is what [`find_last_phrase`] makes of it.
         """
         ids = [row[mask].tolist() for row, mask in zip(outputs.sequences, outputs.answer_mask, strict=True)]
         rows = outputs.spans[:, 0].tolist()
@@ -414,9 +430,11 @@ class PlumProcessor(ProcessorMixin):
             lead = len(text) - len(text.lstrip())
             members = [i for i, span_row in enumerate(rows) if span_row == row]
             masks = self._upscale(outputs, row, members, mask_threshold)
-            spans = []
+            spans, last_end = [], 0
             for i, mask in zip(members, masks, strict=True):
                 start, end = self._character_range(answer_ids, outputs.answer_mask[row], outputs.spans[i, 1:].tolist())
+                if self.seg_token is not None:
+                    start, last_end = last_end + find_last_phrase(text[last_end:end]), end
                 words = text[start:end]
                 start += len(words) - len(words.lstrip())
                 end -= len(words) - len(words.rstrip())

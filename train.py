@@ -45,6 +45,9 @@ from trainer_plum import PlumTrainer, TrainingCurves
 # A checkpoint is read by the code of this folder, so nobody is asked whether to trust the copy saved with it.
 AutoConfig.register("plum", PlumConfig, exist_ok=True)
 
+# What a model from scratch writes after each grounded phrase if its span_source is "seg_token".
+SEG_TOKEN = "[SEG]"
+
 # The published run adapts the language model's attention and trains these modules whole.
 LORA_TARGETS = r".*language_model\..*\.(q_proj|v_proj)"
 LORA_TRAINED_WHOLE = ["lm_head", "embed_tokens", "span_tagger", "span_projector", "mask_feedback", "mask_decoder"]
@@ -201,7 +204,10 @@ def build_from_scratch(
     config: dict, vocab_size: int, texts: list[str]
 ) -> tuple[PlumForConditionalGeneration, PlumProcessor]:
     """A model of random weights that looks through SAM's encoder, and a processor with a tokenizer for `texts`."""
-    tokenizer = train_tokenizer(texts, vocab_size)
+    seg_token = SEG_TOKEN if config.get("span_source") == "seg_token" else None
+    tokenizer = train_tokenizer(texts, vocab_size, seg_token)
+    if seg_token is not None:
+        config = {**config, "seg_token_id": tokenizer.convert_tokens_to_ids(seg_token)}
     given, config = config, PlumConfig(**config)
     check_config_fields(given, config)
     if config.vlm_image_input != "sam_image_embeddings":
@@ -223,6 +229,7 @@ def build_from_scratch(
         tokenizer,
         num_image_tokens=count_image_tokens(model),
         vlm_image_input=config.vlm_image_input,
+        seg_token=seg_token,
     )
     return model, processor
 
@@ -233,6 +240,16 @@ def count_image_tokens(model: PlumForConditionalGeneration) -> int:
     config = model.config
     grid = torch.zeros(1, config.sam_config.vision_config.output_channels, config.sam_grid_size, config.sam_grid_size)
     return len(torch.cat(list(model.vlm.get_image_features(grid, return_dict=True).pooler_output)))
+
+
+def check_span_source(config: PlumConfig, processor: PlumProcessor):
+    """`ValueError` if the processor writes span tokens that the model does not read, or the other way round."""
+    written = processor.seg_token and processor.tokenizer.convert_tokens_to_ids(processor.seg_token)
+    if written != config.seg_token_id:
+        raise ValueError(
+            f"The model has span_source {config.span_source!r} and seg_token_id {config.seg_token_id}, the processor "
+            f"seg_token {processor.seg_token!r} of id {written}; a model keeps the span source it was built with."
+        )
 
 
 def check_config_fields(given: dict, config: PreTrainedConfig, where: str = "model_config"):
@@ -246,14 +263,18 @@ def check_config_fields(given: dict, config: PreTrainedConfig, where: str = "mod
             check_config_fields(value, getattr(config, name), f"{where}.{name}")
 
 
-def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer: any text can be written in it, the words of `texts` in few tokens."""
+def train_tokenizer(texts: list[str], vocab_size: int, seg_token: str | None = None) -> PreTrainedTokenizerFast:
+    """
+    A byte-level BPE tokenizer: any text can be written in it, the words of `texts` in few tokens. A `seg_token` comes
+    on top of `vocab_size`, so that words are cut up as without it.
+    """
+    further_tokens = ["<image>"] if seg_token is None else ["<image>", seg_token]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=["<pad>", "<s>", "</s>", "<image>"],
+        vocab_size=vocab_size + len(further_tokens) - 1,
+        special_tokens=["<pad>", "<s>", "</s>", *further_tokens],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -263,7 +284,7 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
         pad_token="<pad>",
         bos_token="<s>",
         eos_token="</s>",
-        additional_special_tokens=["<image>"],
+        additional_special_tokens=further_tokens,
     )
 
 
@@ -466,6 +487,7 @@ def main(argv: list[str]):
         model, processor = build_from_scratch(
             model_arguments.model_config, model_arguments.tokenizer_vocab_size, texts
         )
+    check_span_source(model.config, processor)
     freeze(model, model_arguments.frozen_modules)
     if model_arguments.lora_r:
         model = add_lora(model, model_arguments)
