@@ -77,6 +77,10 @@ class ModelArguments:
     lora_r: int = field(default=0, metadata={"help": "Rank of LoRA on the language model; 0 trains all weights."})
     lora_alpha: int = field(default=16, metadata={"help": "Scale of LoRA."})
     lora_dropout: float = field(default=0.05, metadata={"help": "Dropout of LoRA."})
+    lora_trained_whole: list[str] = field(
+        default_factory=lambda: LORA_TRAINED_WHOLE,
+        metadata={"help": "Modules trained whole beside LoRA, such as vision towers that start from nothing."},
+    )
 
     def __post_init__(self):
         if isinstance(self.model_config, str):
@@ -298,7 +302,7 @@ def freeze(model: PlumForConditionalGeneration, names: list[str]):
 
 
 def add_lora(model: PlumForConditionalGeneration, arguments: ModelArguments) -> nn.Module:
-    """LoRA on the language model's attention, PLUM's own modules and the mask decoder trained whole."""
+    """LoRA on the language model's attention, the modules of `lora_trained_whole` trained whole."""
     from peft import LoraConfig, get_peft_model
 
     return get_peft_model(
@@ -308,7 +312,7 @@ def add_lora(model: PlumForConditionalGeneration, arguments: ModelArguments) -> 
             lora_alpha=arguments.lora_alpha,
             lora_dropout=arguments.lora_dropout,
             target_modules=LORA_TARGETS,
-            modules_to_save=LORA_TRAINED_WHOLE,
+            modules_to_save=arguments.lora_trained_whole,
         ),
     )
 
