@@ -18,104 +18,26 @@ from math import fsum
 from statistics import fmean
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
-from scipy.optimize import linear_sum_assignment
-
-from partkit.masks import RLE, area, union
+from partkit.mask_metrics import MATCHINGS, RLE, matched_ious, normalise, strict_ious, strict_overlaps
 from partkit.predictions import Prediction, SpanMask
 from partkit.schema import PartMask, Question
+from partkit.tallies import Figures, Ratio, Tally, confidence_intervals, summarise
 
 Pair = tuple[Question, Prediction]
-Figures = dict[str, int | float | None]
+MaskSource = Literal["gt_answer", "predicted_answer", "generated"]
+
+AP_THRESHOLD = 0.5  # IoU from which a mask counts as found
 
 __all__ = [
     "Counts",
+    "MaskSource",
     "accuracy",
     "evaluate_predictions",
     "iou_per_part",
-    "matched_ious",
-    "normalise",
     "part_counts",
-    "strict_ious",
+    "question_ious",
+    "tally",
 ]
-
-
-def normalise(name: str) -> str:
-    """A part name as it is compared: without surrounding blanks, in lower case."""
-    return name.strip().lower()
-
-
-# ---------------------------------------------------------------- masks
-
-
-def mask_iou(predicted: RLE, true: RLE) -> float | None:
-    """Intersection over union of two RLE masks of one frame; None when both are empty."""
-    united = area(union([predicted, true]))
-    return (area(predicted) + area(true) - united) / united if united else None
-
-
-def unite_by_name(masks: Iterable[tuple[str, RLE]]) -> dict[str, RLE]:
-    """One mask per normalised part name: masks that share a name are united."""
-    groups: dict[str, list[RLE]] = defaultdict(list)
-    for name, rle in masks:
-        groups[normalise(name)].append(rle)
-    return {name: union(rles) for name, rles in groups.items()}
-
-
-def strict_ious(predicted: Iterable[tuple[str, RLE]], true: Iterable[tuple[str, RLE]]) -> dict[str, float]:
-    """IoU of every part that is true or predicted, by normalised name.
-
-    A part with a mask on one side only scores 0. A part whose masks are empty on both sides says nothing about the
-    model and is left out.
-
-    Args:
-        predicted: (part name, RLE) pairs in any order; equal names are united.
-        true: the same for the ground truth.
-    """
-    predicted, true = unite_by_name(predicted), unite_by_name(true)
-    ious = {name: mask_iou(predicted[name], true[name]) for name in predicted.keys() & true.keys()}
-    ious |= dict.fromkeys(predicted.keys() ^ true.keys(), 0.0)
-    return {name: ious[name] for name in sorted(ious) if ious[name] is not None}
-
-
-def matched_ious(
-    predicted: Sequence[RLE],
-    true: Sequence[RLE],
-    *,
-    matching: Literal["paired", "greedy", "hungarian", "union"] = "paired",
-) -> list[float]:
-    """IoU of the matched masks of one image under the authors' protocol; part names play no role.
-
-    Args:
-        predicted: RLE masks in the order of the answer's spans.
-        true: RLE masks in the order of the answer's parts.
-        matching: `paired` by position, the longer list cut; `greedy` by descending IoU; `hungarian` for the largest
-            sum; `union` compares the union of each side, one pair.
-
-    Raises:
-        ValueError: one side has no mask (the authors' evaluator skips such an image).
-    """
-    if not predicted or not true:
-        raise ValueError(f"Matching needs masks on both sides, found {len(predicted)} predicted, {len(true)} true.")
-    if matching == "union":
-        predicted, true = [union(list(predicted))], [union(list(true))]
-    if matching in ("paired", "union"):
-        return [_reference_iou(*pair) for pair in zip(predicted, true, strict=False)]
-
-    ious = np.array([[_reference_iou(left, right) for right in true] for left in predicted])  # (predicted, true)
-    if matching == "hungarian":
-        return ious[linear_sum_assignment(ious, maximize=True)].tolist()
-    matched = []
-    while ious.size:
-        row, column = np.unravel_index(ious.argmax(), ious.shape)
-        matched.append(float(ious[row, column]))
-        ious = np.delete(np.delete(ious, row, axis=0), column, axis=1)
-    return matched
-
-
-def _reference_iou(predicted: RLE, true: RLE) -> float:
-    iou = mask_iou(predicted, true)
-    return 1.0 if iou is None else iou
 
 
 # ---------------------------------------------------------------- names, choices, tags
@@ -141,6 +63,14 @@ class Counts(NamedTuple):
         total = self.precision + self.recall
         return 2 * self.precision * self.recall / total if total else 0.0
 
+    def ratios(self, prefix: str) -> dict[str, Ratio]:
+        """Numerators and denominators of precision, recall and F1 (2 * hits over all names of both sides)."""
+        return {
+            f"{prefix}_precision": (self.hits, self.predicted),
+            f"{prefix}_recall": (self.hits, self.true),
+            f"{prefix}_f1": (2 * self.hits, self.predicted + self.true),
+        }
+
 
 def pool(counts: Iterable[Counts]) -> Counts:
     """Sums of hits and totals over questions."""
@@ -154,6 +84,11 @@ def part_counts(
 
     `strict` compares sets. `reference` compares lists as the authors' `part_text` evaluator does: a repeated
     prediction counts as a hit each time, so that recall and F1 can exceed 1.
+
+    >>> part_counts(["wing", "Wing"], ["wing", "tail"]).recall
+    0.5
+    >>> part_counts(["wing", "Wing"], ["wing", "tail"], protocol="reference").recall
+    1.0
     """
     predicted, true = [normalise(name) for name in predicted], [normalise(name) for name in true]
     if protocol == "strict":
@@ -180,62 +115,88 @@ def true_masks(question: Question) -> list[PartMask]:
     return [by_label[part] for part in true_parts(question)]
 
 
-def _question_ious(question: Question, spans: Iterable[SpanMask]) -> dict[str, float]:
-    predicted = [(span.text, span.rle) for span in spans]
-    return strict_ious(predicted, [(mask.label, mask.rle) for mask in true_masks(question)])
+def _named_masks(spans: Iterable[SpanMask]) -> list[tuple[str, RLE]]:
+    return [(span.text, span.rle) for span in spans]
 
 
-def _macro_micro(per_question: Iterable[Sequence[float]]) -> tuple[float | None, float | None]:
-    scored = [ious for ious in per_question if ious]
-    if not scored:
-        return None, None
-    return fmean(fmean(ious) for ious in scored), fmean(iou for ious in scored for iou in ious)
+def _named_truth(question: Question) -> list[tuple[str, RLE]]:
+    return [(mask.label, mask.rle) for mask in true_masks(question)]
 
 
-def _mask_figures(pairs: Sequence[Pair]) -> Figures:
-    strict = [list(_question_ious(question, prediction.given_spans).values()) for question, prediction in pairs]
-    reference = [
-        matched_ious([span.rle for span in prediction.given_spans], [mask.rle for mask in true_masks(question)])
-        for question, prediction in pairs
-        if prediction.given_spans
-    ]
-    end_to_end = [
-        list(_question_ious(question, prediction.generated_spans).values()) for question, prediction in pairs
-    ]
-    figures: Figures = {}
-    figures["strict_macro_giou"], figures["strict_micro_giou"] = _macro_micro(strict)
-    figures["reference_macro_giou"], figures["reference_micro_giou"] = _macro_micro(reference)
-    figures["end_to_end_giou"], _ = _macro_micro(end_to_end)
-    return figures
+def question_ious(question: Question, spans: Iterable[SpanMask]) -> dict[str, float]:
+    """Strict IoU of every part of the correct answer and of the spans, by normalised name."""
+    return strict_ious(_named_masks(spans), _named_truth(question))
 
 
-def _named(prefix: str, counts: Counts, suffix: str = "") -> Figures:
-    return {
-        f"{prefix}_precision{suffix}": counts.precision,
-        f"{prefix}_recall{suffix}": counts.recall,
-        f"{prefix}_f1{suffix}": counts.f1,
-    }
+def scored_spans(prediction: Prediction, mask_source: MaskSource) -> list[SpanMask] | None:
+    """The masks that the mask figures speak of; None where the model gives no masks."""
+    return prediction.generated_spans if mask_source == "generated" else prediction.given_spans
 
 
-def _text_figures(pairs: Sequence[Pair]) -> Figures:
-    chosen = pool(part_counts(q.choice_parts[p.choice], true_parts(q)) for q, p in pairs)
-    written = [part_counts([span.text for span in p.generated_spans], true_parts(q)) for q, p in pairs]
-    tagged = pool(
-        Counts(len(set(p.true_tags) & set(p.predicted_tags)), len(p.predicted_tags), len(p.true_tags))
-        for _, p in pairs
-    )
-    figures: Figures = {
-        "choice_accuracy": accuracy([p.choice for _, p in pairs], [q.correct for q, _ in pairs]),
-        "object_choice_accuracy": None,
-        **_named("part", chosen),
-        "span_f1": tagged.f1,
-        **_named("generated_part", pool(written)),
-        "generated_exact": fmean(counts.hits == counts.predicted == counts.true for counts in written),
-    }
-    objects = [(p.object_choice, q.object_correct) for q, p in pairs if q.object_question is not None]
-    if objects:
-        figures["object_choice_accuracy"] = accuracy(*zip(*objects, strict=True))
-    return figures
+# ---------------------------------------------------------------- one question
+
+
+def tally(question: Question, prediction: Prediction, *, mask_source: MaskSource) -> Tally:
+    """What one question adds to the figures. A figure to which it has nothing to say is not among its ratios."""
+    result = Tally(ratios=_text_ratios(question, prediction))
+    spans = scored_spans(prediction, mask_source)
+    if spans is not None:
+        _add_masks(result, question, spans)
+    if prediction.generated_spans is not None:
+        ious = question_ious(question, prediction.generated_spans)
+        if ious:
+            result.ratios["end_to_end_giou"] = (fmean(ious.values()), 1)
+    return result
+
+
+def _add_masks(result: Tally, question: Question, spans: Sequence[SpanMask]) -> None:
+    overlaps = strict_overlaps(_named_masks(spans), _named_truth(question))
+    ious = {name: both / united if united else 0.0 for name, (both, united) in overlaps.items()}
+    if ious:
+        result.ratios["strict_macro_giou"] = (fmean(ious.values()), 1)
+        result.ratios["strict_micro_giou"] = (fsum(ious.values()), len(ious))
+        result.ratios["strict_ciou"] = tuple(map(sum, zip(*overlaps.values(), strict=True)))
+    true = {normalise(mask.label) for mask in true_masks(question)}
+    scores: dict[str, float] = {}
+    for span in spans:
+        name = normalise(span.text)
+        scores[name] = max(span.score, scores.get(name, span.score))
+    result.detections = [(scores[name], ious[name] >= AP_THRESHOLD) for name in scores if name in ious]
+    result.true_masks = len(true & ious.keys())
+    if spans:
+        result.ratios |= reference_ratios([span.rle for span in spans], [mask.rle for mask in true_masks(question)])
+
+
+def reference_ratios(predicted: Sequence[RLE], true: Sequence[RLE]) -> dict[str, Ratio]:
+    """What one image adds to the figures of the authors' evaluator under each of its matchings."""
+    ratios: dict[str, Ratio] = {}
+    for matching in MATCHINGS:
+        matched = matched_ious(predicted, true, matching=matching)
+        name = "reference" if matching == "paired" else f"reference_{matching}"
+        ratios[f"{name}_macro_giou"] = (fmean(matched), 1)
+        ratios[f"{name}_micro_giou"] = (fsum(matched), len(matched))
+    return ratios
+
+
+def _text_ratios(question: Question, prediction: Prediction) -> dict[str, Ratio]:
+    ratios: dict[str, Ratio] = {}
+    true = true_parts(question)
+    if prediction.choice_scores is not None:
+        ratios["choice_accuracy"] = (prediction.choice == question.correct, 1)
+        ratios |= part_counts(question.choice_parts[prediction.choice], true).ratios("part")
+    if question.object_question is not None and prediction.object_choice_scores is not None:
+        ratios["object_choice_accuracy"] = (prediction.object_choice == question.object_correct, 1)
+    if prediction.true_tags is not None:
+        found, expected = set(prediction.predicted_tags), set(prediction.true_tags)
+        ratios["span_f1"] = (2 * len(found & expected), len(prediction.predicted_tags) + len(prediction.true_tags))
+    if prediction.generated_spans is not None:
+        written = part_counts([span.text for span in prediction.generated_spans], true)
+        ratios |= written.ratios("generated_part")
+        ratios["generated_exact"] = (written.hits == written.predicted == written.true, 1)
+    return ratios
+
+
+# ---------------------------------------------------------------- all questions
 
 
 def _random_figures(questions: Sequence[Question]) -> Figures:
@@ -246,20 +207,14 @@ def _random_figures(questions: Sequence[Question]) -> Figures:
         choices = [part_counts(parts, true_parts(question)) for parts in question.choice_parts]
         expected.append(Counts(*(fmean(column) for column in zip(*choices, strict=True))))
     objects = [1 / len(q.object_choices) for q in questions if q.object_question is not None]
+    parts = pool(expected)
     return {
         "choice_accuracy_random": fmean(1 / len(question.choices) for question in questions),
         "object_choice_accuracy_random": fmean(objects) if objects else None,
-        **_named("part", pool(expected), "_random"),
+        "part_precision_random": parts.precision,
+        "part_recall_random": parts.recall,
+        "part_f1_random": parts.f1,
     }
-
-
-def _figures(pairs: Sequence[Pair]) -> Figures:
-    figures = {"n": len(pairs), **_mask_figures(pairs), **_text_figures(pairs)}
-    if pairs[0][1].wrong_image is not None:
-        control = [(question, prediction.wrong_image) for question, prediction in pairs]
-        control_figures = _mask_figures(control) | _text_figures(control)
-        figures |= {f"{name}_wrong_image": value for name, value in control_figures.items()}
-    return figures | _random_figures([question for question, _ in pairs])
 
 
 def pair_by_id(questions: Sequence[Question], predictions: Iterable[Prediction]) -> list[Pair]:
@@ -298,6 +253,8 @@ def _check_fit(question: Question, prediction: Prediction) -> None:
     for name in ("choices", "object_choices"):
         choices = getattr(question, name)
         scores = prediction.choice_scores if name == "choices" else prediction.object_choice_scores
+        if scores is None and prediction.true_tags is None:
+            continue
         expected, found = len(choices or ()), len(scores or ())
         if expected != found:
             raise ValueError(
@@ -305,7 +262,7 @@ def _check_fit(question: Question, prediction: Prediction) -> None:
                 "predict again."
             )
     size = list(question.masks[0].rle["size"])
-    for span in (*prediction.given_spans, *prediction.generated_spans):
+    for span in (*(prediction.given_spans or ()), *(prediction.generated_spans or ())):
         if list(span.rle["size"]) != size:
             raise ValueError(
                 f"Question {question.id!r} has an image of [height, width] {size}, the predicted mask of "
@@ -315,12 +272,25 @@ def _check_fit(question: Question, prediction: Prediction) -> None:
         _check_fit(question, prediction.wrong_image)
 
 
-def evaluate_predictions(questions: Sequence[Question], predictions: Iterable[Prediction]) -> dict[str, Any]:
+def evaluate_predictions(
+    questions: Sequence[Question],
+    predictions: Iterable[Prediction],
+    *,
+    mask_source: MaskSource = "gt_answer",
+    intervals: bool = False,
+) -> dict[str, Any]:
     """All figures, over all questions (`overall`) and by question type (`by_type`).
 
     Every figure is a share in [0, 1], or None where no question can tell (object choices without an object question,
     reference gIoU without any predicted mask). Figures of the wrong-image control carry the suffix `_wrong_image`,
     those of a random choice `_random`. The order of questions and predictions does not matter.
+
+    Args:
+        questions, predictions: one prediction per question.
+        mask_source: the masks that the mask figures speak of: those of the given answer, which is the correct one
+            (`gt_answer`) or the chosen one (`predicted_answer`), or those of the answer the model wrote (`generated`).
+            They are always held against the masks of the correct answer.
+        intervals: also give `intervals`, with 95 % bootstrap intervals [low, high] in the same two groups.
 
     >>> wing = {"size": [2, 3], "counts": "024"}  # the left column of a 2 x 3 image, column by column
     >>> question = Question(
@@ -337,20 +307,42 @@ def evaluate_predictions(questions: Sequence[Question], predictions: Iterable[Pr
     >>> figures["end_to_end_giou"], figures["generated_part_recall"]
     (0.0, 0.0)
     """
-    pairs = pair_by_id(questions, predictions)
+    # sorted, so that resampling does not depend on the order in which the questions come
+    pairs = sorted(pair_by_id(questions, predictions), key=lambda pair: pair[0].id)
     by_type: dict[str, list[Pair]] = defaultdict(list)
     for pair in pairs:
         by_type[pair[0].question_type].append(pair)
-    return {
-        "overall": _figures(pairs),
-        "by_type": {question_type: _figures(by_type[question_type]) for question_type in sorted(by_type)},
-    }
+    groups = {"": pairs} | {name: by_type[name] for name in sorted(by_type)}
+    results = {name: _figures(group, mask_source=mask_source, intervals=intervals) for name, group in groups.items()}
+    figures = {name: result[0] for name, result in results.items()}
+    metrics = {"overall": figures.pop(""), "by_type": figures}
+    if intervals:
+        ranges = {name: result[1] for name, result in results.items()}
+        metrics["intervals"] = {"overall": ranges.pop(""), "by_type": ranges}
+    return metrics
 
 
-def iou_per_part(questions: Sequence[Question], predictions: Iterable[Prediction]) -> dict[str, dict[str, float]]:
-    """Mean strict IoU and number of questions of every part of the given answers, by part name."""
+def _figures(
+    pairs: Sequence[Pair], *, mask_source: MaskSource, intervals: bool
+) -> tuple[Figures, dict[str, tuple[float, float]]]:
+    """The figures of a group of questions, and their intervals."""
+    tallies = [tally(question, prediction, mask_source=mask_source) for question, prediction in pairs]
+    figures: Figures = {"n": len(pairs), **summarise(tallies)}
+    ranges = confidence_intervals(tallies) if intervals else {}
+    if pairs[0][1].wrong_image is not None:
+        control = [tally(q, prediction.wrong_image, mask_source=mask_source) for q, prediction in pairs]
+        figures |= {f"{name}_wrong_image": value for name, value in summarise(control).items()}
+        if intervals:
+            ranges |= {f"{name}_wrong_image": limits for name, limits in confidence_intervals(control).items()}
+    return figures | _random_figures([question for question, _ in pairs]), ranges
+
+
+def iou_per_part(
+    questions: Sequence[Question], predictions: Iterable[Prediction], *, mask_source: MaskSource = "gt_answer"
+) -> dict[str, dict[str, float]]:
+    """Mean strict IoU and number of questions of every part, by part name; empty for a model without masks."""
     ious: dict[str, list[float]] = defaultdict(list)
     for question, prediction in pair_by_id(questions, predictions):
-        for name, iou in _question_ious(question, prediction.given_spans).items():
+        for name, iou in question_ious(question, scored_spans(prediction, mask_source) or ()).items():
             ious[name].append(iou)
     return {name: {"mean_iou": fmean(ious[name]), "n": len(ious[name])} for name in sorted(ious)}

@@ -50,12 +50,12 @@ class SpanMask:
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """Everything one model run says about one question.
+    """Everything one model run says about one question; None for what this kind of model does not say.
 
     Attributes:
         image_id: the image the model saw; another record's in the wrong-image control.
         choice_scores: negative log-likelihood of each choice, the smallest is chosen.
-        given_spans: masks of the correct answer's parts, that answer being given.
+        given_spans: masks of the parts of an answer that was given: the correct one, or the one the model chose.
         true_tags, predicted_tags: [start, end) of the part spans in the given answer, as its tokens were labelled and
             as the model tags them, counted from the answer's first token.
         generated_text, generated_spans: the freely generated answer and its masks.
@@ -65,12 +65,12 @@ class Prediction:
 
     question_id: str
     image_id: str
-    choice_scores: list[float]
-    given_spans: list[SpanMask]
-    true_tags: list[tuple[int, int]]
-    predicted_tags: list[tuple[int, int]]
-    generated_text: str
-    generated_spans: list[SpanMask]
+    choice_scores: list[float] | None
+    given_spans: list[SpanMask] | None
+    true_tags: list[tuple[int, int]] | None
+    predicted_tags: list[tuple[int, int]] | None
+    generated_text: str | None
+    generated_spans: list[SpanMask] | None
     object_choice_scores: list[float] | None = None
     wrong_image: "Prediction | None" = None
 

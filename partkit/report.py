@@ -17,8 +17,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image, ImageFilter
 
+from partkit.mask_metrics import normalise
 from partkit.masks import RLE, DataError, decode
-from partkit.metrics import Pair, normalise, pair_by_id, strict_ious, true_masks, true_parts
+from partkit.metrics import Pair, pair_by_id, question_ious, true_masks, true_parts
 from partkit.predictions import Prediction, SpanMask, write_whole
 from partkit.schema import Question
 
@@ -184,8 +185,7 @@ def _cells(figures: dict[str, Any], name: str) -> list[str]:
 
 def _end_to_end_iou(pair: Pair) -> float:
     question, prediction = pair
-    predicted = [(span.text, span.rle) for span in prediction.generated_spans]
-    ious = strict_ious(predicted, [(mask.label, mask.rle) for mask in true_masks(question)])
+    ious = question_ious(question, prediction.generated_spans)
     return fmean(ious.values()) if ious else 0.0
 
 

@@ -9,22 +9,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from partkit import metrics
+from partkit import mask_metrics, metrics, tallies
+from partkit.mask_metrics import MATCHINGS, average_precision, matched_ious, overlap, strict_ious
 from partkit.masks import decode, encode
 from partkit.metrics import (
     Counts,
     accuracy,
     evaluate_predictions,
     iou_per_part,
-    matched_ious,
     part_counts,
     pool,
-    strict_ious,
 )
 from partkit.predictions import Prediction, SpanMask
 from partkit.schema import PartMask, Question
+from partkit.tallies import Tally, confidence_intervals, resample, summarise
 
-MATCHINGS = ("paired", "greedy", "hungarian", "union")
 PARTS = ("flag", "hull", "mast", "sail")
 SIZE = (4, 5)  # (height, width)
 
@@ -117,8 +116,10 @@ def test_reference_ious_equal_the_recorded_original_case_by_case(recorded, match
 
 @pytest.mark.parametrize("matching", MATCHINGS)
 def test_reference_macro_and_micro_means_equal_the_recorded_original(recorded, matching):
-    per_image = [matched_ious(c["predictions"], c["targets"], matching=matching) for c in recorded["iou"]["cases"]]
-    macro, micro = metrics._macro_micro(per_image)
+    cases = recorded["iou"]["cases"]
+    figures = summarise([Tally(metrics.reference_ratios(case["predictions"], case["targets"])) for case in cases])
+    name = "reference" if matching == "paired" else f"reference_{matching}"
+    macro, micro = figures[f"{name}_macro_giou"], figures[f"{name}_micro_giou"]
     summaries = recorded["iou"]["summaries"]
     assert macro == pytest.approx(summaries[f"macro/{matching}"]["summarize"][f"gmIoU-{matching}"], abs=1e-12)
     assert micro == pytest.approx(summaries[f"micro/{matching}"]["summarize"][f"gmIoU-{matching}"], abs=1e-12)
@@ -308,6 +309,87 @@ def test_object_choices_are_scored_where_a_question_asks_for_the_object():
     assert figures["by_type"]["identification"]["object_choice_accuracy"] is None
 
 
+# ---------------------------------------------------------------- cIoU, average precision, intervals
+
+
+@given(named_masks, named_masks)
+def test_overlaps_of_all_parts_add_up_to_the_dense_pixel_counts(predicted, true):
+    overlaps = mask_metrics.strict_overlaps(as_rles(predicted), as_rles(true))
+    empty = np.zeros(SIZE, bool)
+    pairs = [(predicted.get(name, empty), true.get(name, empty)) for name in {*predicted, *true}]
+    assert sum(both for both, _ in overlaps.values()) == sum((left & right).sum() for left, right in pairs)
+    assert sum(united for _, united in overlaps.values()) == sum((left | right).sum() for left, right in pairs)
+
+
+@given(masks, masks)
+def test_the_overlap_of_two_masks_is_that_of_their_pixels(left, right):
+    assert overlap(encode(left), encode(right)) == ((left & right).sum(), (left | right).sum())
+
+
+def naive_average_precision(detections, true):
+    """COCO's 101 recalls, by walking over every cut of the confidence."""
+    cuts = []
+    for cut in sorted({score for score, _ in detections}, reverse=True):
+        shown = [hit for score, hit in detections if score >= cut]
+        cuts.append((sum(shown) / true, sum(shown) / len(shown)))
+    return sum(max((p for r, p in cuts if r >= k / 100 - 1e-9), default=0.0) for k in range(101)) / 101
+
+
+@given(st.lists(st.tuples(st.sampled_from([0.1, 0.5, 0.7, 0.9]), st.booleans()), max_size=8), st.integers(0, 4))
+def test_average_precision_equals_a_naive_version_in_any_order_of_equal_scores(detections, missing):
+    true = missing + sum(hit for _, hit in detections)
+    scores, hits = np.array(detections, dtype=float).reshape(-1, 2).T
+    found = average_precision(scores, hits.astype(bool), true=true)
+    assert found == (pytest.approx(naive_average_precision(detections, true)) if true else None)
+    twice = average_precision(scores, hits.astype(bool), true=2 * true, weights=np.full(len(scores), 2.0))
+    assert twice == (pytest.approx(found) if true else None)
+
+
+@settings(max_examples=20, deadline=None)
+@given(runs)
+def test_every_draw_of_the_questions_has_the_figures_of_those_questions(run):
+    questions, predictions = build(run)
+    tallies = [metrics.tally(*pair, mask_source="gt_answer") for pair in zip(questions, predictions, strict=True)]
+    draws = resample(tallies, resamples=3, seed=5)
+    weights = np.random.default_rng(5).multinomial(len(run), np.full(len(run), 1 / len(run)), size=3)
+    for index, counts in enumerate(weights):
+        drawn = summarise([tally for tally, count in zip(tallies, counts, strict=True) for _ in range(count)])
+        for name, values in draws.items():
+            expected = np.nan if drawn[name] is None else drawn[name]
+            assert values[index] == pytest.approx(expected, nan_ok=True), name
+
+
+def test_an_interval_of_a_mean_has_the_width_that_its_standard_error_says():
+    hits = np.arange(400) % 4 == 0
+    tallies = [Tally({"choice_accuracy": (float(hit), 1)}) for hit in hits]
+    low, high = confidence_intervals(tallies)["choice_accuracy"]
+    half = 1.96 * np.sqrt(0.25 * 0.75 / 400)
+    assert (low, high) == (pytest.approx(0.25 - half, abs=0.006), pytest.approx(0.25 + half, abs=0.006))
+    assert confidence_intervals(tallies) == confidence_intervals(tallies)
+
+
+def test_intervals_stand_beside_the_figures_and_hold_them():
+    left, full = np.zeros(SIZE, bool), np.ones(SIZE, bool)
+    left[:, :2] = True
+    questions = [make_question(number, {"hull": full}) for number in range(6)]
+    predictions = [make_prediction(n, {"hull": left if n % 2 else full}, {"hull": left}) for n in range(6)]
+    metrics = evaluate_predictions(questions, predictions, intervals=True)
+    low, high = metrics["intervals"]["overall"]["strict_macro_giou"]
+    assert low < metrics["overall"]["strict_macro_giou"] < high
+    assert metrics["intervals"]["overall"]["choice_accuracy"] == (1.0, 1.0)
+    assert list(metrics["intervals"]["by_type"]) == ["identification"]
+
+
+def test_the_mask_figures_speak_of_the_masks_of_the_chosen_source():
+    full = np.ones(SIZE, bool)
+    question, prediction = make_question(0, {"hull": full}), make_prediction(0, {}, {"hull": full})
+    figures = {
+        source: evaluate_predictions([question], [prediction], mask_source=source)["overall"]["strict_ciou"]
+        for source in ("gt_answer", "generated")
+    }
+    assert figures == {"gt_answer": 0.0, "generated": 1.0}
+
+
 # ---------------------------------------------------------------- input that does not fit
 
 
@@ -339,6 +421,7 @@ def test_scores_or_masks_that_do_not_fit_the_question_are_named():
 
 
 def test_the_examples_of_docstring_and_documentation_run_as_they_stand():
-    results = [doctest.testmod(metrics), doctest.testfile("../docs/benchmark.md")]
-    assert [(result.failed, result.attempted > 0) for result in results] == [(0, True)] * 2
+    results = [doctest.testmod(module) for module in (mask_metrics, metrics, tallies)]
+    results += [doctest.testfile("../docs/benchmark.md")]
+    assert [(result.failed, result.attempted > 0) for result in results] == [(0, True)] * 4
     assert decode({"size": [2, 3], "counts": "024"}).tolist() == [[True, False, False]] * 2
