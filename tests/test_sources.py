@@ -97,6 +97,16 @@ def test_masks_are_compared_with_the_upright_image(tmp_path):
     assert len(list(read_questions(folder))) == 1
 
 
+def test_masks_drawn_on_the_unturned_image_are_refused_naming_the_orientation(tmp_path):
+    record = official_record() | {"image_path": "images/bus.jpg"}
+    folder = official_folder(tmp_path / "data", record)
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    Image.new("RGB", (WIDTH, HEIGHT)).save(folder / "images" / "bus.jpg", exif=exif)
+    with pytest.raises(DataError, match=r"turned by its EXIF orientation to \[height, width\] \[8, 6\].*\[6, 8\]"):
+        list(read_questions(folder))
+
+
 def changed(record: dict, *path: str | int, value) -> dict:
     record = copy.deepcopy(record)
     target = record
@@ -184,6 +194,63 @@ def test_a_file_that_holds_no_questions_is_refused(tmp_path, text, message):
         list(read_questions(folder))
 
 
+@pytest.mark.parametrize("keep", [0.3, 0.6, 0.99])
+def test_a_file_that_was_cut_short_is_refused_saying_so(tmp_path, keep):
+    official = official_folder(tmp_path / "official", official_record()) / QUESTIONS_FILE
+    descriptor = descriptor_folder(tmp_path / "descriptor", descriptor_content()) / "descriptor.json"
+    for path, read in ((official, read_questions), (descriptor, Descriptor)):
+        text = path.read_bytes()
+        path.write_bytes(text[: int(len(text) * keep)])
+        with pytest.raises(DataError, match=f"{path.name}: expected JSON; the file is damaged or cut short"):
+            list(read(path.parent))
+
+
+def test_brackets_and_quotes_inside_strings_are_no_nesting(tmp_path):
+    record = changed(official_record(), "question", value='\\"[{' * 60_000 + "\\")
+    (question,) = read_questions(official_folder(tmp_path / "data", record))
+    assert question.question == record["question"]
+
+
+def test_a_record_that_asks_what_an_earlier_one_asks_is_refused(tmp_path):
+    folder = official_folder(tmp_path / "data", official_record(), official_record())
+    with pytest.raises(DataError, match="record 1: asks the same question about the same image as record 0"):
+        list(read_questions(folder))
+
+
+def test_bad_records_can_be_reported_instead_and_the_others_are_read(tmp_path):
+    bad = changed(official_record(), "image_path", value="images/none.png")
+    folder = official_folder(tmp_path / "data", bad, official_record(), bad)
+    errors = []
+    (question,) = read_questions(folder, on_error=errors.append)
+    assert question.id == "official-00001"
+    assert [str(error).split(", ")[1] for error in errors] == ["record 0", "record 2"]
+
+
+@pytest.mark.parametrize("twin", ["Door", "door ", " door"])
+def test_labels_that_differ_only_in_case_or_spaces_are_refused(tmp_path, twin):
+    record = changed(official_record(), "segmentations", twin, value=[encode(LEFT)])
+    with pytest.raises(DataError, match="record 0, fields 'segmentations'.*differ only in case or spaces"):
+        list(read_questions(official_folder(tmp_path / "official", record)))
+    content = changed(descriptor_content(), "part_graph", "truck", value=["DOOR"])
+    with pytest.raises(DataError, match="field 'part_graph'.*'DOOR' and 'door' differ only in case"):
+        Descriptor(descriptor_folder(tmp_path / "descriptor", content))
+
+
+@pytest.mark.parametrize(
+    ("polygon", "message"),
+    [
+        ([20, 1, 23, 1, 23, 3], "coordinates near the image"),
+        ([9, 1, 12, 1, 12, 3], "lies outside the image"),
+        ([1, -4, 3, -4, 3, -1], "lies outside the image"),
+    ],
+)
+def test_a_polygon_outside_the_image_is_refused(tmp_path, polygon, message):
+    piece = {"size": [HEIGHT, WIDTH], "polygon": polygon}
+    record = changed(official_record(), "segmentations", "wheel", value=[piece])
+    with pytest.raises(DataError, match=rf"record 0, field 'segmentations\['wheel'\].*{message}"):
+        list(read_questions(official_folder(tmp_path / "data", record)))
+
+
 def test_a_file_beyond_the_size_limit_is_refused_unread(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "MAX_JSON_BYTES", 100)
     with pytest.raises(DataError, match="exceed the limit of 100"):
@@ -247,6 +314,26 @@ def test_a_descriptor_gives_clean_labels_graphs_and_united_masks(tmp_path):
     assert (example.image_id, example.image_label, example.source) == ("000000-bus", "bus", "toy")
     assert [mask.label for mask in example.masks] == ["door", "wheel"]
     np.testing.assert_array_equal(decode(example.masks[1].rle), LEFT | RIGHT)
+
+
+def test_the_mask_of_the_whole_object_is_no_part_and_an_instance_without_parts_gives_no_example(tmp_path):
+    content = descriptor_content()
+    content["instances"][0]["segmentations"]["object--bus"] = [encode(LEFT)]
+    content["instances"][0]["segmentation_labels"].append("object--bus")
+    whole = {"image_path": "images/none.png", "image_label": "object--bus", "segmentation_labels": ["object--bus"],
+             "segmentations": {"object--bus": [encode(LEFT)]}}  # fmt: skip
+    content["instances"].insert(0, whole)
+    descriptor = Descriptor(descriptor_folder(tmp_path / "data", content))
+    (example,) = descriptor
+    assert len(descriptor) == 1
+    assert [mask.label for mask in example.masks] == ["door", "wheel"]
+
+
+def test_two_instances_of_one_image_and_label_are_refused(tmp_path):
+    content = descriptor_content()
+    content["instances"].append(copy.deepcopy(content["instances"][0]))
+    with pytest.raises(DataError, match="record 1: has the image and the label of record 0"):
+        Descriptor(descriptor_folder(tmp_path / "data", content))
 
 
 def test_labels_without_prefixes_stay_as_they_are():

@@ -1,31 +1,90 @@
 """Reading untrusted files: bounded JSON, typed fields, images that stay inside their folder."""
 
-import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+import ijson
 from PIL import ExifTags, Image
 
 from partkit.masks import MAX_PIXELS, RLE, DataError, Size, polygons_to_rle, union, validate_rle
 from partkit.schema import PartMask
 
-MAX_JSON_BYTES = 2 * 1024**3
-"""Largest JSON file read, in bytes; it is held in memory as a whole."""
+MAX_JSON_BYTES = 8 * 1024**3
+"""Largest JSON file read, in bytes. Files are parsed as they stream in, so only what is kept of them is in memory."""
+
+MAX_JSON_DEPTH = 100
+"""Deepest nesting of a JSON file; the time to parse it grows with the square of its depth."""
 
 _ROTATED_ORIENTATIONS = (5, 6, 7, 8)
 
 
-def read_json(path: Path) -> Any:
-    """The content of a JSON file. Raises DataError if it is missing, larger than MAX_JSON_BYTES or no JSON."""
+def read_object(path: Path) -> dict[str, Any]:
+    """The fields of a JSON file that holds an object; of any other JSON none.
+
+    Raises DataError if the file is missing, larger than MAX_JSON_BYTES or no JSON.
+    """
+    return dict(_stream(path, ijson.kvitems, prefix=""))
+
+
+def stream_records(path: Path, *, field: str | None = None) -> Iterator[Any]:
+    """Yields the items of a JSON file that holds a list, or of one list field of it; of anything else none.
+
+    Raises DataError as `read_object` does; what is wrong with the end of a file shows once its beginning is out.
+    """
+    return _stream(path, ijson.items, prefix="item" if field is None else f"{field}.item")
+
+
+def _stream(path: Path, parse: Any, *, prefix: str) -> Iterator[Any]:
     if not path.is_file():
-        raise DataError(f"{path}: no such file; data_dir must be the folder that holds {path.name} and images/")
+        raise DataError(f"{path}: no such file; data_dir must be the folder that holds {path.name} and the images")
     size = path.stat().st_size
     if size > MAX_JSON_BYTES:
         raise DataError(f"{path}: {size} bytes exceed the limit of {MAX_JSON_BYTES}; split the file")
-    try:
-        return json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: expected JSON ({error})") from error
+    with path.open("rb") as file:
+        try:
+            yield from parse(_ShallowJSON(file, where=str(path)), prefix, use_float=True)
+        except DataError:
+            raise
+        except ijson.IncompleteJSONError as error:
+            raise DataError(
+                f"{path}: expected JSON; the file is damaged or cut short, fetch it again ({error})"
+            ) from error
+        except (ijson.JSONError, ValueError, OverflowError) as error:
+            raise DataError(f"{path}: expected JSON ({error})") from error
+
+
+class _ShallowJSON:
+    """A JSON file that refuses to be read on where a block of it ends deeper than MAX_JSON_DEPTH."""
+
+    def __init__(self, file: BinaryIO, *, where: str):
+        self._file, self._where = file, where
+        self._depth, self._in_string = 0, False
+
+    def read(self, size: int) -> bytes:
+        block = self._file.read(size)
+        while block.endswith(b"\\") and (following := self._file.read(1)):  # an escape stays in one block
+            block += following
+        pieces = block.replace(rb"\\", b"").replace(rb"\"", b"").split(b'"')
+        outside = b"".join(pieces[self._in_string :: 2])
+        self._in_string ^= len(pieces) % 2 == 0
+        self._depth += outside.count(b"[") + outside.count(b"{") - outside.count(b"]") - outside.count(b"}")
+        if self._depth > MAX_JSON_DEPTH:
+            raise DataError(f"{self._where}: expected JSON of a data set, found more than {MAX_JSON_DEPTH} levels")
+        return block
+
+
+def check_labels(labels: Iterable[str], *, where: str) -> None:
+    """Raises DataError if a label is empty or two differ only in case or spaces."""
+    seen: dict[str, str] = {}
+    for label in labels:
+        folded = " ".join(label.casefold().split())
+        if not folded:
+            raise DataError(f"{where}: a label is empty")
+        if seen.setdefault(folded, label) != label:
+            raise DataError(
+                f"{where}: the labels {seen[folded]!r} and {label!r} differ only in case or spaces; write them alike"
+            )
 
 
 def typed(record: Any, field: str, kind: type | tuple[type, ...], *, where: str) -> Any:
@@ -54,6 +113,7 @@ class ImageFiles:
     def __init__(self, folder: Path):
         self.folder = folder.resolve()
         self._sizes: dict[str, Size] = {}
+        self._turned: set[str] = set()
 
     def locate(self, image_path: str, *, where: str) -> Path:
         """The file of a path relative to the folder. Raises DataError if that leads out of it or to no file."""
@@ -67,11 +127,30 @@ class ImageFiles:
     def size(self, image_path: str, *, where: str) -> Size:
         """(height, width) in pixels as `datasets.Image` decodes it, turned upright. Raises DataError."""
         if image_path not in self._sizes:
-            self._sizes[image_path] = _decoded_size(self.locate(image_path, where=where), where=where)
+            height, width, turned = _decoded_size(self.locate(image_path, where=where), where=where)
+            self._sizes[image_path] = (height, width)
+            if turned:
+                self._turned.add(image_path)
         return self._sizes[image_path]
 
+    def check_frame(self, image_path: str, annotated: Any, *, where: str) -> None:
+        """Raises DataError if a size [height, width] that was annotated is not that of the upright image."""
+        size = self.size(image_path, where=where)
+        if tuple(annotated) == size:
+            return
+        if image_path in self._turned and tuple(annotated) == size[::-1]:
+            raise DataError(
+                f"{where}: {image_path!r} is turned by its EXIF orientation to [height, width] {list(size)}, but its "
+                f"masks are drawn on the unturned image {list(annotated)}; remove the orientation from the file"
+            )
+        raise DataError(
+            f"{where}: the mask has size {list(annotated)}, but its image {image_path!r} has [height, width] "
+            f"{list(size)}"
+        )
 
-def _decoded_size(path: Path, *, where: str) -> Size:
+
+def _decoded_size(path: Path, *, where: str) -> tuple[int, int, bool]:
+    """(height, width) once upright, and whether the EXIF orientation swaps them."""
     try:
         with Image.open(path) as image:
             width, height = image.size
@@ -85,34 +164,49 @@ def _decoded_size(path: Path, *, where: str) -> Size:
         raise
     except Exception as error:  # on corrupt files Pillow's decoders raise nearly anything
         raise DataError(f"{where}, field 'image_path': {path} is no readable image ({error})") from error
-    return (width, height) if orientation in _ROTATED_ORIENTATIONS else (height, width)
+    return (width, height, True) if orientation in _ROTATED_ORIENTATIONS else (height, width, False)
 
 
-def read_part_masks(segmentations: dict[str, Any], *, image_size: Size, where: str) -> list[PartMask]:
+def read_part_masks(
+    segmentations: dict[str, Any], *, images: ImageFiles, image_path: str, where: str
+) -> list[PartMask]:
     """One mask per part, sorted by label, from part name -> list of segmentations, which are united.
 
     A segmentation is an RLE, an RLE under the key `segmentation`, or a flat `polygon` [x0, y0, ...] beside `size`.
     Raises DataError.
     """
+    check_labels(segmentations, where=f"{where}, field 'segmentations'")
     masks = []
     for label in sorted(segmentations):
         place = f"{where}, field 'segmentations[{label!r}]'"
         pieces = segmentations[label]
         if not isinstance(pieces, list) or not pieces:
             raise DataError(f"{place}: expected a list of masks, found {pieces!r:.80}")
-        rles = [_read_mask(piece, image_size=image_size, where=place) for piece in pieces]
+        rles = [_read_mask(piece, images=images, image_path=image_path, where=place) for piece in pieces]
         masks.append(PartMask(label, union(rles)))
     return masks
 
 
-def _read_mask(piece: Any, *, image_size: Size, where: str) -> RLE:
+def _read_mask(piece: Any, *, images: ImageFiles, image_path: str, where: str) -> RLE:
     if isinstance(piece, dict) and "segmentation" in piece:
         piece = piece["segmentation"]
     if isinstance(piece, dict) and "polygon" in piece:
-        size = typed_list(piece, "size", int, where=where)
-        if tuple(size) != image_size:
-            raise DataError(
-                f"{where}: the polygon has size {size}, but its image has [height, width] {list(image_size)}"
-            )
-        return polygons_to_rle([piece["polygon"]], size=image_size, where=where)
-    return validate_rle(piece, expected_size=image_size, where=where)
+        images.check_frame(image_path, typed_list(piece, "size", int, where=where), where=where)
+        return read_polygons([piece["polygon"]], size=images.size(image_path, where=where), where=where)
+    rle = validate_rle(piece, where=where)
+    images.check_frame(image_path, rle["size"], where=where)
+    return rle
+
+
+def read_polygons(polygons: list[list[float]], *, size: Size, where: str) -> RLE:
+    """Rasterises flat polygons of one part to a mask of size (height, width). Parts beyond the border are cut off.
+
+    Raises DataError if a polygon is malformed or does not touch the image at all.
+    """
+    rle = polygons_to_rle(polygons, size=size, where=where)
+    height, width = size
+    for polygon in polygons:
+        columns, rows = polygon[::2], polygon[1::2]
+        if max(columns) < 0 or min(columns) > width or max(rows) < 0 or min(rows) > height:
+            raise DataError(f"{where}: a polygon lies outside the image of size {list(size)}: {polygon!r:.80}")
+    return rle

@@ -17,37 +17,49 @@ One record of the JSON list, shortened (licence: that of the images, which the r
 import io
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from partkit.schema import DataError, Question
-from partkit.sources.files import ImageFiles, read_json, read_part_masks, typed, typed_list
+from partkit.sources.files import ImageFiles, check_labels, read_part_masks, stream_records, typed, typed_list
 
 QUESTIONS_FILE = "partonomy_qa_pairs.json"
 SOURCE = "official"
 LICENCE = "not stated"
 
 
-def read_questions(folder: str | Path) -> Iterator[Question]:
+def read_questions(folder: str | Path, *, on_error: Callable[[DataError], None] | None = None) -> Iterator[Question]:
     """Yields every record of the folder as a question, choices in file order.
 
     `image_id` is the image path; `image` holds the absolute path. Raises DataError naming file, record and field at
-    the first record that cannot be used; none is skipped.
+    the first record that cannot be used or asks again what an earlier one asks; with `on_error` such records go there
+    instead and are left out. The file is streamed.
     """
     folder = Path(folder)
     path = folder / QUESTIONS_FILE
-    records = read_json(path)
-    if not isinstance(records, list) or not records:
-        raise DataError(f"{path}: expected a non-empty list of questions, found {records!r:.80}")
     images = ImageFiles(folder)
-    for index, record in enumerate(records):
+    asked: dict[tuple[str, ...], int] = {}
+    index = -1
+    for index, record in enumerate(stream_records(path)):
         where = f"{path}, record {index}"
-        question = _read_question(record, id=f"{SOURCE}-{index:05d}", images=images, where=where)
-        question.validate(where=where)
-        yield question
+        try:
+            question = _read_question(record, id=f"{SOURCE}-{index:05d}", images=images, where=where)
+            question.validate(where=where)
+            identity = (question.image_id, question.image_label, question.question_type, question.question)
+            if asked.setdefault(identity, index) != index:
+                raise DataError(f"{where}: asks the same question about the same image as record {asked[identity]}")
+        except DataError as error:
+            if on_error is None:
+                raise
+            on_error(error)
+        else:
+            yield question
+    if index < 0:
+        raise DataError(f"{path}: expected a non-empty list of questions, found none")
 
 
 def write_official(questions: Iterable[Question], folder: str | Path) -> None:
@@ -73,7 +85,7 @@ def write_official(questions: Iterable[Question], folder: str | Path) -> None:
 
 def _read_question(record: Any, *, id: str, images: ImageFiles, where: str) -> Question:
     image_path = typed(record, "image_path", str, where=where)
-    size = images.size(image_path, where=where)
+    images.size(image_path, where=where)
     answer_types = typed_list(record, "answer_types", str, where=where)
     choices = typed_list(record, "answer_choices", str, where=where)
     object_choices, object_correct = None, None
@@ -84,6 +96,8 @@ def _read_question(record: Any, *, id: str, images: ImageFiles, where: str) -> Q
     choice_parts = typed_list(record, "answer_parts", list, where=where)
     if not all(isinstance(part, str) for parts in choice_parts for part in parts):
         raise DataError(f"{where}, field 'answer_parts': expected lists of part names, found {choice_parts!r:.80}")
+    segmentations = typed(record, "segmentations", dict, where=where)
+    check_labels([*segmentations, *chain(*choice_parts)], where=f"{where}, fields 'segmentations' and 'answer_parts'")
     return Question(
         id=id,
         image={"bytes": None, "path": str(images.locate(image_path, where=where))},
@@ -94,7 +108,7 @@ def _read_question(record: Any, *, id: str, images: ImageFiles, where: str) -> Q
         choices=choices,
         correct=_correct(answer_types, choices, where=f"{where}, field 'answer_types'"),
         choice_parts=choice_parts,
-        masks=read_part_masks(typed(record, "segmentations", dict, where=where), image_size=size, where=where),
+        masks=read_part_masks(segmentations, images=images, image_path=image_path, where=where),
         object_question=record["object_question"],
         object_choices=object_choices,
         object_classes=object_choices and typed_list(record, "object_answer_classes", str, where=where),
