@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from partkit.schema import DataError, PartExample
-from partkit.sources.files import ImageFiles, check_labels, read_object, read_part_masks, typed, typed_list
+from partkit.sources.files import ImageFiles, check_labels, read_json, read_part_masks, typed, typed_list
 
 DESCRIPTOR_FILE = "descriptor.json"
 LICENCE = "not stated"
@@ -34,7 +34,7 @@ class Descriptor:
         """Raises DataError if the file is missing, too large, no JSON or empty, a graph is malformed, labels differ
         only in case or spaces, or two instances have one image and label."""
         self.path = Path(folder) / DESCRIPTOR_FILE
-        content = read_object(self.path)
+        content = read_json(self.path)
         self.name: str = typed(content, "dataset_name", str, where=str(self.path))
         self.part_graph: Graph = _clean_graph(content, "part_graph", clean_value=clean_part_label, where=self.path)
         self.instance_graph: Graph = _clean_graph(

@@ -19,23 +19,21 @@ MAX_JSON_DEPTH = 100
 _ROTATED_ORIENTATIONS = (5, 6, 7, 8)
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """The fields of a JSON file that holds an object; of any other JSON none.
-
-    Raises DataError if the file is missing, larger than MAX_JSON_BYTES or no JSON.
-    """
-    return dict(_stream(path, ijson.kvitems, prefix=""))
+def read_json(path: Path) -> Any:
+    """The content of a JSON file. Raises DataError if it is missing, larger than MAX_JSON_BYTES or no JSON."""
+    (content,) = _stream(path, prefix="")
+    return content
 
 
 def stream_records(path: Path, *, field: str | None = None) -> Iterator[Any]:
     """Yields the items of a JSON file that holds a list, or of one list field of it; of anything else none.
 
-    Raises DataError as `read_object` does; what is wrong with the end of a file shows once its beginning is out.
+    Raises DataError as `read_json` does; what is wrong with the end of a file shows once its beginning is out.
     """
-    return _stream(path, ijson.items, prefix="item" if field is None else f"{field}.item")
+    return _stream(path, prefix="item" if field is None else f"{field}.item")
 
 
-def _stream(path: Path, parse: Any, *, prefix: str) -> Iterator[Any]:
+def _stream(path: Path, *, prefix: str) -> Iterator[Any]:
     if not path.is_file():
         raise DataError(f"{path}: no such file; data_dir must be the folder that holds {path.name} and the images")
     size = path.stat().st_size
@@ -43,7 +41,7 @@ def _stream(path: Path, parse: Any, *, prefix: str) -> Iterator[Any]:
         raise DataError(f"{path}: {size} bytes exceed the limit of {MAX_JSON_BYTES}; split the file")
     with path.open("rb") as file:
         try:
-            yield from parse(_ShallowJSON(file, where=str(path)), prefix, use_float=True)
+            yield from ijson.items(_ShallowJSON(file, where=str(path)), prefix, use_float=True)
         except DataError:
             raise
         except ijson.IncompleteJSONError as error:

@@ -1,0 +1,279 @@
+"""COCO-style part annotations -> part examples: what Pascal-Part, PACO-LVIS and PartImageNet have in common.
+
+    images[i].id <--- annotations[j].image_id
+                      annotations[j].category_id ---> categories[k].id: an object, or a part of an object
+
+An image gives one example per object label that has parts in it, uncropped; an image without parts gives none. Where
+the file says which object a part belongs to (PACO's `obj_ann_id`) and the image shows several objects of one label,
+the example is about the one with the most parts, of these the largest, and a red box is drawn around it, as for the
+published benchmark. Where it does not say so, the parts of all objects of the label are united.
+
+A segmentation may be a list of polygons, a compressed RLE, or an uncompressed one as COCO's crowd regions have it.
+Annotations without a single polygon of three points enclose nothing; they are left out and counted in `blank`. A part
+whose masks cover no pixel is not visible: it has no mask in the example.
+"""
+
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from PIL import Image, ImageDraw, ImageOps
+from pycocotools import mask as coco
+
+from partkit.masks import RLE, DataError, Size, area, union, validate_rle
+from partkit.schema import PartExample, PartMask
+from partkit.sources.files import ImageFiles, check_labels, read_polygons, stream_records, typed
+
+Graph = dict[str, list[str]]
+
+BOX_MARGIN, BOX_WIDTH = 5, 3
+"""Pixels between an object and the red box around it, and the width of its line."""
+
+
+@dataclass(frozen=True, slots=True)
+class _ImageRecord:
+    file_name: str
+    size: Size
+
+
+@dataclass(frozen=True, slots=True)
+class _Annotation:
+    number: int
+    id: int
+    part: str | None
+    object_id: int | None
+    crowd: bool
+    segmentation: Any
+
+
+class CocoParts:
+    """One split of a data set, opened. Ids, labels and references are checked at once, masks and images on request."""
+
+    name: ClassVar[str]
+    licence: ClassVar[str]
+    annotation_files: ClassVar[dict[str, tuple[str, ...]]]
+    """Split -> where its annotations may lie, relative to the folder."""
+    image_folders: ClassVar[tuple[str, ...]]
+    """Where images may lie, relative to the folder; {split} (the stem of the annotation file) and {synset} (of the
+    image file) are filled in."""
+    category_count: ClassVar[int]
+    """Categories of the published version."""
+    published_counts: ClassVar[dict[str, dict[str, int]]] = {}
+    """Split -> what the publishers count in it: images, objects, parts."""
+
+    def __init__(self, folder: str | Path, *, split: str = "train"):
+        """Raises DataError if the file is missing or no such JSON, or two records share an id."""
+        self.folder, self.split = Path(folder), split
+        self.path = self.annotation_path(self.folder, split)
+        self.blank = 0
+        self.categories = self._read_categories()
+        self.part_graph = self._read_part_graph()
+        objects = sorted(self.part_graph)
+        self.instance_graph: Graph = {"object": objects} | {label: [] for label in objects}
+        self.images = self._read_images()
+        self.counts = {"images": len(self.images), "objects": 0, "parts": 0}
+        self._groups = self._read_annotations()
+        self._keys = sorted(key for key, group in self._groups.items() if any(item.part for item in group))
+        if not self._keys:
+            raise DataError(f"{self.path}: no image shows a part")
+        self._files = ImageFiles(self.folder)
+
+    @classmethod
+    def splits(cls, folder: str | Path) -> list[str]:
+        """The splits whose annotations lie in the folder. Raises DataError if there are none."""
+        found = [
+            split
+            for split, names in cls.annotation_files.items()
+            if any((Path(folder) / name).is_file() for name in names)
+        ]
+        if not found:
+            expected = ", ".join(name for names in cls.annotation_files.values() for name in names)
+            raise DataError(f"{folder}: no annotations of {cls.name}; expected one of {expected}")
+        return found
+
+    @classmethod
+    def annotation_path(cls, folder: Path, split: str) -> Path:
+        names = cls.annotation_files[split]
+        return next((folder / name for name in names if (folder / name).is_file()), folder / names[0])
+
+    @staticmethod
+    def labels(category: dict[str, Any], *, where: str) -> tuple[str, str | None]:
+        """(object, part) of a category, cleaned; part is None if it is the object itself. Raises DataError."""
+        raise NotImplementedError
+
+    def owner(self, record: dict[str, Any], *, where: str) -> int | None:
+        """The id of the annotation of the object that an annotated part belongs to; None if the file does not say."""
+        return None
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def __iter__(self) -> Iterator[PartExample]:
+        return (self.example(index) for index in range(len(self)))
+
+    def image_path(self, index: int) -> str:
+        """The image of an example, relative to the folder; several examples may share one. Raises DataError."""
+        record, where = self._image_record(index)
+        name = record.file_name
+        synset = Path(name).name.split("_")[0]
+        folders = [folder.format(split=self.path.stem, synset=synset) for folder in self.image_folders]
+        candidates = [f"{folder}/{name}" if folder else name for folder in folders]
+        found = (path for path in candidates if "\0" not in path and (self.folder / path).is_file())
+        if (path := next(found, None)) is None:
+            raise DataError(
+                f"{where}, field 'file_name': there is no image {' nor '.join(candidates)} in {self.folder}"
+            )
+        return path
+
+    def example(self, index: int) -> PartExample:
+        """Raises DataError naming file, record and field."""
+        (image_id, label), image_path = self._keys[index], self.image_path(index)
+        record, where = self._image_record(index)
+        file = self._files.locate(image_path, where=where)
+        self._files.check_frame(image_path, record.size, where=f"{where}, fields 'height' and 'width'")
+        chosen, parts = self._one_object(index)
+        pieces: dict[str, list[RLE]] = {}
+        for item in parts:
+            pieces.setdefault(item.part, []).append(self._mask(item, size=record.size))
+        masks = [PartMask(part, union(pieces[part])) for part in sorted(pieces)]
+        masks = [mask for mask in masks if area(mask.rle)]
+        if not masks:
+            raise DataError(f"{where}: the masks of {label!r} cover no pixel")
+        image = {"bytes": None, "path": str(file)}
+        if chosen is not None:
+            image = {"bytes": _with_box(file, self._mask(chosen, size=record.size)), "path": None}
+        return PartExample(
+            image=image,
+            image_id=f"{self.split}-{image_id}-{label}",
+            image_label=label,
+            masks=masks,
+            source=self.name,
+            licence=self.licence,
+        )
+
+    def _one_object(self, index: int) -> tuple[_Annotation | None, list[_Annotation]]:
+        """The object that the example is about, if a box must tell it from others of its label, and its parts."""
+        group = self._groups[self._keys[index]]
+        parts = [item for item in group if item.part]
+        objects = {item.id: item for item in group if not item.part}
+        owned: dict[int, list[_Annotation]] = {}
+        for item in parts:
+            if item.object_id is not None and item.object_id not in objects:
+                raise DataError(
+                    f"{self._where('annotations', item.number)}, field 'obj_ann_id': {item.object_id} is no "
+                    f"{self._keys[index][1]!r} in its image"
+                )
+            owned.setdefault(item.object_id, []).append(item)
+        if None in owned or len(objects) == 1:
+            return None, parts
+        size = self.images[self._keys[index][0]][1].size
+        candidates = [id for id in owned if not objects[id].crowd] or list(owned)
+        best = max(
+            candidates, key=lambda id: (len({item.part for item in owned[id]}), self._area(objects[id], size), -id)
+        )
+        return objects[best], owned[best]
+
+    def _area(self, item: _Annotation, size: Size) -> int:
+        return area(self._mask(item, size=size))
+
+    def _mask(self, item: _Annotation, *, size: Size) -> RLE:
+        where = f"{self._where('annotations', item.number)}, field 'segmentation'"
+        if isinstance(item.segmentation, list):
+            return read_polygons(item.segmentation, size=size, where=where)
+        return validate_rle(item.segmentation, expected_size=size, where=where)
+
+    def _read_categories(self) -> dict[int, tuple[str, str | None]]:
+        """Category id -> (object, part)."""
+        categories, owners = {}, {}
+        for number, record in self._records("categories"):
+            where = self._where("categories", number)
+            id = typed(record, "id", int, where=where)
+            _claim(owners, id, number, where=where)
+            categories[id] = self.labels(record, where=where)
+            if (twin := next((other for other in categories if categories[other] == categories[id]), id)) != id:
+                raise DataError(f"{where}: names {categories[id]}, as does the category of id {twin}")
+        return categories
+
+    def _read_part_graph(self) -> Graph:
+        graph: dict[str, set[str]] = {}
+        for label, part in self.categories.values():
+            graph.setdefault(label, set()).update([part] if part else [])
+        where = f"{self.path}, field 'categories'"
+        check_labels(graph, where=where)
+        check_labels(sorted(set().union(*graph.values())), where=where)
+        if not any(graph.values()):
+            raise DataError(f"{where}: no category names a part of an object; this is another version of {self.name}")
+        return {label: sorted(graph[label]) for label in sorted(graph)}
+
+    def _read_images(self) -> dict[int, tuple[int, _ImageRecord]]:
+        images, owners = {}, {}
+        for number, record in self._records("images"):
+            where = self._where("images", number)
+            id = typed(record, "id", int, where=where)
+            _claim(owners, id, number, where=where)
+            size = (typed(record, "height", int, where=where), typed(record, "width", int, where=where))
+            images[id] = (number, _ImageRecord(typed(record, "file_name", str, where=where), size))
+        return images
+
+    def _read_annotations(self) -> dict[tuple[int, str], list[_Annotation]]:
+        """(image id, object label) -> its annotations, objects and parts."""
+        groups, owners = {}, {}
+        for number, record in self._records("annotations"):
+            where = self._where("annotations", number)
+            id = typed(record, "id", int, where=where)
+            _claim(owners, id, number, where=where)
+            image_id = _known(record, "image_id", self.images, where=where)
+            label, part = self.categories[_known(record, "category_id", self.categories, where=where)]
+            segmentation = typed(record, "segmentation", (list, dict), where=where)
+            self.counts["parts" if part else "objects"] += 1
+            if isinstance(segmentation, list):
+                segmentation = [item for item in segmentation if not isinstance(item, list) or len(item) >= 6]
+            if not segmentation:
+                self.blank += 1
+                continue
+            object_id = self.owner(record, where=where) if part else None
+            crowd = bool(record.get("iscrowd", 0))
+            group = groups.setdefault((image_id, label), [])
+            group.append(_Annotation(number, id, part, object_id, crowd, segmentation))
+        return groups
+
+    def _records(self, field: str) -> Iterator[tuple[int, Any]]:
+        number = -1
+        for number, record in enumerate(stream_records(self.path, field=field)):
+            yield number, record
+        if number < 0:
+            raise DataError(f"{self.path}, field {field!r}: expected a non-empty list, found none")
+
+    def _image_record(self, index: int) -> tuple[_ImageRecord, str]:
+        number, record = self.images[self._keys[index][0]]
+        return record, self._where("images", number)
+
+    def _where(self, field: str, number: int) -> str:
+        return f"{self.path}, record {field}[{number}]"
+
+
+def _claim(owners: dict[int, int], id: int, number: int, *, where: str) -> None:
+    if owners.setdefault(id, number) != number:
+        raise DataError(f"{where}, field 'id': {id} is the id of record {owners[id]} too")
+
+
+def _known(record: Any, field: str, known: dict[int, Any], *, where: str) -> int:
+    id = typed(record, field, int, where=where)
+    if id not in known:
+        raise DataError(f"{where}, field {field!r}: no record has the id {id}")
+    return id
+
+
+def _with_box(file: Path, rle: RLE) -> bytes:
+    """The upright image as JPEG, with a red box around the mask."""
+    left, top, width, height = coco.toBbox({"size": rle["size"], "counts": rle["counts"].encode("ascii")}).tolist()
+    with Image.open(file) as image:
+        drawn = ImageOps.exif_transpose(image).convert("RGB")
+    right, bottom = min(left + width + BOX_MARGIN, drawn.width - 1), min(top + height + BOX_MARGIN, drawn.height - 1)
+    box = (max(left - BOX_MARGIN, 0), max(top - BOX_MARGIN, 0), right, bottom)
+    ImageDraw.Draw(drawn).rectangle(box, outline="red", width=BOX_WIDTH)
+    content = io.BytesIO()
+    drawn.save(content, format="JPEG", quality=95)
+    return content.getvalue()
