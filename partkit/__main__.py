@@ -1,0 +1,38 @@
+"""python -m partkit validate SOURCE FOLDER
+
+Checks your copy of a data set and prints what is missing or damaged. Exits with 1 if anything is, else with 0.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from partkit.validate import SOURCES, validate
+
+LISTED_PROBLEMS = 20
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m partkit", description="The PARTONOMY toolkit.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("validate", help="check your copy of a data set before a long build")
+    command.add_argument("source", choices=SOURCES)
+    command.add_argument("folder", type=Path)
+    options = parser.parse_args(arguments)
+
+    report = validate(options.source, options.folder)
+    for note in report.notes:
+        print(note)
+    for problem in report.problems[:LISTED_PROBLEMS]:
+        print(f"problem: {problem}")
+    if len(report.problems) > LISTED_PROBLEMS:
+        print(f"and {len(report.problems) - LISTED_PROBLEMS} more problems")
+    if report.problems:
+        print(f"{options.folder} is not fit for a build: {len(report.problems)} problems")
+        return 1
+    print(f"{options.folder} is complete")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

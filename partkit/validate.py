@@ -1,0 +1,112 @@
+"""Checks a user's copy of a data set before a long build: every record is read, every image decoded.
+
+    validate("paco_lvis", FOLDER) -> Report(problems=[...], notes=[...])
+
+Problems are what a build would refuse, and counts or versions other than the published ones; notes say what was read.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tqdm import tqdm
+
+from partkit.schema import DataError
+from partkit.sources.coco import CocoParts
+from partkit.sources.descriptor import Descriptor
+from partkit.sources.official import read_questions
+from partkit.sources.paco_lvis import PacoLvis
+from partkit.sources.partimagenet import PartImageNet
+from partkit.sources.pascal_part import PascalPart
+
+
+@dataclass
+class Report:
+    """One sentence each. A copy is fit for a build if there are no problems."""
+
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def refuse(self, error: DataError) -> None:
+        self.problems.append(str(error))
+
+
+def validate(source: str, folder: str | Path) -> Report:
+    """Reads everything the source finds in the folder; goes on after a bad record. `source` is one of SOURCES."""
+    report = Report()
+    try:
+        SOURCES[source](Path(folder), report)
+    except DataError as error:
+        report.refuse(error)
+    return report
+
+
+def _check_official(folder: Path, report: Report) -> None:
+    questions = tqdm(read_questions(folder, on_error=report.refuse), desc="questions", unit=" questions")
+    types, images = Counter(), set()
+    for question in questions:
+        types[question.question_type] += 1
+        images.add(question.image_id)
+    by_type = ", ".join(f"{count} {name}" for name, count in sorted(types.items()))
+    report.notes.append(f"{types.total()} questions about {len(images)} images: {by_type}")
+
+
+def _check_descriptor(folder: Path, report: Report) -> None:
+    _check_examples(Descriptor(folder), report, name="examples")
+
+
+def _check_coco(kind: type[CocoParts]) -> Callable[[Path, Report], None]:
+    def check(folder: Path, report: Report) -> None:
+        for split in kind.splits(folder):
+            try:
+                source = kind(folder, split=split)
+            except DataError as error:
+                report.refuse(error)
+                continue
+            report.problems.extend(_differences_from_published(source))
+            report.notes.append(
+                f"{split}: {source.counts['images']} images, {source.counts['objects']} objects, "
+                f"{source.counts['parts']} parts; {source.blank} annotations that enclose nothing are left out"
+            )
+            _check_examples(source, report, name=split)
+
+    return check
+
+
+def _check_examples(source: CocoParts | Descriptor, report: Report, *, name: str) -> None:
+    labels, images, masks = set(), set(), 0
+    for index in tqdm(range(len(source)), desc=name, unit=" examples"):
+        try:
+            example = source.example(index)
+        except DataError as error:
+            report.refuse(error)
+            continue
+        labels.add(example.image_label)
+        images.add(source.image_path(index))
+        masks += len(example.masks)
+    report.notes.append(f"{name}: {len(source)} examples, {masks} masks, {len(images)} images, {len(labels)} objects")
+
+
+def _differences_from_published(source: CocoParts) -> Iterator[str]:
+    if len(source.categories) != source.category_count:
+        yield (
+            f"{source.path}: {len(source.categories)} categories, but the published version of {source.name} has "
+            f"{source.category_count}; this is another version"
+        )
+    for what, published in source.published_counts.get(source.split, {}).items():
+        if source.counts[what] != published:
+            yield (
+                f"{source.path}: {source.counts[what]} {what}, but the publishers count {published}; "
+                "this is another version or a part of it"
+            )
+
+
+SOURCES: dict[str, Callable[[Path, Report], None]] = {
+    "official": _check_official,
+    "descriptor": _check_descriptor,
+    "pascal_part": _check_coco(PascalPart),
+    "paco_lvis": _check_coco(PacoLvis),
+    "partimagenet": _check_coco(PartImageNet),
+}
+"""Name -> what reads a folder of it into a report."""

@@ -1,0 +1,95 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from partkit.__main__ import LISTED_PROBLEMS, main
+from partkit.validate import SOURCES, validate
+from tests.test_sources import descriptor_content, descriptor_folder, official_folder, official_record
+from tests.test_sources_coco import (
+    VOC,
+    annotation,
+    changed,
+    image,
+    paco_content,
+    paco_folder,
+    pascal_content,
+    pascal_folder,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def whole_pascal_content() -> dict:
+    content = pascal_content()
+    for id in range(100, 190):
+        content["categories"].append({"id": id, "name": f"bus:piece {id}"})
+    return content
+
+
+def test_whole_copies_are_fit_and_say_what_they_hold(tmp_path):
+    pascal = validate("pascal_part", pascal_folder(tmp_path / "pascal", whole_pascal_content()))
+    assert pascal.problems == []
+    assert pascal.notes == [
+        "train: 2 images, 0 objects, 4 parts; 0 annotations that enclose nothing are left out",
+        "train: 2 examples, 3 masks, 1 images, 2 objects",
+    ]
+    descriptor = validate("descriptor", descriptor_folder(tmp_path / "descriptor", descriptor_content()))
+    assert (descriptor.problems, descriptor.notes) == ([], ["examples: 1 examples, 2 masks, 1 images, 1 objects"])
+    official = validate("official", official_folder(tmp_path / "official", official_record()))
+    assert (official.problems, official.notes) == ([], ["1 questions about 1 images: 1 identification"])
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_an_empty_folder_is_one_problem(tmp_path, source):
+    (problem,) = validate(source, tmp_path).problems
+    assert "no such file" in problem or "no annotations of" in problem
+
+
+def test_every_missing_and_damaged_image_is_a_problem_of_its_own(tmp_path):
+    content = whole_pascal_content()
+    content["images"].append(image(3, "2008_000019.jpg"))
+    for id in (2, 3):
+        content["annotations"].append(annotation(10 + id, 24, [[2, 20, 8, 20, 8, 30]]) | {"image_id": id})
+    folder = pascal_folder(tmp_path, content)
+    (folder / VOC / "2008_000009.jpg").write_bytes((folder / VOC / "2008_000009.jpg").read_bytes()[:200])
+    damaged, missing = validate("pascal_part", folder).problems
+    assert "record images[1]" in damaged and "no readable image" in damaged
+    assert "record images[2]" in missing and "there is no image" in missing
+
+
+def test_another_version_or_a_part_of_the_published_one_is_a_problem(tmp_path):
+    problems = validate("paco_lvis", paco_folder(tmp_path, paco_content())).problems
+    assert [problem.split("paco_lvis_v1_train.json: ")[1].split(";")[0] for problem in problems] == [
+        "5 categories, but the published version of paco_lvis has 531",
+        "2 images, but the publishers count 45790",
+        "4 objects, but the publishers count 217117",
+        "4 parts, but the publishers count 395071",
+    ]
+
+
+def test_a_split_that_cannot_be_read_does_not_hide_the_others(tmp_path):
+    folder = pascal_folder(tmp_path, whole_pascal_content())
+    (folder / "val.json").write_text(json.dumps(whole_pascal_content())[:-50])
+    report = validate("pascal_part", folder)
+    (problem,) = report.problems
+    assert "val.json: expected JSON; the file is damaged or cut short" in problem
+    assert "train: 2 examples, 3 masks, 1 images, 2 objects" in report.notes
+
+
+def test_the_command_prints_the_first_problems_and_exits_with_one(tmp_path, capsys):
+    bad = changed(official_record(), "image_path", value="images/none.png")
+    folder = official_folder(tmp_path / "data", official_record(), *[bad] * (LISTED_PROBLEMS + 5))
+    assert main(["validate", "official", str(folder)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("problem: ") for line in lines) == LISTED_PROBLEMS
+    assert lines[-2:] == ["and 5 more problems", f"{folder} is not fit for a build: {LISTED_PROBLEMS + 5} problems"]
+
+
+def test_the_command_runs_as_a_module(tmp_path):
+    folder = official_folder(tmp_path / "data", official_record())
+    command = [sys.executable, "-m", "partkit", "validate", "official", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, f"{folder} is complete")
