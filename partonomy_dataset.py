@@ -8,9 +8,11 @@
     load_dataset("partonomy", "mini_questions")                   # drawings: benchmark questions
     load_dataset("partonomy", "official", data_dir=FOLDER)        # the official release: benchmark questions
     load_dataset("partonomy", "descriptor", data_dir=FOLDER)      # the authors' input format: grounded conversations
+    load_dataset("partonomy", "pascal_part", data_dir=FOLDER)     # your copy, and so paco_lvis and partimagenet
 
-`streaming=True` and `num_proc` work as everywhere. A bad record raises `partkit.schema.DataError`, which `datasets`
-wraps in a DatasetGenerationError unless it streams; see its `__cause__`.
+What a folder must hold stands in the module of the source, partkit/sources/NAME.py; `python -m partkit validate NAME
+FOLDER` checks it. `streaming=True` and `num_proc` work as everywhere. A bad record raises `partkit.schema.DataError`,
+which `datasets` wraps in a DatasetGenerationError unless it streams; see its `__cause__`.
 """
 
 import hashlib
@@ -30,6 +32,9 @@ from partkit.questions import make_questions
 from partkit.seeding import seeded_generator
 from partkit.sources.descriptor import DESCRIPTOR_FILE, Descriptor
 from partkit.sources.official import QUESTIONS_FILE, read_questions
+from partkit.sources.paco_lvis import PacoLvis
+from partkit.sources.partimagenet import PartImageNet
+from partkit.sources.pascal_part import PascalPart
 
 DATASET_NAME = "partonomy"
 MINI_SIZES = {"train": 2400, "validation": 100, "test": 150}
@@ -37,6 +42,7 @@ MINI_INSTANCES_SIZES = {"train": 500, "validation": 50, "test": 100}
 # the questions are about the first drawings of each split of mini
 MINI_QUESTIONS_SIZES = {"train": 200, "validation": 100, "test": 150}
 DRAWING_SIZES = {"mini": MINI_SIZES, "mini_instances": MINI_INSTANCES_SIZES, "mini_questions": MINI_QUESTIONS_SIZES}
+COCO_SOURCES = {kind.name: kind for kind in (PascalPart, PacoLvis, PartImageNet)}
 EXAMPLES_PER_SHARD = 50
 HELD_OUT = 10
 """One in so many images of a descriptor goes to its validation split."""
@@ -50,8 +56,8 @@ def _config(name: str, description: str) -> datasets.BuilderConfig:
 
 
 class Partonomy(datasets.GeneratorBasedBuilder):
-    """One builder for every source. `mini`, `mini_instances` and `descriptor` give grounded conversations, the others
-    questions, with the features of `partkit.schema`."""
+    """One builder for every source. `mini_questions` and `official` give questions, the others grounded conversations,
+    with the features of `partkit.schema`."""
 
     DEFAULT_CONFIG_NAME = "mini"
     BUILDER_CONFIGS = [
@@ -60,6 +66,9 @@ class Partonomy(datasets.GeneratorBasedBuilder):
         _config("mini_questions", "Benchmark questions about the drawings of mini."),
         _config("official", f"The official release; data_dir holds {QUESTIONS_FILE} and images/."),
         _config("descriptor", f"Conversations about a raw data set; data_dir holds {DESCRIPTOR_FILE} and its images."),
+        _config("pascal_part", "Conversations about Pascal-Part; data_dir holds train.json and VOCdevkit/."),
+        _config("paco_lvis", "Conversations about PACO-LVIS; data_dir holds annotations/ and images/ of COCO 2017."),
+        _config("partimagenet", "Conversations about PartImageNet; data_dir holds a json and a folder per split."),
     ]
 
     def _info(self) -> datasets.DatasetInfo:
@@ -72,6 +81,9 @@ class Partonomy(datasets.GeneratorBasedBuilder):
             return [datasets.SplitGenerator(name="test", gen_kwargs={"split": "test", "shards": None})]
         if self.config.name == "descriptor":
             indices = _descriptor_splits(Descriptor(self._data_dir()))
+        elif self.config.name in COCO_SOURCES:
+            kind, folder = COCO_SOURCES[self.config.name], self._data_dir()
+            indices = {split: range(len(kind(folder, split=split))) for split in kind.splits(folder)}
         else:
             indices = {split: range(size) for split, size in DRAWING_SIZES[self.config.name].items()}
         return [
@@ -104,6 +116,10 @@ class Partonomy(datasets.GeneratorBasedBuilder):
                 descriptor = Descriptor(self._data_dir())
                 for index in _flat(shards):
                     yield converse(descriptor.example(index), part_graph=descriptor.part_graph, seed=SEED)
+            case name if name in COCO_SOURCES:
+                source = COCO_SOURCES[name](self._data_dir(), split=split)
+                for index in _flat(shards):
+                    yield converse(source.example(index), part_graph=source.part_graph, seed=SEED)
 
     def _data_dir(self) -> Path:
         if self.config.data_dir is None:
@@ -141,8 +157,13 @@ def _flat(shards: Shards) -> Iterator[int]:
     return (index for shard in shards for index in shard)
 
 
+_RECORD_FILES = {QUESTIONS_FILE, DESCRIPTOR_FILE}.union(
+    *(names for kind in COCO_SOURCES.values() for names in kind.annotation_files.values())
+)
+
+
 class _ModuleFactory(datasets.load.PackagedDatasetModuleFactory):
-    """Finds the builder without searching for data files; the cache depends on the one file that data_dir names.
+    """Finds the builder without searching for data files; the cache depends on the records that data_dir holds.
 
     For a packaged module `datasets` globs the whole working directory (or data_dir) and makes what it finds part of
     the cache key: slow in a large folder, an error in an empty one, and a rebuild whenever an unrelated file changes.
@@ -154,8 +175,10 @@ class _ModuleFactory(datasets.load.PackagedDatasetModuleFactory):
         data_files = DataFilesDict()
         if self.data_dir is not None:
             folder = Path(self.data_dir).expanduser().resolve()
-            names = [name for name in (QUESTIONS_FILE, DESCRIPTOR_FILE) if (folder / name).is_file()]
-            data_files = DataFilesDict.from_patterns({"records": names} if names else {}, base_path=str(folder))
+            names = [name for name in _RECORD_FILES if (folder / name).is_file()]
+            data_files = DataFilesDict.from_patterns(
+                {"records": sorted(names)} if names else {}, base_path=str(folder)
+            )
         module_path, source_hash = _PACKAGED_DATASETS_MODULES[self.name]
         return datasets.load.DatasetModule(
             module_path, source_hash, {"data_files": data_files, "dataset_name": self.name}

@@ -17,6 +17,14 @@ from partkit import synthesis
 from partkit.masks import DataError, decode
 from partkit.schema import GROUNDED_CONVERSATION_FEATURES, QUESTION_FEATURES, GroundedConversation, PartMask, Question
 from partkit.sources.official import QUESTIONS_FILE
+from tests.test_sources_coco import (
+    paco_content,
+    paco_folder,
+    partimagenet_content,
+    pascal_content,
+    pascal_folder,
+    write,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 PARQUET = ROOT / "partonomy"
@@ -186,6 +194,24 @@ def test_a_changed_file_is_read_again_and_not_served_from_the_cache(fixtures_dir
     assert len(load_dataset(**load, split="train")) == 5
 
 
+def test_the_published_splits_of_part_annotations_become_splits_of_conversations(tmp_path):
+    images = "train/n02071294_1.JPEG", "train/n01440764_2.JPEG", "val/n02071294_1.JPEG", "val/n01440764_2.JPEG"
+    for split in ("train", "val"):
+        write(tmp_path / "partimagenet", f"{split}.json", partimagenet_content(), *images)
+    folders = {
+        "pascal_part": (pascal_folder(tmp_path / "pascal", pascal_content()), {"train": ["bus", "potted plant"]}),
+        "paco_lvis": (paco_folder(tmp_path / "paco", paco_content()), {"train": ["car", "trash can"]}),
+        "partimagenet": (tmp_path / "partimagenet", dict.fromkeys(["train", "validation"], ["quadruped", "car"])),
+    }
+    for name, (folder, labels) in folders.items():
+        splits = load_dataset("partonomy", name, data_dir=str(folder), cache_dir=tmp_path / "cache")
+        assert {split: rows["image_label"][:] for split, rows in splits.items()} == labels
+        assert splits["train"].features == GROUNDED_CONVERSATION_FEATURES
+        for row in splits["train"].remove_columns("image"):
+            as_record(row | {"image": None}, GroundedConversation).validate(where=row["id"])
+        assert {row["image"].size for row in splits["train"]} == {(60, 40)}
+
+
 def test_a_bad_record_is_named_in_the_chain_of_causes_and_leaves_no_data_set_behind(tmp_path):
     folder = tmp_path / "data"
     (folder / "images").mkdir(parents=True)
@@ -199,7 +225,7 @@ def test_a_bad_record_is_named_in_the_chain_of_causes_and_leaves_no_data_set_beh
         assert re.search(r"record 0, field 'image_path': there is no image", str(caught.value.__cause__))
 
 
-@pytest.mark.parametrize("name", ["official", "descriptor"])
+@pytest.mark.parametrize("name", ["official", "descriptor", "pascal_part", "paco_lvis", "partimagenet"])
 def test_a_config_that_reads_files_asks_for_their_folder(name, tmp_path):
     with pytest.raises(Exception, match="data_dir=FOLDER|generating") as caught:
         load_dataset("partonomy", name, cache_dir=tmp_path)

@@ -14,6 +14,7 @@ whose masks cover no pixel is not visible: it has no mask in the example.
 """
 
 import io
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +46,8 @@ class _Annotation:
     part: str | None
     object_id: int | None
     crowd: bool
-    segmentation: Any
+    segmentation: str
+    """As JSON: polygons as lists of Python numbers would take several times the memory of the file."""
 
 
 class CocoParts:
@@ -180,9 +182,10 @@ class CocoParts:
 
     def _mask(self, item: _Annotation, *, size: Size) -> RLE:
         where = f"{self._where('annotations', item.number)}, field 'segmentation'"
-        if isinstance(item.segmentation, list):
-            return read_polygons(item.segmentation, size=size, where=where)
-        return validate_rle(item.segmentation, expected_size=size, where=where)
+        segmentation = json.loads(item.segmentation)
+        if isinstance(segmentation, list):
+            return read_polygons(segmentation, size=size, where=where)
+        return validate_rle(segmentation, expected_size=size, where=where)
 
     def _read_categories(self) -> dict[int, tuple[str, str | None]]:
         """Category id -> (object, part)."""
@@ -236,7 +239,7 @@ class CocoParts:
             object_id = self.owner(record, where=where) if part else None
             crowd = bool(record.get("iscrowd", 0))
             group = groups.setdefault((image_id, label), [])
-            group.append(_Annotation(number, id, part, object_id, crowd, segmentation))
+            group.append(_Annotation(number, id, part, object_id, crowd, json.dumps(segmentation)))
         return groups
 
     def _records(self, field: str) -> Iterator[tuple[int, Any]]:
