@@ -14,18 +14,12 @@ from functools import cache
 
 import numpy as np
 
-from partkit.questions import (
-    PartGraph,
-    filter_parts,
-    inflect_engine,
-    official_answer,
-    official_question,
-    possible_partners,
-    with_article,
-)
+from partkit.knowledge import PartGraph
+from partkit.questions import filter_parts, possible_partners
 from partkit.schema import GroundedConversation, PartExample, PartMask, escape_tags
 from partkit.seeding import seeded_generator
 from partkit.spans import join_parts
+from partkit.wording import inflect_engine, official_answer, official_question, with_article
 
 OFFICIAL_SHARE = 0.5
 

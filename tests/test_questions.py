@@ -8,21 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from partkit import synthesis
+from partkit.distractors import DISTRACTORS, TOGGLES, toggled_distractors
 from partkit.masks import encode
-from partkit.questions import (
-    DISTRACTORS,
-    MADE_QUESTION_TYPES,
-    TOGGLES,
-    filter_parts,
-    make_questions,
-    official_answer,
-    official_question,
-    toggled_distractors,
-    with_article,
-)
+from partkit.questions import MADE_QUESTION_TYPES, filter_parts, make_questions
 from partkit.schema import DataError, PartExample, PartMask
 from partkit.sources.official import read_questions
 from partkit.spans import join_parts
+from partkit.wording import official_answer, official_question, with_article
 
 GRAPH = synthesis.part_graph()
 REQUIRED = synthesis.required_parts()

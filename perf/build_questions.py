@@ -1,0 +1,128 @@
+"""Time, rate and peak memory of making questions for a data set of a given size.
+
+    python perf/build_questions.py --images 75000 --objects 600 --scheme official --processes 2
+
+The data set is synthetic: families of ten objects, each with parts of its own and parts its family shares, visible
+with rates of their own. All images share one mask, so what is measured is the making of questions, not the reading of
+masks. The fingerprint does not depend on the number of processes.
+"""
+
+import hashlib
+import multiprocessing
+import resource
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+from transformers import HfArgumentParser
+
+from partkit.knowledge import collect_knowledge
+from partkit.masks import encode
+from partkit.questions import QuestionMaker
+from partkit.schema import PartExample, PartMask
+from partkit.seeding import seeded_generator
+from partkit.wording import with_article
+
+FAMILY = 10
+PARTS_PER_OBJECT = (4, 12)
+IMAGES_PER_TASK = 250
+SHARED_MASK = encode(np.eye(64, dtype=bool))
+
+
+@dataclass
+class Options:
+    images: int = field(default=75_000, metadata={"help": "Number of images, one object each."})
+    objects: int = field(default=600, metadata={"help": "Number of object labels."})
+    parts: int = field(default=975, metadata={"help": "Number of part names."})
+    scheme: str = field(default="official", metadata={"help": "official or balanced."})
+    processes: int = field(default=1, metadata={"help": "Worker processes."})
+    seed: int = 0
+
+
+class SyntheticDataset:
+    def __init__(self, options: Options):
+        rng = seeded_generator(options.seed, "synthetic data set")
+        names = [f"part {number}" for number in range(options.parts)]
+        self.seed, self.rates, self.instance_graph = options.seed, {}, {}
+        for number in range(options.objects):
+            if number % FAMILY == 0:
+                pool = rng.choice(options.parts, min(3 * FAMILY, options.parts), replace=False)
+            members = rng.choice(pool, rng.integers(*PARTS_PER_OBJECT), replace=False)
+            label = f"object {number}"
+            self.rates[label] = {names[member]: float(rng.choice([0.5, 0.7, 0.9])) for member in members}
+            self.instance_graph.setdefault(f"family {number // FAMILY}", []).append(label)
+        self.labels = list(self.rates)
+        self.part_graph = {label: sorted(rates) for label, rates in self.rates.items()}
+
+    def annotation(self, index: int) -> tuple[str, list[str]]:
+        rng = np.random.default_rng((self.seed, index))
+        rates = self.rates[self.labels[index % len(self.labels)]]
+        visible = [part for part, draw in zip(rates, rng.random(len(rates)), strict=True) if draw < rates[part]]
+        return self.labels[index % len(self.labels)], visible or list(rates)[:1]
+
+    def example(self, index: int) -> PartExample:
+        label, visible = self.annotation(index)
+        masks = [PartMask(part, SHARED_MASK) for part in visible]
+        return PartExample(None, f"image-{index:06d}", label, masks, "synthetic", "none")
+
+
+def main(options: Options) -> None:
+    started = time.perf_counter()
+    dataset = SyntheticDataset(options)
+    knowledge = collect_knowledge(
+        map(dataset.annotation, range(options.images)),
+        part_graph=dataset.part_graph,
+        instance_graph=dataset.instance_graph,
+    )
+    maker = QuestionMaker(knowledge, scheme=options.scheme, seed=options.seed)
+    with_article("object")  # loads the rules of English articles
+    start_seconds = time.perf_counter() - started
+
+    starts = range(0, options.images, IMAGES_PER_TASK)
+    tasks = [range(start, min(start + IMAGES_PER_TASK, options.images)) for start in starts]
+    digest, questions = hashlib.sha256(), 0
+    for task_digest, task_questions in _results(dataset, maker, tasks, processes=options.processes):
+        digest.update(task_digest)
+        questions += task_questions
+    seconds = time.perf_counter() - started
+
+    who = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    peaks = [resource.getrusage(usage).ru_maxrss / 1024**2 for usage in who]
+    print(f"{options.images} images, {options.objects} objects, scheme {options.scheme}: {questions} questions")
+    print(
+        f"{seconds:.1f} s, of which {start_seconds:.1f} s to start: "
+        f"{options.images / (seconds - start_seconds):.0f} images/s after that"
+    )
+    print(f"peak memory: {peaks[0]:.2f} GiB" + (f", each worker {peaks[1]:.2f} GiB" if options.processes > 1 else ""))
+    print(f"fingerprint: {digest.hexdigest()[:16]}")
+
+
+def _results(
+    dataset: SyntheticDataset, maker: QuestionMaker, tasks: list[range], *, processes: int
+) -> Iterator[tuple[bytes, int]]:
+    _set_up(dataset, maker)
+    if processes == 1:
+        yield from map(_make, tasks)
+        return
+    with multiprocessing.get_context("spawn").Pool(processes, initializer=_set_up, initargs=(dataset, maker)) as pool:
+        yield from pool.imap(_make, tasks)
+
+
+def _set_up(dataset: SyntheticDataset, maker: QuestionMaker) -> None:
+    global _DATASET, _MAKER
+    _DATASET, _MAKER = dataset, maker
+
+
+def _make(task: range) -> tuple[bytes, int]:
+    digest, questions = hashlib.sha256(), 0
+    for index in task:
+        for question in _MAKER.questions(_DATASET.example(index)):
+            digest.update(f"{question.id} {question.correct} {question.choices} {question.object_choices}".encode())
+            questions += 1
+    return digest.digest(), questions
+
+
+if __name__ == "__main__":
+    (parsed,) = HfArgumentParser(Options).parse_args_into_dataclasses()
+    main(parsed)
