@@ -45,8 +45,13 @@ EXAMPLES = 24
 FIGURES = {
     "strict_macro_giou": "gIoU, macro (strict)",
     "strict_micro_giou": "gIoU, micro (strict)",
+    "strict_ciou": "cIoU (strict)",
+    "ap50": "AP50",
     "reference_macro_giou": "gIoU, macro (reference)",
     "reference_micro_giou": "gIoU, micro (reference)",
+    "reference_hungarian_macro_giou": "gIoU, macro (Hungarian)",
+    "reference_greedy_macro_giou": "gIoU, macro (greedy)",
+    "reference_union_macro_giou": "gIoU, macro (union)",
     "choice_accuracy": "choice accuracy",
     "object_choice_accuracy": "object choice accuracy",
     "part_precision": "chosen parts, precision",
@@ -177,50 +182,65 @@ def _draw_curves(path: Path) -> str:
 COLUMNS = {"model": "", "wrong image": "_wrong_image", "random": "_random"}  # title: suffix in the figures
 
 
+def _range(intervals: dict[str, Any], name: str) -> str:
+    return "{:.3f} to {:.3f}".format(*intervals[name]) if name in intervals else ""
+
+
 def _cells(figures: dict[str, Any], name: str) -> list[str]:
     """One figure for every column as text, a dash where it was not measured."""
     values = [figures.get(name + suffix) for suffix in COLUMNS.values()]
     return ["–" if value is None else f"{value:.3f}" for value in values]
 
 
-def _end_to_end_iou(pair: Pair) -> float:
+def _shown_iou(pair: Pair) -> float:
+    """Mean IoU of the model's own answer or, where it wrote none, of the given one."""
     question, prediction = pair
-    ious = question_ious(question, prediction.generated_spans)
+    own = prediction.generated_spans
+    ious = question_ious(question, (prediction.given_spans or ()) if own is None else own)
     return fmean(ious.values()) if ious else 0.0
 
 
 def _spread(pairs: Sequence[Pair]) -> list[Pair]:
-    """Pairs at even distances from the best to the worst generated answer: no choice of ours."""
-    ordered = sorted(pairs, key=lambda pair: (-_end_to_end_iou(pair), pair[0].id))
+    """Pairs at even distances from the best to the worst masks: no choice of ours."""
+    ordered = sorted(pairs, key=lambda pair: (-_shown_iou(pair), pair[0].id))
     return [ordered[round(index)] for index in np.linspace(0, len(ordered) - 1, min(EXAMPLES, len(ordered)))]
 
 
 def _example(pair: Pair, load_image: Callable[[Question], Image.Image]) -> dict[str, Any]:
     question, prediction = pair
     image, masks = load_image(question), true_masks(question)
-    named = [*true_parts(question), *(span.text for span in prediction.generated_spans)]
+    given, generated = prediction.given_spans, prediction.generated_spans
+    named = [*true_parts(question), *(span.text for span in [*(given or ()), *(generated or ())])]
     order = list(dict.fromkeys(normalise(name) for name in named))
     colours = {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(order)}
 
     def of(names: Iterable[str]) -> list[str]:
-        return [colours.get(normalise(name), COLOURS[-1]) for name in names]
+        return [colours[normalise(name)] for name in names]
 
-    given, generated = prediction.given_spans, prediction.generated_spans
-    given_colours, generated_colours = of(span.text for span in given), of(span.text for span in generated)
+    panels = [("truth", _panel(image, [mask.rle for mask in masks], of(mask.label for mask in masks)))]
+    for caption, spans in (("answer given", given), ("own answer", generated)):
+        if spans is not None:
+            panels.append((caption, _panel(image, [span.rle for span in spans], of(span.text for span in spans))))
+    text, own_text, scores = question.choices[question.correct], prediction.generated_text, prediction.choice_scores
+    # the spans of a given answer are cut out of the correct one, which need not be what was given
+    given = [span for span in given or () if text[span.start : span.end] == span.text]
     return {
         "question": question.question,
         "about": f"{question.question_type} · {question.image_label} · {question.id}",
-        "iou": f"{_end_to_end_iou(pair):.2f}",
-        "panels": [
-            ("truth", _panel(image, [mask.rle for mask in masks], of(mask.label for mask in masks))),
-            ("correct answer given", _panel(image, [span.rle for span in given], given_colours)),
-            ("own answer", _panel(image, [span.rle for span in generated], generated_colours)),
-        ],
-        "given": highlight(question.choices[question.correct], given, colours=given_colours),
-        "generated": highlight(prediction.generated_text, generated, colours=generated_colours),
+        "iou": f"{_shown_iou(pair):.2f}",
+        "panels": panels,
+        "given": highlight(text, given, colours=of(span.text for span in given)),
+        "generated": None
+        if own_text is None
+        else highlight(own_text, generated, colours=of(span.text for span in generated)),
         "choices": [
-            {"text": text, "score": f"{score:.3f}", "correct": i == question.correct, "chosen": i == prediction.choice}
-            for i, (text, score) in enumerate(zip(question.choices, prediction.choice_scores, strict=True))
+            {
+                "text": choice,
+                "score": "" if scores is None else f"{scores[index]:.3f}",
+                "correct": index == question.correct,
+                "chosen": scores is not None and index == prediction.choice,
+            }
+            for index, choice in enumerate(question.choices)
         ],
     }
 
@@ -238,20 +258,21 @@ def write_report(
 
     Args:
         path: the HTML file, replaced if it exists.
-        metrics: what metrics.json holds: `overall` and `by_type` of `evaluate_predictions`, `by_part` of
-            `iou_per_part`, and `run`, whatever should stand in the head of the page.
+        metrics: what metrics.json holds: `overall`, `by_type` and `intervals` of `evaluate_predictions`,
+            `by_part` of `iou_per_part`, and `run`, whatever should stand in the head of the page.
         questions: the questions scored.
         predictions: one per question.
         load_image: gives the image of a question, in the frame of its masks.
         training_curves: CSV with a column `step` and one column per loss or metric; left out if None.
     """
     shown = [name for name in FIGURES if metrics["overall"].get(name) is not None]
+    intervals = metrics["intervals"]["overall"]
     page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(PAGE)
     text = page.render(
         run=metrics["run"],
         n=metrics["overall"]["n"],
         columns=list(COLUMNS),
-        overall=[(FIGURES[name], _cells(metrics["overall"], name)) for name in shown],
+        overall=[(FIGURES[name], _range(intervals, name), _cells(metrics["overall"], name)) for name in shown],
         type_columns=[FIGURES[name] for name in FIGURES_BY_TYPE],
         by_type=[
             (question_type, figures["n"], [_cells(figures, name) for name in FIGURES_BY_TYPE])
@@ -319,10 +340,11 @@ the same questions of another record's image; what remains there is not read fro
 </dl></div>
 
 <h2>Overall</h2>
+<p class="quiet">Below each figure: its 95 % bootstrap interval over the questions.</p>
 <div class="box"><table>
 <tr><th></th>{% for column in columns %}<th>{{ column }}</th>{% endfor %}</tr>
-{% for name, cells in overall %}
-<tr><td>{{ name }}</td><td><b>{{ cells[0] }}</b></td>
+{% for name, range, cells in overall %}
+<tr><td>{{ name }}</td><td><b>{{ cells[0] }}</b><small>{{ range }}</small></td>
 {% for cell in cells[1:] %}<td>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}
 </table></div>
@@ -353,7 +375,7 @@ the same questions of another record's image; what remains there is not read fro
 </div>
 
 <h2>Answers</h2>
-<p class="quiet">{{ examples | length }} questions at even distances from the best to the worst generated answer. A
+<p class="quiet">{{ examples | length }} questions at even distances from the best to the worst masks. A
 part has one colour in text and masks.</p>
 {% macro coloured(pieces) %}
 {% for text, colour in pieces %}
@@ -363,14 +385,16 @@ part has one colour in text and masks.</p>
 {% for example in examples %}
 <div class="box">
 <h3>{{ example.question }}</h3>
-<p class="quiet">{{ example.about }} · mean IoU of the own answer {{ example.iou }}</p>
+<p class="quiet">{{ example.about }} · mean IoU {{ example.iou }}</p>
 <div class="panels">
 {% for caption, address in example.panels %}
 <figure><img src="{{ address }}" alt="{{ caption }}"><figcaption>{{ caption }}</figcaption></figure>
 {% endfor %}
 </div>
 <p><span class="quiet">correct answer</span> {{ coloured(example.given) }}</p>
+{% if example.generated is not none %}
 <p><span class="quiet">own answer</span> {{ coloured(example.generated) or "(empty)" }}</p>
+{% endif %}
 <details open><summary>choices (smaller score is likelier)</summary><ol>
 {% for choice in example.choices %}
 <li>{{ choice.text }} <span class="quiet">{{ choice.score }}</span>

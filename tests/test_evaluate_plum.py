@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -13,11 +14,12 @@ import pytest
 import torch
 
 import evaluate_plum
-from evaluate_plum import EvaluationArguments, Predictor, evaluate, keep_last_answer
+from evaluate_plum import EvaluationArguments, evaluate, evaluate_answers
 from partkit.masks import DataError, encode
-from partkit.metrics import evaluate_predictions
+from partkit.metrics import evaluate_predictions, true_masks
 from partkit.predictions import read_predictions
 from partkit.schema import QUESTION_FEATURES, PartMask, Question, as_row
+from predictor_plum import Predictor, keep_last_answer
 from tests.tiny import random_image, random_mask, tiny_model, tiny_processor
 
 ROOT = Path(__file__).parent.parent
@@ -180,7 +182,9 @@ def flat(prediction):
 @pytest.fixture(scope="module")
 def predictor(model_dir):
     model = evaluate_plum.AutoModel.from_pretrained(model_dir, trust_remote_code=True)
-    return Predictor(model, tiny_processor(), max_new_tokens=8, choice_reduction="answer_mean")
+    return Predictor(
+        model, tiny_processor(), max_new_tokens=8, choice_reduction="answer_mean", mask_source="gt_answer"
+    )
 
 
 def test_questions_asked_together_get_the_answers_they_get_alone(predictor):
@@ -227,6 +231,74 @@ def test_a_literal_tag_in_a_choice_is_text_and_grounds_nothing(predictor):
     question.choices[2] = "It has an unbalanced </p>."
     (prediction,) = predictor.predict([question], [question.image], ["image2"])
     assert len(prediction.choice_scores) == 3
+
+
+def test_the_masks_of_the_predicted_answer_are_those_of_the_parts_the_model_chose(predictor):
+    predictor = Predictor(
+        predictor.model,
+        predictor.processor,
+        max_new_tokens=8,
+        choice_reduction="answer_sum",
+        mask_source="predicted_answer",
+    )
+    questions = [make_question(number, "image0") for number in range(3)]
+    predictions = predictor.predict(questions, [questions[0].image] * 3, ["image0"] * 3)
+    assert any(p.choice != q.correct for p, q in zip(predictions, questions, strict=True))
+    for question, prediction in zip(questions, predictions, strict=True):
+        assert [span.text for span in prediction.given_spans] == question.choice_parts[prediction.choice]
+
+
+# ---------------------------------------------------------------- answers without a model
+
+
+def test_a_file_of_answers_is_scored_without_a_model(question_set, tmp_path, capsys):
+    _, questions = evaluate_plum.load_questions(str(question_set), name="default", split="test")
+    path = tmp_path / "answers.jsonl"
+    lines = []
+    for question in questions:
+        masks = [{"part": mask.label.upper(), "rle": mask.rle} for mask in true_masks(question)]
+        line = {"id": question.id, "choice": question.correct, "masks": masks}
+        if question.object_question is not None:
+            line["object_choice_scores"] = [-2.0, -1.0]
+        lines.append(json.dumps(line) + "\n")
+    path.write_text("".join(reversed(lines)))
+    run = arguments(None, question_set, tmp_path / "run", model=None, predictions=str(path))
+    evaluate_answers(run)
+    assert listed(tmp_path / "run") == ["metrics.json", "report.html", "run.json"]
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    names = ("strict_macro_giou", "strict_ciou", "ap50", "choice_accuracy", "object_choice_accuracy", "part_f1")
+    assert [metrics["overall"][name] for name in names] == [1.0] * len(names)
+    assert metrics["overall"]["span_f1"] is metrics["overall"]["generated_exact"] is None
+    assert metrics["intervals"]["overall"]["choice_accuracy"] == [1.0, 1.0]
+    assert metrics["run"]["protocol"]["mask_source"] == "gt_answer"
+    assert "[1.000, 1.000]" in capsys.readouterr().out
+
+    path.write_text("".join(lines[:-1]) + "{")
+    with pytest.raises(DataError, match="another run, with predictions_fingerprint"):
+        evaluate_answers(run)
+    with pytest.raises(DataError, match=r"line 7: expected one JSON object.*\(and 1 more"):
+        evaluate_answers(replace(run, output_dir=str(tmp_path / "other")))
+    assert not (tmp_path / "other").exists()
+    evaluate_answers(replace(run, output_dir=str(tmp_path / "other"), on_error="report"))
+    assert json.loads((tmp_path / "other" / "metrics.json").read_text())["run"]["left_out"] == 1
+    assert len((tmp_path / "other" / "errors.jsonl").read_text().splitlines()) == 2
+    assert "left out: 1 questions" in capsys.readouterr().out
+
+
+def test_the_ground_truth_scores_one_in_every_figure(question_set, tmp_path):
+    evaluate_answers(arguments(None, question_set, tmp_path / "run", model=None, baseline="ground_truth"))
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    for figures in (metrics["overall"], *metrics["by_type"].values()):
+        scored = {name for name in figures if not name.endswith("_random")} - {"n"}
+        if figures["object_choice_accuracy"] is None:
+            scored.remove("object_choice_accuracy")
+        assert {figures[name] for name in scored} == {1.0}
+
+
+@pytest.mark.parametrize("sources", [{}, {"model": "m", "baseline": "random"}])
+def test_exactly_one_thing_to_score_is_asked_for(sources):
+    with pytest.raises(DataError, match="Expected one of --model, --predictions and --baseline"):
+        EvaluationArguments(output_dir="o", **sources)
 
 
 # ---------------------------------------------------------------- interruption and processes

@@ -53,7 +53,8 @@ def make_pair(number, *, name="wing", generated=True):
 
 def write(path, pairs, **options):
     questions, predictions = map(list, zip(*pairs, strict=True))
-    metrics = evaluate_predictions(questions, predictions) | {"by_part": iou_per_part(questions, predictions)}
+    metrics = evaluate_predictions(questions, predictions, intervals=True)
+    metrics["by_part"] = iou_per_part(questions, predictions)
     metrics["run"] = {"model": "folder", "versions": {"torch": "2.13.0"}}
     grey = Image.new("RGB", (WIDTH, HEIGHT), "#808080")
     options = {"load_image": lambda question: grey, **options}
@@ -128,8 +129,12 @@ def test_the_page_is_well_formed_stands_alone_and_shows_every_figure(tmp_path):
     assert all(address.startswith("data:image/") for address in addresses if address)
     assert not {"script", "link", "iframe"} & {tag for tag, _ in tags.seen}
     assert sum(tag == "img" for tag, _ in tags.seen) == 3 * len(pairs)
-    assert re.search(r"generated part set exactly right</td><td><b>0\.500</b></td>", text)
-    assert re.search(r"choice accuracy</td><td><b>1\.000</b></td>\s*<td>–</td><td>0\.500</td>", text)
+    assert re.search(
+        r"generated part set exactly right</td><td><b>0\.500</b><small>0\.000 to 1\.000</small></td>", text
+    )
+    assert re.search(
+        r"choice accuracy</td><td><b>1\.000</b><small>1\.000 to 1\.000</small></td>\s*<td>–</td><td>0\.500</td>", text
+    )
     assert "torch 2.13.0" in text
     assert f'<mark style="background: {COLOURS[0]}">wing</mark>' in text
     assert "object choice accuracy" not in text
@@ -139,7 +144,10 @@ def test_the_wrong_image_control_stands_beside_each_figure(tmp_path):
     question, prediction = make_pair(0)
     control = replace(prediction, choice_scores=[0.75, 0.25])
     text = write(tmp_path / "report.html", [(question, replace(prediction, wrong_image=control))])
-    assert re.search(r"choice accuracy</td><td><b>1\.000</b></td>\s*<td>0\.000</td><td>0\.500</td>", text)
+    assert re.search(
+        r"choice accuracy</td><td><b>1\.000</b><small>1\.000 to 1\.000</small></td>\s*<td>0\.000</td><td>0\.500</td>",
+        text,
+    )
 
 
 def test_text_of_data_and_model_is_escaped_everywhere(tmp_path):
@@ -155,7 +163,7 @@ def test_text_of_data_and_model_is_escaped_everywhere(tmp_path):
 def test_examples_run_from_the_best_to_the_worst_answer_and_are_limited(tmp_path):
     pairs = [make_pair(number, generated=number % 2 == 0) for number in range(60)]
     text = write(tmp_path / "report.html", pairs)
-    ious = re.findall(r"mean IoU of the own answer (\d\.\d\d)", text)
+    ious = re.findall(r"mean IoU (\d\.\d\d)", text)
     assert len(ious) == 24
     assert ious == ["1.00"] * 12 + ["0.00"] * 12
 

@@ -1,0 +1,110 @@
+"""What an evaluation leaves behind once the predictions are there: metrics.json, report.html and a printed table."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from partkit.benchmark import load_image
+from partkit.masks import DataError
+from partkit.metrics import MaskSource, evaluate_predictions, iou_per_part
+from partkit.predictions import Prediction, write_whole
+from partkit.report import FIGURES, write_report
+from partkit.schema import Question
+from partkit.tallies import BOOTSTRAP_SEED, LEVEL, RESAMPLES
+
+__all__ = ["describe_protocol", "format_table", "leave_out", "score"]
+
+
+def describe_protocol(*, mask_source: MaskSource, choice_reduction: str | None = None) -> dict[str, Any]:
+    """The rules that the figures follow; a model scored from a file has no choice reduction that is known.
+
+    The paper's figures are those of `sequence_mean` and `gt_answer`.
+    """
+    protocol = {"choice_reduction": choice_reduction, "mask_source": mask_source, "match": "exact"}
+    return {
+        **protocol,
+        "published_protocol": (choice_reduction, mask_source) == ("sequence_mean", "gt_answer"),
+        "intervals": f"{LEVEL:.0%} bootstrap over questions, {RESAMPLES} resamples, seed {BOOTSTRAP_SEED}",
+    }
+
+
+def leave_out(
+    questions: Sequence[Question],
+    predictions: Sequence[Prediction],
+    problems: Sequence[str],
+    *,
+    report_to: Path | None,
+) -> list[Question]:
+    """The questions to score when some predictions cannot be used.
+
+    Args:
+        questions, predictions: all questions and the usable predictions.
+        problems: one sentence for each prediction that cannot be used.
+        report_to: file for the problems, one JSON object per line; None refuses them.
+
+    Raises:
+        DataError: there are problems and no file to report them to, or no prediction is left.
+    """
+    if problems and report_to is None:
+        more = f" (and {len(problems) - 1} more; --on_error report lists them)" if len(problems) > 1 else ""
+        raise DataError(f"{problems[0]}{more}")
+    answered = {prediction.question_id for prediction in predictions}
+    if problems and not answered:
+        raise DataError(
+            f"None of {len(questions)} questions has a usable prediction; the first problem: {problems[0]}"
+        )
+    if problems:
+        report_to.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(report_to, (json.dumps({"problem": problem}, ensure_ascii=False) + "\n" for problem in problems))
+        return [question for question in questions if question.id in answered]
+    return list(questions)
+
+
+def score(
+    rows: datasets.Dataset,
+    questions: Sequence[Question],
+    predictions: Sequence[Prediction],
+    *,
+    output_dir: Path,
+    run: dict[str, Any],
+    mask_source: MaskSource,
+    training_curves: Path | None = None,
+) -> dict[str, Any]:
+    """Writes metrics.json and report.html from questions and predictions alone; returns the metrics.
+
+    Args:
+        rows: the data set, whose records carry the images of the questions.
+        questions, predictions: one prediction per question.
+        output_dir: folder that exists.
+        run: what should be known about the run, for both files.
+        mask_source: the masks that the mask figures speak of.
+        training_curves: CSV for the report, if that file exists.
+    """
+    metrics = evaluate_predictions(questions, predictions, mask_source=mask_source, intervals=True)
+    metrics |= {"by_part": iou_per_part(questions, predictions, mask_source=mask_source), "run": run}
+    write_whole(output_dir / "metrics.json", [json.dumps(metrics, indent=2, allow_nan=False), "\n"])
+    row_of_question = {name: index for index, name in enumerate(rows["id"])}
+    write_report(
+        output_dir / "report.html",
+        metrics=metrics,
+        questions=questions,
+        predictions=predictions,
+        load_image=lambda question: load_image(rows, row_of_question[question.id], question),
+        training_curves=training_curves if training_curves is not None and training_curves.is_file() else None,
+    )
+    return metrics
+
+
+def format_table(metrics: dict[str, Any]) -> str:
+    """The figures with their intervals beside their wrong-image control and their chance level."""
+    overall, intervals = metrics["overall"], metrics["intervals"]["overall"]
+    lines = [f"{'':34}{'model':>9}{'95 % interval':>18}{'wrong image':>13}{'random':>9}"]
+    for name, title in FIGURES.items():
+        cells = [overall.get(name + suffix) for suffix in ("", "_wrong_image", "_random")]
+        texts = ["-" if cell is None else f"{cell:.3f}" for cell in cells]
+        limits = "[{:.3f}, {:.3f}]".format(*intervals[name]) if name in intervals else "-"
+        lines.append(f"{title:34}{texts[0]:>9}{limits:>18}{texts[1]:>13}{texts[2]:>9}")
+    return "\n".join(lines)
