@@ -1,9 +1,11 @@
-"""python -m partkit validate SOURCE FOLDER
+"""python -m partkit validate SOURCE FOLDER [--errors FILE.jsonl]
 
-Checks your copy of a data set and prints what is missing or damaged. Exits with 1 if anything is, else with 0.
+Checks your copy of a data set and prints what is missing or damaged: the first problems, or with --errors each of them
+as a line {"problem": ...} of a file. Exits with 1 if there is one, else with 0.
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -18,9 +20,13 @@ def main(arguments: list[str] | None = None) -> int:
     command = commands.add_parser("validate", help="check your copy of a data set before a long build")
     command.add_argument("source", choices=SOURCES)
     command.add_argument("folder", type=Path)
+    command.add_argument("--errors", type=Path, metavar="FILE.jsonl", help="write every problem to this file")
     options = parser.parse_args(arguments)
 
     report = validate(options.source, options.folder)
+    if options.errors is not None:
+        lines = [json.dumps({"problem": problem}) + "\n" for problem in report.problems]
+        options.errors.write_text("".join(lines), encoding="utf-8")
     for note in report.notes:
         print(note)
     for problem in report.problems[:LISTED_PROBLEMS]:

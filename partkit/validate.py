@@ -20,6 +20,9 @@ from partkit.sources.paco_lvis import PacoLvis
 from partkit.sources.partimagenet import PartImageNet
 from partkit.sources.pascal_part import PascalPart
 
+PUBLISHED_CORE = {"objects": 534, "parts": 862, "object-part pairs": 1976, "images": 1068, "masks": 4968}
+"""What the paper counts in Partonomy-Core; other releases have the same layout, so a difference is only a note."""
+
 
 @dataclass
 class Report:
@@ -44,12 +47,22 @@ def validate(source: str, folder: str | Path) -> Report:
 
 def _check_official(folder: Path, report: Report) -> None:
     questions = tqdm(read_questions(folder, on_error=report.refuse), desc="questions", unit=" questions")
-    types, images = Counter(), set()
+    types, masks = Counter(), set()
     for question in questions:
         types[question.question_type] += 1
-        images.add(question.image_id)
+        masks.update((question.image_label, mask.label, question.image_id) for mask in question.masks)
+    counts = {
+        "objects": len({label for label, _, _ in masks}),
+        "parts": len({part for _, part, _ in masks}),
+        "object-part pairs": len({(label, part) for label, part, _ in masks}),
+        "images": len({image_id for _, _, image_id in masks}),
+        "masks": len(masks),
+    }
     by_type = ", ".join(f"{count} {name}" for name, count in sorted(types.items()))
-    report.notes.append(f"{types.total()} questions about {len(images)} images: {by_type}")
+    report.notes.append(f"{types.total()} questions: {by_type}")
+    report.notes.append(
+        ", ".join(f"{count} {what} (Partonomy-Core: {PUBLISHED_CORE[what]})" for what, count in counts.items())
+    )
 
 
 def _check_descriptor(folder: Path, report: Report) -> None:
@@ -67,7 +80,7 @@ def _check_coco(kind: type[CocoParts]) -> Callable[[Path, Report], None]:
             report.problems.extend(_differences_from_published(source))
             report.notes.append(
                 f"{split}: {source.counts['images']} images, {source.counts['objects']} objects, "
-                f"{source.counts['parts']} parts; {source.blank} annotations that enclose nothing are left out"
+                f"{source.counts['parts']} parts; {source.blank} of the parts enclose nothing and are left out"
             )
             _check_examples(source, report, name=split)
 

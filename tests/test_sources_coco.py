@@ -235,6 +235,19 @@ def test_a_bad_record_is_refused_naming_file_record_and_field(tmp_path, path, va
         list(PascalPart(pascal_folder(tmp_path / "data", content)))
 
 
+def test_an_object_without_a_mask_may_own_parts_unless_its_size_decides(tmp_path):
+    content = paco_content()
+    content["annotations"] = [
+        annotation(5, 98, [], obj_ann_id=5),
+        annotation(6, 301, encode(LEFT_WHEEL), obj_ann_id=5),
+    ]
+    (car,) = PacoLvis(paco_folder(tmp_path / "one", content))
+    assert [mask.label for mask in car.masks] == ["wheel"]
+    content["annotations"] += [annotation(7, 98, encode(PLATE), obj_ann_id=7)]
+    with pytest.raises(DataError, match=r"annotations\[0\], field 'segmentation': expected a list of polygons"):
+        list(PacoLvis(paco_folder(tmp_path / "two", content)))
+
+
 def test_a_part_whose_object_is_not_in_the_image_is_refused(tmp_path):
     content = changed(paco_content(), "annotations", 0, "obj_ann_id", value=11)
     with pytest.raises(DataError, match=r"annotations\[0\], field 'obj_ann_id': 11 is no 'car' in its image"):

@@ -33,13 +33,18 @@ def test_whole_copies_are_fit_and_say_what_they_hold(tmp_path):
     pascal = validate("pascal_part", pascal_folder(tmp_path / "pascal", whole_pascal_content()))
     assert pascal.problems == []
     assert pascal.notes == [
-        "train: 2 images, 0 objects, 4 parts; 0 annotations that enclose nothing are left out",
+        "train: 2 images, 0 objects, 4 parts; 0 of the parts enclose nothing and are left out",
         "train: 2 examples, 3 masks, 1 images, 2 objects",
     ]
     descriptor = validate("descriptor", descriptor_folder(tmp_path / "descriptor", descriptor_content()))
     assert (descriptor.problems, descriptor.notes) == ([], ["examples: 1 examples, 2 masks, 1 images, 1 objects"])
     official = validate("official", official_folder(tmp_path / "official", official_record()))
-    assert (official.problems, official.notes) == ([], ["1 questions about 1 images: 1 identification"])
+    assert official.problems == []
+    assert official.notes == [
+        "1 questions: 1 identification",
+        "1 objects (Partonomy-Core: 534), 2 parts (Partonomy-Core: 862), 2 object-part pairs (Partonomy-Core: 1976), "
+        "1 images (Partonomy-Core: 1068), 2 masks (Partonomy-Core: 4968)",
+    ]
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -82,8 +87,11 @@ def test_a_split_that_cannot_be_read_does_not_hide_the_others(tmp_path):
 def test_the_command_prints_the_first_problems_and_exits_with_one(tmp_path, capsys):
     bad = changed(official_record(), "image_path", value="images/none.png")
     folder = official_folder(tmp_path / "data", official_record(), *[bad] * (LISTED_PROBLEMS + 5))
-    assert main(["validate", "official", str(folder)]) == 1
+    errors = tmp_path / "errors.jsonl"
+    assert main(["validate", "official", str(folder), "--errors", str(errors)]) == 1
     lines = capsys.readouterr().out.splitlines()
+    assert len(errors.read_text().splitlines()) == LISTED_PROBLEMS + 5
+    assert "record 1, field 'image_path'" in json.loads(errors.read_text().splitlines()[0])["problem"]
     assert sum(line.startswith("problem: ") for line in lines) == LISTED_PROBLEMS
     assert lines[-2:] == ["and 5 more problems", f"{folder} is not fit for a build: {LISTED_PROBLEMS + 5} problems"]
 

@@ -9,8 +9,8 @@ the example is about the one with the most parts, of these the largest, and a re
 published benchmark. Where it does not say so, the parts of all objects of the label are united.
 
 A segmentation may be a list of polygons, a compressed RLE, or an uncompressed one as COCO's crowd regions have it.
-Annotations without a single polygon of three points enclose nothing; they are left out and counted in `blank`. A part
-whose masks cover no pixel is not visible: it has no mask in the example.
+Parts annotated without a single polygon of three points enclose nothing; they are left out and counted in `blank`. A
+part whose masks cover no pixel is not visible: it has no mask in the example.
 """
 
 import io
@@ -233,7 +233,7 @@ class CocoParts:
             self.counts["parts" if part else "objects"] += 1
             if isinstance(segmentation, list):
                 segmentation = [item for item in segmentation if not isinstance(item, list) or len(item) >= 6]
-            if not segmentation:
+            if part and not segmentation:
                 self.blank += 1
                 continue
             object_id = self.owner(record, where=where) if part else None
