@@ -1,0 +1,53 @@
+"""Part names of PARTONOMY's answers as a metric of `evaluate`; this file needs no other."""
+
+import datasets
+import evaluate
+
+_DESCRIPTION = """Precision, recall and F1 of the part names an answer gives, counts pooled over all answers, and the
+share of answers with exactly the true parts. Blanks around a name and its case do not matter."""
+
+_CITATION = """@inproceedings{blume2025partonomy,
+  title = {Partonomy: Large Multimodal Models with Part-Level Visual Understanding},
+  author = {Blume, Ansel and others}, year = {2025}}"""
+
+_KWARGS = """
+Args:
+    predictions: for each question the list of part names the answer gives; those of the chosen choice, or generated.
+    references: for each question the list of part names of the correct answer.
+    protocol: "strict" compares sets; "reference", as the authors, counts a repeated name each time.
+
+Examples:
+    >>> metric = evaluate.load("metrics/partonomy_parts")
+    >>> metric.compute(predictions=[["hull", "flag"]], references=[["hull", "mast"]])
+    {'precision': 0.5, 'recall': 0.5, 'f1': 0.5, 'exact': 0.0}
+"""
+
+
+@evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _KWARGS)
+class PartonomyParts(evaluate.Metric):
+    def _info(self):
+        names = [datasets.Value("string")]
+        return evaluate.MetricInfo(
+            description=_DESCRIPTION,
+            citation=_CITATION,
+            inputs_description=_KWARGS,
+            features=datasets.Features({"predictions": names, "references": names}),
+            reference_urls=["https://arxiv.org/abs/2505.20759"],
+        )
+
+    def _compute(self, predictions, references, protocol="strict"):
+        if protocol not in ("strict", "reference"):
+            raise ValueError(f"protocol must be strict or reference, found {protocol!r}.")
+        hits = predicted_names = true_names = exact = 0
+        for predicted, true in zip(predictions, references, strict=True):
+            predicted, true = ([name.strip().lower() for name in names] for names in (predicted, true))
+            exact += set(predicted) == set(true)
+            if protocol == "strict":
+                predicted, true = set(predicted), set(true)
+            hits += sum(name in true for name in predicted)
+            predicted_names += len(predicted)
+            true_names += len(true)
+        precision = hits / predicted_names if predicted_names else 0.0
+        recall = hits / true_names if true_names else 0.0
+        f1 = 2 * hits / (predicted_names + true_names) if hits else 0.0
+        return {"precision": precision, "recall": recall, "f1": f1, "exact": exact / len(predictions)}

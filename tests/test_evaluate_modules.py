@@ -1,0 +1,89 @@
+"""The metrics of `metrics/`, loaded by path from a folder that has nothing of this repository beside it."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import evaluate
+import pytest
+
+from partkit.baselines import answer_without_model
+from partkit.metrics import evaluate_predictions, part_counts, pool, true_masks
+from tests.test_answers import QUESTIONS
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return shutil.copytree(ROOT / "metrics", tmp_path_factory.mktemp("alone") / "metrics")
+
+
+@pytest.fixture
+def masks():
+    """Predictions and references of three images, and the figures of partkit."""
+    answers = answer_without_model("random", QUESTIONS)
+    predictions = [
+        [{"label": span.text, "rle": span.rle, "score": span.score} for span in answer.given_spans]
+        for answer in answers
+    ]
+    references = [[{"label": mask.label, "rle": mask.rle} for mask in true_masks(question)] for question in QUESTIONS]
+    return predictions, references, evaluate_predictions(QUESTIONS, answers)["overall"]
+
+
+def load(path, tmp_path, **options):
+    return evaluate.load(str(path), cache_dir=str(tmp_path / "cache"), **options)
+
+
+def test_masks_added_in_batches_have_the_figures_of_partkit(folder, tmp_path, masks):
+    predictions, references, expected = masks
+    metric = load(folder / "partonomy_masks", tmp_path)
+    metric.add_batch(predictions=predictions[:2], references=references[:2])
+    metric.add_batch(predictions=predictions[2:], references=references[2:])
+    figures = metric.compute()
+    assert len(figures) == 12 and expected["strict_macro_giou"] > 0
+    assert figures == {name: pytest.approx(expected[name]) for name in figures}
+
+
+def test_part_names_have_the_counts_of_partkit_in_both_protocols(folder, tmp_path):
+    predictions, references = [["hull", "Hull ", "flag"], ["mast"]], [["hull", "mast"], ["mast"]]
+    metric = load(folder / "partonomy_parts", tmp_path)
+    for protocol in ("strict", "reference"):
+        pairs = zip(predictions, references, strict=True)
+        counts = pool(part_counts(*pair, protocol=protocol) for pair in pairs)
+        found = metric.compute(predictions=predictions, references=references, protocol=protocol)
+        assert (found["precision"], found["recall"], found["f1"]) == pytest.approx(
+            (counts.precision, counts.recall, counts.f1)
+        )
+        assert found["exact"] == 0.5
+
+
+def test_both_metrics_combine(folder, tmp_path):
+    names = [["hull"], ["mast"]]
+    metric = evaluate.combine([load(folder / "partonomy_parts", tmp_path), load(folder / "partonomy_parts", tmp_path)])
+    assert set(metric.compute(predictions=names, references=names).values()) == {1.0}
+
+
+PROCESS = """
+import json, sys, evaluate
+path, cache, rank = sys.argv[1], sys.argv[2], int(sys.argv[3])
+metric = evaluate.load(path, cache_dir=cache, num_process=2, process_id=rank, experiment_id="two")
+names = [["hull"], ["mast"], ["oar"], ["flag"]]
+truth = [["hull"], ["mast"], ["oar"], ["sail"]]
+figures = metric.compute(predictions=names[rank::2], references=truth[rank::2])
+print(json.dumps(figures))
+"""
+
+
+def test_two_processes_give_the_figures_of_all(folder, tmp_path):
+    command = [sys.executable, "-c", PROCESS, str(folder / "partonomy_parts"), str(tmp_path / "cache")]
+    load(folder / "partonomy_parts", tmp_path)  # so that the two do not copy the module at the same time
+    processes = [subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, text=True) for rank in (0, 1)]
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    assert '"precision": 0.75' in outputs[0] and outputs[1].strip() == "null"
+
+
+def test_the_file_beside_the_mask_metric_is_that_of_partkit():
+    copy = ROOT / "metrics" / "partonomy_masks" / "mask_metrics.py"
+    assert copy.read_bytes() == (ROOT / "partkit" / "mask_metrics.py").read_bytes()
