@@ -11,7 +11,7 @@ demo: $(INSTALLED)
 		--output_dir runs/demo/evaluation
 
 test: $(INSTALLED)
-	HF_HUB_OFFLINE=1 $(PYTHON) -m pytest
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(PYTHON) -m pytest
 
 lint: $(INSTALLED)
 	$(PYTHON) -m ruff check .

@@ -324,7 +324,8 @@ def assert_same_run(found: dict, expected: dict, tolerance: float = 1e-3):
         for name in wanted:
             scale = max(float(wanted[name].abs().max()), 1e-3)
             difference = float((gradients[name] - wanted[name]).abs().max())
-            assert difference < tolerance * scale, f"step {step}, {name}: gradients up to {scale} differ by {difference}"
+            where = f"step {step}, {name}"
+            assert difference < tolerance * scale, f"{where}: gradients up to {scale} differ by {difference}"
         assert all(not gradients[name].any() for name in gradients.keys() - wanted.keys())
     assert_close(found["weights"], expected["weights"], **CLOSE)
     assert_close(found["losses"], expected["losses"], **CLOSE)
