@@ -23,7 +23,7 @@ from partkit.metrics import Pair, pair_by_id, question_ious, true_masks, true_pa
 from partkit.predictions import Prediction, SpanMask, write_whole
 from partkit.schema import Question
 
-__all__ = ["COLOURS", "highlight", "overlay", "write_report"]
+__all__ = ["COLOURS", "FIGURES", "STYLE", "highlight", "overlay", "panel", "write_report"]
 
 # Told apart on photographs and by colour-blind readers (after Okabe and Ito), all dark enough for white text.
 COLOURS = (
@@ -121,8 +121,8 @@ def highlight(
     return [piece for piece in pieces if piece[0]]
 
 
-def _panel(image: Image.Image, rles: Iterable[RLE], colours: Sequence[str]) -> str:
-    """Data address of the overlay at page size."""
+def panel(image: Image.Image, rles: Iterable[RLE], colours: Sequence[str]) -> str:
+    """Address (data:) of the overlay at page size, for an HTML page."""
     scale = PANEL_SIZE / max(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     masks = [Image.fromarray(decode(rle, expected_size=(image.height, image.width))) for rle in rles]
@@ -217,10 +217,10 @@ def _example(pair: Pair, load_image: Callable[[Question], Image.Image]) -> dict[
     def of(names: Iterable[str]) -> list[str]:
         return [colours[normalise(name)] for name in names]
 
-    panels = [("truth", _panel(image, [mask.rle for mask in masks], of(mask.label for mask in masks)))]
+    panels = [("truth", panel(image, [mask.rle for mask in masks], of(mask.label for mask in masks)))]
     for caption, spans in (("answer given", given), ("own answer", generated)):
         if spans is not None:
-            panels.append((caption, _panel(image, [span.rle for span in spans], of(span.text for span in spans))))
+            panels.append((caption, panel(image, [span.rle for span in spans], of(span.text for span in spans))))
     text, own_text, scores = question.choices[question.correct], prediction.generated_text, prediction.choice_scores
     # the spans of a given answer are cut out of the correct one, which need not be what was given
     given = [span for span in given or () if text[span.start : span.end] == span.text]
@@ -269,6 +269,7 @@ def write_report(
     intervals = metrics["intervals"]["overall"]
     page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(PAGE)
     text = page.render(
+        style=STYLE,
         run=metrics["run"],
         n=metrics["overall"]["n"],
         columns=list(COLUMNS),
@@ -285,13 +286,7 @@ def write_report(
     write_whole(path, [text])
 
 
-PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>PARTONOMY evaluation</title>
-<style>
+STYLE = """
 :root { --ink: #1d2430; --quiet: #667085; --line: #e4e7ec; --paper: #ffffff; --ground: #f6f7f9; --accent: #0072b2 }
 * { box-sizing: border-box }
 body { margin: 0; background: var(--ground); color: var(--ink);
@@ -326,6 +321,16 @@ ol { margin: 6px 0 0; padding-left: 1.6em; font-size: .85rem } li { margin: 2px 
 .tag { border-radius: 4px; padding: 0 6px; font-size: .75rem; font-weight: 600; white-space: nowrap }
 .correct { background: #d7f0e2; color: #05603a } .chosen { background: #dbeaf7; color: #004a77 }
 summary { cursor: pointer; font-size: .88rem; color: var(--quiet) }
+"""
+
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>PARTONOMY evaluation</title>
+<style>
+{{ style | safe }}
 </style>
 </head>
 <body><main>

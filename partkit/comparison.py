@@ -1,0 +1,171 @@
+"""Several models on the same questions, on one page: figures with intervals, paired differences, masks in a row."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from PIL import Image
+
+from partkit.mask_metrics import normalise
+from partkit.metrics import MaskSource, pair_by_id, question_ious, scored_spans, tally, true_masks
+from partkit.predictions import Prediction, write_whole
+from partkit.report import COLOURS, FIGURES, STYLE, panel
+from partkit.schema import Question
+from partkit.tallies import interval, resample, summarise
+
+__all__ = ["compare", "write_comparison"]
+
+EXAMPLES = 24
+
+
+def compare(
+    questions: Sequence[Question], models: dict[str, Sequence[Prediction]], *, mask_source: MaskSource = "gt_answer"
+) -> dict[str, list[dict[str, Any]]]:
+    """For all questions (`overall`) and each question type one row per figure that any model has.
+
+    A row holds `figure`, and `cells`: per model `value`, `interval`, and `difference`, the interval of its value minus
+    that of the first model when both are taken of the same draws of questions (None for the first model, and where one
+    of the two has no value). A difference whose interval does not hold 0 is not explained by the choice of questions.
+
+    Args:
+        questions: the questions that all models answered.
+        models: predictions by name of the model, one per question; differences are taken to the first.
+        mask_source: the masks that the mask figures speak of.
+    """
+    ordered = sorted(questions, key=lambda question: question.id)
+    tallies = {
+        name: [tally(*pair, mask_source=mask_source) for pair in pair_by_id(ordered, predictions)]
+        for name, predictions in models.items()
+    }
+    groups = {"overall": np.arange(len(ordered))}
+    for question_type in sorted({question.question_type for question in ordered}):
+        groups[question_type] = np.flatnonzero([question.question_type == question_type for question in ordered])
+    return {
+        group: _rows({name: [found[index] for index in indices] for name, found in tallies.items()})
+        for group, indices in groups.items()
+    }
+
+
+def _rows(tallies: dict[str, list]) -> list[dict[str, Any]]:
+    figures = {name: summarise(found) for name, found in tallies.items()}
+    draws = {name: resample(found) for name, found in tallies.items()}
+    first = next(iter(tallies))
+    rows = []
+    for figure in FIGURES:
+        cells = []
+        for name in tallies:
+            own, other = draws[name].get(figure), draws[first].get(figure)
+            paired = name != first and own is not None and other is not None
+            cells.append(
+                {
+                    "value": figures[name][figure],
+                    "interval": None if own is None else interval(own),
+                    "difference": interval(own - other) if paired else None,
+                }
+            )
+        if any(cell["value"] is not None for cell in cells):
+            rows.append({"figure": figure, "cells": cells})
+    return rows
+
+
+def write_comparison(
+    path: Path,
+    *,
+    questions: Sequence[Question],
+    models: dict[str, Sequence[Prediction]],
+    load_image: Callable[[Question], Image.Image],
+    mask_source: MaskSource = "gt_answer",
+) -> None:
+    """Writes the page, whole or not at all; the examples are those on which the models' masks differ most."""
+    page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(PAGE)
+    answers = {name: [p for _, p in pair_by_id(questions, predictions)] for name, predictions in models.items()}
+    ious = np.array(
+        [[_mean_iou(q, p, mask_source) for q, p in zip(questions, given, strict=True)] for given in answers.values()]
+    )
+    order = np.argsort(-np.ptp(ious, axis=0), kind="stable")[:EXAMPLES]
+    examples = [
+        {
+            "question": questions[index],
+            "panels": _panels(
+                questions[index],
+                {
+                    f"{name} ({iou:.2f})": scored_spans(given[index], mask_source) or []
+                    for (name, given), iou in zip(answers.items(), ious[:, index], strict=True)
+                },
+                load_image(questions[index]),
+            ),
+        }
+        for index in order
+    ]
+    groups = compare(questions, models, mask_source=mask_source)
+    write_whole(path, [page.render(style=STYLE, groups=groups, names=list(models), titles=FIGURES, examples=examples)])
+
+
+def _mean_iou(question: Question, prediction: Prediction, mask_source: MaskSource) -> float:
+    ious = question_ious(question, scored_spans(prediction, mask_source) or ())
+    return float(np.mean(list(ious.values()))) if ious else 0.0
+
+
+def _panels(question: Question, spans: dict[str, list], image: Image.Image) -> list[tuple[str, str]]:
+    """(caption, address of the drawing) of the truth and of every model, one colour for a part in all of them."""
+    sides = {"truth": [(mask.label, mask.rle) for mask in true_masks(question)]}
+    sides |= {caption: [(span.text, span.rle) for span in found] for caption, found in spans.items()}
+    parts = list(dict.fromkeys(normalise(part) for side in sides.values() for part, _ in side))
+    colours = {part: COLOURS[index % len(COLOURS)] for index, part in enumerate(parts)}
+    return [
+        (caption, panel(image, [rle for _, rle in side], [colours[normalise(part)] for part, _ in side]))
+        for caption, side in sides.items()
+    ]
+
+
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>PARTONOMY comparison</title>
+<style>
+{{ style | safe }}
+</style>
+</head>
+<body><main>
+<h1>PARTONOMY comparison</h1>
+<p class="quiet">Below each figure its 95 % bootstrap interval over the questions, and in bold the interval of its
+difference to {{ names[0] }} on the same draws of questions where that interval does not hold 0.</p>
+{% for group, rows in groups.items() %}
+<details{{ " open" if loop.first }}><summary>{{ group | replace("_", " ") }}</summary>
+<div class="box"><table>
+<tr><th></th>{% for name in names %}<th>{{ name }}</th>{% endfor %}</tr>
+{% for row in rows %}
+<tr><td>{{ titles[row.figure] }}</td>{% for cell in row.cells %}
+<td>{% if cell.value is none %}–{% else %}{{ "%.3f" | format(cell.value) }}
+{% if cell.interval %}<small>{{ "%.3f to %.3f" | format(*cell.interval) }}</small>{% endif %}
+{% if cell.difference %}
+{% set text = "%+.3f to %+.3f" | format(*cell.difference) %}
+{% set certain = cell.difference[0] > 0 or cell.difference[1] < 0 %}
+<small>{% if certain %}<b>{{ text }}</b>{% else %}{{ text }}{% endif %}</small>
+{% endif %}{% endif %}</td>
+{% endfor %}</tr>
+{% endfor %}
+</table></div></details>
+{% endfor %}
+
+<h2>Masks</h2>
+<p class="quiet">The {{ examples | length }} questions on which the models' mean IoU (in brackets) differs most.</p>
+{% for example in examples %}
+<div class="box">
+{% set question = example.question %}
+<h3>{{ question.choices[question.correct] }}</h3>
+<p class="quiet">{{ question.question_type }} · {{ question.image_label }} · {{ question.id }}</p>
+<div class="panels">
+{% for caption, address in example.panels %}
+<figure><img src="{{ address }}" alt="{{ caption }}"><figcaption>{{ caption }}</figcaption></figure>
+{% endfor %}
+</div>
+</div>
+{% endfor %}
+</main></body>
+</html>
+"""

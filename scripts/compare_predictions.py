@@ -1,0 +1,55 @@
+"""Compares models on the same questions, from files of their answers, on one HTML page:
+
+    python scripts/compare_predictions.py runs/demo/evaluation/predictions.jsonl answers.jsonl \\
+        --dataset partonomy --name mini_questions --split test --output comparison.html
+
+Differences are taken to the first file. docs/benchmark.md describes the files.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import partonomy_dataset  # noqa: E402, F401  (makes load_dataset("partonomy", ...) work)
+from partkit.answers import read_answers  # noqa: E402
+from partkit.benchmark import load_image, load_questions  # noqa: E402
+from partkit.comparison import write_comparison  # noqa: E402
+from partkit.masks import DataError  # noqa: E402
+from partkit.scoring import leave_out  # noqa: E402
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("predictions", nargs="+", type=Path, help="files of answers, one per model")
+    parser.add_argument("--dataset", default="partonomy", help="data set, as in datasets.load_dataset")
+    parser.add_argument("--name", default="mini_questions", help="its configuration; it must hold questions")
+    parser.add_argument("--split", default="test", help="its split")
+    parser.add_argument("--data_dir", help="folder of raw data")
+    parser.add_argument("--mask_source", default="gt_answer", choices=("gt_answer", "predicted_answer", "generated"))
+    parser.add_argument("--output", type=Path, required=True, help="the HTML file")
+    options = parser.parse_args()
+    try:
+        rows, questions = load_questions(
+            options.dataset, name=options.name, split=options.split, data_dir=options.data_dir
+        )
+        models = {}
+        for path in options.predictions:
+            models[str(path)], problems = read_answers(path, questions, mask_source=options.mask_source)
+            leave_out(questions, models[str(path)], problems, report_to=None)
+        row_of_question = {name: index for index, name in enumerate(rows["id"])}
+        write_comparison(
+            options.output,
+            questions=questions,
+            models=models,
+            load_image=lambda question: load_image(rows, row_of_question[question.id], question),
+            mask_source=options.mask_source,
+        )
+    except (DataError, ValueError) as error:
+        sys.exit(f"compare_predictions.py: {error}")
+    print(f"comparison: {options.output}")
+
+
+if __name__ == "__main__":
+    main()
