@@ -8,10 +8,14 @@ Both are timed in one process on one core; what it prints is the time of all pai
 """
 
 import argparse
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 from pycocotools import mask as coco
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from partkit.mask_metrics import RLE, overlap
 from partkit.masks import decode
