@@ -27,10 +27,10 @@ RELATED_SHARE = 0.9
 _MAX_DRAWS = 100
 
 TOGGLES = 3
-EVEN = 0.1
+EVEN = 0.05
 """A part is visible about every second time if its share of images is this close to one half."""
-SPREAD = 0.15
-"""Parts are exchanged for each other if their shares of images differ by no more."""
+ODDS_RATIO = 1.5
+"""Parts are exchanged for each other if the odds that they are visible differ by no larger factor."""
 EXCHANGED = range(4, 9)
 """Among how many parts may be exchanged."""
 
@@ -134,14 +134,14 @@ def _even_parts(presence: Mapping[str, float]) -> list[str]:
 
 
 def _exchange_pools(truth: Sequence[str], presence: Mapping[str, float]) -> Iterator[list[str]]:
-    """Neighbours by share of images, enough of them in the truth and enough not for five different lists."""
-    ranked = sorted((share, part) for part, share in presence.items() if 0 < share < 1)
+    """Neighbours by their odds, enough of them in the truth and enough not for five different lists."""
+    ranked = sorted((share / (1 - share), part) for part, share in presence.items() if 0 < share < 1)
     for size in EXCHANGED:
         for start in range(len(ranked) - size + 1):
             neighbours = ranked[start : start + size]
             pool = [part for _, part in neighbours]
             if (
-                neighbours[-1][0] - neighbours[0][0] <= SPREAD
+                neighbours[-1][0] <= ODDS_RATIO * neighbours[0][0]
                 and comb(size, len(set(truth).intersection(pool))) > DISTRACTORS
             ):
                 yield sorted(pool)

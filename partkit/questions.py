@@ -20,7 +20,7 @@ from partkit.distractors import (
     can_balance,
     edited_distractors,
 )
-from partkit.knowledge import PartGraph, PartKnowledge, Similarity, check_known
+from partkit.knowledge import PartGraph, PartKnowledge, Similarity, check_known, even_presence
 from partkit.schema import QUESTION_TYPES, TWO_STEP_TYPES, DataError, PartExample, Question
 from partkit.seeding import seeded_generator
 from partkit.spans import join_parts
@@ -275,9 +275,5 @@ def make_questions(
         raise DataError(
             f"example {example.image_id}, field 'image_label': the part graphs do not know {example.image_label!r}"
         )
-    presence = {
-        label: {part: 1.0 if part in required_parts[label] else 0.5 for part in parts}
-        for label, parts in part_graph.items()
-    }
-    knowledge = PartKnowledge(part_graph, {}, presence)
+    knowledge = PartKnowledge(part_graph, {}, even_presence(required_parts, part_graph=part_graph))
     return QuestionMaker(knowledge, scheme="balanced", seed=seed).questions(example, question_types)

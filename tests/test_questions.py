@@ -11,10 +11,10 @@ from partkit import synthesis
 from partkit.distractors import DISTRACTORS, TOGGLES, toggled_distractors
 from partkit.masks import encode
 from partkit.questions import MADE_QUESTION_TYPES, filter_parts, make_questions
-from partkit.schema import DataError, PartExample, PartMask
+from partkit.schema import QUESTION_TYPES, DataError, PartExample, PartMask
 from partkit.sources.official import read_questions
 from partkit.spans import join_parts
-from partkit.wording import official_answer, official_question, with_article
+from partkit.wording import OBJECT_QUESTION, object_answer, official_answer, official_question, with_article
 
 GRAPH = synthesis.part_graph()
 REQUIRED = synthesis.required_parts()
@@ -37,9 +37,15 @@ def questions_about(record: PartExample, *, seed: int = 0, question_types=MADE_Q
     return make_questions(record, part_graph=GRAPH, required_parts=REQUIRED, question_types=question_types, seed=seed)
 
 
+def compared_objects(question) -> tuple[str | None, str | None]:
+    found = re.search(
+        r"(?:in common with|which) an? (.+?)(?: but not with an? (.+?))?(?: does not have)?\?$", question.question
+    )
+    return found.groups() if found else (None, None)
+
+
 def partner_of(question) -> str | None:
-    found = re.search(r"(?:in common with|which) an? (.+?)(?: does not have)?\?$", question.question)
-    return found and found.group(1)
+    return compared_objects(question)[0]
 
 
 @given(examples(), st.integers(0, 3))
@@ -110,15 +116,16 @@ def test_objects_and_parts_outside_the_graphs_are_refused_by_name():
 def test_the_wording_is_that_of_the_official_release(fixtures_dir):
     compared = Counter()
     for question in read_questions(fixtures_dir / "official_layout"):
-        if question.question_type not in MADE_QUESTION_TYPES:
-            continue
-        partner = partner_of(question)
-        words = {"image_label": question.image_label, "partner": partner}
+        partner, contrast = compared_objects(question)
+        words = {"image_label": question.image_label, "partner": partner, "contrast": contrast}
         assert official_question(question.question_type, **words) == question.question
         for parts, choice in zip(question.choice_parts, question.choices, strict=True):
             assert official_answer(question.question_type, join_parts(parts), **words) == choice
+        if question.object_question is not None:
+            assert question.object_question == OBJECT_QUESTION
+            assert question.object_choices == list(map(object_answer, question.object_classes))
         compared[question.question_type] += 1
-    assert set(compared) == set(MADE_QUESTION_TYPES)
+    assert compared == dict.fromkeys(QUESTION_TYPES, 42)
 
 
 @pytest.mark.parametrize(
@@ -142,36 +149,3 @@ def test_toggling_makes_every_choice_equally_likely_to_be_the_truth():
     assert set(as_distractor) == set(as_truth)
     shares = np.array([as_distractor[key] / as_truth[key] for key in as_truth])
     np.testing.assert_allclose(shares, DISTRACTORS, atol=0.35)
-
-
-def test_blind_heuristics_stay_near_chance_on_the_test_questions(capsys):
-    records = [synthesis.draw_example("test", index) for index in range(150)]
-    questions = [question for record in records for question in questions_about(record)]
-    common = Counter(part for question in questions for parts in question.choice_parts for part in parts)
-
-    def medoid(choices: list[list[str]]) -> list[int]:
-        return [-sum(len(set(parts) ^ set(other)) for other in choices) for parts in choices]
-
-    heuristics = {
-        "longest": lambda choices: [len(parts) for parts in choices],
-        "shortest": lambda choices: [-len(parts) for parts in choices],
-        "most common parts": lambda choices: [np.mean([common[part] for part in parts]) for parts in choices],
-        "medoid": medoid,
-        "first": lambda choices: [-position for position in range(len(choices))],
-    }
-    with capsys.disabled():
-        print()
-        for name, score in heuristics.items():
-            accuracy = expected_accuracy(questions, score)
-            print(f"blind choice on {len(questions)} questions, {name}: {accuracy:.3f}")
-            assert accuracy == pytest.approx(0.2, abs=0.07)
-
-
-def expected_accuracy(questions, score) -> float:
-    """Ties are broken at random, so a tie of n that holds the right answer counts 1 / n."""
-    hits = []
-    for question in questions:
-        scores = np.asarray(score(question.choice_parts), dtype=float)
-        best = np.flatnonzero(scores == scores.max())
-        hits.append((question.correct in best) / len(best))
-    return float(np.mean(hits))
