@@ -8,12 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from partkit import synthesis
 from partkit.distractors import DISTRACTORS, MAX_EDITS, TOGGLES
-from partkit.knowledge import PartKnowledge, collect_knowledge, embedding_similarity
-from partkit.leak import fit_bag_of_parts
+from partkit.knowledge import PartKnowledge, collect_knowledge, embedding_similarity, even_presence
+from partkit.leak import fit_bag_of_parts, measure_leak
 from partkit.masks import encode
 from partkit.questions import SCHEMES, QuestionMaker
-from partkit.schema import DataError, PartExample, PartMask
+from partkit.schema import QUESTION_TYPES, DataError, PartExample, PartMask
 from partkit.synonyms import judge_synonyms, judged_synonyms, lemmatised
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -101,6 +102,17 @@ def test_wrong_objects_are_four_others_of_the_data_set(scheme, examples):
             assert set(question.object_classes) <= set(maker.knowledge.part_graph)
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
+@given(examples=data_sets())
+@settings(deadline=None, max_examples=15)
+def test_questions_depend_on_neither_the_order_of_images_nor_of_types(scheme, examples):
+    forward = [question for record in examples for question in maker_for(examples, scheme=scheme).questions(record)]
+    turned = examples[::-1]
+    maker = maker_for(turned, scheme=scheme)
+    backward = [question for record in turned for question in maker.questions(record, QUESTION_TYPES[::-1])]
+    assert {question.id: question for question in forward} == {question.id: question for question in backward}
+
+
 def test_over_many_images_every_partner_that_fits_is_drawn():
     parts = {"bike": "arm belt", "boat": "belt cap", "bus": "arm belt cap", "car": "door", "kite": "arm door"}
     examples = [example(f"{label}", label, listed.split()) for label, listed in parts.items()]
@@ -172,6 +184,24 @@ def test_judged_synonyms_are_asked_once_and_read_back(tmp_path):
     (tmp_path / "synonyms.json").write_text('[["a", "b"], ["b", "c"]]')
     with pytest.raises(DataError, match="group 1: 'b' is in an earlier group"):
         judged_synonyms(tmp_path / "synonyms.json")
+
+
+def test_blind_heuristics_tell_nothing_from_balanced_questions_and_the_middle_of_official_ones():
+    train, test = ([synthesis.draw_example(split, n) for n in range(150)] for split in ("train", "test"))
+    graphs = {"part_graph": synthesis.part_graph(), "instance_graph": synthesis.instance_graph()}
+    counted = collect_knowledge(
+        [(record.image_label, [mask.label for mask in record.masks]) for record in train + test], **graphs
+    )
+    even = PartKnowledge(**graphs, presence=even_presence(synthesis.required_parts(), part_graph=graphs["part_graph"]))
+    leak = {}
+    for scheme, knowledge in (("official", counted), ("balanced", even)):
+        maker = QuestionMaker(knowledge, scheme=scheme, seed=0)
+        leak[scheme] = measure_leak(
+            *([q for record in half for q in maker.questions(record)] for half in (train, test))
+        )
+    for name, accuracy in leak["balanced"].items():
+        assert accuracy == pytest.approx(0.2, abs=0.05), name
+    assert leak["official"]["middle"] > 0.5
 
 
 def test_the_bag_of_parts_learns_which_parts_are_never_right():
