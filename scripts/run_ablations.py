@@ -40,12 +40,7 @@ from train import Collator, ConversationDataset, load_checkpoint
 
 ROOT = Path(__file__).parents[1]
 DATASETS = ("mini", "mini_instances")
-VARIANTS = {
-    "tags": {},
-    "tags-no_feedback": {"mask_feedback": False},
-    "seg": {"span_source": "seg_token"},
-    "seg-no_feedback": {"span_source": "seg_token", "mask_feedback": False},
-}
+VARIANTS = ("tags", "tags-no_feedback", "seg", "seg-no_feedback")  # recipes/ablations/*.yaml
 SEEDS = (0, 1, 2)
 FIGURES = {
     "giou": "gIoU",
@@ -129,12 +124,13 @@ def write_recipe(folder: Path, recipe: dict, *, dataset: str, variant: str, seed
     Raises:
         SystemExit: The folder holds a run of another recipe.
     """
+    ablation = yaml.safe_load((ROOT / "recipes" / "ablations" / f"{variant}.yaml").read_text())
     recipe = {
         **recipe,
         "output_dir": str(folder / "model"),
         "name": dataset,
         "seed": seed,
-        "model_config": {**recipe["model_config"], **VARIANTS[variant]},
+        "model_config": {**recipe["model_config"], **ablation["model_config"]},
     }
     path, text = folder / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False)
     if path.is_file() and path.read_text() != text:
@@ -197,13 +193,13 @@ def main():
     recipe |= {name[2:]: yaml.safe_load(value) for name, value in zip(names, values, strict=True)}
 
     results = {}
-    for dataset in arguments.datasets:
-        for variant in arguments.variants:
-            for seed in arguments.seeds:
+    for seed in arguments.seeds:  # outermost, so that what is there when a run is stopped compares all variants
+        for dataset in arguments.datasets:
+            for variant in arguments.variants:
                 folder = arguments.output_dir.resolve() / f"{dataset}-{variant}-{seed}"
                 path = write_recipe(folder, recipe, dataset=dataset, variant=variant, seed=seed)
                 results.setdefault((dataset, variant), []).append(run(folder, path, dataset=dataset))
-            write_whole(arguments.output_dir / "ablations.md", [format_table(results), "\n"])
+                write_whole(arguments.output_dir / "ablations.md", [format_table(results), "\n"])
     print(format_table(results))
 
 
