@@ -29,7 +29,7 @@ gradients on perfect predictions; every loss can be normalised by counts of the 
 import inspect
 import math
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -448,7 +448,7 @@ class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
         image_inputs, sam_image_embeddings, sam_image_index = self._resolve_images(
             input_ids, pixel_values, sam_pixel_values, sam_image_embeddings, sam_image_index
         )
-        with recorded_inputs(self.vlm.get_decoder()) as language_inputs:
+        with nullcontext() if teacher is None else recorded_inputs(self.vlm.get_decoder()) as language_inputs:
             hidden_states = self._run_language_model(input_ids, attention_mask, **image_inputs, **vlm_inputs)
         logits = self.get_output_embeddings()(hidden_states)
         span_logits = self.tag_tokens(input_ids, hidden_states, attention_mask)

@@ -225,25 +225,26 @@ def build_from_scratch(
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(model.generation_config, name, getattr(tokenizer, name))
 
-    side = config.sam_config.vision_config.image_size
-    sam_image_processor = SamImageProcessor(size={"longest_edge": side}, pad_size={"height": side, "width": side})
-    processor = PlumProcessor(
-        sam_image_processor,
-        sam_image_processor,
-        tokenizer,
-        num_image_tokens=count_image_tokens(model),
-        vlm_image_input=config.vlm_image_input,
-        seg_token=seg_token,
-    )
-    return model, processor
+    return model, build_processor(model, tokenizer, seg_token=seg_token)
 
 
 @torch.no_grad()
-def count_image_tokens(model: PlumForConditionalGeneration) -> int:
-    """How many vectors the language model sees of one image."""
+def build_processor(
+    model: PlumForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, **options
+) -> PlumProcessor:
+    """The processor of a model that looks through SAM's encoder; `options` are further ones of [`PlumProcessor`]."""
     config = model.config
-    grid = torch.zeros(1, config.sam_config.vision_config.output_channels, config.sam_grid_size, config.sam_grid_size)
-    return len(torch.cat(list(model.vlm.get_image_features(grid, return_dict=True).pooler_output)))
+    side, grid = config.sam_config.vision_config.image_size, config.sam_grid_size
+    sam_image_processor = SamImageProcessor(size={"longest_edge": side}, pad_size={"height": side, "width": side})
+    blank = torch.zeros(1, config.sam_config.vision_config.output_channels, grid, grid)
+    return PlumProcessor(
+        sam_image_processor,
+        sam_image_processor,
+        tokenizer,
+        num_image_tokens=len(torch.cat(list(model.vlm.get_image_features(blank, return_dict=True).pooler_output))),
+        vlm_image_input=config.vlm_image_input,
+        **options,
+    )
 
 
 def check_span_source(config: PlumConfig, processor: PlumProcessor):

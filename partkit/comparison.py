@@ -4,14 +4,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 from PIL import Image
 
 from partkit.mask_metrics import normalise
 from partkit.metrics import MaskSource, pair_by_id, question_ious, scored_spans, tally, true_masks
 from partkit.predictions import Prediction, write_whole
-from partkit.report import COLOURS, FIGURES, STYLE, panel
+from partkit.report import COLOURS, FIGURES, panel, render_page
 from partkit.schema import Question
 from partkit.tallies import interval, resample, summarise
 
@@ -79,7 +78,6 @@ def write_comparison(
     mask_source: MaskSource = "gt_answer",
 ) -> None:
     """Writes the page, whole or not at all; the examples are those on which the models' masks differ most."""
-    page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(PAGE)
     answers = {name: [p for _, p in pair_by_id(questions, predictions)] for name, predictions in models.items()}
     ious = np.array(
         [[_mean_iou(q, p, mask_source) for q, p in zip(questions, given, strict=True)] for given in answers.values()]
@@ -100,7 +98,15 @@ def write_comparison(
         for index in order
     ]
     groups = compare(questions, models, mask_source=mask_source)
-    write_whole(path, [page.render(style=STYLE, groups=groups, names=list(models), titles=FIGURES, examples=examples)])
+    page = render_page(
+        PAGE,
+        title="PARTONOMY comparison",
+        groups=groups,
+        names=list(models),
+        titles=FIGURES,
+        examples=examples,
+    )
+    write_whole(path, [page])
 
 
 def _mean_iou(question: Question, prediction: Prediction, mask_source: MaskSource) -> float:
@@ -120,20 +126,8 @@ def _panels(question: Question, spans: dict[str, list], image: Image.Image) -> l
     ]
 
 
-PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>PARTONOMY comparison</title>
-<style>
-{{ style | safe }}
-</style>
-</head>
-<body><main>
-<h1>PARTONOMY comparison</h1>
-<p class="quiet">Below each figure its 95 % bootstrap interval over the questions, and in bold the interval of its
-difference to {{ names[0] }} on the same draws of questions where that interval does not hold 0.</p>
+PAGE = """<p class="quiet">Below each figure its 95 % bootstrap interval over the questions, and in bold the interval
+of its difference to {{ names[0] }} on the same draws of questions where that interval does not hold 0.</p>
 {% for group, rows in groups.items() %}
 <details{{ " open" if loop.first }}><summary>{{ group | replace("_", " ") }}</summary>
 <div class="box"><table>
@@ -166,6 +160,4 @@ difference to {{ names[0] }} on the same draws of questions where that interval 
 </div>
 </div>
 {% endfor %}
-</main></body>
-</html>
 """

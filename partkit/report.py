@@ -23,7 +23,7 @@ from partkit.metrics import Pair, pair_by_id, question_ious, true_masks, true_pa
 from partkit.predictions import Prediction, SpanMask, write_whole
 from partkit.schema import Question
 
-__all__ = ["COLOURS", "FIGURES", "STYLE", "highlight", "overlay", "panel", "write_report"]
+__all__ = ["COLOURS", "FIGURES", "highlight", "overlay", "panel", "render_page", "write_report"]
 
 # Told apart on photographs and by colour-blind readers (after Okabe and Ito), all dark enough for white text.
 COLOURS = (
@@ -267,9 +267,9 @@ def write_report(
     """
     shown = [name for name in FIGURES if metrics["overall"].get(name) is not None]
     intervals = metrics["intervals"]["overall"]
-    page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(PAGE)
-    text = page.render(
-        style=STYLE,
+    page = render_page(
+        PAGE,
+        title="PARTONOMY evaluation",
         run=metrics["run"],
         n=metrics["overall"]["n"],
         columns=list(COLUMNS),
@@ -283,7 +283,13 @@ def write_report(
         parts=sorted(metrics["by_part"].items(), key=lambda item: -item[1]["mean_iou"]),
         examples=[_example(pair, load_image) for pair in _spread(pair_by_id(questions, predictions))],
     )
-    write_whole(path, [text])
+    write_whole(path, [page])
+
+
+def render_page(body: str, *, title: str, **values: Any) -> str:
+    """A whole HTML page in the style of the reports; `body` is a template of its content, filled with `values`."""
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(START + body + END).render(title=title, style=STYLE, **values)
 
 
 STYLE = """
@@ -323,20 +329,25 @@ ol { margin: 6px 0 0; padding-left: 1.6em; font-size: .85rem } li { margin: 2px 
 summary { cursor: pointer; font-size: .88rem; color: var(--quiet) }
 """
 
-PAGE = """<!doctype html>
+START = """<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>PARTONOMY evaluation</title>
+<title>{{ title }}</title>
 <style>
 {{ style | safe }}
 </style>
 </head>
 <body><main>
-<h1>PARTONOMY evaluation</h1>
-<p class="quiet">{{ n }} questions. Figures are shares between 0 and 1, larger is better. The wrong-image column asks
-the same questions of another record's image; what remains there is not read from the image.</p>
+<h1>{{ title }}</h1>
+"""
+END = """</main></body>
+</html>
+"""
+
+PAGE = """<p class="quiet">{{ n }} questions. Figures are shares between 0 and 1, larger is better. The wrong-image
+column asks the same questions of another record's image; what remains there is not read from the image.</p>
 <div class="box"><dl>
 {% for name, value in run.items() %}
 <dt>{{ name | replace("_", " ") }}</dt>
@@ -409,6 +420,4 @@ part has one colour in text and masks.</p>
 </ol></details>
 </div>
 {% endfor %}
-</main></body>
-</html>
 """

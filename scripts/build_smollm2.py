@@ -17,14 +17,14 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, LlamaForCausalLM, SamImageProcessor
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from configuration_plum import PlumConfig
 from modeling_plum import PlumForConditionalGeneration
 from processing_plum import PlumProcessor
-from train import SEG_TOKEN, count_image_tokens
+from train import SEG_TOKEN, build_processor
 
 WEIGHTS_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 IMAGE_TOKEN = "<filename>"
@@ -132,18 +132,9 @@ def build(
     model.vlm.get_decoder().load_state_dict(language_model.model.state_dict())
     model.get_output_embeddings().load_state_dict(language_model.lm_head.state_dict())
     model.generation_config = language_model.generation_config
-    sam_image_processor = SamImageProcessor(
-        size={"longest_edge": IMAGE_SIZE}, pad_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}
-    )
-    processor = PlumProcessor(
-        sam_image_processor,
-        sam_image_processor,
-        tokenizer,
-        num_image_tokens=count_image_tokens(model),
-        vlm_image_input=config.vlm_image_input,
-        image_token=IMAGE_TOKEN,
-        seg_token=seg_token,
-        chat_template=accept_parts(tokenizer.chat_template),
+    chat_template = accept_parts(tokenizer.chat_template)
+    processor = build_processor(
+        model, tokenizer, image_token=IMAGE_TOKEN, seg_token=seg_token, chat_template=chat_template
     )
     return model.eval(), processor
 

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, CLIPVisionConf
 from configuration_plum import PlumConfig
 from modeling_plum import PlumForConditionalGeneration
 from processing_plum import PlumProcessor
-from tests.tiny import conversation, random_image, random_mask, tiny_config
+from tests.tiny import conversation, mixed_conversations, random_image, tiny_config
 from tests.tiny_backbones import FAMILIES, llava_clip, qwen2_5_vl, tiny_sam
 
 # A folder is read by the code under test, so nobody is asked whether to trust the copy saved with it.
@@ -20,13 +20,7 @@ AutoConfig.register("plum", PlumConfig, exist_ok=True)
 EXACT = {"rtol": 1e-4, "atol": 1e-5}
 PLUM = {"span_tagger_num_heads": 4, "span_tagger_intermediate_size": 64}
 WIDE, TALL = random_image(50, 70, seed=1), random_image(90, 40, seed=2)
-CHATS = [
-    conversation(WIDE, "I can see a <p>wheel</p>, another <p>wheel</p> and a <p>left wing</p>."),
-    conversation(TALL, "The <p>tail</p> is red."),
-    conversation(WIDE, "It is red."),
-    conversation(None, "Which object?"),
-]
-MASKS = [[random_mask(50, 70, seed) for seed in range(3)], [random_mask(90, 40, seed=3)], [], None]
+CHATS, MASKS = mixed_conversations()
 PROMPTS = [conversation(image, None) for image in (WIDE, TALL, None)]
 
 

@@ -22,7 +22,15 @@ from modeling_plum import (
     focal_tversky_loss,
     upscale_masks,
 )
-from tests.tiny import conversation, random_image, random_mask, tiny_config, tiny_model, tiny_processor
+from tests.tiny import (
+    conversation,
+    mixed_conversations,
+    random_image,
+    random_mask,
+    tiny_config,
+    tiny_model,
+    tiny_processor,
+)
 
 ROOT = Path(__file__).parents[1]
 EXACT = {"rtol": 1e-4, "atol": 1e-5}
@@ -30,19 +38,7 @@ EXACT = {"rtol": 1e-4, "atol": 1e-5}
 
 def mixed_batch(processor, **options):
     """Two images of different sizes, three, one and no spans, and a row without an image."""
-    wide, tall = random_image(50, 70, seed=1), random_image(90, 40, seed=2)
-    conversations = [
-        conversation(wide, "I can see a <p>wheel</p>, another <p>wheel</p> and a <p>left wing</p>."),
-        conversation(tall, "The <p>tail</p> is red."),
-        conversation(wide, "It is red."),
-        conversation(None, "Which object?"),
-    ]
-    masks = [
-        [random_mask(50, 70, seed) for seed in range(3)],
-        [random_mask(90, 40, seed=3)],
-        [],
-        None,
-    ]
+    conversations, masks = mixed_conversations()
     return processor.apply_chat_template(conversations, masks=masks, tokenize=True, return_dict=True, **options)
 
 

@@ -1,6 +1,5 @@
 """Pascal-Part, PACO-LVIS and PartImageNet, each in miniature as published; none of their data is in the repository."""
 
-import copy
 import io
 import json
 from pathlib import Path
@@ -13,6 +12,7 @@ from partkit.masks import DataError, decode, encode
 from partkit.sources.paco_lvis import PacoLvis
 from partkit.sources.partimagenet import PartImageNet
 from partkit.sources.pascal_part import PascalPart
+from tests.test_sources import changed
 
 HEIGHT, WIDTH = 40, 60
 
@@ -184,15 +184,6 @@ def test_partimagenet_reads_every_split_from_the_layouts_in_use(tmp_path, file, 
         np.testing.assert_array_equal(decode(quadruped.masks[0].rle), LEFT_WHEEL)
         np.testing.assert_array_equal(decode(car.masks[0].rle), RIGHT_WHEEL)
         assert source.blank == 1
-
-
-def changed(content: dict, *path: str | int, value) -> dict:
-    content = copy.deepcopy(content)
-    target = content
-    for key in path[:-1]:
-        target = target[key]
-    target[path[-1]] = value
-    return content
 
 
 BOMB = {"size": [HEIGHT, WIDTH], "counts": encode(np.ones((6000, 6000), dtype=bool))["counts"]}

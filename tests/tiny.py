@@ -147,6 +147,18 @@ def random_mask(height: int = 50, width: int = 70, seed: int = 0) -> np.ndarray:
     return mask
 
 
+def mixed_conversations() -> tuple[list[list[dict]], list[list[np.ndarray] | None]]:
+    """Conversations and masks: two images of different sizes, three, one and no spans, and a row without an image."""
+    wide, tall = random_image(50, 70, seed=1), random_image(90, 40, seed=2)
+    conversations = [
+        conversation(wide, "I can see a <p>wheel</p>, another <p>wheel</p> and a <p>left wing</p>."),
+        conversation(tall, "The <p>tail</p> is red."),
+        conversation(wide, "It is red."),
+        conversation(None, "Which object?"),
+    ]
+    return conversations, [[random_mask(50, 70, seed) for seed in range(3)], [random_mask(90, 40, seed=3)], [], None]
+
+
 def conversation(
     image: Image.Image | None, answer: str | None, question: str = "Which parts can you see?"
 ) -> list[dict]:
