@@ -32,11 +32,12 @@ from datasets import Dataset, load_dataset
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import partonomy_dataset  # noqa: F401  (makes load_dataset("partonomy") work)
+from data_plum import Collator, ConversationDataset
 from modeling_plum import PlumForConditionalGeneration
 from partkit.predictions import write_whole
 from partkit.schema import escape_tags
 from processing_plum import PlumProcessor, parse_span_tags
-from train import Collator, ConversationDataset, load_checkpoint
+from train import load_checkpoint
 
 ROOT = Path(__file__).parents[1]
 DATASETS = ("mini", "mini_instances")
