@@ -6,7 +6,7 @@
     load_dataset("partonomy", "mini")                             # drawings: grounded conversations, for training
     load_dataset("partonomy", "mini_instances")                   # drawings: parts that occur several times
     load_dataset("partonomy", "mini_questions")                   # drawings: benchmark questions
-    load_dataset("partonomy", "official", data_dir=FOLDER)        # the official release: benchmark questions
+    load_dataset("partonomy", "core", data_dir=FOLDER)            # the official release: benchmark questions
     load_dataset("partonomy", "descriptor", data_dir=FOLDER)      # the authors' input format: grounded conversations
     load_dataset("partonomy", "pascal_part", data_dir=FOLDER)     # your copy, and so paco_lvis and partimagenet
 
@@ -56,7 +56,7 @@ def _config(name: str, description: str) -> datasets.BuilderConfig:
 
 
 class Partonomy(datasets.GeneratorBasedBuilder):
-    """One builder for every source. `mini_questions` and `official` give questions, the others grounded conversations,
+    """One builder for every source. `mini_questions` and `core` give questions, the others grounded conversations,
     with the features of `partkit.schema`."""
 
     DEFAULT_CONFIG_NAME = "mini"
@@ -64,7 +64,7 @@ class Partonomy(datasets.GeneratorBasedBuilder):
         _config("mini", "Drawn objects: grounded conversations for training."),
         _config("mini_instances", "Drawn objects whose parts occur several times, one mask per instance."),
         _config("mini_questions", "Benchmark questions about the drawings of mini."),
-        _config("official", f"The official release; data_dir holds {QUESTIONS_FILE} and images/."),
+        _config("core", f"The official release; data_dir holds {QUESTIONS_FILE} and images/."),
         _config("descriptor", f"Conversations about a raw data set; data_dir holds {DESCRIPTOR_FILE} and its images."),
         _config("pascal_part", "Conversations about Pascal-Part; data_dir holds train.json and VOCdevkit/."),
         _config("paco_lvis", "Conversations about PACO-LVIS; data_dir holds annotations/ and images/ of COCO 2017."),
@@ -72,12 +72,12 @@ class Partonomy(datasets.GeneratorBasedBuilder):
     ]
 
     def _info(self) -> datasets.DatasetInfo:
-        asks = self.config.name in ("mini_questions", "official")
+        asks = self.config.name in ("mini_questions", "core")
         features = schema.QUESTION_FEATURES if asks else schema.GROUNDED_CONVERSATION_FEATURES
         return datasets.DatasetInfo(description=self.config.description, features=features)
 
     def _split_generators(self, dl_manager: datasets.DownloadManager) -> list[datasets.SplitGenerator]:
-        if self.config.name == "official":
+        if self.config.name == "core":
             return [datasets.SplitGenerator(name="test", gen_kwargs={"split": "test", "shards": None})]
         if self.config.name == "descriptor":
             indices = _descriptor_splits(Descriptor(self._data_dir()))
@@ -110,7 +110,7 @@ class Partonomy(datasets.GeneratorBasedBuilder):
                     yield from make_questions(
                         _drawn(split, index), part_graph=graph, required_parts=required, seed=SEED
                     )
-            case "official":
+            case "core":
                 yield from read_questions(self._data_dir())
             case "descriptor":
                 descriptor = Descriptor(self._data_dir())

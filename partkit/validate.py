@@ -45,7 +45,7 @@ def validate(source: str, folder: str | Path) -> Report:
     return report
 
 
-def _check_official(folder: Path, report: Report) -> None:
+def _check_core(folder: Path, report: Report) -> None:
     questions = tqdm(read_questions(folder, on_error=report.refuse), desc="questions", unit=" questions")
     types, masks = Counter(), set()
     for question in questions:
@@ -116,7 +116,7 @@ def _differences_from_published(source: CocoParts) -> Iterator[str]:
 
 
 SOURCES: dict[str, Callable[[Path, Report], None]] = {
-    "official": _check_official,
+    "core": _check_core,
     "descriptor": _check_descriptor,
     "pascal_part": _check_coco(PascalPart),
     "paco_lvis": _check_coco(PacoLvis),

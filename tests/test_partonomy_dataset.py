@@ -156,7 +156,7 @@ def test_every_import_stands_on_one_line():
 def test_the_official_sample_loads_by_name(fixtures_dir, tmp_path, streaming):
     folder = str(fixtures_dir / "official_layout")
     data = load_dataset(
-        "partonomy", "official", data_dir=folder, split="test", streaming=streaming, cache_dir=tmp_path
+        "partonomy", "core", data_dir=folder, split="test", streaming=streaming, cache_dir=tmp_path
     )
     rows = list(data.select_columns(["id", "question_type", "image"]))
     assert len(rows) == 420
@@ -217,7 +217,7 @@ def test_a_bad_record_is_named_in_the_chain_of_causes_and_leaves_no_data_set_beh
     (folder / "images").mkdir(parents=True)
     Image.new("RGB", (4, 4)).save(folder / "images" / "one.png")
     (folder / QUESTIONS_FILE).write_text(json.dumps([{"image_path": "images/two.png"}]))
-    load = {"path": "partonomy", "name": "official", "data_dir": str(folder), "cache_dir": tmp_path / "cache"}
+    load = {"path": "partonomy", "name": "core", "data_dir": str(folder), "cache_dir": tmp_path / "cache"}
     for _ in range(2):
         with pytest.raises(Exception, match="generating the dataset") as caught:
             load_dataset(**load)
@@ -225,7 +225,7 @@ def test_a_bad_record_is_named_in_the_chain_of_causes_and_leaves_no_data_set_beh
         assert re.search(r"record 0, field 'image_path': there is no image", str(caught.value.__cause__))
 
 
-@pytest.mark.parametrize("name", ["official", "descriptor", "pascal_part", "paco_lvis", "partimagenet"])
+@pytest.mark.parametrize("name", ["core", "descriptor", "pascal_part", "paco_lvis", "partimagenet"])
 def test_a_config_that_reads_files_asks_for_their_folder(name, tmp_path):
     with pytest.raises(Exception, match="data_dir=FOLDER|generating") as caught:
         load_dataset("partonomy", name, cache_dir=tmp_path)

@@ -222,7 +222,7 @@ def test_bad_records_can_be_reported_instead_and_the_others_are_read(tmp_path):
     folder = official_folder(tmp_path / "data", bad, official_record(), bad)
     errors = []
     (question,) = read_questions(folder, on_error=errors.append)
-    assert question.id == "official-00001"
+    assert question.id == "core-00001"
     assert [str(error).split(", ")[1] for error in errors] == ["record 0", "record 2"]
 
 

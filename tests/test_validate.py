@@ -38,9 +38,9 @@ def test_whole_copies_are_fit_and_say_what_they_hold(tmp_path):
     ]
     descriptor = validate("descriptor", descriptor_folder(tmp_path / "descriptor", descriptor_content()))
     assert (descriptor.problems, descriptor.notes) == ([], ["examples: 1 examples, 2 masks, 1 images, 1 objects"])
-    official = validate("official", official_folder(tmp_path / "official", official_record()))
-    assert official.problems == []
-    assert official.notes == [
+    core = validate("core", official_folder(tmp_path / "core", official_record()))
+    assert core.problems == []
+    assert core.notes == [
         "1 questions: 1 identification",
         "1 objects (Partonomy-Core: 534), 2 parts (Partonomy-Core: 862), 2 object-part pairs (Partonomy-Core: 1976), "
         "1 images (Partonomy-Core: 1068), 2 masks (Partonomy-Core: 4968)",
@@ -88,7 +88,7 @@ def test_the_command_prints_the_first_problems_and_exits_with_one(tmp_path, caps
     bad = changed(official_record(), "image_path", value="images/none.png")
     folder = official_folder(tmp_path / "data", official_record(), *[bad] * (LISTED_PROBLEMS + 5))
     errors = tmp_path / "errors.jsonl"
-    assert main(["validate", "official", str(folder), "--errors", str(errors)]) == 1
+    assert main(["validate", "core", str(folder), "--errors", str(errors)]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert len(errors.read_text().splitlines()) == LISTED_PROBLEMS + 5
     assert "record 1, field 'image_path'" in json.loads(errors.read_text().splitlines()[0])["problem"]
@@ -98,6 +98,6 @@ def test_the_command_prints_the_first_problems_and_exits_with_one(tmp_path, caps
 
 def test_the_command_runs_as_a_module(tmp_path):
     folder = official_folder(tmp_path / "data", official_record())
-    command = [sys.executable, "-m", "partkit", "validate", "official", str(folder)]
+    command = [sys.executable, "-m", "partkit", "validate", "core", str(folder)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout.splitlines()[-1]) == (0, f"{folder} is complete")

@@ -28,7 +28,7 @@ from partkit.schema import DataError, Question
 from partkit.sources.files import ImageFiles, check_labels, read_part_masks, stream_records, typed, typed_list
 
 QUESTIONS_FILE = "partonomy_qa_pairs.json"
-SOURCE = "official"
+SOURCE = "core"
 LICENCE = "not stated"
 
 
