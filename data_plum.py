@@ -9,6 +9,7 @@ import torch
 from datasets import Dataset
 from PIL import Image
 
+from partkit.images import to_rgb
 from partkit.masks import decode as decode_rle
 from partkit.schema import DataError, as_chat, tagged_phrases
 from processing_plum import PlumProcessor
@@ -42,7 +43,7 @@ class ConversationDataset(torch.utils.data.Dataset):
         generator = np.random.default_rng([self.seed, self.epoch, index])
         image = record["image"]
         if image is not None:
-            image = image.convert("RGB")
+            image = to_rgb(image, where=f"record {record['id']}, field 'image'")
             if self.jitter:
                 gain, offset = generator.uniform(-self.jitter, self.jitter, (2, 3))
                 pixels = np.asarray(image, dtype=np.float32) * (1 + gain) + 128 * offset

@@ -79,7 +79,9 @@ class EvaluationArguments:
     dataset: str = field(default="partonomy", metadata={"help": "Data set, as in datasets.load_dataset."})
     name: str = field(default="mini_questions", metadata={"help": "Its configuration; it must hold questions."})
     split: str = field(default="test", metadata={"help": "Its split."})
-    data_dir: str | None = field(default=None, metadata={"help": "Folder of raw data, for a `--name` that reads your files."})
+    data_dir: str | None = field(
+        default=None, metadata={"help": "Folder of raw data, for a `--name` that reads your files."}
+    )
     control: Literal["wrong_image", "none"] = field(
         default="wrong_image", metadata={"help": "Ask everything again with the image of another record, or not."}
     )

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import fields
 
 import datasets
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from partkit.images import to_rgb
 from partkit.masks import DataError
 from partkit.schema import PartMask, Question, as_row
 from partkit.seeding import seeded_generator
@@ -60,8 +61,8 @@ def load_questions(
 def load_image(rows: datasets.Dataset, index: int, question: Question) -> Image.Image:
     """The image of one record as RGB; raises DataError if it cannot be read or is not of its masks' size."""
     try:
-        image = rows[index]["image"].convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
+        image = to_rgb(rows[index]["image"], where=f"Question {question.id!r}, image {question.image_id!r}")
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"Question {question.id!r}: image {question.image_id!r} cannot be read: {error}") from error
     size, expected = [image.height, image.width], list(question.masks[0].rle["size"])
     if size != expected:

@@ -17,6 +17,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image, ImageFilter
 
+from partkit.images import to_rgb
 from partkit.mask_metrics import normalise
 from partkit.masks import RLE, DataError, decode
 from partkit.metrics import Pair, pair_by_id, question_ious, true_masks, true_parts
@@ -92,7 +93,7 @@ def overlay(image: Image.Image, masks: Sequence[np.ndarray], *, colours: Sequenc
     Raises:
         ValueError: a mask is not of the image's size.
     """
-    drawn = image.convert("RGB")
+    drawn = to_rgb(image, where="image")
     for index, mask in enumerate(masks):
         if mask.shape != (image.height, image.width):
             raise ValueError(
@@ -127,7 +128,7 @@ def panel(image: Image.Image, rles: Iterable[RLE], colours: Sequence[str]) -> st
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     masks = [Image.fromarray(decode(rle, expected_size=(image.height, image.width))) for rle in rles]
     masks = [np.asarray(mask.convert("L").resize(size, Image.Resampling.BILINEAR)) > 127 for mask in masks]
-    drawn = overlay(image.convert("RGB").resize(size, Image.Resampling.BICUBIC), masks, colours=colours)
+    drawn = overlay(to_rgb(image, where="image").resize(size, Image.Resampling.BICUBIC), masks, colours=colours)
     return _data_address(drawn, format="JPEG", quality=82)
 
 

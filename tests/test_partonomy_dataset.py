@@ -155,9 +155,7 @@ def test_every_import_stands_on_one_line():
 @pytest.mark.parametrize("streaming", [False, True])
 def test_the_official_sample_loads_by_name(fixtures_dir, tmp_path, streaming):
     folder = str(fixtures_dir / "official_layout")
-    data = load_dataset(
-        "partonomy", "core", data_dir=folder, split="test", streaming=streaming, cache_dir=tmp_path
-    )
+    data = load_dataset("partonomy", "core", data_dir=folder, split="test", streaming=streaming, cache_dir=tmp_path)
     rows = list(data.select_columns(["id", "question_type", "image"]))
     assert len(rows) == 420
     assert len({row["question_type"] for row in rows}) == 10

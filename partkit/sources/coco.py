@@ -23,6 +23,7 @@ from typing import Any, ClassVar
 from PIL import Image, ImageDraw, ImageOps
 from pycocotools import mask as coco
 
+from partkit.images import to_rgb
 from partkit.masks import RLE, DataError, Size, area, union, validate_rle
 from partkit.schema import PartExample, PartMask
 from partkit.sources.files import ImageFiles, check_labels, read_polygons, stream_records, typed
@@ -273,7 +274,7 @@ def _with_box(file: Path, rle: RLE) -> bytes:
     """The upright image as JPEG, with a red box around the mask."""
     left, top, width, height = coco.toBbox({"size": rle["size"], "counts": rle["counts"].encode("ascii")}).tolist()
     with Image.open(file) as image:
-        drawn = ImageOps.exif_transpose(image).convert("RGB")
+        drawn = to_rgb(ImageOps.exif_transpose(image), where=str(file))
     right, bottom = min(left + width + BOX_MARGIN, drawn.width - 1), min(top + height + BOX_MARGIN, drawn.height - 1)
     box = (max(left - BOX_MARGIN, 0), max(top - BOX_MARGIN, 0), right, bottom)
     ImageDraw.Draw(drawn).rectangle(box, outline="red", width=BOX_WIDTH)

@@ -7,6 +7,7 @@ from typing import Any, BinaryIO
 import ijson
 from PIL import ExifTags, Image
 
+from partkit.images import check_mode
 from partkit.masks import MAX_PIXELS, RLE, DataError, Size, polygons_to_rle, union, validate_rle
 from partkit.schema import PartMask
 
@@ -156,6 +157,11 @@ def _decoded_size(path: Path, *, where: str) -> tuple[int, int, bool]:
                 raise DataError(
                     f"{where}, field 'image_path': {path} has {width * height} pixels; the limit is {MAX_PIXELS}"
                 )
+            if not width * height:
+                raise DataError(
+                    f"{where}, field 'image_path': {path} has no pixels, [height, width] {[height, width]}"
+                )
+            check_mode(image, where=f"{where}, field 'image_path', {path}")
             image.load()
             orientation = image.getexif().get(ExifTags.Base.Orientation)
     except DataError:
