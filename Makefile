@@ -8,7 +8,7 @@ demo: $(INSTALLED)
 	rm -rf runs/demo
 	.venv/bin/accelerate launch --cpu --num_processes 1 train.py recipes/plum_tiny.yaml --output_dir runs/demo/model
 	$(PYTHON) evaluate_plum.py --model runs/demo/model --dataset partonomy --name mini_questions --split test \
-		--output_dir runs/demo/evaluation
+		--choice_reduction answer_mean --output_dir runs/demo/evaluation
 
 test: $(INSTALLED)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(PYTHON) -m pytest

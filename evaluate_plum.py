@@ -26,7 +26,7 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -41,7 +41,7 @@ from tqdm import tqdm
 from transformers import AutoModel, AutoProcessor, HfArgumentParser
 
 import partonomy_dataset  # noqa: F401  (makes load_dataset("partonomy", ...) work)
-from partkit.answers import read_answers
+from partkit.answers import answer_files, read_answers
 from partkit.baselines import SEED as BASELINE_SEED
 from partkit.baselines import answer_without_model
 from partkit.benchmark import CONTROL_SEED, fingerprint, load_image, load_questions, make_batches, pick_wrong_images
@@ -56,7 +56,7 @@ from partkit.predictions import (
     write_whole,
 )
 from partkit.schema import Question
-from partkit.scoring import describe_protocol, format_table, leave_out, score
+from partkit.scoring import describe_protocol, format_table, leave_out, match_names, score
 from predictor_plum import Predictor
 
 
@@ -69,6 +69,9 @@ class EvaluationArguments:
     predictions: str | None = field(default=None, metadata={"help": "File with the answers of any model instead."})
     baseline: Literal["random", "majority", "full_image", "ground_truth"] | None = field(
         default=None, metadata={"help": "Answers that need no model instead."}
+    )
+    format: Literal["jsonl", "official"] = field(
+        default="jsonl", metadata={"help": "Form of --predictions; official is the json of the authors' scripts."}
     )
     on_error: Literal["refuse", "report"] = field(
         default="refuse",
@@ -85,15 +88,24 @@ class EvaluationArguments:
     control: Literal["wrong_image", "none"] = field(
         default="wrong_image", metadata={"help": "Ask everything again with the image of another record, or not."}
     )
-    choice_reduction: Literal["answer_mean", "answer_sum", "sequence_mean"] = field(
-        default="answer_mean",
-        metadata={"help": "Log-likelihood of a choice; sequence_mean is the protocol of the published figures."},
+    choice_reduction: Literal["sequence_mean", "answer_mean", "answer_sum"] = field(
+        default="sequence_mean",
+        metadata={
+            "help": "Log-likelihood of a choice: mean over prompt and answer, as published, or over the answer alone."
+        },
     )
     mask_source: Literal["gt_answer", "predicted_answer", "generated"] = field(
         default="gt_answer",
         metadata={
             "help": "Whose masks gIoU, cIoU and AP50 speak of: the correct, the chosen, the generated answer's."
         },
+    )
+    match: Literal["exact", "lemmatised", "embedding"] = field(
+        default="exact", metadata={"help": "How part names of generated answers are compared."}
+    )
+    match_model: str | None = field(
+        default=None,
+        metadata={"help": "For --match embedding: folder or Hub name of a sentence-embedding model of transformers."},
     )
     max_new_tokens: int = field(default=96, metadata={"help": "Longest generated answer, in tokens."})
     batch_size: int = field(default=16, metadata={"help": "Questions per step."})
@@ -104,6 +116,8 @@ class EvaluationArguments:
     def __post_init__(self):
         if sum(source is not None for source in (self.model, self.predictions, self.baseline)) != 1:
             raise DataError("Expected one of --model, --predictions and --baseline: say what to score.")
+        if (self.match == "embedding") != (self.match_model is not None):
+            raise DataError("--match embedding and --match_model belong together: give both or neither.")
         for name in ("max_new_tokens", "batch_size", "limit"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -149,8 +163,15 @@ def load_model(arguments: EvaluationArguments, device: torch.device) -> tuple[Pa
 
 def fingerprint_model(folder: Path) -> str:
     """Changes with the weights, configuration, processor or code of a checkpoint; not with its place."""
+    return fingerprint_files(
+        path for path in folder.iterdir() if path.suffix in (".safetensors", ".json", ".jinja", ".py")
+    )
+
+
+def fingerprint_files(paths: Iterable[Path]) -> str:
+    """Changes with the names and the contents of files, not with their folder."""
     digest = hashlib.sha256()
-    for path in sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".json", ".jinja", ".py")):
+    for path in sorted(paths):
         with path.open("rb") as file:
             digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
@@ -220,10 +241,15 @@ def predict(
 def describe_run(arguments: EvaluationArguments, settings: dict[str, Any], *, started: float) -> dict[str, Any]:
     """What metrics.json says of a run besides its figures."""
     packages = ("torch", "transformers", "datasets", "accelerate", "numpy", "scipy", "pycocotools")
-    reduction = arguments.choice_reduction if arguments.model is not None else None
+    protocol = describe_protocol(
+        # which choice a file names was decided by whoever wrote it
+        choice_reduction="as given" if arguments.model is None else arguments.choice_reduction,
+        mask_source=arguments.mask_source,
+        match=arguments.match if arguments.match_model is None else f"{arguments.match} by {arguments.match_model}",
+    )
     return {
         **settings,
-        "protocol": describe_protocol(mask_source=arguments.mask_source, choice_reduction=reduction),
+        "protocol": protocol,
         "command": shlex.join(["python", *sys.argv]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version()} | {package: version(package) for package in packages},
@@ -241,6 +267,7 @@ def finish(
     training_curves: Path | None = None,
 ) -> None:
     """Writes what the run leaves behind and says where."""
+    predictions = match_names(questions, predictions, match=arguments.match, model=arguments.match_model)
     metrics = score(
         rows,
         questions,
@@ -251,8 +278,6 @@ def finish(
         training_curves=training_curves,
     )
     print(format_table(metrics))
-    if run.get("left_out"):
-        print(f"left out: {run['left_out']} questions, see {Path(arguments.output_dir) / 'errors.jsonl'}")
     print(f"report: {Path(arguments.output_dir) / 'report.html'}")
 
 
@@ -266,6 +291,22 @@ def load(arguments: EvaluationArguments) -> tuple[datasets.Dataset, list[Questio
     )
 
 
+def answer_by_baseline(
+    arguments: EvaluationArguments, questions: Sequence[Question]
+) -> tuple[list[Prediction], dict[str, Any]]:
+    """Predictions of a baseline, and what run.json should say of it."""
+    settings = {"baseline": arguments.baseline, "baseline_seed": BASELINE_SEED}
+    if arguments.baseline != "majority":
+        return answer_without_model(arguments.baseline, questions), settings
+    splits = datasets.get_dataset_split_names(arguments.dataset, arguments.name, data_dir=arguments.data_dir)
+    if arguments.split.startswith("train") or "train" not in splits:
+        settings["counted_over"] = f"the other images of {arguments.split}"
+        return answer_without_model("majority", questions), settings
+    _, training = load(replace(arguments, split="train", limit=None))
+    settings["counted_over"] = "train"
+    return answer_without_model("majority", questions, training=training), settings
+
+
 def evaluate_answers(arguments: EvaluationArguments) -> None:
     """Scores a predictions file or a baseline; raises DataError before anything is written if it cannot be done."""
     started = time.perf_counter()
@@ -274,12 +315,12 @@ def evaluate_answers(arguments: EvaluationArguments) -> None:
     settings |= {"questions": len(questions), "questions_fingerprint": fingerprint(questions)}
     settings |= {"mask_source": arguments.mask_source}
     if arguments.baseline is not None:
-        predictions, problems = answer_without_model(arguments.baseline, questions), []
-        settings |= {"baseline": arguments.baseline, "baseline_seed": BASELINE_SEED}
+        predictions, baseline = answer_by_baseline(arguments, questions)
+        problems, settings = [], settings | baseline
     else:
-        path = Path(arguments.predictions)
-        predictions, problems = read_answers(path, questions, mask_source=arguments.mask_source)
-        settings["predictions_fingerprint"] = hashlib.sha256(path.read_bytes()).hexdigest()
+        path, form = Path(arguments.predictions), arguments.format
+        predictions, problems = read_answers(path, questions, mask_source=arguments.mask_source, format=form)
+        settings["predictions_fingerprint"] = fingerprint_files(answer_files(path, format=form))
     output_dir = Path(arguments.output_dir)
     check_run(output_dir, settings)
     report_to = output_dir / "errors.jsonl" if arguments.on_error == "report" else None

@@ -13,14 +13,17 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from partkit.masks import DataError, validate_rle
-from partkit.metrics import MaskSource
-from partkit.predictions import Prediction, SpanMask, read_predictions
+from partkit.metrics import MaskSource, check_fit
+from partkit.official_answers import QuestionFinder, as_answer, read_records
+from partkit.predictions import Prediction, SpanMask
 from partkit.schema import Question
 
-__all__ = ["FIELDS", "MASK_FIELDS", "make_prediction", "read_answers"]
+AnswerFormat = Literal["jsonl", "official"]
+
+__all__ = ["FIELDS", "MASK_FIELDS", "AnswerFormat", "answer_files", "make_prediction", "read_answers"]
 
 FIELDS = ("id", "choice", "choice_scores", "object_choice", "object_choice_scores", "masks")
 MASK_FIELDS = ("part", "rle", "confidence")
@@ -30,7 +33,11 @@ MAX_LINE = 64_000_000
 
 
 def read_answers(
-    path: Path, questions: Sequence[Question], *, mask_source: MaskSource = "gt_answer"
+    path: Path,
+    questions: Sequence[Question],
+    *,
+    mask_source: MaskSource = "gt_answer",
+    format: AnswerFormat = "jsonl",
 ) -> tuple[list[Prediction], list[str]]:
     """The answers that can be used, in question order, and one sentence for everything in the file that cannot.
 
@@ -38,36 +45,52 @@ def read_answers(
     is read as well.
 
     Args:
-        path: the file.
+        path: the file; with `official` a file or a folder of them, as `partkit.official_answers` describes them.
         questions: the questions it answers.
         mask_source: whether the masks are those of a given answer or (`generated`) of one that the model wrote.
+        format: the form described above, or that of the authors' scripts.
 
     Raises:
-        DataError: the file cannot be read, or is a damaged or incomplete predictions.jsonl of evaluate_plum.py.
+        DataError: there is no such file, or the format does not hold the masks that are asked for.
     """
-    if not path.is_file():
-        raise DataError(f"{path} is no file: give a file with one JSON object per question.")
-    with path.open("rb") as file:
-        if b'"question_id"' in file.readline(1000):
-            return read_predictions(path), []
+    if format == "official" and mask_source != "gt_answer":
+        raise DataError(
+            f"Files of the format official hold the masks of the correct answer, not those of {mask_source!r}: "
+            "use --mask_source gt_answer."
+        )
+    reader = (_OfficialReader if format == "official" else _LineReader)(path, questions, mask_source=mask_source)
     by_id = {question.id: question for question in questions}
     answers: dict[str, Prediction] = {}
-    line_of: dict[str, str] = {}
+    place_of: dict[str, str] = {}
     repeated, problems = set(), []
-    for where, line in _lines(path):
-        try:
-            record = _parse(line, where=where)
-            question = _question(record, by_id, where=where)
-            if question.id in line_of:
-                repeated.add(question.id)
-                raise DataError(f"{where}: id {question.id!r} was answered before, in {line_of[question.id]}.")
-            line_of[question.id] = where
-            answers[question.id] = make_prediction(record, question, mask_source=mask_source, where=where)
-        except DataError as error:
-            problems.append(str(error))
-    problems += [f"{path}: question {name!r} has no line." for name in by_id if name not in line_of]
+    try:
+        for where, raw in reader.records():
+            try:
+                record = reader.parse(raw, where=where)
+                question = reader.question(record, where=where)
+                if question.id in place_of:
+                    repeated.add(question.id)
+                    raise DataError(f"{where}: {question.id!r} was answered before, in {place_of[question.id]}.")
+                place_of[question.id] = where
+                answers[question.id] = reader.prediction(record, question, where=where)
+            except DataError as error:
+                problems.append(str(error) if str(error).startswith(where) else f"{where}: {error}")
+    except DataError as error:  # the file cannot be read any further
+        problems.append(str(error))
+    problems += [f"{path}: question {name!r} has no answer." for name in by_id if name not in place_of]
     predictions = [answers[name] for name in by_id if name in answers and name not in repeated]
-    return predictions, problems + _differing(predictions, by_id, line_of)
+    return predictions, problems + _differing(predictions, by_id, place_of)
+
+
+def answer_files(path: Path, *, format: AnswerFormat = "jsonl") -> list[Path]:
+    """The files that `read_answers` reads; raises DataError if there are none."""
+    files = [path]
+    if format == "official" and path.is_dir():
+        files = sorted(path.glob("*.json"))
+    if not files or not all(file.is_file() for file in files):
+        expected = "a predictions json, or a folder of them" if format == "official" else "a file of one object a line"
+        raise DataError(f"{path} holds no answers: expected {expected}.")
+    return files
 
 
 def make_prediction(
@@ -100,35 +123,72 @@ def make_prediction(
     )
 
 
-def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
-    """(place, line) of every line that is not blank."""
-    with path.open("rb") as file:
-        number = 0
-        while line := file.readline(MAX_LINE + 1):
-            number += 1
-            if len(line) > MAX_LINE:
-                raise DataError(f"{path}, line {number}: longer than {MAX_LINE} bytes; write one object per line.")
-            if line.strip():
-                yield f"{path}, line {number}", line
+class _LineReader:
+    """One JSON object a line: of the form above, or as evaluate_plum.py writes it."""
+
+    def __init__(self, path: Path, questions: Sequence[Question], *, mask_source: MaskSource):
+        (self.path,) = answer_files(path)
+        self.questions = {question.id: question for question in questions}
+        self.mask_source = mask_source
+        with path.open("rb") as file:
+            self.own = b'"question_id"' in file.readline(1000)
+
+    def records(self) -> Iterator[tuple[str, bytes]]:
+        """(place, line) of every line that is not blank."""
+        with self.path.open("rb") as file:
+            number = 0
+            while line := file.readline(MAX_LINE + 1):
+                number += 1
+                where = f"{self.path}, line {number}"
+                if len(line) > MAX_LINE:
+                    raise DataError(f"{where}: longer than {MAX_LINE} bytes; write one object per line.")
+                if line.strip():
+                    yield where, line
+
+    def parse(self, line: bytes, *, where: str) -> dict[str, Any]:
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{where}: expected one JSON object, found no valid JSON ({error}).") from error
+        if not isinstance(record, dict):
+            raise DataError(f"{where}: expected one JSON object, found {record!r:.80}.")
+        return record
+
+    def question(self, record: dict[str, Any], *, where: str) -> Question:
+        field = "question_id" if self.own else "id"
+        name = record.get(field)
+        if not isinstance(name, str):
+            raise DataError(f"{where}, field {field!r}: expected the id of a question, found {name!r:.80}.")
+        if name not in self.questions:
+            known = len(self.questions)
+            raise DataError(
+                f"{where}, field {field!r}: {name!r:.80} is none of the {known} questions of the data set."
+            )
+        return self.questions[name]
+
+    def prediction(self, record: dict[str, Any], question: Question, *, where: str) -> Prediction:
+        if not self.own:
+            return make_prediction(record, question, mask_source=self.mask_source, where=where)
+        prediction = Prediction.from_dict(record, where=where)
+        check_fit(question, prediction)
+        return prediction
 
 
-def _parse(line: bytes, *, where: str) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: expected one JSON object, found no valid JSON ({error}).") from error
-    if not isinstance(record, dict):
-        raise DataError(f"{where}: expected one JSON object, found {record!r:.80}.")
-    return record
+class _OfficialReader:
+    """The authors' predictions json."""
 
+    def __init__(self, path: Path, questions: Sequence[Question], *, mask_source: MaskSource):
+        self.files = answer_files(path, format="official")
+        self.question = QuestionFinder(questions)
 
-def _question(record: dict[str, Any], by_id: dict[str, Question], *, where: str) -> Question:
-    name = record.get("id")
-    if not isinstance(name, str):
-        raise DataError(f"{where}, field 'id': expected the id of a question, found {name!r:.80}.")
-    if name not in by_id:
-        raise DataError(f"{where}, field 'id': {name!r:.80} is none of the {len(by_id)} questions of the data set.")
-    return by_id[name]
+    def parse(self, record: Any, *, where: str) -> Any:
+        return record
+
+    def records(self) -> Iterator[tuple[str, Any]]:
+        return read_records(self.files)
+
+    def prediction(self, record: dict[str, Any], question: Question, *, where: str) -> Prediction:
+        return make_prediction(as_answer(record, question, where=where), question, where=where)
 
 
 def _check_fields(record: dict[str, Any], known: Sequence[str], *, where: str) -> None:
@@ -173,7 +233,7 @@ def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
-def _differing(predictions: Sequence[Prediction], by_id: dict[str, Question], line_of: dict[str, str]) -> list[str]:
+def _differing(predictions: Sequence[Prediction], by_id: dict[str, Question], place_of: dict[str, str]) -> list[str]:
     """A sentence for each field that some lines lack, for no mean could be taken over the others alone."""
     with_object = [p for p in predictions if by_id[p.question_id].object_question is not None]
     groups = {
@@ -188,7 +248,7 @@ def _differing(predictions: Sequence[Prediction], by_id: dict[str, Question], li
         ),
     }
     return [
-        f"{line_of[asked[given.index(False)].question_id]}: {field} is missing, though {sum(given)} of {len(given)} "
+        f"{place_of[asked[given.index(False)].question_id]}: {field} is missing, though {sum(given)} of {len(given)} "
         "lines have it; give it on every line or on none."
         for field, (given, asked) in groups.items()
         if any(given) and not all(given)

@@ -1,7 +1,8 @@
 """Answers that need no model, to read a benchmark's figures against.
 
     random        a uniformly drawn choice; for each part of the correct answer a box drawn within the image
-    majority      the choice closest to the parts that at least half of the images with this label show; no masks
+    majority      the choice closest to the parts that at least half of the images with this label show, counted over
+                  the training questions, or over the other images of the split where there are none; no masks
     full_image    the whole image as the mask of each part of the correct answer; no choices
     ground_truth  the correct choice, its tags, its masks, and the same again as the generated answer: 1.0 everywhere
 
@@ -26,10 +27,18 @@ BASELINES = ("random", "majority", "full_image", "ground_truth")
 SEED = 0
 
 
-def answer_without_model(name: str, questions: Sequence[Question]) -> list[Prediction]:
-    """The predictions of a baseline, one per question; those of `random` depend on the questions' ids alone."""
+def answer_without_model(
+    name: str, questions: Sequence[Question], *, training: Sequence[Question] | None = None
+) -> list[Prediction]:
+    """The predictions of a baseline, one per question; those of `random` depend on the questions' ids alone.
+
+    Args:
+        name: one of BASELINES.
+        questions: the questions to answer.
+        training: the questions that `majority` counts over; if None, those about the other images asked about.
+    """
     if name == "majority":
-        return _majority(questions)
+        return _majority(questions, training)
     answer: Callable[[Question], Prediction] = {
         "random": _random,
         "full_image": _full_image,
@@ -53,17 +62,19 @@ def _random(question: Question) -> Prediction:
     return _prediction(question, choice=choice, object_choice=object_choice, spans=spans)
 
 
-def _majority(questions: Sequence[Question]) -> list[Prediction]:
-    """Counts the other images of the same label only: the image asked about does not vote for itself."""
-    parts_of = {q.image_id: (q.image_label, {normalise(mask.label) for mask in q.masks}) for q in questions}
+def _majority(questions: Sequence[Question], training: Sequence[Question] | None) -> list[Prediction]:
+    """The image asked about never votes for itself; without any other image of its label nothing is usual."""
+    counted = questions if training is None else training
+    parts_of = {q.image_id: (q.image_label, {normalise(mask.label) for mask in q.masks}) for q in counted}
     shown: dict[str, Counter] = defaultdict(Counter)
     for label, parts in parts_of.values():
         shown[label].update(parts)
     images = Counter(label for label, _ in parts_of.values())
     predictions = []
     for question in questions:
-        label, own = parts_of[question.image_id]
-        others = images[label] - 1
+        label = question.image_label
+        own = parts_of[question.image_id][1] if question.image_id in parts_of else set()
+        others = images[label] - (question.image_id in parts_of)
         usual = {part for part, count in shown[label].items() if others and 2 * (count - (part in own)) >= others}
         distance = [len(usual ^ set(map(normalise, parts))) for parts in question.choice_parts]
         predictions.append(_prediction(question, choice=int(np.argmin(distance))))

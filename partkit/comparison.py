@@ -12,7 +12,7 @@ from partkit.metrics import MaskSource, pair_by_id, question_ious, scored_spans,
 from partkit.predictions import Prediction, write_whole
 from partkit.report import COLOURS, FIGURES, panel, render_page
 from partkit.schema import Question
-from partkit.tallies import interval, resample, summarise
+from partkit.tallies import Tally, interval, resample, summarise
 
 __all__ = ["compare", "write_comparison"]
 
@@ -25,8 +25,8 @@ def compare(
     """For all questions (`overall`) and each question type one row per figure that any model has.
 
     A row holds `figure`, and `cells`: per model `value`, `interval`, and `difference`, the interval of its value minus
-    that of the first model when both are taken of the same draws of questions (None for the first model, and where one
-    of the two has no value). A difference whose interval does not hold 0 is not explained by the choice of questions.
+    that of the first model when both are taken of the same draws of images (None for the first model, and where one
+    of the two has no value). A difference whose interval does not hold 0 is not explained by the choice of images.
 
     Args:
         questions: the questions that all models answered.
@@ -38,18 +38,21 @@ def compare(
         name: [tally(*pair, mask_source=mask_source) for pair in pair_by_id(ordered, predictions)]
         for name, predictions in models.items()
     }
+    image_ids = np.array([question.image_id for question in ordered])
     groups = {"overall": np.arange(len(ordered))}
     for question_type in sorted({question.question_type for question in ordered}):
         groups[question_type] = np.flatnonzero([question.question_type == question_type for question in ordered])
     return {
-        group: _rows({name: [found[index] for index in indices] for name, found in tallies.items()})
+        group: _rows(
+            {name: [found[index] for index in indices] for name, found in tallies.items()}, image_ids[indices]
+        )
         for group, indices in groups.items()
     }
 
 
-def _rows(tallies: dict[str, list]) -> list[dict[str, Any]]:
+def _rows(tallies: dict[str, list[Tally]], image_ids: Sequence[str]) -> list[dict[str, Any]]:
     figures = {name: summarise(found) for name, found in tallies.items()}
-    draws = {name: resample(found) for name, found in tallies.items()}
+    draws = {name: resample(found, image_ids) for name, found in tallies.items()}
     first = next(iter(tallies))
     rows = []
     for figure in FIGURES:

@@ -19,6 +19,7 @@ from statistics import fmean
 from typing import Any, Literal, NamedTuple
 
 from partkit.mask_metrics import MATCHINGS, RLE, matched_ious, normalise, strict_ious, strict_overlaps
+from partkit.masks import DataError
 from partkit.predictions import Prediction, SpanMask
 from partkit.schema import PartMask, Question
 from partkit.tallies import Figures, Ratio, Tally, confidence_intervals, summarise
@@ -32,6 +33,7 @@ __all__ = [
     "Counts",
     "MaskSource",
     "accuracy",
+    "check_fit",
     "evaluate_predictions",
     "iou_per_part",
     "part_counts",
@@ -221,35 +223,36 @@ def pair_by_id(questions: Sequence[Question], predictions: Iterable[Prediction])
     """Every question with its prediction, in question order.
 
     Raises:
-        ValueError: there is no question, a question has no prediction or several, a prediction answers no question,
+        DataError: there is no question, a question has no prediction or several, a prediction answers no question,
             the number of choices or the size of a mask differs, or the wrong-image control ran for some questions.
     """
     if not questions:
-        raise ValueError("There is no question to score: give a split that has at least one.")
+        raise DataError("There is no question to score: give a split that has at least one.")
     by_id: dict[str, Prediction] = {}
     for prediction in predictions:
         if prediction.question_id in by_id:
-            raise ValueError(f"Question {prediction.question_id!r} has two predictions, expected one.")
+            raise DataError(f"Question {prediction.question_id!r} has two predictions, expected one.")
         by_id[prediction.question_id] = prediction
     missing = [question.id for question in questions if question.id not in by_id]
     surplus = by_id.keys() - {question.id for question in questions}
     if missing or surplus:
-        raise ValueError(
+        raise DataError(
             f"Expected one prediction for each of {len(questions)} questions, found {len(missing)} without "
             f"(first: {missing[:1]}) and {len(surplus)} predictions of other questions (first: {sorted(surplus)[:1]})."
         )
     pairs = [(question, by_id[question.id]) for question in questions]
     for question, prediction in pairs:
-        _check_fit(question, prediction)
+        check_fit(question, prediction)
     with_control = sum(prediction.wrong_image is not None for _, prediction in pairs)
     if with_control not in (0, len(pairs)):
-        raise ValueError(
+        raise DataError(
             f"The wrong-image control ran for {with_control} of {len(pairs)} questions: run it for all or none."
         )
     return pairs
 
 
-def _check_fit(question: Question, prediction: Prediction) -> None:
+def check_fit(question: Question, prediction: Prediction) -> None:
+    """Raises DataError where scores or masks of the prediction have another number or size than the question's."""
     for name in ("choices", "object_choices"):
         choices = getattr(question, name)
         scores = prediction.choice_scores if name == "choices" else prediction.object_choice_scores
@@ -257,19 +260,19 @@ def _check_fit(question: Question, prediction: Prediction) -> None:
             continue
         expected, found = len(choices or ()), len(scores or ())
         if expected != found:
-            raise ValueError(
+            raise DataError(
                 f"Question {question.id!r} has {expected} {name}, its prediction has {found} scores for them: "
                 "predict again."
             )
     size = list(question.masks[0].rle["size"])
     for span in (*(prediction.given_spans or ()), *(prediction.generated_spans or ())):
         if list(span.rle["size"]) != size:
-            raise ValueError(
+            raise DataError(
                 f"Question {question.id!r} has an image of [height, width] {size}, the predicted mask of "
                 f"{span.text!r} has {list(span.rle['size'])}: resize the mask to the image."
             )
     if prediction.wrong_image is not None:
-        _check_fit(question, prediction.wrong_image)
+        check_fit(question, prediction.wrong_image)
 
 
 def evaluate_predictions(
@@ -328,12 +331,14 @@ def _figures(
     """The figures of a group of questions, and their intervals."""
     tallies = [tally(question, prediction, mask_source=mask_source) for question, prediction in pairs]
     figures: Figures = {"n": len(pairs), **summarise(tallies)}
-    ranges = confidence_intervals(tallies) if intervals else {}
+    image_ids = [question.image_id for question, _ in pairs]
+    ranges = confidence_intervals(tallies, image_ids) if intervals else {}
     if pairs[0][1].wrong_image is not None:
         control = [tally(q, prediction.wrong_image, mask_source=mask_source) for q, prediction in pairs]
         figures |= {f"{name}_wrong_image": value for name, value in summarise(control).items()}
         if intervals:
-            ranges |= {f"{name}_wrong_image": limits for name, limits in confidence_intervals(control).items()}
+            limits = confidence_intervals(control, image_ids)
+            ranges |= {f"{name}_wrong_image": limits[name] for name in limits}
     return figures | _random_figures([question for question, _ in pairs]), ranges
 
 

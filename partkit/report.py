@@ -347,7 +347,11 @@ END = """</main></body>
 </html>
 """
 
-PAGE = """<p class="quiet">{{ n }} questions. Figures are shares between 0 and 1, larger is better. The wrong-image
+PAGE = """{% if run.left_out %}
+<p><b>{{ run.left_out }} question{{ " is" if run.left_out == 1 else "s are" }} left out</b>: their answers could not be
+used; errors.jsonl says why.</p>
+{% endif %}
+<p class="quiet">{{ n }} questions. Figures are shares between 0 and 1, larger is better. The wrong-image
 column asks the same questions of another record's image; what remains there is not read from the image.</p>
 <div class="box"><dl>
 {% for name, value in run.items() %}
@@ -357,7 +361,7 @@ column asks the same questions of another record's image; what remains there is 
 </dl></div>
 
 <h2>Overall</h2>
-<p class="quiet">Below each figure: its 95 % bootstrap interval over the questions.</p>
+<p class="quiet">Below each figure: its 95 % bootstrap interval over the images.</p>
 <div class="box"><table>
 <tr><th></th>{% for column in columns %}<th>{{ column }}</th>{% endfor %}</tr>
 {% for name, range, cells in overall %}

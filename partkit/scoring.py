@@ -3,31 +3,39 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import datasets
 
 from partkit.benchmark import load_image
 from partkit.masks import DataError
 from partkit.metrics import MaskSource, evaluate_predictions, iou_per_part
+from partkit.name_matching import by_embedding, by_key, embed_names, generated_names, rename_generated
 from partkit.predictions import Prediction, write_whole
 from partkit.report import FIGURES, write_report
 from partkit.schema import Question
+from partkit.synonyms import lemmatised
 from partkit.tallies import BOOTSTRAP_SEED, LEVEL, RESAMPLES
 
-__all__ = ["describe_protocol", "format_table", "leave_out", "score"]
+__all__ = ["PUBLISHED_PROTOCOL", "describe_protocol", "format_table", "leave_out", "match_names", "score"]
 
 
-def describe_protocol(*, mask_source: MaskSource, choice_reduction: str | None = None) -> dict[str, Any]:
-    """The rules that the figures follow; a model scored from a file has no choice reduction that is known.
+PUBLISHED_PROTOCOL = {"choice_reduction": "sequence_mean", "mask_source": "gt_answer", "match": "exact"}
+"""The rules behind the paper's figures, by the name of the option that sets each."""
 
-    The paper's figures are those of `sequence_mean` and `gt_answer`.
+
+def describe_protocol(*, choice_reduction: str, mask_source: MaskSource, match: str) -> dict[str, Any]:
+    """The rules that the figures follow, under a name: `published`, or `custom` with what differs.
+
+    >>> describe_protocol(choice_reduction="answer_sum", mask_source="gt_answer", match="exact")["name"]
+    'custom: choice_reduction answer_sum'
     """
-    protocol = {"choice_reduction": choice_reduction, "mask_source": mask_source, "match": "exact"}
+    rules = {"choice_reduction": choice_reduction, "mask_source": mask_source, "match": match}
+    differing = [f"{name} {rules[name]}" for name in rules if rules[name] != PUBLISHED_PROTOCOL[name]]
     return {
-        **protocol,
-        "published_protocol": (choice_reduction, mask_source) == ("sequence_mean", "gt_answer"),
-        "intervals": f"{LEVEL:.0%} bootstrap over questions, {RESAMPLES} resamples, seed {BOOTSTRAP_SEED}",
+        "name": f"custom: {', '.join(differing)}" if differing else "published",
+        **rules,
+        "intervals": f"{LEVEL:.0%} bootstrap over images, {RESAMPLES} resamples, seed {BOOTSTRAP_SEED}",
     }
 
 
@@ -61,6 +69,31 @@ def leave_out(
         write_whole(report_to, (json.dumps({"problem": problem}, ensure_ascii=False) + "\n" for problem in problems))
         return [question for question in questions if question.id in answered]
     return list(questions)
+
+
+def match_names(
+    questions: Sequence[Question],
+    predictions: Sequence[Prediction],
+    *,
+    match: Literal["exact", "lemmatised", "embedding"],
+    model: str | None = None,
+) -> list[Prediction]:
+    """The predictions with the part names of generated answers as `match` reads them.
+
+    Args:
+        questions, predictions: one prediction per question.
+        match: how names are compared.
+        model: for `embedding`, folder or Hub name of the text encoder.
+
+    Raises:
+        DataError: the text encoder cannot be loaded.
+    """
+    if match == "exact":
+        return list(predictions)
+    if match == "lemmatised":
+        return rename_generated(questions, predictions, by_key(lemmatised))
+    embeddings = embed_names(generated_names(questions, predictions), model)
+    return rename_generated(questions, predictions, by_embedding(embeddings))
 
 
 def score(
@@ -101,7 +134,10 @@ def score(
 def format_table(metrics: dict[str, Any]) -> str:
     """The figures with their intervals beside their wrong-image control and their chance level."""
     overall, intervals = metrics["overall"], metrics["intervals"]["overall"]
-    lines = [f"{'':34}{'model':>9}{'95 % interval':>18}{'wrong image':>13}{'random':>9}"]
+    lines = [f"protocol: {metrics['run']['protocol']['name']}"]
+    if metrics["run"].get("left_out"):
+        lines.append(f"left out: {metrics['run']['left_out']} questions, listed in errors.jsonl")
+    lines += [f"{'':34}{'model':>9}{'95 % interval':>18}{'wrong image':>13}{'random':>9}"]
     for name, title in FIGURES.items():
         cells = [overall.get(name + suffix) for suffix in ("", "_wrong_image", "_random")]
         texts = ["-" if cell is None else f"{cell:.3f}" for cell in cells]

@@ -3,8 +3,9 @@
 Every figure but one is a ratio of two sums over questions (a mean is a sum over a count), so that a question is known
 by its addends, and processes combine exactly. The exception is average precision, which ranks the masks of all.
 
-Intervals are percentile bootstrap over questions (Efron & Tibshirani, An Introduction to the Bootstrap, 1993, chapter
-13): the questions are drawn again with replacement, as many as there are, and the figure is taken of each draw.
+Intervals are percentile bootstrap over images (Efron & Tibshirani, An Introduction to the Bootstrap, 1993, chapter
+13): the images are drawn again with replacement, as many as there are, each with all its questions, and the figure is
+taken of each draw. Questions about one image succeed and fail together: drawn one by one they would promise too much.
 """
 
 from collections.abc import Sequence
@@ -78,15 +79,21 @@ def summarise(tallies: Sequence[Tally]) -> Figures:
 
 
 def resample(
-    tallies: Sequence[Tally], *, resamples: int = RESAMPLES, seed: int = BOOTSTRAP_SEED
+    tallies: Sequence[Tally], image_ids: Sequence[str], *, resamples: int = RESAMPLES, seed: int = BOOTSTRAP_SEED
 ) -> dict[str, np.ndarray]:
-    """Each figure of `resamples` draws of the questions with replacement: (resamples,) arrays by name.
+    """Each figure of `resamples` draws of the images with replacement: (resamples,) arrays by name.
 
-    Figures without any question are left out; a draw in which no question speaks of a figure gives NaN. Equal numbers
-    of questions and seeds give equal draws, so that two models scored on the same questions are compared draw by draw.
+    Figures without any question are left out; a draw in which no question speaks of a figure gives NaN. Equal images
+    and seeds give equal draws, so that two models scored on the same questions are compared draw by draw.
+
+    Args:
+        tallies: one per question.
+        image_ids: the image that each question is about.
     """
-    n = len(tallies)
-    weights = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples).astype(float)
+    images, image_of = np.unique(image_ids, return_inverse=True)
+    n = len(images)
+    drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples).astype(float)
+    weights = drawn[:, image_of]  # (resamples, questions)
     figures = {}
     for name in RATIO_FIGURES:
         if not any(name in tally.ratios for tally in tallies):
@@ -103,11 +110,9 @@ def resample(
     return figures
 
 
-def confidence_intervals(
-    tallies: Sequence[Tally], *, resamples: int = RESAMPLES, seed: int = BOOTSTRAP_SEED
-) -> dict[str, tuple[float, float]]:
-    """95 % interval (low, high) of every figure that has a value."""
-    return {name: interval(draws) for name, draws in resample(tallies, resamples=resamples, seed=seed).items()}
+def confidence_intervals(tallies: Sequence[Tally], image_ids: Sequence[str]) -> dict[str, tuple[float, float]]:
+    """95 % interval (low, high) of every figure that has a value; arguments as for `resample`."""
+    return {name: interval(draws) for name, draws in resample(tallies, image_ids).items()}
 
 
 def interval(draws: np.ndarray) -> tuple[float, float]:

@@ -154,6 +154,7 @@ def run(folder: Path, recipe: Path, *, dataset: str) -> dict[str, float]:
     if dataset == "mini":
         if not (evaluation / "metrics.json").is_file():
             options = ["--dataset", "partonomy", "--name", "mini_questions", "--control", "none"]
+            options += ["--choice_reduction", "answer_mean"]
             command("evaluate_plum.py", "--model", str(model_dir), "--output_dir", str(evaluation), *options)
         overall = json.loads((evaluation / "metrics.json").read_text())["overall"]
         metrics = {name: overall[name] for name in ("choice_accuracy", "end_to_end_giou")}

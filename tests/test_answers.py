@@ -10,6 +10,7 @@ from partkit.answers import FIELDS, MASK_FIELDS, read_answers
 from partkit.baselines import BASELINES, answer_without_model
 from partkit.masks import DataError, encode
 from partkit.metrics import evaluate_predictions
+from partkit.predictions import append_predictions
 from partkit.schema import PartMask, Question
 from partkit.scoring import leave_out
 
@@ -41,6 +42,21 @@ QUESTIONS = [make_question(number, correct=number) for number in range(3)]
 def answer(number, **fields):
     masks = [{"part": "hull", "rle": FULL, "confidence": 0.5}, {"part": " Mast", "rle": LEFT}]
     return {"id": f"q{number}", "choice_scores": [-1.0, -0.5, -3], "masks": masks, **fields}
+
+
+def test_the_predictions_of_evaluate_plum_are_read_with_the_same_checks(tmp_path):
+    path = tmp_path / "predictions.jsonl"
+    append_predictions(path, answer_without_model("ground_truth", [*QUESTIONS, make_question(9)]))
+    predictions, problems = read_answers(path, QUESTIONS)
+    assert predictions == answer_without_model("ground_truth", QUESTIONS)
+    assert problems == [f"{path}, line 4, field 'question_id': 'q9' is none of the 3 questions of the data set."]
+    text = path.read_text()
+    path.write_text(text.replace('"choice_scores": [0.0', '"choice_scores": [NaN', 1)[:-40])
+    _, problems = read_answers(path, QUESTIONS)
+    assert f"{path}, line 1: Question 'q0': choice_scores must be finite" in problems[0]
+    assert f"{path}, line 4: expected one JSON object" in problems[1]
+    path.write_text(text.replace("[4, 5]", "[5, 4]"))
+    assert f"{path}, line 1: Question 'q0' has an image" in read_answers(path, QUESTIONS)[1][0]
 
 
 def write(path, records):
@@ -91,7 +107,7 @@ def mask_with(**fields):
         (answer(1, surplus=1), "line 2: unknown field 'surplus'"),
         (answer(1, id=7), "line 2, field 'id': expected the id of a question, found 7"),
         (answer(9), "line 2, field 'id': 'q9' is none of the 3 questions"),
-        (answer(0), r"line 2: id 'q0' was answered before, in .*line 1"),
+        (answer(0), r"line 2: 'q0' was answered before, in .*line 1"),
         (answer(1, masks={}), "line 2, field 'masks': expected a list"),
         (mask_with(part=" "), r"line 2, field 'masks\[0\]', field 'part'"),
         (mask_with(confidence=float("inf")), r"line 2, field 'masks\[0\]', field 'confidence': expected a finite"),
@@ -110,7 +126,7 @@ def test_a_line_that_cannot_be_used_is_named_and_refuses_the_file(tmp_path, line
 
 def test_a_question_without_a_line_is_named(tmp_path):
     _, problems = read_answers(write(tmp_path / "a.jsonl", [answer(0), answer(2)]), QUESTIONS)
-    assert problems == [f"{tmp_path / 'a.jsonl'}: question 'q1' has no line."]
+    assert problems == [f"{tmp_path / 'a.jsonl'}: question 'q1' has no answer."]
 
 
 def test_what_cannot_be_used_is_left_out_and_listed_when_asked_for(tmp_path):
@@ -126,7 +142,7 @@ def test_a_file_without_any_usable_line_is_refused_however_errors_are_handled(tm
     predictions, problems = read_answers(write(tmp_path / "a.jsonl", ["x"]), QUESTIONS)
     with pytest.raises(DataError, match="None of 3 questions"):
         leave_out(QUESTIONS, predictions, problems, report_to=tmp_path / "errors.jsonl")
-    with pytest.raises(DataError, match="is no file"):
+    with pytest.raises(DataError, match="absent.jsonl holds no answers"):
         read_answers(tmp_path / "absent.jsonl", QUESTIONS)
 
 
@@ -166,6 +182,14 @@ def test_the_majority_is_that_of_the_other_images_with_the_same_label():
     # q0: the others show a mast; q1: one hull and one mast, half of two each; q3: no other car
     assert [prediction.choice for prediction in predictions][0] == 2
     assert all(prediction.given_spans is None for prediction in predictions)
+
+
+def test_the_majority_is_counted_over_the_training_questions_where_they_are_given():
+    questions = [make_question(number) for number in range(2)]  # both show a hull and a mast
+    training = [make_question(number, parts=("hull",), others=(("oar",), ("mast",))) for number in range(5, 8)]
+    assert [prediction.choice for prediction in answer_without_model("majority", questions)] == [0, 0]
+    predictions = answer_without_model("majority", questions, training=training)
+    assert [prediction.choice for prediction in predictions] == [1, 1]
 
 
 def test_random_choices_are_right_about_as_often_as_chance_says():

@@ -129,6 +129,7 @@ def test_a_run_leaves_predictions_metrics_and_report_and_nothing_else(finished):
         assert {name, f"{name}_wrong_image"} <= metrics["overall"].keys()
     assert metrics["overall"]["choice_accuracy_random"] == pytest.approx(1 / 3)
     assert metrics["run"]["versions"]["torch"] == version("torch")
+    assert metrics["run"]["protocol"]["name"] == "published"
     report = (finished / "report.html").read_text()
     assert 'alt="training curves"' in report
     assert f"{metrics['overall']['span_f1']:.3f}" in report
@@ -270,7 +271,7 @@ def test_a_file_of_answers_is_scored_without_a_model(question_set, tmp_path, cap
     assert [metrics["overall"][name] for name in names] == [1.0] * len(names)
     assert metrics["overall"]["span_f1"] is metrics["overall"]["generated_exact"] is None
     assert metrics["intervals"]["overall"]["choice_accuracy"] == [1.0, 1.0]
-    assert metrics["run"]["protocol"]["mask_source"] == "gt_answer"
+    assert metrics["run"]["protocol"]["name"] == "custom: choice_reduction as given"
     assert "[1.000, 1.000]" in capsys.readouterr().out
 
     path.write_text("".join(lines[:-1]) + "{")
@@ -283,6 +284,7 @@ def test_a_file_of_answers_is_scored_without_a_model(question_set, tmp_path, cap
     assert json.loads((tmp_path / "other" / "metrics.json").read_text())["run"]["left_out"] == 1
     assert len((tmp_path / "other" / "errors.jsonl").read_text().splitlines()) == 2
     assert "left out: 1 questions" in capsys.readouterr().out
+    assert "1 question is left out" in (tmp_path / "other" / "report.html").read_text()
 
 
 def test_the_ground_truth_scores_one_in_every_figure(question_set, tmp_path):
@@ -293,6 +295,21 @@ def test_the_ground_truth_scores_one_in_every_figure(question_set, tmp_path):
         if figures["object_choice_accuracy"] is None:
             scored.remove("object_choice_accuracy")
         assert {figures[name] for name in scored} == {1.0}
+
+
+def test_the_majority_is_counted_over_the_training_split_where_there_is_one(question_set, tmp_path):
+    shutil.copytree(question_set, tmp_path / "both")
+    shutil.copy(question_set / "test.parquet", tmp_path / "both" / "train.parquet")
+    for folder, counted_over in ((question_set, "the other images of test"), (tmp_path / "both", "train")):
+        run = arguments(None, folder, tmp_path / counted_over, model=None, baseline="majority")
+        evaluate_answers(run)
+        settings = json.loads((tmp_path / counted_over / "run.json").read_text())
+        assert settings["counted_over"] == counted_over
+
+
+def test_part_names_are_matched_by_embedding_only_with_a_model_for_it():
+    with pytest.raises(DataError, match="--match embedding and --match_model belong together"):
+        EvaluationArguments(output_dir="o", baseline="random", match="embedding")
 
 
 @pytest.mark.parametrize("sources", [{}, {"model": "m", "baseline": "random"}])
@@ -344,7 +361,7 @@ def test_another_model_or_other_settings_are_refused_a_folder_in_use_which_stays
     model_dir, question_set, tmp_path, finished
 ):
     before = {path: path.read_bytes() for path in finished.iterdir()}
-    with pytest.raises(DataError, match=r"another run, with choice_reduction 'answer_mean' \(now 'answer_sum'\)"):
+    with pytest.raises(DataError, match=r"another run, with choice_reduction 'sequence_mean' \(now 'answer_sum'\)"):
         evaluate(arguments(model_dir, question_set, finished, choice_reduction="answer_sum"))
     other = shutil.copytree(model_dir, tmp_path / "other")
     with (other / "tokenizer.json").open("a") as file:

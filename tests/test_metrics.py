@@ -346,26 +346,31 @@ def test_average_precision_equals_a_naive_version_in_any_order_of_equal_scores(d
 
 
 @settings(max_examples=20, deadline=None)
-@given(runs)
-def test_every_draw_of_the_questions_has_the_figures_of_those_questions(run):
+@given(runs, st.lists(st.sampled_from("ab"), min_size=6, max_size=6))
+def test_every_draw_of_the_images_has_the_figures_of_all_questions_about_them(run, image_ids):
     questions, predictions = build(run)
+    image_ids = image_ids[: len(run)]
     tallies = [metrics.tally(*pair, mask_source="gt_answer") for pair in zip(questions, predictions, strict=True)]
-    draws = resample(tallies, resamples=3, seed=5)
-    weights = np.random.default_rng(5).multinomial(len(run), np.full(len(run), 1 / len(run)), size=3)
+    draws = resample(tallies, image_ids, resamples=3, seed=5)
+    images = sorted(set(image_ids))
+    weights = np.random.default_rng(5).multinomial(len(images), np.full(len(images), 1 / len(images)), size=3)
     for index, counts in enumerate(weights):
-        drawn = summarise([tally for tally, count in zip(tallies, counts, strict=True) for _ in range(count)])
+        drawn_times = dict(zip(images, counts, strict=True))
+        drawn = summarise([t for t, image in zip(tallies, image_ids, strict=True) for _ in range(drawn_times[image])])
         for name, values in draws.items():
             expected = np.nan if drawn[name] is None else drawn[name]
             assert values[index] == pytest.approx(expected, nan_ok=True), name
 
 
-def test_an_interval_of_a_mean_has_the_width_that_its_standard_error_says():
-    hits = np.arange(400) % 4 == 0
+@pytest.mark.parametrize("questions_per_image", [1, 4])
+def test_an_interval_has_the_width_that_the_standard_error_over_images_says(questions_per_image):
+    hits = np.repeat(np.arange(400) % 4 == 0, questions_per_image)
+    image_ids = np.repeat([f"i{number}" for number in range(400)], questions_per_image).tolist()
     tallies = [Tally({"choice_accuracy": (float(hit), 1)}) for hit in hits]
-    low, high = confidence_intervals(tallies)["choice_accuracy"]
+    low, high = confidence_intervals(tallies, image_ids)["choice_accuracy"]
     half = 1.96 * np.sqrt(0.25 * 0.75 / 400)
     assert (low, high) == (pytest.approx(0.25 - half, abs=0.006), pytest.approx(0.25 + half, abs=0.006))
-    assert confidence_intervals(tallies) == confidence_intervals(tallies)
+    assert confidence_intervals(tallies, image_ids) == confidence_intervals(tallies, image_ids)
 
 
 def test_intervals_stand_beside_the_figures_and_hold_them():

@@ -29,7 +29,7 @@ def make_pair(number, *, name="wing", generated=True):
     question = Question(
         id=f"q{number}",
         image=None,
-        image_id="image",
+        image_id=f"image{number}",
         image_label="plane",
         question_type="identification",
         question="What visible parts does the object in the image have?",
@@ -40,7 +40,7 @@ def make_pair(number, *, name="wing", generated=True):
     )
     prediction = Prediction(
         question_id=question.id,
-        image_id="image",
+        image_id=question.image_id,
         choice_scores=[0.25, 0.75],
         given_spans=spans,
         true_tags=[(11, 12)],
