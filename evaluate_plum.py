@@ -36,11 +36,11 @@ from typing import Any, Literal
 import datasets
 import torch
 from accelerate import PartialState
-from huggingface_hub import snapshot_download
 from tqdm import tqdm
-from transformers import AutoModel, AutoProcessor, HfArgumentParser
+from transformers import HfArgumentParser
 
 import partonomy_dataset  # noqa: F401  (makes load_dataset("partonomy", ...) work)
+from inference_plum import load_model
 from partkit.answers import answer_files, read_answers
 from partkit.baselines import SEED as BASELINE_SEED
 from partkit.baselines import answer_without_model
@@ -122,40 +122,6 @@ class EvaluationArguments:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise DataError(f"--{name} must be at least 1, found {value}.")
-
-
-# ---------------------------------------------------------------- model
-
-
-def load_model(arguments: EvaluationArguments, device: torch.device) -> tuple[Path, Any, Any]:
-    """Folder, model (in evaluation mode) and processor.
-
-    Raises:
-        DataError: the folder holds no PLUM checkpoint, or its processor does not belong to its model.
-    """
-    folder = Path(arguments.model)
-    if not folder.is_dir():
-        try:
-            folder = Path(snapshot_download(arguments.model))
-        except (ValueError, OSError) as error:
-            raise DataError(
-                f"--model {arguments.model!r} is neither a folder nor to be had from the Hub: {error}"
-            ) from error
-    try:
-        model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-    except (OSError, ValueError) as error:
-        raise DataError(f"{folder / 'config.json'} is no model configuration: {error}") from error
-    if model_type != "plum":
-        raise DataError(f"{folder} holds a model of type {model_type!r}, expected 'plum'.")
-    model = AutoModel.from_pretrained(folder, trust_remote_code=True, dtype=getattr(torch, arguments.dtype))
-    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-    expected, found = model.config.vlm_config.image_token_id, processor.image_token_id
-    if found != expected:
-        raise DataError(
-            f"{folder}: the processor's image token {processor.image_token!r} has id {found}, the model expects "
-            f"{expected}: save the processor that the model was trained with."
-        )
-    return folder, model.to(device).eval(), processor
 
 
 # ---------------------------------------------------------------- stage 1: predictions
@@ -344,7 +310,7 @@ def evaluate(arguments: EvaluationArguments) -> None:
     wrong_images = {}
     if arguments.control == "wrong_image":
         wrong_images = pick_wrong_images({question.image_id: question.image_label for question in questions})
-    folder, model, processor = load_model(arguments, state.device)
+    folder, plum = load_model(arguments.model, dtype=arguments.dtype, device=state.device)
     settings = run_settings(arguments, folder=folder, questions=questions)
     output_dir = Path(arguments.output_dir)
     check_run(output_dir, settings)
@@ -354,8 +320,8 @@ def evaluate(arguments: EvaluationArguments) -> None:
         write_whole(output_dir / "run.json", [json.dumps(settings, indent=2), "\n"])
 
     predictor = Predictor(
-        model,
-        processor,
+        plum.model,
+        plum.processor,
         max_new_tokens=arguments.max_new_tokens,
         choice_reduction=arguments.choice_reduction,
         mask_source=arguments.mask_source,
@@ -380,9 +346,9 @@ def evaluate(arguments: EvaluationArguments) -> None:
     state.destroy_process_group()
 
 
-def main() -> None:
+def main(options: list[str] | None = None) -> None:
     try:
-        (arguments,) = HfArgumentParser(EvaluationArguments).parse_args_into_dataclasses()
+        (arguments,) = HfArgumentParser(EvaluationArguments).parse_args_into_dataclasses(options)
         (evaluate if arguments.model is not None else evaluate_answers)(arguments)
     except DataError as error:
         sys.exit(f"evaluate_plum.py: {error}")

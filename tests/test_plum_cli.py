@@ -1,0 +1,134 @@
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import plum_cli
+from partkit.masks import encode
+from tests.tiny import random_image, random_mask, tiny_model, tiny_processor
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plum")
+    tiny_model().save_pretrained(folder)
+    tiny_processor().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def image_file(tmp_path):
+    random_image().save(tmp_path / "image.png")
+    return tmp_path / "image.png"
+
+
+@pytest.fixture
+def raw_data(tmp_path, image_file):
+    """A folder with a descriptor of ten images, one of which becomes the validation split."""
+    rles = [encode(random_mask(seed=seed)) for seed in range(2)]
+    instances = []
+    for index in range(10):
+        random_image(seed=index).save(tmp_path / f"{index}.png")
+        instances.append(
+            {
+                "image_path": f"{index}.png",
+                "image_label": "car",
+                "segmentations": {"wheel": rles[:1], "door": rles[1:]},
+                "segmentation_labels": ["wheel", "door"],
+            }
+        )
+    descriptor = {
+        "dataset_name": "cars",
+        "instances": instances,
+        "part_graph": {"car": ["door", "wheel"]},
+        "instance_graph": {"vehicle": ["car"]},
+    }
+    (tmp_path / "descriptor.json").write_text(json.dumps(descriptor))
+    return tmp_path
+
+
+def test_an_image_from_a_pipe_is_segmented_and_nothing_but_the_answer_comes_out(checkpoint, image_file):
+    command = [sys.executable, ROOT / "plum_cli.py", "segment", "-", "--spans", "left wing, tail", "--json"]
+    done = subprocess.run(
+        [*command, "--model", checkpoint], input=image_file.read_bytes(), capture_output=True, timeout=120
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    (line,) = done.stdout.decode().splitlines()
+    spans = json.loads(line)["spans"]
+    assert [span["text"] for span in spans] == ["left wing", "tail"]
+    assert all(span["mask"]["size"] == [50, 70] for span in spans)
+
+
+def test_a_problem_is_one_sentence_on_the_standard_error(tmp_path, capfd):
+    assert plum_cli.main(["data", "stats", "descriptor", "--data_dir", str(tmp_path), "--split", "train"]) == 1
+    out, err = capfd.readouterr()
+    assert out == "" and err.startswith("plum: Cannot load 'descriptor'") and len(err.splitlines()) == 1
+
+
+def test_an_answer_off_the_terminal_is_plain_and_its_files_are_named(checkpoint, image_file, tmp_path, capsys):
+    folder = tmp_path / "answer"
+    options = ["--spans", "tail", "--model", str(checkpoint), "--save", str(folder)]
+    assert plum_cli.main(["segment", str(image_file), *options]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("The object in the image has the following visible parts: tail.\n  tail  score 0.")
+    assert "\x1b" not in out and str(folder / "overlay.png") in out
+    assert Image.open(folder / "overlay.png").size == (70, 50)
+    assert np.asarray(Image.open(folder / "01_tail.png")).shape == (50, 70)
+
+
+def test_a_chat_answers_every_line_and_goes_on_after_a_bad_one(checkpoint, image_file, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"Which parts?\n\n{'long ' * 200}\nIs it red?\n"))
+    assert plum_cli.main(["chat", str(image_file), "--model", str(checkpoint), "--json"]) == 0
+    captured = capsys.readouterr()
+    assert [sorted(json.loads(line)) for line in captured.out.splitlines()] == [["spans", "text"]] * 2
+    assert captured.err == "plum: Expected a question of 1 to 500 characters, found 999.\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["ask", "IMAGE", "Which parts?", "--model", "no/such-model"], 3, "neither a folder nor to be had"),
+        (["ask", "absent.png", "Which parts?"], 1, "cannot be read as an image"),
+        (["chat", "-"], 1, "give the image as a file"),
+        (["ask", "IMAGE"], 2, "required: question"),
+        (["segment", "IMAGE", "--spans", "tail", "--jsno"], 2, "unrecognized arguments: --jsno"),
+        (["data", "validate", "descriptor", "absent"], 1, ""),
+        (["eval", "--output_dir", "absent"], 1, ""),
+    ],
+)
+def test_each_kind_of_problem_has_its_exit_code(arguments, code, message, image_file, capsys, monkeypatch):
+    monkeypatch.chdir(image_file.parent)
+    arguments = [str(image_file) if argument == "IMAGE" else argument for argument in arguments]
+    try:
+        found = plum_cli.main(arguments)
+    except SystemExit as error:
+        found = error.code if isinstance(error.code, int) else 1  # a text is printed and counts as 1
+    assert found == code and message in capsys.readouterr().err
+
+
+def test_a_reader_that_leaves_early_is_no_problem(raw_data):
+    command = [sys.executable, ROOT / "plum_cli.py", "data", "stats", "descriptor", "--data_dir", raw_data]
+    process = subprocess.Popen(
+        [*command, "--split", "train"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait(timeout=120)) == ("", 0)
+
+
+def test_data_is_validated_counted_and_drawn(raw_data, capsys):
+    assert plum_cli.main(["data", "validate", "descriptor", str(raw_data)]) == 0
+    assert "is complete" in capsys.readouterr().out
+    of_train = ["descriptor", "--data_dir", str(raw_data), "--split", "train"]
+    assert plum_cli.main(["data", "stats", *of_train, "--json"]) == 0
+    counts = json.loads(capsys.readouterr().out)
+    assert (counts["images"], counts["objects"], counts["parts"], counts["masks"]) == (9, 1, 2, 18)
+    assert counts["masks by part"] == {"door": 9, "wheel": 9}
+    assert plum_cli.main(["data", "preview", *of_train, "--save", str(raw_data / "drawn"), "--count", "3"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == len(list((raw_data / "drawn").iterdir())) == 3
