@@ -6,42 +6,39 @@ Training examples of PLUM: grounded conversations with random changes, and batch
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from PIL import Image
 
 from partkit.images import to_rgb
 from partkit.masks import decode as decode_rle
-from partkit.schema import DataError, as_chat, tagged_phrases
-from processing_plum import PlumProcessor
+from partkit.schema import DataError, as_chat, check_turns, tagged_phrases
+from partkit.seeding import seeded_generator
+from processing_plum import IGNORE_INDEX, PlumProcessor
 
 
-class ConversationDataset(torch.utils.data.Dataset):
+class ExampleMaker:
     """
-    Grounded conversations (see `partkit.schema`) with random changes that depend on seed, epoch and index alone: the
-    same for any number of processes and workers, and after a resume.
+    Turns a record (see `partkit.schema`) into an example.
+
+    Args:
+        jitter: Largest relative change of each colour channel.
+        turns_per_record: So many random turns, 0 for all, each as a conversation of its own; None: one conversation.
+        max_spans: Masks of a record that are supervised; a random choice beyond that.
     """
 
-    def __init__(
-        self,
-        records: Dataset,
-        seed: int = 0,
-        jitter: float = 0.0,
-        turns_per_record: int | None = None,
-        max_spans: int | None = None,
-    ):
-        self.records, self.seed, self.epoch = records, seed, 0
+    def __init__(self, jitter: float = 0.0, turns_per_record: int | None = None, max_spans: int | None = None):
         self.jitter, self.turns_per_record, self.max_spans = jitter, turns_per_record, max_spans
 
-    def set_epoch(self, epoch: int):
-        self.epoch = epoch
+    def __call__(self, record: dict, generator: np.random.Generator) -> dict:
+        """
+        Returns:
+            `id`, `image` (RGB or None) and `conversations`, each with `messages`, `masks` (bool arrays
+            `(height, width)`) and `chosen`, the sorted indices of the masks that are supervised.
 
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def __getitem__(self, index: int) -> dict:
-        record, masks = self._read(index)
-        generator = np.random.default_rng([self.seed, self.epoch, index])
-        image = record["image"]
+        Raises:
+            DataError: The turns, tags, masks and image do not fit together; the message names record and field.
+        """
+        masks, image = decode_masks(record), record["image"]
         if image is not None:
             image = to_rgb(image, where=f"record {record['id']}, field 'image'")
             if self.jitter:
@@ -65,27 +62,55 @@ class ConversationDataset(torch.utils.data.Dataset):
             chosen = generator.choice(count, min(count, left), replace=False)
             conversations[i]["chosen"], left = np.sort(chosen), left - len(chosen)
 
-    def _read(self, index: int) -> tuple[dict, list[np.ndarray]]:
-        """A record and its masks; `DataError` naming the record and the field if they do not fit together."""
+
+class ConversationDataset(torch.utils.data.Dataset):
+    """
+    Examples with random changes that depend on seed, epoch and index alone: the same for any number of processes and
+    workers, and after a resume. `options` are those of [`ExampleMaker`].
+    """
+
+    def __init__(self, records: Dataset, seed: int = 0, **options):
+        self.records, self.seed, self.epoch = records, seed, 0
+        self.make_example = ExampleMaker(**options)
+
+    def set_epoch(self, epoch: int):
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> dict:
         try:
             record = self.records[index]
         except (OSError, SyntaxError, Image.DecompressionBombError) as error:
             identity = self.records.select_columns("id")[index]["id"]
             raise DataError(f"record {identity}, field 'image': the image cannot be read: {error}") from error
-        where, image = f"record {record['id']}", record["image"]
-        answers = [message["content"] for message in record["messages"] if message["role"] == "assistant"]
-        tags = sum(len(tagged_phrases(answer, where=f"{where}, field 'messages'")) for answer in answers)
-        if tags != len(record["masks"]):
-            raise DataError(
-                f"{where}, field 'masks': expected one mask for each of {tags} span tags, found {len(record['masks'])}"
-            )
-        if image is None and tags:
-            raise DataError(f"{where}, field 'image': expected an image for {tags} masks, found none")
-        masks = [
-            decode_rle(mask["rle"], expected_size=(image.height, image.width), where=f"{where}, field 'masks[{i}]'")
-            for i, mask in enumerate(record["masks"])
-        ]
-        return record, masks
+        return self.make_example(record, np.random.default_rng([self.seed, self.epoch, index]))
+
+
+def stream_examples(records: IterableDataset, seed: int = 0, **options) -> IterableDataset:
+    """
+    The examples of a stream, with random changes that depend on seed, record and position in this worker's part of
+    the stream: the same after a resume with as many processes and workers.
+    """
+    make_example = ExampleMaker(**options)
+
+    def make(record: dict, position: int) -> dict:
+        return make_example(record, seeded_generator(seed, record["id"], position))
+
+    return records.map(make, with_indices=True, remove_columns=["messages", "masks"])
+
+
+def decode_masks(record: dict) -> list[np.ndarray]:
+    """The masks of a record; `DataError` naming the record and the field if they do not fit the rest of it."""
+    where, image = f"record {record['id']}", record["image"]
+    check_turns(record["messages"], len(record["masks"]), where=where)
+    if image is None and record["masks"]:
+        raise DataError(f"{where}, field 'image': expected an image for {len(record['masks'])} masks, found none")
+    return [
+        decode_rle(mask["rle"], expected_size=(image.height, image.width), where=f"{where}, field 'masks[{i}]'")
+        for i, mask in enumerate(record["masks"])
+    ]
 
 
 def split_into_turns(messages: list[dict], masks: list[np.ndarray]) -> list[dict]:
@@ -100,12 +125,16 @@ def split_into_turns(messages: list[dict], masks: list[np.ndarray]) -> list[dict
 
 class Collator:
     """
-    Examples of a [`ConversationDataset`] to a batch of model inputs, a row per conversation, without the masks that
-    were not chosen. `record_index` `(B,)` says which example a row belongs to.
+    Examples to a batch of model inputs, a row per conversation, without the masks that were not chosen.
+    `record_index` `(B,)` says which example a row belongs to, `record_ids` what the examples are called.
+
+    Args:
+        processor: Of the model that is trained.
+        max_length: Most tokens of a row, those of its image among them. A longer conversation loses its last turns.
     """
 
-    def __init__(self, processor: PlumProcessor):
-        self.processor = processor
+    def __init__(self, processor: PlumProcessor, max_length: int | None = None):
+        self.processor, self.max_length = processor, max_length
 
     def __call__(self, examples: list[dict]) -> dict:
         rows = [(i, conversation) for i, example in enumerate(examples) for conversation in example["conversations"]]
@@ -123,4 +152,38 @@ class Collator:
         batch["spans"] = batch["spans"][chosen]
         batch["mask_labels"] = [batch["mask_labels"][i] for i in chosen]
         batch["record_index"] = torch.tensor([i for i, _ in rows])
-        return dict(batch)
+        batch["record_ids"] = [example["id"] for example in examples]
+        batch = dict(batch)
+        if self.max_length is not None and batch["input_ids"].shape[1] > self.max_length:
+            cut_turns(batch, self.max_length, pad_token_id=self.processor.tokenizer.pad_token_id or 0)
+        return batch
+
+
+def cut_turns(batch: dict, max_length: int, *, pad_token_id: int):
+    """
+    Shortens a batch, padded on the right, to its first `max_length` tokens, in place: of each longer row the last
+    turns, whole, with their spans and masks.
+
+    Raises:
+        DataError: The first question and answer of a row are too long already; the message names the record.
+    """
+    shape, answered = batch["labels"].shape, batch["labels"] != IGNORE_INDEX
+    ends_answer = answered & ~torch.nn.functional.pad(answered[:, 1:], (0, 1))
+    kept = batch["attention_mask"].sum(1)
+    for row in (kept > max_length).nonzero()[:, 0].tolist():
+        ends = ends_answer[row].nonzero()[:, 0] + 1
+        if ends[0] > max_length:
+            raise DataError(
+                f"record {batch['record_ids'][batch['record_index'][row]]}, field 'messages': a question with its "
+                f"answer has {ends[0]} tokens with its image, but max_length is {max_length}; raise max_length or "
+                "leave the record out"
+            )
+        kept[row] = ends[ends <= max_length][-1]
+    cut = torch.arange(shape[1]) >= kept[:, None]  # (B, L)
+    fills = {"input_ids": pad_token_id, "labels": IGNORE_INDEX, "span_labels": IGNORE_INDEX}
+    for name, value in batch.items():
+        if isinstance(value, torch.Tensor) and value.shape == shape:
+            batch[name] = value.masked_fill(cut, fills.get(name, 0))[:, : kept.max()]
+    inside = batch["spans"][:, 2] <= kept[batch["spans"][:, 0]]
+    batch["spans"] = batch["spans"][inside]
+    batch["mask_labels"] = [mask for mask, keep in zip(batch["mask_labels"], inside.tolist(), strict=True) if keep]

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 import yaml
-from datasets import Dataset, load_dataset
+from datasets import Dataset, IterableDataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import (
@@ -32,11 +32,12 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-import partonomy_dataset  # noqa: F401  (makes load_dataset("partonomy") work)
 from configuration_plum import PlumConfig
-from data_plum import Collator, ConversationDataset
+from data_plum import Collator, ConversationDataset, stream_examples
+from mixture_plum import Source, load_eval_records, load_records, mix, parse_source
 from modeling_plum import PlumForConditionalGeneration
 from processing_plum import PlumProcessor, parse_span_tags
+from survey_plum import format_table, survey, write_samples
 from trainer_plum import PlumTrainer, TrainingCurves
 
 # A checkpoint is read by the code of this folder, so nobody is asked whether to trust the copy saved with it.
@@ -48,6 +49,17 @@ SEG_TOKEN = "[SEG]"
 # The published run adapts the language model's attention and trains these modules whole.
 LORA_TARGETS = r".*language_model\..*\.(q_proj|v_proj)"
 LORA_TRAINED_WHOLE = ["lm_head", "embed_tokens", "span_tagger", "span_projector", "mask_feedback", "mask_decoder"]
+
+
+def _parse_mapping(value: dict | str, name: str) -> dict:
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{name} must be a mapping (JSON on the command line): {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} must be a mapping, found {value!r}.")
+    return value
 
 
 @dataclass
@@ -80,13 +92,8 @@ class ModelArguments:
     )
 
     def __post_init__(self):
-        if isinstance(self.model_config, str):
-            try:
-                self.model_config = json.loads(self.model_config)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"model_config must be a mapping (JSON on the command line): {error}") from error
-        if not isinstance(self.model_config, dict | None):
-            raise ValueError(f"model_config must be a mapping, found {self.model_config!r}.")
+        if self.model_config is not None:
+            self.model_config = _parse_mapping(self.model_config, "model_config")
         if (self.vlm is None) != (self.sam is None):
             raise ValueError(f"Give vlm and sam together, found vlm={self.vlm!r} and sam={self.sam!r}.")
         if self.model is not None and self.vlm is not None:
@@ -103,7 +110,18 @@ class DataArguments:
     name: str = field(default="mini", metadata={"help": "Configuration of the data set."})
     data_dir: str | None = field(default=None, metadata={"help": "Folder of the configuration's files."})
     train_split: str = field(default="train", metadata={"help": "Split that is trained on."})
-    eval_split: str = field(default="validation", metadata={"help": "Split that is evaluated during training."})
+    eval_split: str | None = field(default="validation", metadata={"help": "Split that is evaluated during training."})
+    mixture: list[str] = field(
+        default_factory=lambda: ["{}"],
+        metadata={
+            "help": "Data sets to mix, each a mapping (JSON on the command line) of its rate and of whatever differs "
+            "from the five options above; its data_dir lies in theirs."
+        },
+    )
+    streaming: bool = field(default=False, metadata={"help": "Read the training data without preparing it first."})
+    dry_run: bool = field(
+        default=False, metadata={"help": "Survey the data, write samples.html to the output folder, and stop."}
+    )
     color_jitter: float = field(default=0.0, metadata={"help": "Largest relative change of each colour channel."})
     turns_per_record: int | None = field(
         default=None,
@@ -115,6 +133,16 @@ class DataArguments:
     max_spans: int | None = field(
         default=None, metadata={"help": "Masks per record that are supervised; a random choice beyond that."}
     )
+    max_length: int | None = field(
+        default=None,
+        metadata={"help": "Most tokens of a conversation, those of its image among them; last turns are left out."},
+    )
+    sources: list[Source] = field(init=False)
+
+    def __post_init__(self):
+        defaults = {name: getattr(self, name) for name in ("dataset", "name", "data_dir", "train_split", "eval_split")}
+        entries = [_parse_mapping(entry, "an entry of mixture") for entry in self.mixture]
+        self.sources = [parse_source(entry, defaults) for entry in entries]
 
 
 @dataclass
@@ -125,6 +153,11 @@ class PlumTrainingArguments(TrainingArguments):
     remove_unused_columns: bool = field(default=False, metadata={"help": "Keep False: images are read when batched."})
     # Rows without images or spans leave parameters unused, on some ranks and not on others.
     ddp_find_unused_parameters: bool | None = field(default=True, metadata={"help": "Needed with text-only rows."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        # Each process reads its own part of a stream: a batch holds lists of masks, which are not cut up and sent.
+        self.accelerator_config.dispatch_batches = False
 
 
 # ------------------------------------------------------------------------------------------------ options
@@ -166,9 +199,9 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Plu
 
 
 def _as_words(value) -> list[str]:
-    if isinstance(value, dict):
-        return [json.dumps(value)]
-    return [str(item) for item in value] if isinstance(value, list) else [str(value)]
+    if isinstance(value, list):
+        return [word for item in value for word in _as_words(item)]
+    return [json.dumps(value) if isinstance(value, dict) else str(value)]
 
 
 # ------------------------------------------------------------------------------------------------ model
@@ -338,21 +371,10 @@ def add_lora(model: PlumForConditionalGeneration, arguments: ModelArguments) -> 
 # ------------------------------------------------------------------------------------------------ main
 
 
-def load_split(arguments: DataArguments, split: str) -> Dataset:
-    """Records of one split; `ValueError` if it holds none, or no conversations."""
-    records = load_dataset(arguments.dataset, arguments.name, data_dir=arguments.data_dir, split=split)
-    if not len(records):
-        raise ValueError(f"Split {split!r} of {arguments.dataset}/{arguments.name} holds no records.")
-    missing = sorted({"id", "image", "messages", "masks"} - set(records.column_names))
-    if missing:
-        raise ValueError(
-            f"{arguments.dataset}/{arguments.name} has no columns {missing}; training needs grounded conversations."
-        )
-    return records
-
-
-def conversation_texts(records: Dataset) -> list[str]:
-    """All texts of the records, without span tags."""
+def conversation_texts(records: Dataset | IterableDataset) -> list[str]:
+    """All texts of the records, without span tags; `ValueError` of a stream, which has no end."""
+    if isinstance(records, IterableDataset):
+        raise ValueError("A model from scratch learns its tokenizer from all texts first; leave streaming out.")
     texts = []
     for messages in records["messages"]:
         for message in messages:
@@ -374,29 +396,64 @@ def find_checkpoint(args: PlumTrainingArguments) -> str | None:
     return checkpoint
 
 
+def load_processor(arguments: ModelArguments) -> PlumProcessor | None:
+    """The processor alone, which a look at the data needs; None of a model from scratch, which is quickly built."""
+    if arguments.model is not None:
+        return PlumProcessor.from_pretrained(arguments.model)
+    if arguments.vlm is not None:
+        return PlumProcessor.from_backbones(vlm=arguments.vlm, sam=arguments.sam)
+    return None
+
+
+def load_model(
+    arguments: ModelArguments, train_records: Dataset | IterableDataset
+) -> tuple[PlumForConditionalGeneration, PlumProcessor]:
+    """The model as the training starts from it, before LoRA, and its processor."""
+    if arguments.model is not None:
+        model, processor = load_checkpoint(arguments.model, arguments.model_config)
+    elif arguments.vlm is not None:
+        model, processor = compose_backbones(arguments.vlm, arguments.sam, arguments.model_config or {})
+    else:
+        texts = conversation_texts(train_records)
+        model, processor = build_from_scratch(arguments.model_config, arguments.tokenizer_vocab_size, texts)
+    check_span_source(model.config, processor)
+    freeze(model, arguments.frozen_modules)
+    return model, processor
+
+
 def main(argv: list[str]):
     model_arguments, data_arguments, args = parse_arguments(argv)
     checkpoint = find_checkpoint(args)
     set_seed(args.seed)
 
     # Data
-    train_records = load_split(data_arguments, data_arguments.train_split)
-    eval_records = load_split(data_arguments, data_arguments.eval_split)
+    sources, streaming = data_arguments.sources, data_arguments.streaming
+    parts = [load_records(source, source.train_split, streaming) for source in sources]
+    train_records = mix(parts, [source.rate for source in sources], args.seed)
+    turns_per_record, max_length = data_arguments.turns_per_record, data_arguments.max_length
+    train_dataset = (stream_examples if streaming else ConversationDataset)(
+        train_records,
+        seed=args.seed,
+        jitter=data_arguments.color_jitter,
+        turns_per_record=turns_per_record,
+        max_spans=data_arguments.max_spans,
+    )
+    eval_dataset = load_eval_records(sources, streaming)
+    if eval_dataset is not None:
+        eval_dataset = ConversationDataset(eval_dataset, turns_per_record=None if turns_per_record is None else 0)
 
     # Model
-    if model_arguments.model is not None:
-        model, processor = load_checkpoint(model_arguments.model, model_arguments.model_config)
-    elif model_arguments.vlm is not None:
-        model, processor = compose_backbones(
-            model_arguments.vlm, model_arguments.sam, model_arguments.model_config or {}
-        )
-    else:
-        texts = conversation_texts(train_records)
-        model, processor = build_from_scratch(
-            model_arguments.model_config, model_arguments.tokenizer_vocab_size, texts
-        )
-    check_span_source(model.config, processor)
-    freeze(model, model_arguments.frozen_modules)
+    model, processor = None, load_processor(model_arguments) if data_arguments.dry_run else None
+    if processor is None:
+        model, processor = load_model(model_arguments, train_records)
+    if args.process_index == 0:
+        rows = survey(sources, parts, processor, max_length=max_length, turns_per_record=turns_per_record)
+        print(format_table(rows), flush=True)
+        if data_arguments.dry_run:
+            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+            write_samples(Path(args.output_dir, "samples.html"), rows, train_dataset, seed=args.seed)
+    if data_arguments.dry_run:
+        return
     if model_arguments.lora_r:
         model = add_lora(model, model_arguments)
 
@@ -404,17 +461,9 @@ def main(argv: list[str]):
     trainer = PlumTrainer(
         model=model,
         args=args,
-        train_dataset=ConversationDataset(
-            train_records,
-            seed=args.seed,
-            jitter=data_arguments.color_jitter,
-            turns_per_record=data_arguments.turns_per_record,
-            max_spans=data_arguments.max_spans,
-        ),
-        eval_dataset=ConversationDataset(
-            eval_records, turns_per_record=None if data_arguments.turns_per_record is None else 0
-        ),
-        data_collator=Collator(processor),
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        data_collator=Collator(processor, max_length),
         processing_class=processor,
         callbacks=[TrainingCurves()],
     )

@@ -101,7 +101,7 @@ class PlumTrainer(Trainer):
         return batches, self.accelerator.reduce(total, "sum")
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        inputs = {name: value for name, value in inputs.items() if name != "record_index"}
+        inputs = {name: value for name, value in inputs.items() if name not in ("record_index", "record_ids")}
         outputs = model(**inputs, loss_counts=num_items_in_batch, teacher=self.teacher)
         loss = outputs["loss"]
         if num_items_in_batch is not None:

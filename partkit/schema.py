@@ -29,6 +29,7 @@ __all__ = [
     "Question",
     "as_chat",
     "as_row",
+    "check_turns",
     "escape_tags",
     "tagged_phrases",
 ]
@@ -89,21 +90,8 @@ class GroundedConversation:
     licence: str
 
     def validate(self, *, where: str) -> None:
-        """Raises DataError unless the messages alternate, tags pair up, and there are as many tags as masks."""
-        if not self.messages:
-            raise DataError(f"{where}, field 'messages': the conversation is empty")
-        tags = 0
-        for index, message in enumerate(self.messages):
-            place = f"{where}, field 'messages[{index}]'"
-            expected_role = "assistant" if index % 2 else "user"
-            if message["role"] != expected_role:
-                raise DataError(f"{place}: expected the role {expected_role!r}, found {message['role']!r}")
-            phrases = tagged_phrases(message["content"], where=place)
-            if phrases and expected_role == "user":
-                raise DataError(f"{place}: a user message holds the span tag <p>; write it as \\<p>")
-            tags += len(phrases)
-        if tags != len(self.masks):
-            raise DataError(f"{where}, field 'masks': {tags} span tags, but {len(self.masks)} masks")
+        """Raises DataError as [`check_turns`] does."""
+        check_turns(self.messages, len(self.masks), where=where)
 
 
 @dataclass
@@ -166,6 +154,26 @@ class Question:
                 f"{where}, field 'object_classes': expected {len(self.object_choices)} different classes, "
                 f"found {self.object_classes}"
             )
+
+
+def check_turns(messages: list[dict[str, str]], masks: int, *, where: str) -> None:
+    """Raises DataError unless questions and answers alternate, tags pair up, and there is a mask for each tag."""
+    if not messages:
+        raise DataError(f"{where}, field 'messages': the conversation is empty")
+    tags = 0
+    for index, message in enumerate(messages):
+        place = f"{where}, field 'messages[{index}]'"
+        expected_role = "assistant" if index % 2 else "user"
+        if message["role"] != expected_role:
+            raise DataError(f"{place}: expected the role {expected_role!r}, found {message['role']!r}")
+        phrases = tagged_phrases(message["content"], where=place)
+        if phrases and expected_role == "user":
+            raise DataError(f"{place}: a user message holds the span tag <p>; write it as \\<p>")
+        tags += len(phrases)
+    if expected_role == "user":
+        raise DataError(f"{place}: the conversation ends with the user; add the answer or leave the question out")
+    if tags != masks:
+        raise DataError(f"{where}, field 'masks': {tags} span tags, but {masks} masks; give each tag one mask")
 
 
 def as_row(record: PartExample | GroundedConversation | Question) -> dict[str, Any]:

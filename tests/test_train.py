@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file
@@ -26,6 +26,8 @@ from transformers import AutoModel, AutoProcessor, LlamaConfig, TrainerCallback
 
 import train
 import trainer_plum
+from data_plum import stream_examples
+from mixture_plum import mix
 from modeling_plum import PlumForConditionalGeneration
 from partkit.masks import DataError, encode
 from partkit.schema import GROUNDED_CONVERSATION_FEATURES
@@ -101,8 +103,13 @@ class GradientRecorder(TrainerCallback):
         self.gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
 
 
-def run_trainer(output_dir, resume: str | None = None, augmented: bool = False, **options) -> dict:
-    """Trains the tiny model for three steps in order, or six shuffled and augmented ones; what came of it."""
+def run_trainer(
+    output_dir, resume: str | None = None, augmented: bool = False, streamed: bool = False, **options
+) -> dict:
+    """
+    Trains the tiny model for three steps in order, or six shuffled and augmented ones, or those of a streamed mixture;
+    what came of it.
+    """
     settings = {
         "optim": "sgd",
         "learning_rate": 0.01,
@@ -120,6 +127,7 @@ def run_trainer(output_dir, resume: str | None = None, augmented: bool = False, 
     }
     args = train.PlumTrainingArguments(str(output_dir), **{**settings, **options})
     changes = {"jitter": 0.2, "max_spans": 2} if augmented else {}
+    dataset = train.ConversationDataset(uneven_records(), seed=3, **changes)
     recorder, model = GradientRecorder(), tiny_model()
     # At its small initial weights the feedback would have gradients that vanish in rounding.
     for parameter in model.mask_feedback.parameters():
@@ -127,7 +135,7 @@ def run_trainer(output_dir, resume: str | None = None, augmented: bool = False, 
     trainer = train.PlumTrainer(
         model=model,
         args=args,
-        train_dataset=train.ConversationDataset(uneven_records(), seed=3, **changes),
+        train_dataset=streamed_mixture(**changes) if streamed else dataset,
         eval_dataset=train.ConversationDataset(make_records([record(number, number % 4) for number in range(30, 37)])),
         data_collator=train.Collator(tiny_processor()),
         callbacks=[recorder],
@@ -140,6 +148,13 @@ def run_trainer(output_dir, resume: str | None = None, augmented: bool = False, 
         "losses": losses_by_step(trainer.state.log_history),
         "metrics": trainer.evaluate(),
     }
+
+
+def streamed_mixture(**changes) -> IterableDataset:
+    """The uneven records and others, three to one, in two shards each."""
+    parts = [uneven_records(), make_records([record(number, 2) for number in range(40, 46)])]
+    stream = mix([part.to_iterable_dataset(num_shards=2) for part in parts], [3, 1], seed=3)
+    return stream_examples(stream, seed=3, **changes)
 
 
 def losses_by_step(log_history: list[dict]) -> list[dict]:
@@ -164,6 +179,10 @@ def run_in_two_processes(folder: Path):
             resume=str(folder / "augmented" / "checkpoint-4"),
         ),
     }
+    streamed = {"per_device_train_batch_size": 2, "augmented": True, "streamed": True, "max_steps": 5}
+    runs["streamed"] = run_trainer(folder / "streamed", save_strategy="steps", save_steps=3, **streamed)
+    checkpoint = str(folder / "streamed" / "checkpoint-3")
+    runs["streamed_resumed"] = run_trainer(folder / "streamed_resumed", resume=checkpoint, **streamed)
     if int(os.environ["RANK"]) == 0:
         torch.save(runs, folder / "runs.pt")
     torch.distributed.destroy_process_group()
@@ -357,8 +376,9 @@ def test_two_processes_shuffle_and_augment_as_one_in_every_epoch(two_processes, 
     assert_same_run(two_processes["augmented"], one, tolerance=1e-2)
 
 
-def test_two_processes_that_resume_within_an_epoch_end_with_equal_weights(two_processes):
-    whole, resumed = two_processes["augmented"], two_processes["resumed"]
+@pytest.mark.parametrize("names", [("augmented", "resumed"), ("streamed", "streamed_resumed")], ids=lambda n: n[0])
+def test_two_processes_that_resume_within_an_epoch_or_stream_end_with_equal_weights(two_processes, names):
+    whole, resumed = (two_processes[name] for name in names)
     assert whole["losses"] == resumed["losses"]
     assert all(torch.equal(resumed["weights"][name], whole["weights"][name]) for name in whole["weights"])
 
@@ -374,15 +394,20 @@ def test_two_processes_measure_what_one_measures_on_a_split_they_cannot_share_ev
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"muon_learning_rate": 0.01, "turns_per_record": 2}, {"lora_r": 2, "lora_dropout": 0.2}],
-    ids=["adamw", "muon_turns", "lora"],
+    [
+        {},
+        {"muon_learning_rate": 0.01, "turns_per_record": 2},
+        {"lora_r": 2, "lora_dropout": 0.2},
+        {"streaming": True, "dataloader_num_workers": 1},
+    ],
+    ids=["adamw", "muon_turns", "lora", "streaming"],
 )
 def test_a_run_that_goes_on_from_the_middle_of_an_epoch_ends_bit_for_bit_as_if_never_stopped(
     trained, data_folder, tmp_path, options
 ):
     options = base_options(data_folder, tmp_path / "whole") | {"model": trained} | options
     run_main(options)
-    # What a run leaves that is killed after its eighth step, the second of its second epoch.
+    # What a run leaves that is killed after its eighth step, in the middle of its second epoch or of a stream.
     shutil.copytree(tmp_path / "whole" / "checkpoint-8", tmp_path / "killed" / "checkpoint-8")
     run_main(options | {"output_dir": tmp_path / "killed", "resume_from_checkpoint": True})
 
@@ -550,7 +575,9 @@ def test_training_says_nothing_but_its_figures(data_folder, trained, tmp_path):
     )
     assert run.returncode == 0, run.stderr
     lines = [line for line in run.stdout.splitlines() if line.strip()]
-    assert [line.startswith("{") for line in lines] == [True, True, True, False]
+    table = [line for line in lines if line.startswith("|")]
+    assert lines[: len(table)] == table and len(table) == 3
+    assert [line.startswith("{") for line in lines[len(table) :]] == [True, True, True, False]
     assert lines[-1] == f"The trained model, its processor and its curves are in {tmp_path}"
     for word in ("missing keys", "tokens that differ", "custom code", "Traceback"):
         assert word not in run.stderr
@@ -742,7 +769,7 @@ def changed_record(**changes) -> dict:
     [
         (
             {"masks": record(7, 3)["masks"]},
-            "record record-7, field 'masks': expected one mask for each of 2 span tags, found 3",
+            "record record-7, field 'masks': 2 span tags, but 3 masks; give each tag one mask",
         ),
         ({"image": None}, "record record-7, field 'image': expected an image for 2 masks, found none"),
         (
@@ -759,16 +786,34 @@ def changed_record(**changes) -> dict:
         ),
         (
             {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "A <p>wheel."}]},
-            "record record-7, field 'messages': span tags <p> and </p> must alternate",
+            r"record record-7, field 'messages\[1\]': span tags <p> and </p> must alternate",
+        ),
+        ({"masks": record(7, 1)["masks"]}, "record record-7, field 'masks': 2 span tags, but 1 masks"),
+        (
+            {"messages": [*record(7, 2)["messages"], {"role": "user", "content": "And?"}]},
+            r"record record-7, field 'messages\[2\]': the conversation ends with the user; add the answer",
         ),
     ],
-    ids=["more_masks", "no_image", "corrupt_image", "corrupt_rle", "mask_of_another_size", "open_tag"],
+    ids=[
+        "mask_without_phrase",
+        "no_image",
+        "corrupt_image",
+        "corrupt_rle",
+        "mask_of_another_size",
+        "open_tag",
+        "phrase_without_mask",
+        "ends_with_the_user",
+    ],
 )
 def test_a_bad_record_is_named_with_its_field(changes, message):
     examples = train.ConversationDataset(make_records([record(0, 1), changed_record(**changes)]))
     assert examples[0]["id"] == "record-0"
     with pytest.raises(DataError, match=message):
         examples[1]
+    if "image" not in changes:
+        stream = stream_examples(make_records([changed_record(**changes)]).to_iterable_dataset())
+        with pytest.raises(DataError, match=message):
+            next(iter(stream))
 
 
 def test_an_empty_split_and_a_split_of_other_records_are_errors_before_any_training(trained, data_folder, tmp_path):
