@@ -109,6 +109,7 @@ class EvaluationArguments:
     )
     max_new_tokens: int = field(default=96, metadata={"help": "Longest generated answer, in tokens."})
     batch_size: int = field(default=16, metadata={"help": "Questions per step."})
+    image_cache_size: int = field(default=128, metadata={"help": "Images whose features are kept in memory."})
     limit: int | None = field(default=None, metadata={"help": "Only the first questions of the split."})
     device: Literal["auto", "cpu", "cuda"] = field(default="auto", metadata={"help": "auto takes a GPU if any."})
     dtype: Literal["float32", "bfloat16"] = field(default="float32", metadata={"help": "Of the model's weights."})
@@ -118,7 +119,7 @@ class EvaluationArguments:
             raise DataError("Expected one of --model, --predictions and --baseline: say what to score.")
         if (self.match == "embedding") != (self.match_model is not None):
             raise DataError("--match embedding and --match_model belong together: give both or neither.")
-        for name in ("max_new_tokens", "batch_size", "limit"):
+        for name in ("max_new_tokens", "batch_size", "image_cache_size", "limit"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise DataError(f"--{name} must be at least 1, found {value}.")
@@ -189,10 +190,12 @@ def predict(
         wrong = [wrong_images[image_id] for image_id in shown if wrong_images]
         indices = {image_id: row_of_image[image_id] for image_id in [*shown, *wrong]}
         images = {image_id: load_image(rows, index, questions[index]) for image_id, index in indices.items()}
-        predictions = predictor.predict(asked, [images[image_id] for image_id in shown], shown)
+        image_ids = shown + wrong
+        both = asked + asked if wrong_images else asked
+        predictions = predictor.predict(both, [images[image_id] for image_id in image_ids], image_ids)
         if wrong_images:
-            control = predictor.predict(asked, [images[image_id] for image_id in wrong], wrong)
-            predictions = [replace(p, wrong_image=c) for p, c in zip(predictions, control, strict=True)]
+            pairs = zip(predictions[: len(asked)], predictions[len(asked) :], strict=True)
+            predictions = [replace(prediction, wrong_image=control) for prediction, control in pairs]
         own_file = output_dir / f"predictions.rank{state.process_index}.jsonl"
         append_predictions(own_file, [p for p in predictions if p.question_id not in done])
     state.wait_for_everyone()
@@ -325,6 +328,7 @@ def evaluate(arguments: EvaluationArguments) -> None:
         max_new_tokens=arguments.max_new_tokens,
         choice_reduction=arguments.choice_reduction,
         mask_source=arguments.mask_source,
+        image_cache_size=arguments.image_cache_size,
     )
     resumed = predict(
         predictor,
@@ -340,6 +344,7 @@ def evaluate(arguments: EvaluationArguments) -> None:
         # a model of the Hub lies in a folder that bears the name of its commit
         run["model_revision"] = folder.name if folder.parent.name == "snapshots" else None
         run |= {"device": str(state.device), "processes": state.num_processes, "predictions_found": resumed}
+        run["image_cache"] = predictor.images.summary()  # of the first process
         predictions = read_predictions(output_dir / "predictions.jsonl")
         finish(arguments, rows, questions, predictions, run=run, training_curves=folder / "training_curves.csv")
     state.wait_for_everyone()

@@ -21,8 +21,10 @@ import numpy as np
 import torch
 from huggingface_hub import snapshot_download
 from PIL import Image, ImageOps, UnidentifiedImageError
-from transformers import AutoModel, AutoProcessor, TextIteratorStreamer
+from transformers import AutoConfig, TextIteratorStreamer
 
+from configuration_plum import PlumConfig
+from modeling_plum import PlumForConditionalGeneration
 from partkit.masks import DataError, area, encode
 from partkit.report import overlay
 from partkit.schema import as_chat, escape_tags
@@ -30,6 +32,9 @@ from partkit.spans import join_parts
 from partkit.wording import official_answer, official_question
 from predictor_plum import keep_last_answer
 from processing_plum import PlumAnswer, PlumProcessor, parse_span_tags
+
+# A checkpoint is read by the code of this folder, so nobody is asked whether to trust the copy saved with it.
+AutoConfig.register("plum", PlumConfig, exist_ok=True)
 
 MAX_IMAGE_BYTES = 10_000_000
 MAX_IMAGE_PIXELS = 40_000_000
@@ -96,8 +101,8 @@ def load_model(name: str | Path, *, dtype: str = "float32", device: str | torch.
         raise ModelError(f"{folder / 'config.json'} is no model configuration: {error}") from error
     if model_type != "plum":
         raise ModelError(f"{folder} holds a model of type {model_type!r}, expected 'plum'.")
-    model = AutoModel.from_pretrained(folder, trust_remote_code=True, dtype=getattr(torch, dtype))
-    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    model = PlumForConditionalGeneration.from_pretrained(folder, dtype=getattr(torch, dtype))
+    processor = PlumProcessor.from_pretrained(folder)
     expected, found = model.config.vlm_config.image_token_id, processor.image_token_id
     if found != expected:
         raise ModelError(

@@ -44,19 +44,24 @@ from transformers import (
     SamModel,
 )
 from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
 try:
     from .configuration_plum import PlumConfig
     from .masks_plum import dice_loss, downscale_mask, focal_tversky_loss, upscale_masks
+    from .sharing_plum import pack_rows, shared_beginnings
 except ImportError:
     if __package__:
         raise
     from configuration_plum import PlumConfig
     from masks_plum import dice_loss, downscale_mask, focal_tversky_loss, upscale_masks
+    from sharing_plum import pack_rows, shared_beginnings
 
 TAG_OUTSIDE, TAG_BEGIN, TAG_INSIDE = 0, 1, 2
 IGNORE_INDEX = -100
+# Positions whose logits over the vocabulary are held at once where only their loss is asked for.
+LOGIT_ROWS = 256
 
 
 @dataclass
@@ -365,8 +370,47 @@ class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
         """SAM's encoder: `(N, 3, image_size, image_size)` pixels to `(N, C, G, G)` embeddings."""
         return self.sam.vision_encoder(sam_pixel_values.to(self.sam.vision_encoder.dtype)).last_hidden_state
 
+    def get_vlm_image_features(self, image_token_counts: list[int], **image_inputs) -> list[torch.Tensor] | None:
+        """
+        What the vision-language model sees of images, to be kept and given as `vlm_image_features` wherever they are
+        asked about.
+
+        Args:
+            image_token_counts: Placeholder tokens of each image.
+            image_inputs: `sam_image_embeddings` where the model looks through SAM, else the inputs that the
+                vision-language model takes for these images.
+
+        Returns:
+            `(image tokens, D)` features of each image; `None` for a family that takes more from an image than these.
+        """
+        if self.config.vlm_image_input == "sam_image_embeddings":
+            embeddings = image_inputs["sam_image_embeddings"].to(self.vlm.dtype)
+            outputs = self.vlm.model.get_image_features(embeddings, return_dict=True)
+        else:
+            if "mm_encoder_outputs" not in inspect.signature(self.vlm.model.forward).parameters:
+                return None
+            taken = inspect.signature(self.vlm.model.get_image_features).parameters
+            inputs = {name: value for name, value in image_inputs.items() if name in taken}
+            inputs["pixel_values"] = inputs["pixel_values"].to(self.vlm.dtype)
+            outputs = self.vlm.model.get_image_features(**inputs, return_dict=True)
+            if set(outputs) - {"last_hidden_state", "pooler_output", "hidden_states", "attentions"}:
+                return None
+        features = torch.cat([feature.flatten(0, -2) for feature in outputs.pooler_output])
+        if len(features) != sum(image_token_counts):
+            raise ValueError(
+                f"Image features and image tokens do not match: {len(image_token_counts)} images have {len(features)} "
+                f"features and {sum(image_token_counts)} image tokens; set the processor's num_image_tokens right."
+            )
+        return list(features.split(image_token_counts))
+
     def _resolve_images(
-        self, input_ids, pixel_values, sam_pixel_values, sam_image_embeddings, sam_image_index
+        self,
+        input_ids,
+        pixel_values,
+        sam_pixel_values,
+        sam_image_embeddings,
+        sam_image_index,
+        vlm_image_features=None,
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor | None, torch.Tensor]:
         """The vision-language model's image inputs, SAM's embeddings and the image of each row."""
         if sam_image_embeddings is None and sam_pixel_values is not None and len(sam_pixel_values):
@@ -383,19 +427,31 @@ class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
         vlm_inputs = {}
         if self.config.vlm_image_input == "sam_image_embeddings":
             if sam_image_embeddings is not None:
-                vlm_inputs["inputs_embeds"] = self._embed_with_images(input_ids, sam_image_embeddings, sam_image_index)
+                vlm_inputs["inputs_embeds"] = self._embed_with_images(
+                    input_ids, sam_image_embeddings, sam_image_index, vlm_image_features
+                )
+        elif vlm_image_features is not None:
+            vlm_inputs["mm_encoder_outputs"] = {"image": self._repeat_for_rows(vlm_image_features, sam_image_index)}
         elif pixel_values is not None and len(pixel_values):
             vlm_inputs["pixel_values"] = pixel_values.to(self.vlm.dtype)
         return vlm_inputs, sam_image_embeddings, sam_image_index
 
-    def _embed_with_images(self, input_ids, sam_image_embeddings, sam_image_index) -> torch.Tensor:
+    @staticmethod
+    def _repeat_for_rows(vlm_image_features, sam_image_index) -> BaseModelOutputWithPooling:
+        """Features of each row's image, in the form in which the vision-language model takes them ready-made."""
+        of_rows = [vlm_image_features[image] for image in sam_image_index.tolist() if image >= 0]
+        return BaseModelOutputWithPooling(pooler_output=of_rows)
+
+    def _embed_with_images(self, input_ids, sam_image_embeddings, sam_image_index, features=None) -> torch.Tensor:
         """
         Input embeddings `(B, L, D)` with the features of each row's image in its placeholders. The vision tower sees
         an image once, however many rows ask about it.
         """
         placeholders = input_ids == self.config.vlm_config.image_token_id
-        features = self.vlm.model.get_image_features(sam_image_embeddings.to(self.vlm.dtype), return_dict=True)
-        features = torch.stack(list(features.pooler_output))[sam_image_index[sam_image_index >= 0]]
+        if features is None:
+            outputs = self.vlm.model.get_image_features(sam_image_embeddings.to(self.vlm.dtype), return_dict=True)
+            features = list(outputs.pooler_output)
+        features = torch.stack(features)[sam_image_index[sam_image_index >= 0]]
         if placeholders.sum() != features.shape[:2].numel():
             raise ValueError(
                 f"Image features and image tokens do not match: {len(features)} rows with an image have "
@@ -726,6 +782,7 @@ class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
         sam_image_index: torch.LongTensor | None = None,
         original_sizes: torch.LongTensor | None = None,
         reshaped_input_sizes: torch.LongTensor | None = None,
+        vlm_image_features: list[torch.Tensor] | None = None,
         **kwargs,
     ) -> torch.LongTensor:
         """
@@ -733,9 +790,9 @@ class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
         runs only where the vision-language model looks through it (`vlm_image_input="sam_image_embeddings"`).
         """
         if self.config.vlm_image_input == "pixel_values":
-            sam_pixel_values = sam_image_embeddings = sam_image_index = None
+            sam_pixel_values = None
         image_inputs, _, _ = self._resolve_images(
-            input_ids, pixel_values, sam_pixel_values, sam_image_embeddings, sam_image_index
+            input_ids, pixel_values, sam_pixel_values, sam_image_embeddings, sam_image_index, vlm_image_features
         )
         return self._generate(input_ids, attention_mask, **image_inputs, **kwargs)
 
@@ -756,6 +813,8 @@ class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
         sam_image_index: torch.LongTensor | None = None,
         spans: torch.LongTensor | None = None,
         given_masks: dict[int, torch.Tensor] | None = None,
+        hidden_states: torch.FloatTensor | None = None,
+        vlm_image_features: list[torch.Tensor] | None = None,
         original_sizes: torch.LongTensor | None = None,
         reshaped_input_sizes: torch.LongTensor | None = None,
         span_labels: torch.LongTensor | None = None,
@@ -775,6 +834,8 @@ class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
             spans (`(S, 3)`): Spans of the given answers to segment, `[row, start, end)`, rows ascending.
             given_masks: Binary masks (original height, original width) by index of the span in `spans`. Such a mask
                 is returned in place of a predicted one, and the later spans of its row are decoded from it.
+            hidden_states (`(B, L, D)`): What [`encode_conversations`] returned for these rows and their given answers.
+            vlm_image_features: As in [`encode_conversations`].
             span_labels, mask_labels: Accepted, so that a training batch may be passed as it is, and unused.
             kwargs: Options of `generate`, such as `max_new_tokens`, and further inputs of the vision-language model.
 
@@ -783,15 +844,17 @@ class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
                 sequences per prompt.
         """
         image_inputs, sam_image_embeddings, sam_image_index = self._resolve_images(
-            input_ids, pixel_values, sam_pixel_values, sam_image_embeddings, sam_image_index
+            input_ids, pixel_values, sam_pixel_values, sam_image_embeddings, sam_image_index, vlm_image_features
         )
         further_inputs, generate_kwargs = self._split_inputs(kwargs)
         vlm_inputs = image_inputs | further_inputs
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         if labels is None:
-            if spans is not None or given_masks:
-                raise ValueError("spans and given_masks belong to a given answer; pass its labels as well.")
+            if spans is not None or given_masks or hidden_states is not None:
+                raise ValueError(
+                    "spans, given_masks and hidden_states belong to a given answer; pass its labels as well."
+                )
             prompt = input_ids
             input_ids = self._generate_answers(prompt, attention_mask, **vlm_inputs, **generate_kwargs)
             attention_mask, answer_mask = self._mask_answers(input_ids, attention_mask, prompt.shape[1])
@@ -799,7 +862,8 @@ class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
         else:
             answer_mask = (labels != IGNORE_INDEX) & ~torch.isin(labels, self._stop_tokens)
 
-        hidden_states = self._run_language_model(input_ids, attention_mask, **vlm_inputs)
+        if hidden_states is None:
+            hidden_states = self._run_language_model(input_ids, attention_mask, **vlm_inputs)
         span_logits = self.tag_tokens(input_ids, hidden_states, attention_mask)
         forced = spans is not None
         if not forced:
@@ -886,18 +950,53 @@ class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
         return given
 
     @torch.no_grad()
+    def encode_conversations(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        sam_pixel_values: torch.FloatTensor | None = None,
+        sam_image_embeddings: torch.FloatTensor | None = None,
+        sam_image_index: torch.LongTensor | None = None,
+        vlm_image_features: list[torch.Tensor] | None = None,
+        **vlm_inputs,
+    ) -> torch.FloatTensor:
+        """
+        Hidden states `(B, L, D)` of conversations, for [`score_choices`] and [`segment`] of the same rows. What rows
+        about one image have in common from their start (the image, a question, the first words of its answers) is
+        computed once, see `sharing_plum.py`; families whose language model takes more than embeddings and positions,
+        or looks at a part of the sequence only, compute each row whole.
+
+        Args:
+            vlm_image_features: Given instead of `pixel_values`, see [`get_vlm_image_features`]; by image, in the
+                order of `sam_image_index`.
+            vlm_inputs: Further inputs of the vision-language model; those of [`forward`] alone are unused.
+        """
+        image_inputs, _, sam_image_index = self._resolve_images(
+            input_ids, pixel_values, sam_pixel_values, sam_image_embeddings, sam_image_index, vlm_image_features
+        )
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        own = inspect.signature(self.forward).parameters
+        vlm_inputs = {name: value for name, value in vlm_inputs.items() if name not in own}
+        # A row whose image is not known shares with none, and rows without an image with each other.
+        has_image = (input_ids == self.config.vlm_config.image_token_id).any(dim=1)
+        unknown = torch.arange(len(input_ids), device=input_ids.device) - 1 - len(input_ids)
+        roots = torch.where(has_image & (sam_image_index < 0), unknown, sam_image_index)
+        packed = pack_rows(input_ids, attention_mask, roots.tolist())
+        with shared_beginnings(self.vlm.get_decoder(), packed):
+            return self._run_language_model(input_ids, attention_mask, **image_inputs, **vlm_inputs)
+
+    @torch.no_grad()
     def score_choices(
         self,
         input_ids: torch.LongTensor,
         labels: torch.LongTensor,
         num_choices: int,
         attention_mask: torch.Tensor | None = None,
-        pixel_values: torch.FloatTensor | None = None,
-        sam_pixel_values: torch.FloatTensor | None = None,
-        sam_image_embeddings: torch.FloatTensor | None = None,
-        sam_image_index: torch.LongTensor | None = None,
+        hidden_states: torch.FloatTensor | None = None,
         reduction: str = "answer_mean",
-        **vlm_inputs,
+        **inputs,
     ) -> torch.FloatTensor:
         """
         Negative log-likelihood of candidate answers; the choice of the model is the argmin.
@@ -906,9 +1005,10 @@ class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
             input_ids (`(B, L)`): Conversations; `num_choices` consecutive rows per question, each with one answer.
             labels (`(B, L)`): Tokens of the answers, -100 elsewhere.
             num_choices: Answers per question.
+            hidden_states (`(B, L, D)`): What [`encode_conversations`] returned for these rows, if it was called.
             reduction: `"answer_mean"` and `"answer_sum"` over the answer's tokens; `"sequence_mean"`, over prompt and
                 answer without image tokens and padding, is the protocol of the published figures.
-            vlm_inputs: Further inputs of the vision-language model; those of [`forward`] alone are unused.
+            inputs: Further inputs of [`encode_conversations`].
 
         Returns:
             `(B / num_choices, num_choices)` scores.
@@ -917,21 +1017,25 @@ class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
             raise ValueError(f"Found {len(input_ids)} rows, which is not a multiple of num_choices={num_choices}.")
         if reduction not in ("answer_mean", "answer_sum", "sequence_mean"):
             raise ValueError(f"reduction must be answer_mean, answer_sum or sequence_mean, found {reduction!r}.")
-        image_inputs, _, _ = self._resolve_images(
-            input_ids, pixel_values, sam_pixel_values, sam_image_embeddings, sam_image_index
-        )
+        if hidden_states is None:
+            hidden_states = self.encode_conversations(input_ids, attention_mask, **inputs)
         if reduction == "sequence_mean":
             real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-            counted = (real == 1) & (input_ids != self.config.vlm_config.image_token_id)
+            # The first token of a row is predicted by none, on whichever side the row is padded.
+            predicted = (real == 1) & (F.pad(real, (1, 0))[:, :-1] == 1)
+            counted = predicted & (input_ids != self.config.vlm_config.image_token_id)
             labels = torch.where(counted, input_ids, IGNORE_INDEX)
-        own = inspect.signature(self.forward).parameters
-        vlm_inputs = {name: value for name, value in vlm_inputs.items() if name not in own}
-        hidden_states = self._run_language_model(input_ids, attention_mask, **image_inputs, **vlm_inputs)
-        logits = self.get_output_embeddings()(hidden_states[:, :-1]).float()
         targets = labels[:, 1:]
-        scores = F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORE_INDEX, reduction="none").sum(1)
+        counted = targets != IGNORE_INDEX
+        states = hidden_states[:, :-1][counted]
+        losses = []
+        for some, their_targets in zip(states.split(LOGIT_ROWS), targets[counted].split(LOGIT_ROWS), strict=True):
+            logits = self.get_output_embeddings()(some).float()
+            losses.append(F.cross_entropy(logits, their_targets, reduction="none"))
+        rows = counted.nonzero()[:, 0]
+        scores = torch.zeros(len(input_ids), device=states.device).index_add(0, rows, torch.cat(losses))
         if reduction != "answer_sum":
-            scores = scores / (targets != IGNORE_INDEX).sum(1)
+            scores = scores / counted.sum(1)
         return scores.view(-1, num_choices)
 
 

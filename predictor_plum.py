@@ -1,7 +1,8 @@
 """Puts part questions to a PLUM model and writes down what it says; evaluate_plum.py decides which, and scores it."""
 
-import itertools
+from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,46 +16,115 @@ from partkit.metrics import MaskSource
 from partkit.predictions import Prediction, SpanMask
 from partkit.schema import Question, as_chat, escape_tags
 from partkit.spans import tag_phrases
-from processing_plum import PlumProcessor, parse_span_tags
+from processing_plum import PlumProcessor, PreparedImage, parse_span_tags
 
 IGNORE_INDEX = -100
 
 Message = dict[str, Any]
-Row = tuple[Image.Image, list[Message]]  # a conversation and the image its first message is about
+Row = tuple[str, list[Message]]  # the id of an image and a conversation whose first message is about it
+
+
+@dataclass(frozen=True)
+class ImageFeatures:
+    """What is kept of an image: what stands for it in conversations, and what the two encoders saw of it."""
+
+    shown: PreparedImage | Image.Image
+    sam_embedding: torch.Tensor
+    vlm_features: torch.Tensor | None  # None where the vision-language model must see the pixels each time
+
+
+class ImageCache:
+    """
+    Features of the images last asked about, so that an image is resized and encoded once, however many questions it
+    has, and if memory allows not again where it serves as another question's wrong image.
+
+    Args:
+        size: Images whose features are kept.
+    """
+
+    def __init__(self, model, processor: PlumProcessor, *, size: int):
+        self.model, self.processor, self.size = model, processor, size
+        self._features: OrderedDict[str, ImageFeatures] = OrderedDict()
+        self.uses, self.encoded = 0, 0
+
+    def look_up(self, image_ids: Sequence[str], images: Sequence[Image.Image]) -> dict[str, ImageFeatures]:
+        """Features by image id; those that are not kept are computed, all in one batch."""
+        wanted = dict(zip(image_ids, images, strict=True))
+        absent = {name: image for name, image in wanted.items() if name not in self._features}
+        if absent:
+            self._features |= dict(zip(absent, self._encode(list(absent.values())), strict=True))
+        self.uses += len(image_ids)
+        self.encoded += len(absent)
+        for name in wanted:
+            self._features.move_to_end(name)
+        found = {name: self._features[name] for name in wanted}
+        while len(self._features) > self.size:
+            self._features.popitem(last=False)
+        return found
+
+    @torch.no_grad()
+    def _encode(self, images: list[Image.Image]) -> list[ImageFeatures]:
+        device = self.model.device
+        prepared, sam_inputs, vlm_inputs = self.processor.prepare_images(images)
+        embeddings = self.model.get_image_embeddings(sam_inputs["sam_pixel_values"].to(device))
+        vlm_inputs = {name: value.to(device) for name, value in vlm_inputs.items() if isinstance(value, torch.Tensor)}
+        counts = [image.num_image_tokens for image in prepared]
+        features = self.model.get_vlm_image_features(counts, sam_image_embeddings=embeddings, **vlm_inputs)
+        if features is None:
+            return [ImageFeatures(*pair, None) for pair in zip(images, embeddings, strict=True)]
+        return [ImageFeatures(*kept) for kept in zip(prepared, embeddings, features, strict=True)]
+
+    def summary(self) -> dict[str, Any]:
+        """How often a question found its image encoded."""
+        hit_rate = 1 - self.encoded / self.uses if self.uses else None
+        return {"size": self.size, "uses": self.uses, "encoded": self.encoded, "hit_rate": hit_rate}
 
 
 class Predictor:
-    """Puts questions to one model; an image is encoded once per batch, however many questions it has."""
+    """
+    Puts questions to one model. An image is encoded once, however many questions it has; what the choices of a
+    question, and the questions about an image, have in common is read once; and the masks of a given answer come from
+    the pass that scored it.
+    """
 
     def __init__(
-        self, model, processor: PlumProcessor, *, max_new_tokens: int, choice_reduction: str, mask_source: MaskSource
+        self,
+        model,
+        processor: PlumProcessor,
+        *,
+        max_new_tokens: int,
+        choice_reduction: str,
+        mask_source: MaskSource,
+        image_cache_size: int = 128,
     ):
         self.model = model
         self.processor = processor
         self.max_new_tokens = max_new_tokens
         self.choice_reduction = choice_reduction
         self.mask_source = mask_source
-        self._embeddings: dict[int, torch.Tensor] = {}
+        self.images = ImageCache(model, processor, size=image_cache_size)
+        self._features: dict[str, ImageFeatures] = {}
 
     def predict(
         self, questions: Sequence[Question], images: Sequence[Image.Image], image_ids: Sequence[str]
     ) -> list[Prediction]:
-        """One prediction per question, from the image given beside it. The same image must be the same object."""
-        self._encode_images(images)
+        """One prediction per question, from the image given beside it; an id stands for one image."""
+        self._features = self.images.look_up(image_ids, images)
         tagged = self.processor.seg_token is not None
-        choice_scores = self._score(
-            [[(image, c) for c in choose(q, tagged=tagged)] for q, image in zip(questions, images, strict=True)]
-        )
         asked = [index for index, question in enumerate(questions) if question.object_question is not None]
-        object_scores = self._score(
-            [[(images[i], c) for c in choose_object(questions[i], tagged=tagged)] for i in asked]
+        choices = [(image_ids[i], choose(question, tagged=tagged)) for i, question in enumerate(questions)]
+        choices += [(image_ids[i], choose_object(questions[i], tagged=tagged)) for i in asked]
+        scores, hidden_states = self._score(choices)
+        choice_scores, object_scores = (
+            scores[: len(questions)],
+            dict(zip(asked, scores[len(questions) :], strict=True)),
         )
-        object_scores = dict(zip(asked, object_scores, strict=True))
         answers = [question.correct for question in questions]
         if self.mask_source == "predicted_answer":
             answers = [int(np.argmin(scores)) for scores in choice_scores]
-        given = self._segment_given(questions, images, answers)
-        generated = self._segment_freely(questions, images)
+        starts = np.cumsum([0, *(len(question.choices) for question in questions)])[:-1]
+        given = self._segment_given(questions, image_ids, answers, hidden_states[starts + answers])
+        generated = self._segment_freely(questions, image_ids)
         return [
             Prediction(
                 question_id=question.id,
@@ -67,14 +137,8 @@ class Predictor:
             for index, question in enumerate(questions)
         ]
 
-    def _encode_images(self, images: Sequence[Image.Image]) -> None:
-        unique = list({id(image): image for image in images}.values())
-        pixels = self.processor.sam_image_processor(unique, return_tensors="pt")["pixel_values"]
-        embeddings = self.model.get_image_embeddings(pixels.to(self.model.device, self.model.dtype))
-        self._embeddings = dict(zip(map(id, unique), embeddings, strict=True))
-
     def _encode(self, rows: Sequence[Row], *, prompt: bool = False) -> dict[str, torch.Tensor]:
-        conversations = [as_chat(messages, image) for image, messages in rows]
+        conversations = [as_chat(messages, self._features[name].shown) for name, messages in rows]
         inputs = self.processor.apply_chat_template(
             conversations,
             tokenize=True,
@@ -83,34 +147,44 @@ class Predictor:
             padding_side="left" if prompt else "right",
         )
         inputs = dict(inputs.to(self.model.device))
-        del inputs["sam_pixel_values"]
-        unique = dict.fromkeys(id(image) for image, _ in rows)
-        inputs["sam_image_embeddings"] = torch.stack([self._embeddings[key] for key in unique])
+        inputs.pop("sam_pixel_values", None)
+        features = [self._features[name] for name in dict.fromkeys(name for name, _ in rows)]
+        inputs["sam_image_embeddings"] = torch.stack([image.sam_embedding for image in features])
+        if features[0].vlm_features is not None:
+            inputs["vlm_image_features"] = [image.vlm_features for image in features]
         if prompt:
             inputs.pop("labels", None)
         else:
             inputs["labels"] = keep_last_answer(inputs["labels"])
         return inputs
 
-    def _score(self, questions: Sequence[Sequence[Row]]) -> list[list[float]]:
-        """Negative log-likelihood of every choice of every question."""
-        scores = []
-        for count, group in itertools.groupby(questions, key=len):
-            inputs = self._encode(list(itertools.chain.from_iterable(group)))
-            scores += self.model.score_choices(**inputs, num_choices=count, reduction=self.choice_reduction).tolist()
-        return scores
+    def _score(
+        self, questions: Sequence[tuple[str, Sequence[list[Message]]]]
+    ) -> tuple[list[list[float]], torch.Tensor]:
+        """Negative log-likelihood of every choice of every question, and the hidden states of all of them."""
+        rows = [(image_id, choice) for image_id, choices in questions for choice in choices]
+        inputs = self._encode(rows)
+        inputs["hidden_states"] = self.model.encode_conversations(**inputs)
+        scores = self.model.score_choices(**inputs, num_choices=1, reduction=self.choice_reduction)
+        counts = [len(choices) for _, choices in questions]
+        return [of_question.flatten().tolist() for of_question in scores.split(counts)], inputs["hidden_states"]
 
     def _segment_given(
-        self, questions: Sequence[Question], images: Sequence[Image.Image], answers: Sequence[int]
+        self,
+        questions: Sequence[Question],
+        image_ids: Sequence[str],
+        answers: Sequence[int],
+        hidden_states: torch.Tensor,
     ) -> list[dict[str, Any]]:
+        """Masks of the parts of one choice each, whose hidden states are known; span tags do not change its tokens."""
         given = list(zip(questions, answers, strict=True))
         tagged = [write_choice(question, index, tagged=True) for question, index in given]
         rows = [
-            (image, [*ask(question), {"role": "assistant", "content": answer}])
-            for question, image, answer in zip(questions, images, tagged, strict=True)
+            (image_id, [*ask(question), {"role": "assistant", "content": answer}])
+            for question, image_id, answer in zip(questions, image_ids, tagged, strict=True)
         ]
         inputs = self._encode(rows)
-        outputs = self.model.segment(**inputs)
+        outputs = self.model.segment(**inputs, hidden_states=hidden_states[:, : inputs["input_ids"].shape[1]])
         segmented = self.processor.post_process_segmentation(outputs)
         starts = outputs.answer_mask.int().argmax(dim=1).tolist()
         true = tags_by_row(inputs["spans"], starts)
@@ -132,8 +206,8 @@ class Predictor:
             for row, (question, index) in enumerate(given)
         ]
 
-    def _segment_freely(self, questions: Sequence[Question], images: Sequence[Image.Image]) -> list[dict[str, Any]]:
-        rows = [(image, ask(question)) for question, image in zip(questions, images, strict=True)]
+    def _segment_freely(self, questions: Sequence[Question], image_ids: Sequence[str]) -> list[dict[str, Any]]:
+        rows = [(image_id, ask(question)) for question, image_id in zip(questions, image_ids, strict=True)]
         inputs = self._encode(rows, prompt=True)
         outputs = self.model.segment(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False, num_beams=1)
         answers = self.processor.post_process_segmentation(outputs)

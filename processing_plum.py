@@ -91,6 +91,26 @@ class PlumAnswer:
     spans: list[PlumSpan]
 
 
+@dataclass(frozen=True, eq=False)
+class PreparedImage:
+    """
+    What conversations need of an image once [`PlumProcessor.prepare_images`] has read it; stands in its place in them,
+    so that an image that is asked about many times is resized once.
+
+    Args:
+        tokens: What the placeholder of the image stands for, by name: `input_ids` and further type ids.
+        num_image_tokens: How many of these are image tokens.
+        vlm_inputs: Inputs of the vision-language model for each row with this image, pixels left out, `(1, ...)`.
+        original_size, reshaped_size: (height, width) in pixels as given, and as resized for SAM before padding.
+    """
+
+    tokens: dict[str, list[int]]
+    num_image_tokens: int
+    vlm_inputs: dict[str, torch.Tensor]
+    original_size: torch.LongTensor
+    reshaped_size: torch.LongTensor
+
+
 class PlumProcessor(ProcessorMixin):
     r"""
     Image processors, tokenizer and chat template of PLUM in one.
@@ -212,7 +232,8 @@ class PlumProcessor(ProcessorMixin):
 
         Args:
             conversation: One conversation or a list of them: messages `{"role", "content"}`, the content a string or
-                a list of `{"type": "text", "text"}` and `{"type": "image", "image"}` (PIL image, array, path or URL).
+                a list of `{"type": "text", "text"}` and `{"type": "image", "image"}` (PIL image, array, path, URL or
+                [`PreparedImage`]; either all images of a batch are prepared or none).
                 At most one image per conversation. One image object in several conversations is encoded once.
             add_generation_prompt: End with the words after which an assistant answers.
             masks: For each conversation (or for the only one) the masks of its span tags in order, in any form that
@@ -374,19 +395,57 @@ class PlumProcessor(ProcessorMixin):
         encoded = {"sam_image_index": torch.tensor([position.get(id(image), -1) for image in images])}
         if not unique:
             return encoded, [None] * len(images)
-        sam = self.sam_image_processor(unique, return_tensors="pt")
-        encoded["sam_pixel_values"] = sam["pixel_values"]
-        encoded["original_sizes"] = torch.as_tensor(sam["original_sizes"])
-        encoded["reshaped_input_sizes"] = torch.as_tensor(sam["reshaped_input_sizes"])
         present = [image for image in images if image is not None]
-        tokens = [{"input_ids": [self.image_token_id] * self.num_image_tokens}] * len(present)
-        if self._vlm_processor is not None:
-            vlm_inputs, tokens = self._run_vlm_processor(present)
-            encoded |= vlm_inputs
-        elif self.vlm_image_input == "pixel_values":
-            encoded |= self.image_processor(present, return_tensors="pt")
+        if isinstance(unique[0], PreparedImage):
+            encoded["original_sizes"] = torch.stack([image.original_size for image in unique])
+            encoded["reshaped_input_sizes"] = torch.stack([image.reshaped_size for image in unique])
+            for name in unique[0].vlm_inputs:
+                encoded[name] = torch.cat([image.vlm_inputs[name] for image in present])
+            return encoded, [None if image is None else image.tokens for image in images]
+        encoded |= self._encode_for_sam(unique)
+        vlm_inputs, tokens = self._encode_for_vlm(present)
         remaining = iter(tokens)
-        return encoded, [None if image is None else next(remaining) for image in images]
+        return encoded | vlm_inputs, [None if image is None else next(remaining) for image in images]
+
+    def _encode_for_sam(self, images) -> dict[str, torch.Tensor]:
+        sam = self.sam_image_processor(images, return_tensors="pt")
+        sizes = {name: torch.as_tensor(sam[name]) for name in ("original_sizes", "reshaped_input_sizes")}
+        return {"sam_pixel_values": sam["pixel_values"], **sizes}
+
+    def _encode_for_vlm(self, images) -> tuple[dict, list[dict[str, list[int]]]]:
+        if self._vlm_processor is not None:
+            return self._run_vlm_processor(images)
+        tokens = [{"input_ids": [self.image_token_id] * self.num_image_tokens}] * len(images)
+        inputs = self.vlm_image_input == "pixel_values" and self.image_processor(images, return_tensors="pt")
+        return dict(inputs or {}), tokens
+
+    def prepare_images(self, images: list) -> tuple[list[PreparedImage], dict, dict]:
+        """
+        Reads images that will be asked about in several batches.
+
+        Returns:
+            For each image what stands for it in conversations; SAM's inputs; and the vision-language model's, for
+            [`PlumForConditionalGeneration.get_vlm_image_features`]. Conversations with prepared images have no pixels:
+            the model must be given `sam_image_embeddings` and `vlm_image_features` in their place.
+        """
+        sam_inputs = self._encode_for_sam(images)
+        vlm_inputs, tokens = self._encode_for_vlm(images)
+        of_rows = {
+            name: value
+            for name, value in vlm_inputs.items()
+            if not name.startswith("pixel_") and isinstance(value, torch.Tensor) and len(value) == len(images)
+        }
+        prepared = [
+            PreparedImage(
+                tokens=tokens[i],
+                num_image_tokens=tokens[i]["input_ids"].count(self.image_token_id),
+                vlm_inputs={name: value[i : i + 1] for name, value in of_rows.items()},
+                original_size=sam_inputs["original_sizes"][i],
+                reshaped_size=sam_inputs["reshaped_input_sizes"][i],
+            )
+            for i in range(len(images))
+        ]
+        return prepared, sam_inputs, vlm_inputs
 
     def _run_vlm_processor(self, images) -> tuple[dict, list[dict[str, list[int]]]]:
         """The vision-language model's image inputs, and the tokens it has in the place of each image."""
@@ -502,4 +561,4 @@ def _bounding_box(mask: np.ndarray) -> tuple[int, int, int, int] | None:
 
 PlumProcessor.register_for_auto_class()
 
-__all__ = ["PlumAnswer", "PlumProcessor", "PlumSpan", "parse_span_tags"]
+__all__ = ["PlumAnswer", "PlumProcessor", "PlumSpan", "PreparedImage", "parse_span_tags"]

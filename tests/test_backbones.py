@@ -190,6 +190,33 @@ def test_a_generated_answer_is_tagged_and_segmented_as_the_same_answer_given(plu
     assert_close(tagged.span_logits[generated.answer_mask], generated.span_logits[generated.answer_mask], **EXACT)
 
 
+def test_prepared_images_give_what_their_pixels_give(plum):
+    model, processor = plum
+    prepared, sam_inputs, vlm_inputs = processor.prepare_images([WIDE, TALL])
+    counts = [image.num_image_tokens for image in prepared]
+    with torch.no_grad():
+        features = model.get_vlm_image_features(counts, **vlm_inputs)
+        embeddings = model.get_image_embeddings(sam_inputs["sam_pixel_values"])
+    kept = {"vlm_image_features": features, "sam_image_embeddings": embeddings}
+    answers, questions = ["A <p>wing</p>.", "No.", "A <p>tail</p>."], [WIDE, WIDE, TALL]
+    chats = [conversation(image, answer) for image, answer in zip(questions, answers, strict=True)]
+    of_prepared = [
+        conversation(prepared[image is TALL], answer) for image, answer in zip(questions, answers, strict=True)
+    ]
+    batch, short = encode(processor, chats), encode(processor, of_prepared)
+    assert not any("pixel" in name for name in short) and torch.equal(short["input_ids"], batch["input_ids"])
+    assert_close(model.score_choices(**short, **kept, num_choices=3), model.score_choices(**batch, num_choices=3))
+    assert_close(model.segment(**short, **kept).pred_masks, model.segment(**batch).pred_masks, **EXACT)
+    prompts = [conversation(image, None) for image in (WIDE, TALL)]
+    short_prompts = prompt(processor, [conversation(image, None) for image in prepared])
+    options = {"max_new_tokens": 8, "do_sample": False}
+    found = model.segment(**short_prompts, **kept, **options)
+    expected = model.segment(**prompt(processor, prompts), **options)
+    assert torch.equal(found.sequences, expected.sequences)
+    assert torch.equal(model.generate(**short_prompts, **kept, **options), expected.sequences)
+    assert_close(found.pred_masks, expected.pred_masks, **EXACT)
+
+
 def test_choices_score_as_in_a_forward_pass(plum):
     model, processor = plum
     batch = encode(processor, CHATS, masks=MASKS)

@@ -15,6 +15,7 @@ import torch
 
 import evaluate_plum
 from evaluate_plum import EvaluationArguments, evaluate, evaluate_answers
+from modeling_plum import PlumForConditionalGeneration
 from partkit.masks import DataError, encode
 from partkit.metrics import evaluate_predictions, true_masks
 from partkit.predictions import read_predictions
@@ -182,7 +183,7 @@ def flat(prediction):
 
 @pytest.fixture(scope="module")
 def predictor(model_dir):
-    model = evaluate_plum.AutoModel.from_pretrained(model_dir, trust_remote_code=True)
+    model = PlumForConditionalGeneration.from_pretrained(model_dir)
     return Predictor(
         model, tiny_processor(), max_new_tokens=8, choice_reduction="answer_mean", mask_source="gt_answer"
     )
@@ -203,6 +204,25 @@ def test_questions_asked_together_get_the_answers_they_get_alone(predictor):
         scores, discrete = flat(prediction)
         torch.testing.assert_close(scores, flat(alone)[0], rtol=1e-4, atol=1e-5)
         assert discrete == flat(alone)[1]
+
+
+def test_a_kept_image_is_encoded_once_and_a_forgotten_one_again_with_the_same_result(predictor):
+    questions = [make_question(number, f"image{number % 2}") for number in range(4)]
+    arguments = (questions, [q.image for q in questions], [q.image_id for q in questions])
+    cache = predictor.images
+    uses, encoded = cache.uses, cache.encoded
+    first = predictor.predict(*arguments)
+    again = predictor.predict(*arguments)
+    assert cache.uses - uses == 8 and cache.encoded - encoded <= 2
+    assert cache.summary()["hit_rate"] == 1 - cache.encoded / cache.uses
+    cache.size, encoded = 1, cache.encoded
+    for _ in range(2):  # one image is kept, two are asked about
+        forgotten = predictor.predict(*arguments)
+    assert cache.encoded - encoded == 1
+    for expected, *found in zip(first, again, forgotten, strict=True):
+        for prediction in found:
+            torch.testing.assert_close(flat(prediction)[0], flat(expected)[0], rtol=1e-4, atol=1e-5)
+            assert flat(prediction)[1] == flat(expected)[1]
 
 
 def test_choice_scores_are_the_mean_loss_of_the_last_answer_alone(predictor):
@@ -329,7 +349,7 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_numbers(
 
     def interrupted(self, *args):
         calls.append(args)
-        if len(calls) == 3:
+        if len(calls) == 2:
             raise KeyboardInterrupt
         return predict(self, *args)
 

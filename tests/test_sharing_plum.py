@@ -1,0 +1,145 @@
+"""Rows computed with their common beginnings shared, against each row in a forward pass of its own."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from modeling_plum import PlumForConditionalGeneration
+from processing_plum import PlumProcessor
+from sharing_plum import can_pack, pack_rows
+from tests.tiny import conversation, random_image, tiny_config, tiny_model, tiny_processor
+from tests.tiny_backbones import FAMILIES, tiny_sam
+
+EXACT = {"rtol": 1e-5, "atol": 1e-5}
+WIDE, TALL = random_image(50, 70, seed=1), random_image(90, 40, seed=2)
+QUESTIONS = [(WIDE, "Which parts can you see?"), (WIDE, "Which object?"), (TALL, "Which parts can you see?")]
+ANSWERS = ["I can see a <p>wheel</p>.", "I can see a <p>left wing</p> and a <p>tail</p>."]
+CHATS = [conversation(image, answer, question) for image, question in QUESTIONS for answer in ANSWERS]
+TEXT_ONLY = [conversation(None, answer) for answer in ("It is red.", "It is a wing.")]
+
+
+@pytest.fixture(scope="module", params=["looks_through_sam", *FAMILIES], ids=lambda p: getattr(p, "__name__", p))
+def plum(request, tmp_path_factory):
+    if request.param == "looks_through_sam":
+        return tiny_model(), tiny_processor()
+    vlm = str(request.param(tmp_path_factory.mktemp("vlm")))
+    sam = str(tiny_sam(tmp_path_factory.mktemp("sam")))
+    options = {"span_tagger_num_heads": 4, "span_tagger_intermediate_size": 64}
+    model = PlumForConditionalGeneration.from_backbones(vlm=vlm, sam=sam, **options)
+    return model, PlumProcessor.from_backbones(vlm=vlm, sam=sam)
+
+
+def encode(processor, chats, **options):
+    return processor.apply_chat_template(chats, tokenize=True, return_dict=True, **options)
+
+
+def tokens_computed(model, function):
+    """The function's result, and how many tokens the language model computed for it."""
+    seen = []
+    layer = model.vlm.get_decoder().layers[0]
+    handle = layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[:2].numel()))
+    try:
+        return function(), sum(seen)
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_hidden_states_and_scores_equal_those_of_each_row_in_a_pass_of_its_own(plum, side):
+    model, processor = plum
+    chats = CHATS + TEXT_ONLY
+    batch = encode(processor, chats, padding_side=side)
+    hidden_states, shared = tokens_computed(model, lambda: model.encode_conversations(**batch))
+    total = 0
+    for row, chat in enumerate(chats):
+        alone = encode(processor, [chat])
+        with torch.no_grad():
+            outputs, tokens = tokens_computed(model, lambda alone=alone: model(**alone))
+        total += tokens
+        real = batch["attention_mask"][row].bool()
+        assert_close(hidden_states[row, real], outputs.last_hidden_state[0], **EXACT)
+    assert shared < 0.75 * total
+    for reduction in ("answer_mean", "answer_sum", "sequence_mean"):
+        together = model.score_choices(**batch, num_choices=2, reduction=reduction)
+        alone = [
+            model.score_choices(**encode(processor, [chat]), num_choices=1, reduction=reduction) for chat in chats
+        ]
+        assert_close(together.flatten(), torch.cat(alone).flatten(), **EXACT)
+
+
+def test_answers_are_segmented_from_the_pass_that_scored_them(plum):
+    model, processor = plum
+    batch = encode(processor, CHATS)
+    hidden_states = model.encode_conversations(**batch)
+    found, tokens = tokens_computed(model, lambda: model.segment(**batch, hidden_states=hidden_states))
+    expected = model.segment(**batch)
+    assert tokens == 0
+    assert_close(found.pred_masks, expected.pred_masks, rtol=1e-4, atol=1e-4)
+    assert_close(found.span_logits[found.answer_mask], expected.span_logits[found.answer_mask], **EXACT)
+    with pytest.raises(ValueError, match="and hidden_states belong to a given answer"):
+        model.segment(
+            **{name: value for name, value in batch.items() if name != "labels"}, hidden_states=hidden_states
+        )
+
+
+def test_rows_with_images_of_their_own_share_nothing():
+    model, processor = tiny_model(), tiny_processor()
+    batch = encode(processor, [conversation(random_image(seed=seed), "It is red.") for seed in range(3)])
+    _, tokens = tokens_computed(model, lambda: model.encode_conversations(**batch))
+    assert tokens == batch["attention_mask"].sum()
+    del batch["sam_image_index"], batch["sam_pixel_values"]
+    model = tiny_model(shared_vision=False)  # and neither do rows of which nobody says whose image they have
+    batch = encode(tiny_processor(shared_vision=False), [conversation(WIDE, "It is red.")] * 2)
+    del batch["sam_image_index"], batch["sam_pixel_values"]
+    _, tokens = tokens_computed(model, lambda: model.encode_conversations(**batch))
+    assert tokens == batch["attention_mask"].sum()
+
+
+def test_a_language_model_that_looks_at_a_window_computes_each_row_whole():
+    config = tiny_config(shared_vision=False)
+    text = {**config.vlm_config.text_config.to_dict(), "model_type": "mistral", "sliding_window": 8}
+    vlm_config = {**config.vlm_config.to_dict(), "text_config": text}
+    torch.manual_seed(0)
+    model = PlumForConditionalGeneration(type(config)(**{**config.to_dict(), "vlm_config": vlm_config})).eval()
+    batch = encode(tiny_processor(shared_vision=False), CHATS)
+    hidden_states, tokens = tokens_computed(model, lambda: model.encode_conversations(**batch))
+    assert tokens == batch["input_ids"].numel()
+    with torch.no_grad():
+        assert_close(hidden_states, model(**batch).last_hidden_state, rtol=0, atol=0)
+
+
+def test_inputs_beyond_embeddings_positions_and_padding_are_not_packed():
+    config = tiny_model().vlm.get_decoder().config
+    inputs = {"inputs_embeds": torch.zeros(2, 3, 4), "attention_mask": torch.ones(2, 3), "use_cache": False}
+    assert can_pack(inputs, config)
+    for further in (
+        {"visual_pos_masks": torch.ones(2, 3)},
+        {"deepstack_visual_embeds": [torch.ones(2)]},
+        {"attention_mask": {"full_attention": torch.ones(2, 1, 3, 3)}},
+        {"attention_mask": torch.ones(2, 1, 3, 3)},
+    ):
+        assert not can_pack(inputs | further, config)
+
+
+@pytest.mark.parametrize("max_tokens", [1, 6, 100])
+def test_packed_rows_hold_every_token_once_and_each_sees_its_own_row_up_to_itself(max_tokens):
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(1, 3, (6, 5), generator=generator)
+    lengths = torch.randint(1, 6, (6,), generator=generator)
+    real = torch.arange(5) >= 5 - lengths[:, None]
+    roots = [0, 0, 1, 0, 1, 1]
+    packed = pack_rows(ids, real.long(), roots, max_tokens)
+    for row in range(6):
+        tree, places = packed.tree[row], packed.slot[row, real[row]]
+        assert ids.flatten()[packed.source[tree, places]].tolist() == ids[row, real[row]].tolist()
+        assert packed.depth[tree, places].tolist() == list(range(lengths[row]))
+        for depth, place in enumerate(places):
+            seen = packed.visible[tree, place].nonzero()[:, 0].tolist()
+            assert seen == places[: depth + 1].tolist()
+    beginnings = {
+        (int(packed.tree[row]), tuple(ids[row, real[row]][: depth + 1].tolist()))
+        for row in range(6)
+        for depth in range(lengths[row])
+    }
+    used = {(int(packed.tree[row]), int(place)) for row in range(6) for place in packed.slot[row, real[row]]}
+    assert len(used) == len(beginnings)
