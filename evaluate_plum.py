@@ -53,6 +53,7 @@ from partkit.predictions import (
     check_run,
     merge_predictions,
     read_predictions,
+    write_predictions,
     write_whole,
 )
 from partkit.schema import Question
@@ -297,6 +298,8 @@ def evaluate_answers(arguments: EvaluationArguments) -> None:
     pair_by_id(scored, predictions)
     output_dir.mkdir(parents=True, exist_ok=True)
     write_whole(output_dir / "run.json", [json.dumps(settings, indent=2), "\n"])
+    if arguments.baseline is not None:
+        write_predictions(output_dir / "predictions.jsonl", predictions)
     run = {"predictions": arguments.predictions, **describe_run(arguments, settings, started=started)}
     finish(arguments, rows, scored, predictions, run=run | {"left_out": len(questions) - len(scored)})
 

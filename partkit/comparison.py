@@ -1,5 +1,6 @@
 """Several models on the same questions, on one page: figures with intervals, paired differences, masks in a row."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,14 @@ from PIL import Image
 
 from partkit.mask_metrics import normalise
 from partkit.metrics import MaskSource, pair_by_id, question_ious, scored_spans, tally, true_masks
-from partkit.predictions import Prediction, write_whole
+from partkit.predictions import Prediction, SpanMask, write_whole
 from partkit.report import COLOURS, FIGURES, panel, render_page
 from partkit.schema import Question
 from partkit.tallies import Tally, interval, resample, summarise
 
 __all__ = ["compare", "write_comparison"]
 
-EXAMPLES = 24
+EXAMPLES_PER_TYPE = 6
 
 
 def compare(
@@ -80,34 +81,34 @@ def write_comparison(
     load_image: Callable[[Question], Image.Image],
     mask_source: MaskSource = "gt_answer",
 ) -> None:
-    """Writes the page, whole or not at all; the examples are those on which the models' masks differ most."""
+    """Writes the page, whole or not at all.
+
+    Of each question type it shows the questions on which the models' masks differ most; arguments as for `compare`,
+    and `load_image` gives the image of a question, in the frame of its masks.
+    """
     answers = {name: [p for _, p in pair_by_id(questions, predictions)] for name, predictions in models.items()}
     ious = np.array(
         [[_mean_iou(q, p, mask_source) for q, p in zip(questions, given, strict=True)] for given in answers.values()]
     )
-    order = np.argsort(-np.ptp(ious, axis=0), kind="stable")[:EXAMPLES]
-    examples = [
-        {
-            "question": questions[index],
-            "panels": _panels(
-                questions[index],
-                {
-                    f"{name} ({iou:.2f})": scored_spans(given[index], mask_source) or []
-                    for (name, given), iou in zip(answers.items(), ious[:, index], strict=True)
-                },
-                load_image(questions[index]),
-            ),
+    examples = []
+    for index in _most_differing(questions, ious):
+        question = questions[index]
+        spans = {name: scored_spans(given[index], mask_source) or [] for name, given in answers.items()}
+        captions = {
+            name: _caption(name, question, given[index], iou)
+            for (name, given), iou in zip(answers.items(), ious[:, index], strict=True)
         }
-        for index in order
-    ]
+        examples.append({"question": question, **_panels(question, spans, captions, load_image(question))})
     groups = compare(questions, models, mask_source=mask_source)
     page = render_page(
         PAGE,
         title="PARTONOMY comparison",
         groups=groups,
+        counts=Counter(question.question_type for question in questions) | {"overall": len(questions)},
         names=list(models),
         titles=FIGURES,
         examples=examples,
+        examples_per_type=EXAMPLES_PER_TYPE,
     )
     write_whole(path, [page])
 
@@ -117,23 +118,48 @@ def _mean_iou(question: Question, prediction: Prediction, mask_source: MaskSourc
     return float(np.mean(list(ious.values()))) if ious else 0.0
 
 
-def _panels(question: Question, spans: dict[str, list], image: Image.Image) -> list[tuple[str, str]]:
-    """(caption, address of the drawing) of the truth and of every model, one colour for a part in all of them."""
+def _most_differing(questions: Sequence[Question], ious: np.ndarray) -> list[int]:
+    """Indices of the questions shown, largest difference first; `ious` is (models, questions)."""
+    shown, taken = [], Counter()
+    for index in np.argsort(-np.ptp(ious, axis=0), kind="stable").tolist():
+        question_type = questions[index].question_type
+        if taken[question_type] < EXAMPLES_PER_TYPE:
+            taken[question_type] += 1
+            shown.append(index)
+    return shown
+
+
+def _caption(name: str, question: Question, prediction: Prediction, iou: float) -> str:
+    caption = f"{name}: mean IoU {iou:.2f}"
+    if prediction.choice_scores is None:
+        return caption
+    return f"{caption}, choice {'right' if prediction.choice == question.correct else 'wrong'}"
+
+
+def _panels(
+    question: Question, spans: dict[str, list[SpanMask]], captions: dict[str, str], image: Image.Image
+) -> dict[str, Any]:
+    """`parts`, (part, colour), and `panels`, (caption, address of the drawing), of the truth and of every model."""
     sides = {"truth": [(mask.label, mask.rle) for mask in true_masks(question)]}
-    sides |= {caption: [(span.text, span.rle) for span in found] for caption, found in spans.items()}
+    sides |= {captions[name]: [(span.text, span.rle) for span in found] for name, found in spans.items()}
     parts = list(dict.fromkeys(normalise(part) for side in sides.values() for part, _ in side))
     colours = {part: COLOURS[index % len(COLOURS)] for index, part in enumerate(parts)}
-    return [
+    panels = [
         (caption, panel(image, [rle for _, rle in side], [colours[normalise(part)] for part, _ in side]))
         for caption, side in sides.items()
     ]
+    return {"parts": list(colours.items()), "panels": panels}
 
 
-PAGE = """<p class="quiet">Below each figure its 95 % bootstrap interval over the questions, and in bold the interval
-of its difference to {{ names[0] }} on the same draws of questions where that interval does not hold 0.</p>
+PAGE = """<p class="quiet">Below each figure its 95 % bootstrap interval over the images, and from the second model on
+the interval of its difference to {{ names[0] }} on the same draws of images, in bold where it does not hold 0.</p>
+<p><label>Questions <select id="type">
+{% for group in groups %}
+<option value="{{ group }}">{{ group | replace("_", " ") }} ({{ counts[group] }})</option>
+{% endfor %}
+</select></label></p>
 {% for group, rows in groups.items() %}
-<details{{ " open" if loop.first }}><summary>{{ group | replace("_", " ") }}</summary>
-<div class="box"><table>
+<div class="box" data-type="{{ group }}"><h3>{{ group | replace("_", " ") }}</h3><table>
 <tr><th></th>{% for name in names %}<th>{{ name }}</th>{% endfor %}</tr>
 {% for row in rows %}
 <tr><td>{{ titles[row.figure] }}</td>{% for cell in row.cells %}
@@ -146,16 +172,19 @@ of its difference to {{ names[0] }} on the same draws of questions where that in
 {% endif %}{% endif %}</td>
 {% endfor %}</tr>
 {% endfor %}
-</table></div></details>
+</table></div>
 {% endfor %}
 
 <h2>Masks</h2>
-<p class="quiet">The {{ examples | length }} questions on which the models' mean IoU (in brackets) differs most.</p>
+<p class="quiet">Of each question type the questions on which the models' mean IoU differs most, at most
+{{ examples_per_type }}. A part has one colour.</p>
 {% for example in examples %}
-<div class="box">
 {% set question = example.question %}
-<h3>{{ question.choices[question.correct] }}</h3>
-<p class="quiet">{{ question.question_type }} · {{ question.image_label }} · {{ question.id }}</p>
+<div class="box" data-type="{{ question.question_type }}">
+<h3>{{ question.question }}</h3>
+<p class="quiet">{{ question.question_type | replace("_", " ") }} · {{ question.image_label }} · {{ question.id }}</p>
+<p>{% for part, colour in example.parts %}<mark style="background: {{ colour }}">{{ part }}</mark>
+{% endfor %}</p>
 <div class="panels">
 {% for caption, address in example.panels %}
 <figure><img src="{{ address }}" alt="{{ caption }}"><figcaption>{{ caption }}</figcaption></figure>
@@ -163,4 +192,16 @@ of its difference to {{ names[0] }} on the same draws of questions where that in
 </div>
 </div>
 {% endfor %}
+<script>
+// without scripts every table and every example is shown
+const select = document.getElementById("type");
+function show() {
+  for (const box of document.querySelectorAll("[data-type]")) {
+    const table = box.querySelector("table") !== null;
+    box.hidden = box.dataset.type !== select.value && (table || select.value !== "overall");
+  }
+}
+select.addEventListener("change", show);
+show();
+</script>
 """

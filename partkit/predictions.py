@@ -27,6 +27,7 @@ __all__ = [
     "check_run",
     "merge_predictions",
     "read_predictions",
+    "write_predictions",
     "write_whole",
 ]
 
@@ -100,11 +101,13 @@ class Prediction:
         try:
             fields = dict(record)
             for name in ("given_spans", "generated_spans"):
-                fields[name] = [SpanMask(**span) for span in fields[name]]
-                for span in fields[name]:
-                    validate_rle(span.rle, where=f"{where}, {name}")
+                if fields[name] is not None:
+                    fields[name] = [SpanMask(**span) for span in fields[name]]
+                    for span in fields[name]:
+                        validate_rle(span.rle, where=f"{where}, {name}")
             for name in ("true_tags", "predicted_tags"):
-                fields[name] = [(int(start), int(end)) for start, end in fields[name]]
+                if fields[name] is not None:
+                    fields[name] = [(int(start), int(end)) for start, end in fields[name]]
             if fields.get("wrong_image") is not None:
                 fields["wrong_image"] = cls.from_dict(fields["wrong_image"], where=f"{where}, wrong_image")
             return cls(**fields)
@@ -116,6 +119,11 @@ class Prediction:
 
 def _line(prediction: Prediction) -> str:
     return json.dumps(asdict(prediction), ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def write_predictions(path: Path, predictions: Iterable[Prediction]) -> None:
+    """Writes a predictions file, whole or not at all."""
+    write_whole(path, map(_line, predictions))
 
 
 def append_predictions(path: Path, predictions: Iterable[Prediction]) -> None:
@@ -196,6 +204,6 @@ def merge_predictions(folder: Path, question_ids: Sequence[str]) -> None:
     unknown = by_id.keys() - set(question_ids)
     if unknown:
         raise DataError(f"{folder} holds predictions for questions that were not asked, such as {min(unknown)!r}.")
-    write_whole(merged, (_line(by_id[question_id]) for question_id in question_ids if question_id in by_id))
+    write_predictions(merged, (by_id[question_id] for question_id in question_ids if question_id in by_id))
     for path in paths:
         path.unlink()

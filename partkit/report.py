@@ -161,7 +161,7 @@ def _draw_curves(path: Path) -> str:
     losses = [name for name in curves if "loss" in name]
     figures = [name for name in curves if name.startswith("eval_") and name not in losses]
     groups = [group for group in (losses, figures) if group]
-    figure = Figure(figsize=(5.5 * max(1, len(groups)), 3.6), layout="constrained")
+    figure = Figure(figsize=(5.5 * max(1, len(groups)), 4.0), layout="constrained")
     for axis, group in zip(np.atleast_1d(figure.subplots(1, max(1, len(groups)))), groups, strict=False):
         for index, name in enumerate(group):
             marker = "o" if len(curves[name][0]) < 20 else None
@@ -169,7 +169,7 @@ def _draw_curves(path: Path) -> str:
         axis.set_xlabel("step")
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(frameon=False, fontsize=8)
+        axis.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=3)
         if group is losses and all(value > 0 for name in losses for value in curves[name][1]):
             axis.set_yscale("log")
     buffer = io.BytesIO()
@@ -310,6 +310,7 @@ th { font-weight: 600; font-size: .85rem; color: var(--quiet); vertical-align: b
 td:first-child, th { white-space: normal } .wide th, .wide td { padding: 7px } .wide td:first-child { min-width: 9em }
 tr:last-child td { border-bottom: 0 } th:first-child, td:first-child { text-align: left }
 td b { font-weight: 650 } td small { display: block; color: var(--quiet); font-size: .72rem; line-height: 1.35 }
+details dl { margin-top: 10px }
 dl { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: 3px 16px; margin: 0; font-size: .88rem }
 dt { color: var(--quiet) } dd { margin: 0; overflow-wrap: anywhere }
 .bars { columns: 2 380px; column-gap: 32px }
@@ -353,12 +354,13 @@ used; errors.jsonl says why.</p>
 {% endif %}
 <p class="quiet">{{ n }} questions. Figures are shares between 0 and 1, larger is better. The wrong-image
 column asks the same questions of another record's image; what remains there is not read from the image.</p>
-<div class="box"><dl>
-{% for name, value in run.items() %}
+<details class="box">
+<summary>What was run{% if run.protocol %}; protocol {{ run.protocol.name }}{% endif %}</summary><dl>
+{% for name, value in run.items() if value is not none %}
 <dt>{{ name | replace("_", " ") }}</dt>
 <dd>{{ value.items() | map("join", " ") | join(", ") if value is mapping else value }}</dd>
 {% endfor %}
-</dl></div>
+</dl></details>
 
 <h2>Overall</h2>
 <p class="quiet">Below each figure: its 95 % bootstrap interval over the images.</p>

@@ -1,6 +1,6 @@
 """Compares models on the same questions, from files of their answers, on one HTML page:
 
-    python scripts/compare_predictions.py runs/demo/evaluation/predictions.jsonl answers.jsonl \\
+    python scripts/compare_predictions.py plum=runs/demo/evaluation/predictions.jsonl theirs=answers.jsonl \\
         --dataset partonomy --name mini_questions --split test --output comparison.html
 
 Differences are taken to the first file. docs/benchmark.md describes the files.
@@ -20,24 +20,40 @@ from partkit.masks import DataError  # noqa: E402
 from partkit.scoring import leave_out  # noqa: E402
 
 
+def parse_models(arguments: list[str]) -> dict[str, Path]:
+    """Files by name of the model, from NAME=FILE or FILE, whose name is the file's."""
+    models = {}
+    for argument in arguments:
+        name, _, path = argument.rpartition("=")
+        name = name or path
+        if name in models:
+            raise DataError(f"Two models are called {name!r}: give each its own name, as NAME=FILE.")
+        models[name] = Path(path)
+    return models
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("predictions", nargs="+", type=Path, help="files of answers, one per model")
+    parser.add_argument("predictions", nargs="+", metavar="[NAME=]FILE", help="files of answers, one per model")
+    parser.add_argument("--format", default="jsonl", choices=("jsonl", "official"), help="form of the files")
     parser.add_argument("--dataset", default="partonomy", help="data set, as in datasets.load_dataset")
     parser.add_argument("--name", default="mini_questions", help="its configuration; it must hold questions")
     parser.add_argument("--split", default="test", help="its split")
     parser.add_argument("--data_dir", help="folder of raw data")
+    parser.add_argument("--limit", type=int, help="only the first questions of the split")
     parser.add_argument("--mask_source", default="gt_answer", choices=("gt_answer", "predicted_answer", "generated"))
     parser.add_argument("--output", type=Path, required=True, help="the HTML file")
     options = parser.parse_args()
     try:
-        rows, questions = load_questions(
-            options.dataset, name=options.name, split=options.split, data_dir=options.data_dir
-        )
+        files = parse_models(options.predictions)
+        place = {"name": options.name, "split": options.split, "data_dir": options.data_dir, "limit": options.limit}
+        rows, questions = load_questions(options.dataset, **place)
         models = {}
-        for path in options.predictions:
-            models[str(path)], problems = read_answers(path, questions, mask_source=options.mask_source)
-            leave_out(questions, models[str(path)], problems, report_to=None)
+        for name, path in files.items():
+            models[name], problems = read_answers(
+                path, questions, mask_source=options.mask_source, format=options.format
+            )
+            leave_out(questions, models[name], problems, report_to=None)
         row_of_question = {name: index for index, name in enumerate(rows["id"])}
         write_comparison(
             options.output,
@@ -46,7 +62,7 @@ def main() -> None:
             load_image=lambda question: load_image(rows, row_of_question[question.id], question),
             mask_source=options.mask_source,
         )
-    except (DataError, ValueError) as error:
+    except DataError as error:
         sys.exit(f"compare_predictions.py: {error}")
     print(f"comparison: {options.output}")
 

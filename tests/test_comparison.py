@@ -1,3 +1,9 @@
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -5,7 +11,9 @@ from PIL import Image
 from partkit.baselines import answer_without_model
 from partkit.comparison import compare, write_comparison
 from partkit.metrics import evaluate_predictions
+from partkit.predictions import write_predictions
 from tests.test_answers import QUESTIONS, make_question
+from tests.test_benchmark import save
 
 
 def cells(group, figure):
@@ -44,3 +52,50 @@ def test_the_page_stands_alone_and_escapes_the_names_of_models(tmp_path):
     assert "&lt;b&gt;one" in text and "<b>one" not in text
     assert text.count('<img src="data:image/jpeg') == 3 * len(QUESTIONS)
     assert "http" not in text and text.count("0.400") >= 2
+
+
+def test_of_each_type_the_questions_on_which_the_models_differ_most_are_shown(tmp_path):
+    types = ["identification"] * 10 + ["positive"]
+    questions = [replace(make_question(number), question_type=name) for number, name in enumerate(types)]
+    models = {name: answer_without_model("ground_truth", questions) for name in ("one", "two")}
+    for index in (3, 10):
+        models["two"][index] = replace(models["two"][index], given_spans=[])
+    grey = Image.fromarray(np.full((4, 5, 3), 128, np.uint8))
+    write_comparison(tmp_path / "c.html", questions=questions, models=models, load_image=lambda question: grey)
+    text = (tmp_path / "c.html").read_text()
+    shown = re.findall(r'<div class="box" data-type="(\w+)">\n<h3>What .*?· (q\d+)</p>', text, re.DOTALL)
+    assert [name for _, name in shown] == ["q3", "q10", "q0", "q1", "q2", "q4", "q5"]
+    assert [kind for kind, _ in shown].count("positive") == 1
+    assert re.findall(r'<option value="(\w+)">[^(]*\((\d+)\)', text) == [
+        ("overall", "11"),
+        ("identification", "10"),
+        ("positive", "1"),
+    ]
+    assert "two: mean IoU 0.00, choice right" in text
+
+
+def run_script(*options):
+    script = str(Path(__file__).parents[1] / "scripts" / "compare_predictions.py")
+    return subprocess.run([sys.executable, script, *map(str, options)], capture_output=True, text=True, timeout=120)
+
+
+def test_the_script_compares_files_and_refuses_one_that_lacks_an_answer(tmp_path):
+    grey = Image.fromarray(np.full((4, 5, 3), 128, np.uint8))
+    questions = [replace(question, image=grey) for question in QUESTIONS]
+    dataset = save(questions, tmp_path)
+    for name in ("full_image", "ground_truth"):
+        write_predictions(tmp_path / f"{name}.jsonl", answer_without_model(name, questions))
+    options = ["--dataset", dataset, "--name", "default", "--output", tmp_path / "c.html"]
+    files = [f"one={tmp_path / 'full_image.jsonl'}", tmp_path / "ground_truth.jsonl"]
+    done = run_script(*files, *options)
+    assert done.returncode == 0, done.stderr
+    assert "<th>one</th><th>" in (tmp_path / "c.html").read_text()
+    write_predictions(tmp_path / "full_image.jsonl", answer_without_model("full_image", questions[1:]))
+    done = run_script(*files, *options)
+    assert done.returncode == 1
+    assert done.stderr.strip().endswith("full_image.jsonl: question 'q0' has no answer.")
+
+
+def test_two_models_of_one_name_are_refused(tmp_path):
+    done = run_script("same=a.jsonl", "same=b.jsonl", "--output", tmp_path / "c.html")
+    assert done.stderr.strip().endswith("Two models are called 'same': give each its own name, as NAME=FILE.")

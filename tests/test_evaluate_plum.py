@@ -325,6 +325,7 @@ def test_the_majority_is_counted_over_the_training_split_where_there_is_one(ques
         evaluate_answers(run)
         settings = json.loads((tmp_path / counted_over / "run.json").read_text())
         assert settings["counted_over"] == counted_over
+        assert len(read_predictions(tmp_path / counted_over / "predictions.jsonl")) == 7
 
 
 def test_part_names_are_matched_by_embedding_only_with_a_model_for_it():

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from partkit import mask_metrics, metrics, tallies
+from partkit import mask_metrics, metrics, scoring, tallies
 from partkit.mask_metrics import MATCHINGS, average_precision, matched_ious, overlap, strict_ious
 from partkit.masks import decode, encode
 from partkit.metrics import (
@@ -426,7 +426,7 @@ def test_scores_or_masks_that_do_not_fit_the_question_are_named():
 
 
 def test_the_examples_of_docstring_and_documentation_run_as_they_stand():
-    results = [doctest.testmod(module) for module in (mask_metrics, metrics, tallies)]
+    results = [doctest.testmod(module) for module in (mask_metrics, metrics, tallies, scoring)]
     results += [doctest.testfile("../docs/benchmark.md")]
-    assert [(result.failed, result.attempted > 0) for result in results] == [(0, True)] * 4
+    assert [(result.failed, result.attempted > 0) for result in results] == [(0, True)] * 5
     assert decode({"size": [2, 3], "counts": "024"}).tolist() == [[True, False, False]] * 2
