@@ -2,7 +2,7 @@
 PYTHON := .venv/bin/python
 INSTALLED := .venv/installed
 
-.PHONY: demo test lint
+.PHONY: demo test lint docs
 
 demo: $(INSTALLED)
 	rm -rf runs/demo
@@ -16,6 +16,10 @@ test: $(INSTALLED)
 lint: $(INSTALLED)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
+
+docs: $(INSTALLED)
+	.venv/bin/pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build
 
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	python3 -m venv .venv
