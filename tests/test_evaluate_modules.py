@@ -1,12 +1,19 @@
 """The metrics of `metrics/`, loaded by path from a folder that has nothing of this repository beside it."""
 
+import json
+import os
+import runpy
 import shutil
 import subprocess
 import sys
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import evaluate
 import pytest
+import yaml
 
 from partkit.baselines import answer_without_model
 from partkit.metrics import evaluate_predictions, part_counts, pool, true_masks
@@ -82,6 +89,65 @@ def test_two_processes_give_the_figures_of_all(folder, tmp_path):
     processes = [subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, text=True) for rank in (0, 1)]
     outputs = [process.communicate(timeout=120)[0] for process in processes]
     assert '"precision": 0.75' in outputs[0] and outputs[1].strip() == "null"
+
+
+def test_choices_have_the_accuracy_of_partkit_and_indices_beyond_the_choices_are_refused(folder, tmp_path):
+    metric = load(folder / "partonomy_choices", tmp_path)
+    answers = answer_without_model("random", QUESTIONS)
+    predictions, references = [answer.choice for answer in answers], [question.correct for question in QUESTIONS]
+    for pair in zip(predictions, references, strict=True):
+        metric.add(prediction=pair[0], reference=pair[1])
+    overall = evaluate_predictions(QUESTIONS, answers)["overall"]
+    assert metric.compute(num_choices=3) == {
+        name: pytest.approx(overall[name]) for name in ("choice_accuracy", "choice_accuracy_random")
+    }
+    with pytest.raises(ValueError, match="Expected indices into 2 choices, found 2"):
+        metric.compute(predictions=[2], references=[0], num_choices=2)
+
+
+# ---------------------------------------------------------------- as Spaces
+
+
+@pytest.mark.parametrize("name", ["partonomy_choices", "partonomy_masks", "partonomy_parts"])
+def test_each_folder_is_a_whole_space_whose_example_has_figures(folder, name):
+    space = folder / name
+    front_matter = yaml.safe_load((space / "README.md").read_text().split("---")[1])
+    assert front_matter["sdk"] == "gradio" and front_matter["app_file"] == "app.py"
+    assert "evaluate>=0.4.6" in (space / "requirements.txt").read_text().split()
+    assert (space / "app.py").read_bytes() == (folder / "partonomy_parts" / "app.py").read_bytes()
+    app = runpy.run_path(str(space / "app.py"))
+    example = json.loads((space / "example.json").read_text())
+    figures = app["compute"](*(json.dumps(example[field]) for field in ("predictions", "references")))
+    assert 0.5 in figures.values() or 0.75 in figures.values()
+
+
+class SpaceFiles(SimpleHTTPRequestHandler):
+    """Serves FOLDER/NAME/FILE where the Hub serves a file of the Space any/NAME, at any revision."""
+
+    def translate_path(self, path):
+        _, _, name, _, _, file = path.strip("/").split("/")  # spaces/any/NAME/resolve/REVISION/FILE
+        return str(Path(self.directory) / name / file)
+
+    def log_message(self, *args):
+        pass
+
+
+def test_a_metric_loads_by_the_name_of_its_space(folder, tmp_path):
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(SpaceFiles, directory=str(folder))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        environment = os.environ | {
+            "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+            "HF_HOME": str(tmp_path / "home"),
+            "HF_HUB_OFFLINE": "0",
+            "HF_UPDATE_DOWNLOAD_COUNTS": "0",
+        }
+        code = "import evaluate; print(evaluate.load('any/partonomy_masks').features)"
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120
+        )
+        server.shutdown()
+    assert done.returncode == 0, done.stderr
+    assert "rle" in done.stdout
 
 
 def test_the_file_beside_the_mask_metric_is_that_of_partkit():

@@ -1,0 +1,43 @@
+"""Accuracy of PARTONOMY's multiple-choice answers as a metric of `evaluate`; this file needs no other."""
+
+import datasets
+import evaluate
+
+_DESCRIPTION = """Share of questions whose correct choice was chosen, beside what a uniform choice would get. Serves
+the part questions and the object questions of PARTONOMY alike."""
+
+_CITATION = """@inproceedings{blume2025partonomy,
+  title = {Partonomy: Large Multimodal Models with Part-Level Visual Understanding},
+  author = {Blume, Ansel and others}, year = {2025}}"""
+
+_KWARGS = """
+Args:
+    predictions: for each question the index of the chosen answer.
+    references: for each question the index of the correct answer.
+    num_choices: number of choices of every question, for the accuracy of a uniform choice.
+
+Examples:
+    >>> metric = evaluate.load("metrics/partonomy_choices")
+    >>> metric.compute(predictions=[0, 2, 1, 4], references=[0, 3, 1, 4])
+    {'choice_accuracy': 0.75, 'choice_accuracy_random': 0.2}
+"""
+
+
+@evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _KWARGS)
+class PartonomyChoices(evaluate.Metric):
+    def _info(self):
+        index = datasets.Value("int32")
+        return evaluate.MetricInfo(
+            description=_DESCRIPTION,
+            citation=_CITATION,
+            inputs_description=_KWARGS,
+            features=datasets.Features({"predictions": index, "references": index}),
+            reference_urls=["https://arxiv.org/abs/2505.20759"],
+        )
+
+    def _compute(self, predictions, references, num_choices=5):
+        wrong = [index for index in [*predictions, *references] if not 0 <= index < num_choices]
+        if wrong:
+            raise ValueError(f"Expected indices into {num_choices} choices, found {wrong[0]}.")
+        hits = sum(chosen == correct for chosen, correct in zip(predictions, references, strict=True))
+        return {"choice_accuracy": hits / len(references), "choice_accuracy_random": 1 / num_choices}
