@@ -8,15 +8,16 @@
     load_dataset("partonomy", "mini_questions")                   # drawings: benchmark questions
     load_dataset("partonomy", "core", data_dir=FOLDER)            # the official release: benchmark questions
     load_dataset("partonomy", "descriptor", data_dir=FOLDER)      # the authors' input format: grounded conversations
-    load_dataset("partonomy", "pascal_part", data_dir=FOLDER)     # your copy, and so paco_lvis and partimagenet
+    load_dataset("partonomy", "pascal_part", data_dir=FOLDER)     # your copy of any of partkit.sources.catalogue
 
-What a folder must hold stands in the module of the source, partkit/sources/NAME.py; `python -m partkit validate NAME
-FOLDER` checks it. `streaming=True` and `num_proc` work as everywhere. A bad record raises `partkit.schema.DataError`,
-which `datasets` wraps in a DatasetGenerationError unless it streams; see its `__cause__`.
+What a folder must hold stands in docs/mixtures.md; `python -m partkit validate NAME FOLDER` checks it.
+`streaming=True` and `num_proc` work as everywhere. A bad record raises `partkit.schema.DataError`, which `datasets` wraps in a
+DatasetGenerationError unless it streams; see its `__cause__`.
 """
 
 import hashlib
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,9 @@ from partkit import schema, synthesis
 from partkit.conversations import converse, converse_about_instances
 from partkit.questions import make_questions
 from partkit.seeding import seeded_generator
+from partkit.sources.catalogue import SOURCES, Source
 from partkit.sources.descriptor import DESCRIPTOR_FILE, Descriptor
 from partkit.sources.official import QUESTIONS_FILE, read_questions
-from partkit.sources.paco_lvis import PacoLvis
-from partkit.sources.partimagenet import PartImageNet
-from partkit.sources.pascal_part import PascalPart
 
 DATASET_NAME = "partonomy"
 MINI_SIZES = {"train": 2400, "validation": 100, "test": 150}
@@ -42,7 +41,6 @@ MINI_INSTANCES_SIZES = {"train": 500, "validation": 50, "test": 100}
 # the questions are about the first drawings of each split of mini
 MINI_QUESTIONS_SIZES = {"train": 200, "validation": 100, "test": 150}
 DRAWING_SIZES = {"mini": MINI_SIZES, "mini_instances": MINI_INSTANCES_SIZES, "mini_questions": MINI_QUESTIONS_SIZES}
-COCO_SOURCES = {kind.name: kind for kind in (PascalPart, PacoLvis, PartImageNet)}
 EXAMPLES_PER_SHARD = 50
 HELD_OUT = 10
 """One in so many images of a descriptor goes to its validation split."""
@@ -66,9 +64,7 @@ class Partonomy(datasets.GeneratorBasedBuilder):
         _config("mini_questions", "Benchmark questions about the drawings of mini."),
         _config("core", f"The official release; data_dir holds {QUESTIONS_FILE} and images/."),
         _config("descriptor", f"Conversations about a raw data set; data_dir holds {DESCRIPTOR_FILE} and its images."),
-        _config("pascal_part", "Conversations about Pascal-Part; data_dir holds train.json and VOCdevkit/."),
-        _config("paco_lvis", "Conversations about PACO-LVIS; data_dir holds annotations/ and images/ of COCO 2017."),
-        _config("partimagenet", "Conversations about PartImageNet; data_dir holds a json and a folder per split."),
+        *(_config(name, f"Conversations; docs/mixtures.md says what data_dir holds for {name}.") for name in SOURCES),
     ]
 
     def _info(self) -> datasets.DatasetInfo:
@@ -81,8 +77,8 @@ class Partonomy(datasets.GeneratorBasedBuilder):
             return [datasets.SplitGenerator(name="test", gen_kwargs={"split": "test", "shards": None})]
         if self.config.name == "descriptor":
             indices = _descriptor_splits(Descriptor(self._data_dir()))
-        elif self.config.name in COCO_SOURCES:
-            kind, folder = COCO_SOURCES[self.config.name], self._data_dir()
+        elif self.config.name in SOURCES:
+            kind, folder = SOURCES[self.config.name], self._data_dir()
             indices = {split: range(len(kind(folder, split=split))) for split in kind.splits(folder)}
         else:
             indices = {split: range(size) for split, size in DRAWING_SIZES[self.config.name].items()}
@@ -116,10 +112,10 @@ class Partonomy(datasets.GeneratorBasedBuilder):
                 descriptor = Descriptor(self._data_dir())
                 for index in _flat(shards):
                     yield converse(descriptor.example(index), part_graph=descriptor.part_graph, seed=SEED)
-            case name if name in COCO_SOURCES:
-                source = COCO_SOURCES[name](self._data_dir(), split=split)
+            case name if name in SOURCES:
+                source = _opened(name, self._data_dir(), split, state=self.hash)
                 for index in _flat(shards):
-                    yield converse(source.example(index), part_graph=source.part_graph, seed=SEED)
+                    yield from source.conversations(index, seed=SEED)
 
     def _data_dir(self) -> Path:
         if self.config.data_dir is None:
@@ -128,6 +124,12 @@ class Partonomy(datasets.GeneratorBasedBuilder):
                 f'"{self.config.name}", data_dir=FOLDER)'
             )
         return Path(self.config.data_dir).expanduser()
+
+
+@lru_cache(maxsize=32)
+def _opened(name: str, folder: Path, split: str, *, state: str) -> Source:
+    """A split, read once however many shards of it are; `state` changes with the files."""
+    return SOURCES[name](folder, split=split)
 
 
 def _drawn(split: str, index: int, *, instances: bool = False) -> schema.PartExample:
@@ -157,9 +159,15 @@ def _flat(shards: Shards) -> Iterator[int]:
     return (index for shard in shards for index in shard)
 
 
-_RECORD_FILES = {QUESTIONS_FILE, DESCRIPTOR_FILE}.union(
-    *(names for kind in COCO_SOURCES.values() for names in kind.annotation_files.values())
-)
+_RECORD_PATHS = {QUESTIONS_FILE, DESCRIPTOR_FILE}.union(*(kind.record_paths() for kind in SOURCES.values()))
+
+
+def _records_state(folder: Path) -> str:
+    """Changes whenever a file does that a source would read records from: its name, size or time."""
+    paths = [folder / name for name in _RECORD_PATHS]
+    within = [path for name in paths if name.is_dir() for path in name.iterdir() if path.suffix in (".png", ".json")]
+    files = [(str(path), path.stat()) for path in sorted({*paths, *within}) if path.is_file()]
+    return repr([(path, stat.st_size, stat.st_mtime_ns) for path, stat in files])
 
 
 class _ModuleFactory(datasets.load.PackagedDatasetModuleFactory):
@@ -172,16 +180,12 @@ class _ModuleFactory(datasets.load.PackagedDatasetModuleFactory):
     def get_module(self) -> datasets.load.DatasetModule:
         if self.name != DATASET_NAME:
             return super().get_module()
-        data_files = DataFilesDict()
-        if self.data_dir is not None:
-            folder = Path(self.data_dir).expanduser().resolve()
-            names = [name for name in _RECORD_FILES if (folder / name).is_file()]
-            data_files = DataFilesDict.from_patterns(
-                {"records": sorted(names)} if names else {}, base_path=str(folder)
-            )
         module_path, source_hash = _PACKAGED_DATASETS_MODULES[self.name]
+        if self.data_dir is not None:
+            state = _records_state(Path(self.data_dir).expanduser().resolve())
+            source_hash = hashlib.sha256((source_hash + state).encode()).hexdigest()
         return datasets.load.DatasetModule(
-            module_path, source_hash, {"data_files": data_files, "dataset_name": self.name}
+            module_path, source_hash, {"data_files": DataFilesDict(), "dataset_name": self.name}
         )
 
 

@@ -9,7 +9,7 @@ import json
 import sys
 from pathlib import Path
 
-from partkit.validate import SOURCES, validate
+from partkit.validate import CHECKS, validate
 
 LISTED_PROBLEMS = 20
 
@@ -18,7 +18,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m partkit", description="The PARTONOMY toolkit.")
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("validate", help="check your copy of a data set before a long build")
-    command.add_argument("source", choices=SOURCES)
+    command.add_argument("source", choices=CHECKS)
     command.add_argument("folder", type=Path)
     command.add_argument("--errors", type=Path, metavar="FILE.jsonl", help="write every problem to this file")
     options = parser.parse_args(arguments)

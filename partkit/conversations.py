@@ -16,7 +16,7 @@ import numpy as np
 
 from partkit.knowledge import PartGraph
 from partkit.questions import filter_parts, possible_partners
-from partkit.schema import GroundedConversation, PartExample, PartMask, escape_tags
+from partkit.schema import GroundedConversation, PartExample, PartMask, Question, escape_tags
 from partkit.seeding import seeded_generator
 from partkit.spans import join_parts
 from partkit.wording import inflect_engine, official_answer, official_question, with_article
@@ -222,25 +222,38 @@ def converse_about_instances(example: PartExample, *, seed: int) -> GroundedConv
     return _conversation(example, turns, masks)
 
 
+def turn(question: str, answer: str) -> list[dict[str, str]]:
+    """The message of the user and that of the assistant."""
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def conversation(
+    about: PartExample | Question, id: str, messages: list[dict[str, str]], masks: list[PartMask]
+) -> GroundedConversation:
+    """A conversation about the image of a record. Raises DataError if the messages do not fit the masks."""
+    made = GroundedConversation(
+        id=id,
+        image=about.image,
+        image_id=about.image_id,
+        image_label=about.image_label,
+        messages=messages,
+        masks=masks,
+        source=about.source,
+        licence=about.licence,
+    )
+    made.validate(where=f"conversation {id}")
+    return made
+
+
 def _conversation(example: PartExample, turns: list[_Turn], masks: dict[str, list[PartMask]]) -> GroundedConversation:
     """Joins the turns; the n-th tag of a label within a turn takes the n-th mask of that label."""
     messages, grounding = [], []
-    for turn in turns:
-        messages.append({"role": "user", "content": turn.question})
-        messages.append({"role": "assistant", "content": turn.answer})
-        grounding += [masks[label][turn.labels[:position].count(label)] for position, label in enumerate(turn.labels)]
-    conversation = GroundedConversation(
-        id=f"{example.image_id}-conversation",
-        image=example.image,
-        image_id=example.image_id,
-        image_label=example.image_label,
-        messages=messages,
-        masks=grounding,
-        source=example.source,
-        licence=example.licence,
-    )
-    conversation.validate(where=f"conversation {conversation.id}")
-    return conversation
+    for asked in turns:
+        messages += turn(asked.question, asked.answer)
+        grounding += [
+            masks[label][asked.labels[:position].count(label)] for position, label in enumerate(asked.labels)
+        ]
+    return conversation(example, f"{example.image_id}-conversation", messages, grounding)
 
 
 def _benchmark_turn(
@@ -263,8 +276,8 @@ def _benchmark_turn(
     else:
         words = {"name": name, "partner": partner and with_article(escape_tags(partner))}
         style = _pick_style(kind, rng)
-        question = _phrase(QUESTIONS[kind][style], **words)
-        answer = _phrase(
+        question = fill_template(QUESTIONS[kind][style], **words)
+        answer = fill_template(
             ANSWERS[kind][style],
             **words,
             parts=join_parts([_tagged(part) for part in parts]),
@@ -280,8 +293,8 @@ def _other_turn(example: PartExample, *, part_graph: PartGraph, rng: np.random.G
     kind = str(rng.choice(["location", "presence", "object"], p=[0.4, 0.4, 0.2]))
     style = _pick_style(kind, rng)
     if kind == "object":
-        question = _phrase(QUESTIONS[kind][style])
-        return _Turn(question, _phrase(ANSWERS[kind][style], a_label=with_article(label)))
+        question = fill_template(QUESTIONS[kind][style])
+        return _Turn(question, fill_template(ANSWERS[kind][style], a_label=with_article(label)))
     visible = sorted(mask.label for mask in example.masks)
     missing = sorted(set(part_graph[example.image_label]) - set(visible))
     present = kind == "location" or not missing or rng.random() < 0.5
@@ -293,11 +306,11 @@ def _other_turn(example: PartExample, *, part_graph: PartGraph, rng: np.random.G
         "a_plain": plain if _is_plural(plain) else with_article(plain),
         "is": "are" if _is_plural(plain) else "is",
     }
-    question = _phrase(QUESTIONS[kind][style], **words)
+    question = fill_template(QUESTIONS[kind][style], **words)
     if not present:
-        return _Turn(question, _phrase(ANSWERS["absence"][style], **words))
+        return _Turn(question, fill_template(ANSWERS["absence"][style], **words))
     words |= {"part": _tagged(part), "a_part": _after_article(part)}
-    return _Turn(question, _phrase(ANSWERS[kind][style], **words), [part])
+    return _Turn(question, fill_template(ANSWERS[kind][style], **words), [part])
 
 
 def _instance_turn(example: PartExample, part: str, count: int, rng: np.random.Generator) -> _Turn:
@@ -310,15 +323,15 @@ def _instance_turn(example: PartExample, part: str, count: int, rng: np.random.G
         "counted": _join_naturally([f"{opening} {_tagged(part)}" for opening in openings[:count]]),
     }
     style = _pick_style("instances", rng)
-    question = _phrase(QUESTIONS["instances"][style], **words)
-    return _Turn(question, _phrase(ANSWERS["instances"][style], **words), [part] * count)
+    question = fill_template(QUESTIONS["instances"][style], **words)
+    return _Turn(question, fill_template(ANSWERS["instances"][style], **words), [part] * count)
 
 
 def _pick_style(kind: str, rng: np.random.Generator) -> int:
     return int(rng.integers(len(QUESTIONS[kind])))
 
 
-def _phrase(template: str, **words: str | None) -> str:
+def fill_template(template: str, **words: str | None) -> str:
     """A template filled in; a field written with a capital gets a capital first letter."""
     capitalised = {key.capitalize(): value[:1].upper() + value[1:] for key, value in words.items() if value}
     return template.format(**words, **capitalised)

@@ -13,12 +13,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from partkit.schema import DataError
+from partkit.sources.catalogue import SOURCES, Source
 from partkit.sources.coco import CocoParts
 from partkit.sources.descriptor import Descriptor
 from partkit.sources.official import read_questions
-from partkit.sources.paco_lvis import PacoLvis
-from partkit.sources.partimagenet import PartImageNet
-from partkit.sources.pascal_part import PascalPart
 
 PUBLISHED_CORE = {"objects": 534, "parts": 862, "object-part pairs": 1976, "images": 1068, "masks": 4968}
 """What the paper counts in Partonomy-Core; other releases have the same layout, so a difference is only a note."""
@@ -36,10 +34,10 @@ class Report:
 
 
 def validate(source: str, folder: str | Path) -> Report:
-    """Reads everything the source finds in the folder; goes on after a bad record. `source` is one of SOURCES."""
+    """Reads everything the source finds in the folder; goes on after a bad record. `source` is one of CHECKS."""
     report = Report()
     try:
-        SOURCES[source](Path(folder), report)
+        CHECKS[source](Path(folder), report)
     except DataError as error:
         report.refuse(error)
     return report
@@ -65,11 +63,7 @@ def _check_core(folder: Path, report: Report) -> None:
     )
 
 
-def _check_descriptor(folder: Path, report: Report) -> None:
-    _check_examples(Descriptor(folder), report, name="examples")
-
-
-def _check_coco(kind: type[CocoParts]) -> Callable[[Path, Report], None]:
+def _check_source(kind: type[Source]) -> Callable[[Path, Report], None]:
     def check(folder: Path, report: Report) -> None:
         for split in kind.splits(folder):
             try:
@@ -78,18 +72,29 @@ def _check_coco(kind: type[CocoParts]) -> Callable[[Path, Report], None]:
                 report.refuse(error)
                 continue
             report.problems.extend(_differences_from_published(source))
-            report.notes.append(
-                f"{split}: {source.counts['images']} images, {source.counts['objects']} objects, "
-                f"{source.counts['parts']} parts; {source.blank} of the parts enclose nothing and are left out"
-            )
-            _check_examples(source, report, name=split)
+            _check_conversations(source, report)
 
     return check
 
 
-def _check_examples(source: CocoParts | Descriptor, report: Report, *, name: str) -> None:
+def _check_conversations(source: Source, report: Report) -> None:
+    found = Counter(dict.fromkeys(("conversations", "questions", "masks"), 0))
+    for index in tqdm(range(len(source)), desc=source.split, unit=" records"):
+        try:
+            for conversation in source.conversations(index, seed=0):
+                found["conversations"] += 1
+                found["questions"] += len(conversation.messages) // 2
+                found["masks"] += len(conversation.masks)
+        except DataError as error:
+            report.refuse(error)
+    held, made = (", ".join(f"{count} {what}" for what, count in counts.items()) for counts in (source.counts, found))
+    report.notes.append(f"{source.split}: {held}, of which {source.blank} give nothing to talk about; {made}")
+
+
+def _check_descriptor(folder: Path, report: Report) -> None:
+    source = Descriptor(folder)
     labels, images, masks = set(), set(), 0
-    for index in tqdm(range(len(source)), desc=name, unit=" examples"):
+    for index in tqdm(range(len(source)), desc="examples", unit=" examples"):
         try:
             example = source.example(index)
         except DataError as error:
@@ -98,11 +103,13 @@ def _check_examples(source: CocoParts | Descriptor, report: Report, *, name: str
         labels.add(example.image_label)
         images.add(source.image_path(index))
         masks += len(example.masks)
-    report.notes.append(f"{name}: {len(source)} examples, {masks} masks, {len(images)} images, {len(labels)} objects")
+    report.notes.append(
+        f"examples: {len(source)} examples, {masks} masks, {len(images)} images, {len(labels)} objects"
+    )
 
 
-def _differences_from_published(source: CocoParts) -> Iterator[str]:
-    if len(source.categories) != source.category_count:
+def _differences_from_published(source: Source) -> Iterator[str]:
+    if isinstance(source, CocoParts) and len(source.categories) != source.category_count:
         yield (
             f"{source.path}: {len(source.categories)} categories, but the published version of {source.name} has "
             f"{source.category_count}; this is another version"
@@ -115,11 +122,9 @@ def _differences_from_published(source: CocoParts) -> Iterator[str]:
             )
 
 
-SOURCES: dict[str, Callable[[Path, Report], None]] = {
+CHECKS: dict[str, Callable[[Path, Report], None]] = {
     "core": _check_core,
     "descriptor": _check_descriptor,
-    "pascal_part": _check_coco(PascalPart),
-    "paco_lvis": _check_coco(PacoLvis),
-    "partimagenet": _check_coco(PartImageNet),
+    **{name: _check_source(kind) for name, kind in SOURCES.items()},
 }
 """Name -> what reads a folder of it into a report."""

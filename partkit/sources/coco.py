@@ -23,10 +23,11 @@ from typing import Any, ClassVar
 from PIL import Image, ImageDraw, ImageOps
 from pycocotools import mask as coco
 
+from partkit.conversations import converse
 from partkit.images import to_rgb
-from partkit.masks import RLE, DataError, Size, area, union, validate_rle
-from partkit.schema import PartExample, PartMask
-from partkit.sources.files import ImageFiles, check_labels, read_polygons, stream_records, typed
+from partkit.masks import RLE, DataError, Size, area, union
+from partkit.schema import GroundedConversation, PartExample, PartMask
+from partkit.sources.files import ImageFiles, check_labels, read_segmentation, stream_records, typed
 
 Graph = dict[str, list[str]]
 
@@ -97,6 +98,10 @@ class CocoParts:
         return found
 
     @classmethod
+    def record_paths(cls) -> set[str]:
+        return {name for names in cls.annotation_files.values() for name in names}
+
+    @classmethod
     def annotation_path(cls, folder: Path, split: str) -> Path:
         names = cls.annotation_files[split]
         return next((folder / name for name in names if (folder / name).is_file()), folder / names[0])
@@ -156,6 +161,10 @@ class CocoParts:
             licence=self.licence,
         )
 
+    def conversations(self, index: int, *, seed: int) -> Iterator[GroundedConversation]:
+        """The one about an example. Raises DataError."""
+        yield converse(self.example(index), part_graph=self.part_graph, seed=seed)
+
     def _one_object(self, index: int) -> tuple[_Annotation | None, list[_Annotation]]:
         """The object that the example is about, if a box must tell it from others of its label, and its parts."""
         group = self._groups[self._keys[index]]
@@ -183,10 +192,7 @@ class CocoParts:
 
     def _mask(self, item: _Annotation, *, size: Size) -> RLE:
         where = f"{self._where('annotations', item.number)}, field 'segmentation'"
-        segmentation = json.loads(item.segmentation)
-        if isinstance(segmentation, list):
-            return read_polygons(segmentation, size=size, where=where)
-        return validate_rle(segmentation, expected_size=size, where=where)
+        return read_segmentation(json.loads(item.segmentation), size=size, where=where)
 
     def _read_categories(self) -> dict[int, tuple[str, str | None]]:
         """Category id -> (object, part)."""

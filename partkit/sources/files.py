@@ -1,10 +1,11 @@
 """Reading untrusted files: bounded JSON, typed fields, images that stay inside their folder."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import ijson
+import numpy as np
 from PIL import ExifTags, Image
 
 from partkit.images import check_mode
@@ -13,6 +14,9 @@ from partkit.schema import PartMask
 
 MAX_JSON_BYTES = 8 * 1024**3
 """Largest JSON file read, in bytes. Files are parsed as they stream in, so only what is kept of them is in memory."""
+
+MAX_TEXT_BYTES = 16 * 1024**2
+"""Largest text file read at once, in bytes."""
 
 MAX_JSON_DEPTH = 100
 """Deepest nesting of a JSON file; the time to parse it grows with the square of its depth."""
@@ -26,6 +30,23 @@ def read_json(path: Path) -> Any:
     return content
 
 
+def read_text(path: Path) -> str:
+    """The content of a small UTF-8 file. Raises DataError if it is missing, longer than MAX_TEXT_BYTES or no text."""
+    _check_size(path, limit=MAX_TEXT_BYTES)
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: expected UTF-8 text ({error})") from error
+
+
+def find_existing(folder: Path, names: Sequence[str], *, what: str) -> Path:
+    """The first of these files that the folder holds. Raises DataError, saying what is missing."""
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
+    raise DataError(f"{folder}: no such file for {what}; expected {' or '.join(names)}")
+
+
 def stream_records(path: Path, *, field: str | None = None) -> Iterator[Any]:
     """Yields the items of a JSON file that holds a list, or of one list field of it; of anything else none.
 
@@ -35,11 +56,7 @@ def stream_records(path: Path, *, field: str | None = None) -> Iterator[Any]:
 
 
 def _stream(path: Path, *, prefix: str) -> Iterator[Any]:
-    if not path.is_file():
-        raise DataError(f"{path}: no such file; data_dir must be the folder that holds {path.name} and the images")
-    size = path.stat().st_size
-    if size > MAX_JSON_BYTES:
-        raise DataError(f"{path}: {size} bytes exceed the limit of {MAX_JSON_BYTES}; split the file")
+    _check_size(path, limit=MAX_JSON_BYTES)
     with path.open("rb") as file:
         try:
             yield from ijson.items(_ShallowJSON(file, where=str(path)), prefix, use_float=True)
@@ -51,6 +68,14 @@ def _stream(path: Path, *, prefix: str) -> Iterator[Any]:
             ) from error
         except (ijson.JSONError, ValueError, OverflowError) as error:
             raise DataError(f"{path}: expected JSON ({error})") from error
+
+
+def _check_size(path: Path, *, limit: int) -> None:
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; data_dir must be the folder that holds {path.name} and the images")
+    size = path.stat().st_size
+    if size > limit:
+        raise DataError(f"{path}: {size} bytes exceed the limit of {limit}; split the file")
 
 
 class _ShallowJSON:
@@ -132,6 +157,16 @@ class ImageFiles:
                 self._turned.add(image_path)
         return self._sizes[image_path]
 
+    def label_map(self, image_path: str, *, where: str) -> np.ndarray:
+        """The pixel values of an indexed or grey image, not its colours: uint8 (height, width). Raises DataError."""
+        image = _load_image(self.locate(image_path, where=where), where=where)
+        if image.mode not in ("L", "P"):
+            raise DataError(
+                f"{where}: expected a label map of 8 bits a pixel, found {image_path!r} in Pillow's mode "
+                f"{image.mode!r}"
+            )
+        return np.asarray(image)
+
     def check_frame(self, image_path: str, annotated: Any, *, where: str) -> None:
         """Raises DataError if a size [height, width] that was annotated is not that of the upright image."""
         size = self.size(image_path, where=where)
@@ -150,6 +185,13 @@ class ImageFiles:
 
 def _decoded_size(path: Path, *, where: str) -> tuple[int, int, bool]:
     """(height, width) once upright, and whether the EXIF orientation swaps them."""
+    image = _load_image(path, where=where)
+    turned = image.getexif().get(ExifTags.Base.Orientation) in _ROTATED_ORIENTATIONS
+    return (image.width, image.height, True) if turned else (image.height, image.width, False)
+
+
+def _load_image(path: Path, *, where: str) -> Image.Image:
+    """The decoded image in its own mode; bounded before it is decoded. Raises DataError."""
     try:
         with Image.open(path) as image:
             width, height = image.size
@@ -163,12 +205,12 @@ def _decoded_size(path: Path, *, where: str) -> tuple[int, int, bool]:
                 )
             check_mode(image, where=f"{where}, field 'image_path', {path}")
             image.load()
-            orientation = image.getexif().get(ExifTags.Base.Orientation)
+            image.getexif()  # read while the file is open, kept by the image
+            return image
     except DataError:
         raise
     except Exception as error:  # on corrupt files Pillow's decoders raise nearly anything
         raise DataError(f"{where}, field 'image_path': {path} is no readable image ({error})") from error
-    return (width, height, True) if orientation in _ROTATED_ORIENTATIONS else (height, width, False)
 
 
 def read_part_masks(
@@ -200,6 +242,18 @@ def _read_mask(piece: Any, *, images: ImageFiles, image_path: str, where: str) -
     rle = validate_rle(piece, where=where)
     images.check_frame(image_path, rle["size"], where=where)
     return rle
+
+
+def read_segmentation(segmentation: Any, *, size: Size, where: str) -> RLE:
+    """The mask of COCO's `segmentation` of size (height, width): polygons, an RLE of either kind, or a list of RLEs.
+
+    Raises DataError.
+    """
+    if isinstance(segmentation, list) and segmentation and all(isinstance(item, dict) for item in segmentation):
+        return union([validate_rle(item, expected_size=size, where=where) for item in segmentation])
+    if isinstance(segmentation, list):
+        return read_polygons(segmentation, size=size, where=where)
+    return validate_rle(segmentation, expected_size=size, where=where)
 
 
 def read_polygons(polygons: list[list[float]], *, size: Size, where: str) -> RLE:

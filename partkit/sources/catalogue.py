@@ -1,0 +1,58 @@
+"""Every data set that is read split by split into grounded conversations."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import ClassVar, Protocol
+
+from partkit.schema import GroundedConversation
+from partkit.sources.label_maps import Ade20k, CocoStuff, Mapillary
+from partkit.sources.paco_lvis import PacoLvis
+from partkit.sources.partimagenet import PartImageNet
+from partkit.sources.pascal_part import PascalPart
+from partkit.sources.semantic_parts import SemanticPacoLvis, SemanticPartImageNet, SemanticPascalPart
+
+
+class Source(Protocol):
+    """One split of a data set, opened."""
+
+    name: ClassVar[str]
+    published_counts: ClassVar[dict[str, dict[str, int]]]
+    """Split -> what the publishers count in it."""
+    split: str
+    path: Path
+    """The file that problems with the whole split are reported for."""
+    counts: dict[str, int]
+    """What the split holds; has every key of its published counts."""
+    blank: int
+    """How much was read so far that gives nothing to talk about."""
+
+    @classmethod
+    def splits(cls, folder: str | Path) -> list[str]:
+        """The splits that lie in the folder. Raises DataError if there are none."""
+
+    @classmethod
+    def record_paths(cls) -> set[str]:
+        """Files of records, and folders of such files, that the folder may hold, relative to it."""
+
+    def __init__(self, folder: str | Path, *, split: str): ...
+
+    def __len__(self) -> int: ...
+
+    def conversations(self, index: int, *, seed: int) -> Iterator[GroundedConversation]:
+        """Those about one image, or one record, of the split. Raises DataError naming file, record and field."""
+
+
+SOURCES: dict[str, type[Source]] = {
+    kind.name: kind
+    for kind in (
+        PascalPart,
+        PacoLvis,
+        PartImageNet,
+        SemanticPascalPart,
+        SemanticPacoLvis,
+        SemanticPartImageNet,
+        Ade20k,
+        CocoStuff,
+        Mapillary,
+    )
+}
