@@ -1,0 +1,85 @@
+"""The published grounded mean IoU on PARTONOMY-Core as a Markdown table, with a column for each of your runs:
+
+    python scripts/published_table.py runs/core/metrics.json runs/other/metrics.json
+
+Published figures are those of the authors' project page (https://wjdghks950.github.io/partonomy.github.io, commit
+5f8cb9c of its repository), which takes them from Table 2 of the paper (arXiv 2505.20759): micro / macro, in percent.
+Yours are `reference_micro_giou` and `reference_macro_giou` of the same question types; they stand beside the published
+ones whatever data set they were measured on, which the lines below the table name.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+METHODS = ("LISA-13B", "GLaMM", "PLUM", "LISA-13B, fine-tuned", "GLaMM, fine-tuned", "PLUM, fine-tuned")
+PUBLISHED = {  # question type here: (name in the paper, figures of METHODS; None where the page has none)
+    "identification_with_label": (
+        "Identification",
+        ((5.9, 7.0), (5.3, 5.9), (14.5, 27.4), (33.6, 35.4), (36.6, 38.8), (36.2, 41.6)),
+    ),
+    "positive_with_label": (
+        "Intersection",
+        ((7.1, 7.5), (5.9, 6.2), (23.7, 29.9), (37.0, 38.4), (40.3, 42.1), (42.1, 45.9)),
+    ),
+    "negative_with_label": (
+        "Difference",
+        ((6.1, 7.1), (5.2, 6.0), (14.9, 24.8), (30.4, 31.6), (33.6, 34.8), (33.0, 39.4)),
+    ),
+    "part_to_whole": ("Part-to-Whole", ((5.7, 6.6), (4.8, 5.6), (14.3, 26.8), None, (36.1, 38.5), (36.7, 40.8))),
+    "whole_to_part": ("Whole-to-Part", ((6.0, 6.8), (4.9, 5.8), (15.4, 27.5), None, (35.7, 38.0), (36.2, 39.8))),
+}
+
+
+def format_published(runs: dict[str, dict[str, Any]]) -> str:
+    """The table; without runs its last column is empty.
+
+    Args:
+        runs: by name of the column, what metrics.json holds.
+    """
+    measured = [f"measured: {name}" for name in runs] or ["measured"]
+    header = ["question type", *(f"{method} (published)" for method in METHODS), *measured]
+    lines = [_row(header), _row(["---", *["---:"] * (len(header) - 1)])]
+    for question_type, (name, published) in PUBLISHED.items():
+        own = [_measured(metrics, question_type) for metrics in runs.values()] or [None]
+        cells = ["" if pair is None else "{:.1f} / {:.1f}".format(*pair) for pair in (*published, *own)]
+        lines.append(_row([f"{name} (`{question_type}`)", *cells]))
+    return "\n".join(lines)
+
+
+def describe(name: str, metrics: dict[str, Any]) -> str:
+    """One line on what a run measured."""
+    run = metrics["run"]
+    data = f"{run['dataset']} {run['name']}, split {run['split']}"
+    return f"{name}: {data}, {metrics['overall']['n']} questions, protocol {run['protocol']['name']}"
+
+
+def _measured(metrics: dict[str, Any], question_type: str) -> tuple[float, float] | None:
+    figures = metrics["by_type"].get(question_type, {})
+    micro, macro = figures.get("reference_micro_giou"), figures.get("reference_macro_giou")
+    return None if micro is None or macro is None else (100 * micro, 100 * macro)
+
+
+def _row(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("metrics", nargs="*", type=Path, help="metrics.json of runs of evaluate_plum.py")
+    runs = {}
+    for path in parser.parse_args().metrics:
+        try:
+            runs[str(path.parent)] = json.loads(path.read_text(encoding="utf-8"))
+            describe(str(path.parent), runs[str(path.parent)])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            sys.exit(f"published_table.py: {path} is no metrics.json of evaluate_plum.py ({error!r}).")
+    print(format_published(runs))
+    for name, metrics in runs.items():
+        print(f"\n{describe(name, metrics)}")
+
+
+if __name__ == "__main__":
+    main()
