@@ -2,7 +2,7 @@
 PYTHON := .venv/bin/python
 INSTALLED := .venv/installed
 
-.PHONY: demo test lint docs
+.PHONY: demo test lint docs fuzz
 
 demo: $(INSTALLED)
 	rm -rf runs/demo
@@ -20,6 +20,11 @@ lint: $(INSTALLED)
 docs: $(INSTALLED)
 	.venv/bin/pip install --quiet --constraint constraints.txt --editable ".[docs]"
 	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build
+
+fuzz: $(INSTALLED)
+	.venv/bin/pip install --quiet --constraint constraints.txt atheris
+	for target in span_tags run_length_encoding predictions_file descriptor; do \
+		$(PYTHON) fuzz/run.py $$target -max_total_time=75 || exit 1; done
 
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	python3 -m venv .venv

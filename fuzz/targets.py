@@ -1,0 +1,75 @@
+"""
+What outside files may make the readers do: give a result, or raise the documented error. Nothing else.
+
+Each target takes bytes, reads them as one kind of file and says whether they were accepted. `tests/test_fuzz.py` feeds
+them mutated valid files, and `make fuzz` runs them under atheris, which looks for inputs that reach new code.
+"""
+
+import tempfile
+from pathlib import Path
+
+from PIL import Image
+
+from chat_plum import parse_span_tags
+from partkit.masks import DataError, decode
+from partkit.predictions import read_predictions
+from partkit.schema import tagged_phrases
+from partkit.sources.descriptor import Descriptor
+
+MAX_SIDE = 512
+"""Pixels of a side of the masks that are decoded here; larger valid ones only cost time."""
+
+
+def span_tags(data: bytes) -> bool:
+    """An assistant's text with span tags: the parser and the schema agree on what is well formed."""
+    text = data.decode("utf-8", errors="replace")
+    try:
+        phrases = tagged_phrases(text)
+    except DataError:
+        return False
+    plain, spans = parse_span_tags(text)
+    assert len(spans) == len(phrases)
+    assert all(0 <= start < end <= len(plain) for start, end in spans)
+    return True
+
+
+def run_length_encoding(data: bytes) -> bool:
+    """Two bytes of size, then the counts of a compressed RLE."""
+    if len(data) < 4:
+        return False
+    height, width = (1 + int.from_bytes(data[i : i + 2], "big") % MAX_SIDE for i in (0, 2))
+    try:
+        mask = decode({"size": [height, width], "counts": data[4:].decode("latin-1")})
+    except DataError:
+        return False
+    assert mask.shape == (height, width)
+    return True
+
+
+def predictions_file(data: bytes) -> bool:
+    """A predictions file as evaluate_plum.py reads it."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "predictions.jsonl"
+        path.write_bytes(data)
+        try:
+            predictions = read_predictions(path)
+        except DataError:
+            return False
+        assert len(predictions) <= data.count(b"\n")
+    return True
+
+
+def descriptor(data: bytes) -> bool:
+    """A descriptor.json beside one image."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "descriptor.json").write_bytes(data)
+        Image.new("RGB", (4, 4)).save(Path(folder) / "1.png")
+        try:
+            examples = list(Descriptor(folder))
+        except DataError:
+            return False
+        assert all(example.masks for example in examples)
+    return True
+
+
+TARGETS = {target.__name__: target for target in (span_tags, run_length_encoding, predictions_file, descriptor)}
