@@ -39,7 +39,7 @@ from accelerate import PartialState
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
-import partonomy_dataset  # noqa: F401  (makes load_dataset("partonomy", ...) work)
+import partonomy_dataset
 from inference_plum import load_model
 from partkit.answers import answer_files, read_answers
 from partkit.baselines import SEED as BASELINE_SEED
@@ -57,7 +57,7 @@ from partkit.predictions import (
     write_whole,
 )
 from partkit.schema import Question
-from partkit.scoring import describe_protocol, format_table, leave_out, match_names, score
+from partkit.scoring import describe_protocol, format_table, leave_out, match_names, score, write_problems
 from predictor_plum import Predictor
 
 
@@ -77,14 +77,16 @@ class EvaluationArguments:
     on_error: Literal["refuse", "report"] = field(
         default="refuse",
         metadata={
-            "help": "Unusable lines of --predictions: refuse the file, or leave them out and write errors.jsonl."
+            "help": "Unusable lines of --predictions and records of --data_dir: refuse their file, or leave them out "
+            "and write errors.jsonl."
         },
     )
     dataset: str = field(default="partonomy", metadata={"help": "Data set, as in datasets.load_dataset."})
     name: str = field(default="mini_questions", metadata={"help": "Its configuration; it must hold questions."})
     split: str = field(default="test", metadata={"help": "Its split."})
-    data_dir: str | None = field(
-        default=None, metadata={"help": "Folder of raw data, for a `--name` that reads your files."}
+    data_dir: str | None = field(default=None, metadata={"help": "Folder of your files, where --name reads some."})
+    scheme: Literal["official", "balanced"] | None = field(
+        default=None, metadata={"help": "How the wrong choices of questions about --data_dir are made."}
     )
     control: Literal["wrong_image", "none"] = field(
         default="wrong_image", metadata={"help": "Ask everything again with the image of another record, or not."}
@@ -221,6 +223,7 @@ def describe_run(arguments: EvaluationArguments, settings: dict[str, Any], *, st
         **settings,
         "protocol": protocol,
         "command": shlex.join(["python", *sys.argv]),
+        "scheme": arguments.scheme,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version()} | {package: version(package) for package in packages},
         "wall_seconds": round(time.perf_counter() - started, 1),
@@ -251,14 +254,24 @@ def finish(
     print(f"report: {Path(arguments.output_dir) / 'report.html'}")
 
 
-def load(arguments: EvaluationArguments) -> tuple[datasets.Dataset, list[Question]]:
-    return load_questions(
+def dataset_options(arguments: EvaluationArguments) -> dict[str, str]:
+    """What load_dataset is told besides the names."""
+    options = {"data_dir": arguments.data_dir, "scheme": arguments.scheme}
+    if arguments.on_error == "report" and arguments.dataset == partonomy_dataset.DATASET_NAME:
+        options["on_error"] = "report"
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def load(arguments: EvaluationArguments) -> tuple[datasets.Dataset, list[Question], list[str]]:
+    """The rows, their questions, and one sentence for each record that was left out."""
+    rows, questions = load_questions(
         arguments.dataset,
         name=arguments.name,
         split=arguments.split,
-        data_dir=arguments.data_dir,
         limit=arguments.limit,
+        **dataset_options(arguments),
     )
+    return rows, questions, partonomy_dataset.left_out(rows)
 
 
 def answer_by_baseline(
@@ -268,11 +281,11 @@ def answer_by_baseline(
     settings = {"baseline": arguments.baseline, "baseline_seed": BASELINE_SEED}
     if arguments.baseline != "majority":
         return answer_without_model(arguments.baseline, questions), settings
-    splits = datasets.get_dataset_split_names(arguments.dataset, arguments.name, data_dir=arguments.data_dir)
+    splits = datasets.get_dataset_split_names(arguments.dataset, arguments.name, **dataset_options(arguments))
     if arguments.split.startswith("train") or "train" not in splits:
         settings["counted_over"] = f"the other images of {arguments.split}"
         return answer_without_model("majority", questions), settings
-    _, training = load(replace(arguments, split="train", limit=None))
+    _, training, _ = load(replace(arguments, split="train", limit=None))
     settings["counted_over"] = "train"
     return answer_without_model("majority", questions, training=training), settings
 
@@ -280,7 +293,7 @@ def answer_by_baseline(
 def evaluate_answers(arguments: EvaluationArguments) -> None:
     """Scores a predictions file or a baseline; raises DataError before anything is written if it cannot be done."""
     started = time.perf_counter()
-    rows, questions = load(arguments)
+    rows, questions, unusable = load(arguments)
     settings: dict[str, Any] = {name: getattr(arguments, name) for name in ("dataset", "name", "split", "limit")}
     settings |= {"questions": len(questions), "questions_fingerprint": fingerprint(questions)}
     settings |= {"mask_source": arguments.mask_source}
@@ -294,14 +307,15 @@ def evaluate_answers(arguments: EvaluationArguments) -> None:
     output_dir = Path(arguments.output_dir)
     check_run(output_dir, settings)
     report_to = output_dir / "errors.jsonl" if arguments.on_error == "report" else None
-    scored = leave_out(questions, predictions, problems, report_to=report_to)
+    scored = leave_out(questions, predictions, unusable + problems, report_to=report_to)
     pair_by_id(scored, predictions)
     output_dir.mkdir(parents=True, exist_ok=True)
     write_whole(output_dir / "run.json", [json.dumps(settings, indent=2), "\n"])
     if arguments.baseline is not None:
         write_predictions(output_dir / "predictions.jsonl", predictions)
     run = {"predictions": arguments.predictions, **describe_run(arguments, settings, started=started)}
-    finish(arguments, rows, scored, predictions, run=run | {"left_out": len(questions) - len(scored)})
+    run |= {"left_out": len(questions) - len(scored), "records_left_out": len(unusable)}
+    finish(arguments, rows, scored, predictions, run=run)
 
 
 def evaluate(arguments: EvaluationArguments) -> None:
@@ -312,7 +326,7 @@ def evaluate(arguments: EvaluationArguments) -> None:
     # Without a GPU accelerate starts its processes apart, each believing to be the only one, unless it is told so.
     state = PartialState(cpu=arguments.device == "cpu" or not torch.cuda.is_available())
     with state.main_process_first():
-        rows, questions = load(arguments)
+        rows, questions, unusable = load(arguments)
     wrong_images = {}
     if arguments.control == "wrong_image":
         wrong_images = pick_wrong_images({question.image_id: question.image_label for question in questions})
@@ -324,6 +338,8 @@ def evaluate(arguments: EvaluationArguments) -> None:
     if state.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
         write_whole(output_dir / "run.json", [json.dumps(settings, indent=2), "\n"])
+        if unusable:
+            write_problems(output_dir / "errors.jsonl", unusable)
 
     predictor = Predictor(
         plum.model,
@@ -348,6 +364,7 @@ def evaluate(arguments: EvaluationArguments) -> None:
         run["model_revision"] = folder.name if folder.parent.name == "snapshots" else None
         run |= {"device": str(state.device), "processes": state.num_processes, "predictions_found": resumed}
         run["image_cache"] = predictor.images.summary()  # of the first process
+        run |= {"left_out": 0, "records_left_out": len(unusable)}
         predictions = read_predictions(output_dir / "predictions.jsonl")
         finish(arguments, rows, questions, predictions, run=run, training_curves=folder / "training_curves.csv")
     state.wait_for_everyone()

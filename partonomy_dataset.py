@@ -9,14 +9,26 @@
     load_dataset("partonomy", "core", data_dir=FOLDER)            # the official release: benchmark questions
     load_dataset("partonomy", "descriptor", data_dir=FOLDER)      # the authors' input format: grounded conversations
     load_dataset("partonomy", "pascal_part", data_dir=FOLDER)     # your copy of any of partkit.sources.catalogue
+    load_dataset("partonomy", "pascal_part_questions", data_dir=FOLDER, scheme="balanced")    # all ten types
 
 What a folder must hold stands in docs/mixtures.md; `python -m partkit validate NAME FOLDER` checks it.
-`streaming=True` and `num_proc` work as everywhere. A bad record raises `partkit.schema.DataError`, which `datasets` wraps in a
-DatasetGenerationError unless it streams; see its `__cause__`.
+`streaming=True` and `num_proc` work as everywhere. Records depend neither on the number of processes nor on the order
+of the records in your files. `descriptor`, `pascal_part`, `paco_lvis` and `partimagenet` have questions, too.
+
+Splits are those of the published files; of a descriptor, a tenth of the images, drawn by seed, is for validation. The
+conversations and the questions of one folder have the same splits. `scheme` is how wrong choices are made ("official",
+the default, or "balanced"; see partkit/distractors.py); they follow counts over all splits that the folder holds.
+
+A bad record raises `partkit.schema.DataError`, or a DatasetGenerationError with it as its `__cause__`. With
+`on_error="report"` bad records are left out: `left_out(rows)` reads what errors.jsonl, beside the prepared data, says
+of each, and a warning and the description in `rows.info` say how many they are. A stream has no place for that file:
+there, every one of them is a warning. A file that was cut short is refused in any case: nothing can tell what it lost.
 """
 
 import hashlib
+import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -29,11 +41,13 @@ from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 import partkit
 from partkit import schema, synthesis
 from partkit.conversations import converse, converse_about_instances
-from partkit.questions import make_questions
-from partkit.seeding import seeded_generator
-from partkit.sources.catalogue import SOURCES, Source
-from partkit.sources.descriptor import DESCRIPTOR_FILE, Descriptor
+from partkit.knowledge import PartKnowledge
+from partkit.questions import SCHEMES, QuestionMaker, make_questions
+from partkit.sources.catalogue import SOURCES
+from partkit.sources.descriptor import DESCRIPTOR_FILE
+from partkit.sources.files import OnError, refuse
 from partkit.sources.official import QUESTIONS_FILE, read_questions
+from partkit.sources.survey import PART_SOURCES, Opened, open_source, survey, usable
 
 DATASET_NAME = "partonomy"
 MINI_SIZES = {"train": 2400, "validation": 100, "test": 150}
@@ -42,22 +56,53 @@ MINI_INSTANCES_SIZES = {"train": 500, "validation": 50, "test": 100}
 MINI_QUESTIONS_SIZES = {"train": 200, "validation": 100, "test": 150}
 DRAWING_SIZES = {"mini": MINI_SIZES, "mini_instances": MINI_INSTANCES_SIZES, "mini_questions": MINI_QUESTIONS_SIZES}
 EXAMPLES_PER_SHARD = 50
-HELD_OUT = 10
-"""One in so many images of a descriptor goes to its validation split."""
 SEED = synthesis.DEFAULT_SEED
+ERRORS_FILE = "errors.jsonl"
 
 Shards = list[list[int]]
 
+_logger = datasets.logging.get_logger(__name__)
 
-def _config(name: str, description: str) -> datasets.BuilderConfig:
-    return datasets.BuilderConfig(name=name, version=datasets.Version("1.0.0"), description=description)
+
+@dataclass
+class PartonomyConfig(datasets.BuilderConfig):
+    """
+    Args:
+        scheme: how the wrong choices of questions about your files are made: "official" or "balanced".
+        on_error: "refuse" files with a bad record, or "report": leave it out and say so.
+    """
+
+    scheme: str | None = None
+    on_error: str = "refuse"
+
+    @property
+    def source(self) -> str:
+        return self.name.removesuffix("_questions")
+
+    @property
+    def asks(self) -> bool:
+        return self.name == "core" or self.name != self.source
+
+    def check(self) -> None:
+        """Raises DataError for an option that is unknown or that the config has no use for."""
+        if self.scheme is not None and not (self.asks and self.source in PART_SOURCES):
+            raise schema.DataError(f'the config "{self.name}" makes no questions about your files: leave out scheme')
+        if self.scheme not in (None, *SCHEMES):
+            raise schema.DataError(f"unknown scheme {self.scheme!r}; known are {', '.join(SCHEMES)}")
+        if self.on_error not in ("refuse", "report"):
+            raise schema.DataError(f'on_error is "refuse" or "report", found {self.on_error!r}')
+
+
+def _config(name: str, description: str) -> PartonomyConfig:
+    return PartonomyConfig(name=name, version=datasets.Version("1.0.0"), description=description)
 
 
 class Partonomy(datasets.GeneratorBasedBuilder):
-    """One builder for every source. `mini_questions` and `core` give questions, the others grounded conversations,
-    with the features of `partkit.schema`."""
+    """One builder for every source. `core` and names in `_questions` give questions, the others grounded
+    conversations, with the features of `partkit.schema`."""
 
     DEFAULT_CONFIG_NAME = "mini"
+    BUILDER_CONFIG_CLASS = PartonomyConfig
     BUILDER_CONFIGS = [
         _config("mini", "Drawn objects: grounded conversations for training."),
         _config("mini_instances", "Drawn objects whose parts occur several times, one mask per instance."),
@@ -65,57 +110,90 @@ class Partonomy(datasets.GeneratorBasedBuilder):
         _config("core", f"The official release; data_dir holds {QUESTIONS_FILE} and images/."),
         _config("descriptor", f"Conversations about a raw data set; data_dir holds {DESCRIPTOR_FILE} and its images."),
         *(_config(name, f"Conversations; docs/mixtures.md says what data_dir holds for {name}.") for name in SOURCES),
+        *(_config(f"{name}_questions", f"Benchmark questions; data_dir as for {name}.") for name in PART_SOURCES),
     ]
 
     def _info(self) -> datasets.DatasetInfo:
-        asks = self.config.name in ("mini_questions", "core")
-        features = schema.QUESTION_FEATURES if asks else schema.GROUNDED_CONVERSATION_FEATURES
+        self.config.check()
+        features = schema.QUESTION_FEATURES if self.config.asks else schema.GROUNDED_CONVERSATION_FEATURES
         return datasets.DatasetInfo(description=self.config.description, features=features)
 
     def _split_generators(self, dl_manager: datasets.DownloadManager) -> list[datasets.SplitGenerator]:
-        if self.config.name == "core":
-            return [datasets.SplitGenerator(name="test", gen_kwargs={"split": "test", "shards": None})]
-        if self.config.name == "descriptor":
-            indices = _descriptor_splits(Descriptor(self._data_dir()))
-        elif self.config.name in SOURCES:
-            kind, folder = SOURCES[self.config.name], self._data_dir()
-            indices = {split: range(len(kind(folder, split=split))) for split in kind.splits(folder)}
+        name = self.config.source
+        problems: list[schema.DataError] = []
+        on_error: OnError = refuse if self.config.on_error == "refuse" else problems.append
+        knowledge = None
+        if name == "core":
+            members = {"test": None}
+            if on_error is not refuse and not sum(1 for _ in read_questions(self._data_dir(), on_error=on_error)):
+                raise schema.DataError(f"not one question can be used; the first problem: {problems[0]}")
+        elif name in PART_SOURCES:
+            found = survey(name, self._data_dir(), seed=SEED, on_error=on_error)
+            members, knowledge = found.members, found.knowledge()
+        elif name in SOURCES:
+            members = usable(name, self._data_dir(), on_error=on_error)
         else:
-            indices = {split: range(size) for split, size in DRAWING_SIZES[self.config.name].items()}
+            members = {split: list(range(size)) for split, size in DRAWING_SIZES[self.config.name].items()}
+        if problems:
+            self._report(problems, streaming=dl_manager.is_streaming)
         return [
-            datasets.SplitGenerator(name=split, gen_kwargs={"split": split, "shards": _shards(list(members))})
-            for split, members in indices.items()
+            datasets.SplitGenerator(
+                name=split,
+                gen_kwargs={"split": split, "shards": indices and _shards(indices), "knowledge": knowledge},
+            )
+            for split, indices in members.items()
         ]
 
-    def _generate_examples(self, split: str, shards: Shards | None) -> Iterator[tuple[str, dict[str, Any]]]:
-        for record in self._records(split, shards):
+    def _report(self, problems: list[schema.DataError], *, streaming: bool) -> None:
+        self.info.description += f" {len(problems)} bad records were left out."
+        if streaming:
+            for problem in problems:
+                _logger.warning(f"left out: {problem}")
+            return
+        # a folder that becomes the cache folder once all is prepared
+        lines = (json.dumps({"problem": str(problem)}, ensure_ascii=False) + "\n" for problem in problems)
+        Path(self._output_dir, ERRORS_FILE).write_text("".join(lines), encoding="utf-8")
+        _logger.warning(f"{len(problems)} bad records were left out: see {Path(self.cache_dir, ERRORS_FILE)}")
+
+    def _generate_examples(
+        self, split: str, shards: Shards | None, knowledge: PartKnowledge | None
+    ) -> Iterator[tuple[str, dict[str, Any]]]:
+        if self.config.source == "core":
+            ignore = refuse if self.config.on_error == "refuse" else _ignore
+            records = read_questions(self._data_dir(), on_error=ignore)
+        elif self.config.source in (*PART_SOURCES, *SOURCES):
+            records = self._records_of_files(split, shards, knowledge)
+        else:
+            records = self._records_of_drawings(split, shards)
+        for record in records:
             yield record.id, schema.as_row(record)
 
-    def _records(self, split: str, shards: Shards | None) -> Iterator[schema.GroundedConversation | schema.Question]:
-        match self.config.name:
-            case "mini":
-                graph = synthesis.part_graph()
-                for index in _flat(shards):
+    def _records_of_files(
+        self, split: str, shards: Shards, knowledge: PartKnowledge | None
+    ) -> Iterator[schema.GroundedConversation | schema.Question]:
+        source = _opened(self.config.source, self._data_dir(), split, state=self.hash)
+        if not self.config.asks:
+            for index in _flat(shards):
+                yield from source.conversations(index, seed=SEED)
+            return
+        maker = QuestionMaker(knowledge, scheme=self.config.scheme or SCHEMES[0], seed=SEED)
+        for index in _flat(shards):
+            yield from maker.questions(source.example(index))
+
+    def _records_of_drawings(
+        self, split: str, shards: Shards
+    ) -> Iterator[schema.GroundedConversation | schema.Question]:
+        graph, required = synthesis.part_graph(), synthesis.required_parts()
+        for index in _flat(shards):
+            match self.config.name:
+                case "mini":
                     yield converse(_drawn(split, index), part_graph=graph, seed=SEED)
-            case "mini_instances":
-                for index in _flat(shards):
+                case "mini_instances":
                     yield converse_about_instances(_drawn(split, index, instances=True), seed=SEED)
-            case "mini_questions":
-                graph, required = synthesis.part_graph(), synthesis.required_parts()
-                for index in _flat(shards):
+                case "mini_questions":
                     yield from make_questions(
                         _drawn(split, index), part_graph=graph, required_parts=required, seed=SEED
                     )
-            case "core":
-                yield from read_questions(self._data_dir())
-            case "descriptor":
-                descriptor = Descriptor(self._data_dir())
-                for index in _flat(shards):
-                    yield converse(descriptor.example(index), part_graph=descriptor.part_graph, seed=SEED)
-            case name if name in SOURCES:
-                source = _opened(name, self._data_dir(), split, state=self.hash)
-                for index in _flat(shards):
-                    yield from source.conversations(index, seed=SEED)
 
     def _data_dir(self) -> Path:
         if self.config.data_dir is None:
@@ -126,10 +204,26 @@ class Partonomy(datasets.GeneratorBasedBuilder):
         return Path(self.config.data_dir).expanduser()
 
 
+def left_out(rows: datasets.Dataset) -> list[str]:
+    """One sentence for each record that `on_error="report"` left out of a split as it was loaded."""
+    folder = Path(rows.cache_files[0]["filename"]).parent if rows.cache_files else None
+    if folder is None or not (folder / ERRORS_FILE).is_file():
+        return []
+    lines = (folder / ERRORS_FILE).read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["problem"] for line in lines]
+
+
 @lru_cache(maxsize=32)
-def _opened(name: str, folder: Path, split: str, *, state: str) -> Source:
-    """A split, read once however many shards of it are; `state` changes with the files."""
-    return SOURCES[name](folder, split=split)
+def _opened(name: str, folder: Path, split: str, *, state: str) -> Opened:
+    """A split, read once however many shards of it are; `state` changes with the files.
+
+    Bad records were refused or reported when the splits were made.
+    """
+    return open_source(name, folder, split=split, on_error=_ignore)
+
+
+def _ignore(error: schema.DataError) -> None:
+    """For what was refused or reported before."""
 
 
 def _drawn(split: str, index: int, *, instances: bool = False) -> schema.PartExample:
@@ -137,17 +231,6 @@ def _drawn(split: str, index: int, *, instances: bool = False) -> schema.PartExa
     example = draw(split, index, seed=SEED)
     example.image = synthesis.encode_image(example.image)
     return example
-
-
-def _descriptor_splits(descriptor: Descriptor) -> dict[str, list[int]]:
-    """Indices of the instances per split; those that share an image stay together."""
-    image_paths = [descriptor.image_path(index) for index in range(len(descriptor))]
-    shuffled = seeded_generator(SEED, "held out").permutation(sorted(set(image_paths))).tolist()
-    held_out = set(shuffled[: len(shuffled) // HELD_OUT])
-    splits = {"train": [], "validation": []}
-    for index, image_path in enumerate(image_paths):
-        splits["validation" if image_path in held_out else "train"].append(index)
-    return splits
 
 
 def _shards(indices: list[int]) -> Shards:

@@ -5,6 +5,7 @@ import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import fields
+from typing import Any
 
 import datasets
 from PIL import Image
@@ -20,13 +21,14 @@ CONTROL_SEED = 0
 
 
 def load_questions(
-    dataset: str, *, name: str, split: str, data_dir: str | None = None, limit: int | None = None
+    dataset: str, *, name: str, split: str, limit: int | None = None, **options: Any
 ) -> tuple[datasets.Dataset, list[Question]]:
     """A split and its questions, in order and without their images.
 
     Args:
-        dataset, name, split, data_dir: as in `datasets.load_dataset`.
+        dataset, name, split: as in `datasets.load_dataset`.
         limit: only this many questions, from the start.
+        options: of the data set's builder, such as data_dir.
 
     Raises:
         DataError: the data set, configuration or split does not exist, is empty or holds no questions, or a record is
@@ -34,7 +36,7 @@ def load_questions(
     """
     asked = f"data set {dataset!r}, name {name!r}, split {split!r}"
     try:
-        rows = datasets.load_dataset(dataset, name, data_dir=data_dir, split=split)
+        rows = datasets.load_dataset(dataset, name, split=split, **options)
     except (ValueError, OSError, datasets.exceptions.DatasetGenerationError) as error:
         cause = error
         while cause.__cause__ is not None:

@@ -17,7 +17,15 @@ from partkit.schema import Question
 from partkit.synonyms import lemmatised
 from partkit.tallies import BOOTSTRAP_SEED, LEVEL, RESAMPLES
 
-__all__ = ["PUBLISHED_PROTOCOL", "describe_protocol", "format_table", "leave_out", "match_names", "score"]
+__all__ = [
+    "PUBLISHED_PROTOCOL",
+    "describe_protocol",
+    "format_table",
+    "leave_out",
+    "match_names",
+    "score",
+    "write_problems",
+]
 
 
 PUBLISHED_PROTOCOL = {"choice_reduction": "sequence_mean", "mask_source": "gt_answer", "match": "exact"}
@@ -66,7 +74,7 @@ def leave_out(
         )
     if problems:
         report_to.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(report_to, (json.dumps({"problem": problem}, ensure_ascii=False) + "\n" for problem in problems))
+        write_problems(report_to, problems)
         return [question for question in questions if question.id in answered]
     return list(questions)
 
@@ -94,6 +102,11 @@ def match_names(
         return rename_generated(questions, predictions, by_key(lemmatised))
     embeddings = embed_names(generated_names(questions, predictions), model)
     return rename_generated(questions, predictions, by_embedding(embeddings))
+
+
+def write_problems(path: Path, problems: Sequence[str]) -> None:
+    """One JSON object per line."""
+    write_whole(path, (json.dumps({"problem": problem}, ensure_ascii=False) + "\n" for problem in problems))
 
 
 def score(
@@ -135,8 +148,9 @@ def format_table(metrics: dict[str, Any]) -> str:
     """The figures with their intervals beside their wrong-image control and their chance level."""
     overall, intervals = metrics["overall"], metrics["intervals"]["overall"]
     lines = [f"protocol: {metrics['run']['protocol']['name']}"]
-    if metrics["run"].get("left_out"):
-        lines.append(f"left out: {metrics['run']['left_out']} questions, listed in errors.jsonl")
+    questions, records = (metrics["run"].get(name, 0) for name in ("left_out", "records_left_out"))
+    if questions or records:
+        lines.append(f"left out: {questions} questions, {records} records of the data set, listed in errors.jsonl")
     lines += [f"{'':34}{'model':>9}{'95 % interval':>18}{'wrong image':>13}{'random':>9}"]
     for name, title in FIGURES.items():
         cells = [overall.get(name + suffix) for suffix in ("", "_wrong_image", "_random")]

@@ -17,6 +17,7 @@ from partkit.sources.catalogue import SOURCES, Source
 from partkit.sources.coco import CocoParts
 from partkit.sources.descriptor import Descriptor
 from partkit.sources.official import read_questions
+from partkit.sources.survey import open_source
 
 PUBLISHED_CORE = {"objects": 534, "parts": 862, "object-part pairs": 1976, "images": 1068, "masks": 4968}
 """What the paper counts in Partonomy-Core; other releases have the same layout, so a difference is only a note."""
@@ -67,7 +68,7 @@ def _check_source(kind: type[Source]) -> Callable[[Path, Report], None]:
     def check(folder: Path, report: Report) -> None:
         for split in kind.splits(folder):
             try:
-                source = kind(folder, split=split)
+                source = open_source(kind.name, folder, split=split, on_error=report.refuse)
             except DataError as error:
                 report.refuse(error)
                 continue
@@ -92,7 +93,7 @@ def _check_conversations(source: Source, report: Report) -> None:
 
 
 def _check_descriptor(folder: Path, report: Report) -> None:
-    source = Descriptor(folder)
+    source = Descriptor(folder, on_error=report.refuse)
     labels, images, masks = set(), set(), 0
     for index in tqdm(range(len(source)), desc="examples", unit=" examples"):
         try:

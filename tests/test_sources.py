@@ -311,7 +311,7 @@ def test_a_descriptor_gives_clean_labels_graphs_and_united_masks(tmp_path):
     assert descriptor.part_graph == {"bus": ["door", "siren", "wheel"]}
     assert descriptor.instance_graph == {"vehicle": ["bus"], "bus": []}
     (example,) = descriptor
-    assert (example.image_id, example.image_label, example.source) == ("000000-bus", "bus", "toy")
+    assert (example.image_id, example.image_label, example.source) == ("images/bus.png#bus", "bus", "toy")
     assert [mask.label for mask in example.masks] == ["door", "wheel"]
     np.testing.assert_array_equal(decode(example.masks[1].rle), LEFT | RIGHT)
 

@@ -27,7 +27,7 @@ from partkit.conversations import converse
 from partkit.images import to_rgb
 from partkit.masks import RLE, DataError, Size, area, union
 from partkit.schema import GroundedConversation, PartExample, PartMask
-from partkit.sources.files import ImageFiles, check_labels, read_segmentation, stream_records, typed
+from partkit.sources.files import ImageFiles, OnError, check_labels, read_segmentation, refuse, stream_records, typed
 
 Graph = dict[str, list[str]]
 
@@ -53,7 +53,10 @@ class _Annotation:
 
 
 class CocoParts:
-    """One split of a data set, opened. Ids, labels and references are checked at once, masks and images on request."""
+    """One split of a data set, opened. Ids, labels and references are checked at once, masks and images on request.
+
+    The order of the records in the file does not matter.
+    """
 
     name: ClassVar[str]
     licence: ClassVar[str]
@@ -67,8 +70,13 @@ class CocoParts:
     published_counts: ClassVar[dict[str, dict[str, int]]] = {}
     """Split -> what the publishers count in it: images, objects, parts."""
 
-    def __init__(self, folder: str | Path, *, split: str = "train"):
-        """Raises DataError if the file is missing or no such JSON, or two records share an id."""
+    def __init__(self, folder: str | Path, *, split: str = "train", on_error: OnError = refuse):
+        """Raises DataError if the file is missing, no such JSON, or of another version.
+
+        `on_error` gets every record of an image or an annotation that lacks a field, refers to nothing or repeats an
+        id. Images that repeat an id are left out, all of them, and so is an image with a bad annotation: without it
+        one of its parts would be missing.
+        """
         self.folder, self.split = Path(folder), split
         self.path = self.annotation_path(self.folder, split)
         self.blank = 0
@@ -76,9 +84,9 @@ class CocoParts:
         self.part_graph = self._read_part_graph()
         objects = sorted(self.part_graph)
         self.instance_graph: Graph = {"object": objects} | {label: [] for label in objects}
-        self.images = self._read_images()
+        self.images = self._read_images(on_error)
         self.counts = {"images": len(self.images), "objects": 0, "parts": 0}
-        self._groups = self._read_annotations()
+        self._groups = self._read_annotations(on_error)
         self._keys = sorted(key for key, group in self._groups.items() if any(item.part for item in group))
         if not self._keys:
             raise DataError(f"{self.path}: no image shows a part")
@@ -137,11 +145,21 @@ class CocoParts:
 
     def example(self, index: int) -> PartExample:
         """Raises DataError naming file, record and field."""
-        (image_id, label), image_path = self._keys[index], self.image_path(index)
-        record, where = self._image_record(index)
+        image_path, (record, where) = self.image_path(index), self._image_record(index)
         file = self._files.locate(image_path, where=where)
         self._files.check_frame(image_path, record.size, where=f"{where}, fields 'height' and 'width'")
-        chosen, parts = self._one_object(index)
+        example = self.annotation(index)
+        chosen, _ = self._one_object(index)
+        example.image = {"bytes": None, "path": str(file)}
+        if chosen is not None:
+            example.image = {"bytes": _with_box(file, self._mask(chosen, size=record.size)), "path": None}
+        return example
+
+    def annotation(self, index: int) -> PartExample:
+        """The example without its image, which is not looked at. Raises DataError naming file, record and field."""
+        image_id, label = self._keys[index]
+        record, where = self._image_record(index)
+        _, parts = self._one_object(index)
         pieces: dict[str, list[RLE]] = {}
         for item in parts:
             pieces.setdefault(item.part, []).append(self._mask(item, size=record.size))
@@ -149,11 +167,8 @@ class CocoParts:
         masks = [mask for mask in masks if area(mask.rle)]
         if not masks:
             raise DataError(f"{where}: the masks of {label!r} cover no pixel")
-        image = {"bytes": None, "path": str(file)}
-        if chosen is not None:
-            image = {"bytes": _with_box(file, self._mask(chosen, size=record.size)), "path": None}
         return PartExample(
-            image=image,
+            image=None,
             image_id=f"{self.split}-{image_id}-{label}",
             image_label=label,
             masks=masks,
@@ -217,37 +232,51 @@ class CocoParts:
             raise DataError(f"{where}: no category names a part of an object; this is another version of {self.name}")
         return {label: sorted(graph[label]) for label in sorted(graph)}
 
-    def _read_images(self) -> dict[int, tuple[int, _ImageRecord]]:
+    def _read_images(self, on_error: OnError) -> dict[int, tuple[int, _ImageRecord]]:
         images, owners = {}, {}
         for number, record in self._records("images"):
             where = self._where("images", number)
-            id = typed(record, "id", int, where=where)
-            _claim(owners, id, number, where=where)
-            size = (typed(record, "height", int, where=where), typed(record, "width", int, where=where))
-            images[id] = (number, _ImageRecord(typed(record, "file_name", str, where=where), size))
+            try:
+                id = typed(record, "id", int, where=where)
+                _claim(owners, id, number, where=where)
+                size = (typed(record, "height", int, where=where), typed(record, "width", int, where=where))
+                images[id] = (number, _ImageRecord(typed(record, "file_name", str, where=where), size))
+            except DataError as error:
+                on_error(error)
+                images.pop(_id(record, "id"), None)
         return images
 
-    def _read_annotations(self) -> dict[tuple[int, str], list[_Annotation]]:
+    def _read_annotations(self, on_error: OnError) -> dict[tuple[int, str], list[_Annotation]]:
         """(image id, object label) -> its annotations, objects and parts."""
-        groups, owners = {}, {}
+        groups, owners, incomplete = {}, {}, set()
         for number, record in self._records("annotations"):
-            where = self._where("annotations", number)
-            id = typed(record, "id", int, where=where)
-            _claim(owners, id, number, where=where)
-            image_id = _known(record, "image_id", self.images, where=where)
-            label, part = self.categories[_known(record, "category_id", self.categories, where=where)]
-            segmentation = typed(record, "segmentation", (list, dict), where=where)
-            self.counts["parts" if part else "objects"] += 1
-            if isinstance(segmentation, list):
-                segmentation = [item for item in segmentation if not isinstance(item, list) or len(item) >= 6]
-            if part and not segmentation:
-                self.blank += 1
-                continue
-            object_id = self.owner(record, where=where) if part else None
-            crowd = bool(record.get("iscrowd", 0))
-            group = groups.setdefault((image_id, label), [])
-            group.append(_Annotation(number, id, part, object_id, crowd, json.dumps(segmentation)))
-        return groups
+            try:
+                self._read_annotation(number, record, groups, owners)
+            except DataError as error:
+                on_error(error)
+                incomplete.add(_id(record, "image_id"))
+        return {key: group for key, group in groups.items() if key[0] not in incomplete}
+
+    def _read_annotation(
+        self, number: int, record: Any, groups: dict[tuple[int, str], list[_Annotation]], owners: dict[int, int]
+    ) -> None:
+        """Adds the annotation to the group it belongs to, and its id to `owners`."""
+        where = self._where("annotations", number)
+        id = typed(record, "id", int, where=where)
+        _claim(owners, id, number, where=where)
+        image_id = _known(record, "image_id", self.images, where=where)
+        label, part = self.categories[_known(record, "category_id", self.categories, where=where)]
+        segmentation = typed(record, "segmentation", (list, dict), where=where)
+        self.counts["parts" if part else "objects"] += 1
+        if isinstance(segmentation, list):
+            segmentation = [item for item in segmentation if not isinstance(item, list) or len(item) >= 6]
+        if part and not segmentation:
+            self.blank += 1
+            return
+        object_id = self.owner(record, where=where) if part else None
+        crowd = bool(record.get("iscrowd", 0))
+        group = groups.setdefault((image_id, label), [])
+        group.append(_Annotation(number, id, part, object_id, crowd, json.dumps(segmentation)))
 
     def _records(self, field: str) -> Iterator[tuple[int, Any]]:
         number = -1
@@ -267,6 +296,11 @@ class CocoParts:
 def _claim(owners: dict[int, int], id: int, number: int, *, where: str) -> None:
     if owners.setdefault(id, number) != number:
         raise DataError(f"{where}, field 'id': {id} is the id of record {owners[id]} too")
+
+
+def _id(record: Any, field: str) -> int | None:
+    value = record.get(field) if isinstance(record, dict) else None
+    return value if isinstance(value, int) else None
 
 
 def _known(record: Any, field: str, known: dict[int, Any], *, where: str) -> int:

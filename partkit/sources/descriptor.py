@@ -18,21 +18,42 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from partkit.schema import DataError, PartExample
-from partkit.sources.files import ImageFiles, check_labels, read_json, read_part_masks, typed, typed_list
+from partkit.conversations import converse
+from partkit.masks import area
+from partkit.schema import DataError, GroundedConversation, PartExample
+from partkit.seeding import seeded_generator
+from partkit.sources.files import (
+    ImageFiles,
+    OnError,
+    check_labels,
+    read_json,
+    read_part_masks,
+    refuse,
+    typed,
+    typed_list,
+)
 
 DESCRIPTOR_FILE = "descriptor.json"
 LICENCE = "not stated"
+HELD_OUT = 10
+"""One in so many images goes to the validation split."""
 
 Graph = dict[str, list[str]]
 
 
 class Descriptor:
-    """An opened descriptor. The graphs are checked at once, each instance when it is asked for."""
+    """An opened descriptor. The graphs are checked at once, each instance when it is asked for.
 
-    def __init__(self, folder: str | Path):
-        """Raises DataError if the file is missing, too large, no JSON or empty, a graph is malformed, labels differ
-        only in case or spaces, or two instances have one image and label."""
+    Instances are sorted by image and label; their order in the file does not matter.
+    """
+
+    def __init__(self, folder: str | Path, *, on_error: OnError = refuse):
+        """Raises DataError if the file is missing, too large, no JSON or empty, a graph is malformed, or labels differ
+        only in case or spaces.
+
+        `on_error` gets every instance without an image path or a label, or with both of another one, which is then
+        left out, too: neither has all masks of the object.
+        """
         self.path = Path(folder) / DESCRIPTOR_FILE
         content = read_json(self.path)
         self.name: str = typed(content, "dataset_name", str, where=str(self.path))
@@ -46,8 +67,7 @@ class Descriptor:
         self._records = typed_list(content, "instances", dict, where=str(self.path))
         if not self._records:
             raise DataError(f"{self.path}, field 'instances': the list is empty")
-        self._numbers = [number for number, record in enumerate(self._records) if not _shows_no_part(record)]
-        self._check_identities()
+        self._numbers = self._identify(on_error)
         self._images = ImageFiles(self.path.parent)
 
     def __len__(self) -> int:
@@ -60,23 +80,46 @@ class Descriptor:
         """The image of an instance, relative to the folder; several instances may share one."""
         return typed(self._record(index), "image_path", str, where=self._where(index))
 
+    def splits(self, *, seed: int) -> dict[str, list[int]]:
+        """Split -> indices; instances that share an image stay together.
+
+        One in HELD_OUT images is drawn for validation, which depends on the seed and the set of image paths alone.
+        """
+        image_paths = [self.image_path(index) for index in range(len(self))]
+        shuffled = seeded_generator(seed, "held out").permutation(sorted(set(image_paths))).tolist()
+        held_out = set(shuffled[: len(shuffled) // HELD_OUT])
+        splits: dict[str, list[int]] = {"train": [], "validation": []}
+        for index, image_path in enumerate(image_paths):
+            splits["validation" if image_path in held_out else "train"].append(index)
+        return splits
+
     def example(self, index: int) -> PartExample:
         """The instance as a part example. Raises DataError naming file, record and field."""
+        where, image_path = self._where(index), self.image_path(index)
+        file = self._images.locate(image_path, where=where)
+        example = self.annotation(index)
+        size = example.masks[0].rle["size"]
+        self._images.check_frame(image_path, size, where=f"{where}, field 'segmentations'")
+        example.image = {"bytes": None, "path": str(file)}
+        return example
+
+    def conversations(self, index: int, *, seed: int) -> Iterator[GroundedConversation]:
+        """The one about an instance. Raises DataError."""
+        yield converse(self.example(index), part_graph=self.part_graph, seed=seed)
+
+    def annotation(self, index: int) -> PartExample:
+        """The example without its image, which is not looked at. Raises DataError naming file, record and field."""
         where, record = self._where(index), self._record(index)
-        image_path = self.image_path(index)
         label = clean_object_label(typed(record, "image_label", str, where=where))
         if label not in self.part_graph:
             raise DataError(f"{where}, field 'image_label': {label!r} is not in part_graph")
-        self._images.size(image_path, where=where)
-        masks = read_part_masks(
-            self._segmentations(record, label, where=where),
-            images=self._images,
-            image_path=image_path,
-            where=where,
-        )
+        masks = read_part_masks(self._segmentations(record, label, where=where), where=where)
+        masks = [mask for mask in masks if area(mask.rle)]
+        if not masks:
+            raise DataError(f"{where}, field 'segmentations': the masks of {label!r} cover no pixel")
         return PartExample(
-            image={"bytes": None, "path": str(self._images.locate(image_path, where=where))},
-            image_id=f"{index:06d}-{Path(image_path).stem}",
+            image=None,
+            image_id=f"{self.image_path(index)}#{label}",
             image_label=label,
             masks=masks,
             source=self.name,
@@ -101,16 +144,26 @@ class Descriptor:
             raise DataError(f"{where}, field 'segmentations': part_graph[{label!r}] does not have {unknown}")
         return segmentations
 
-    def _check_identities(self) -> None:
-        seen: dict[tuple[str, str], int] = {}
-        for index, number in enumerate(self._numbers):
-            label = typed(self._record(index), "image_label", str, where=self._where(index))
-            identity = (self.image_path(index), clean_object_label(label))
-            if seen.setdefault(identity, number) != number:
-                raise DataError(
-                    f"{self._where(index)}: has the image and the label of record {seen[identity]}, {identity}; "
-                    "put all masks of the object into one record"
-                )
+    def _identify(self, on_error: OnError) -> list[int]:
+        """The numbers of the records that show parts, sorted by image and label."""
+        numbers: dict[tuple[str, str], int] = {}
+        repeated = set()
+        for number, record in enumerate(self._records):
+            if _shows_no_part(record):
+                continue
+            where = f"{self.path}, record {number}"
+            try:
+                label = clean_object_label(typed(record, "image_label", str, where=where))
+                identity = (typed(record, "image_path", str, where=where), label)
+                if numbers.setdefault(identity, number) != number:
+                    repeated.add(identity)
+                    raise DataError(
+                        f"{where}: has the image and the label of record {numbers[identity]}, {identity}; put all "
+                        "masks of the object into one record"
+                    )
+            except DataError as error:
+                on_error(error)
+        return [numbers[identity] for identity in sorted(numbers.keys() - repeated)]
 
     def _record(self, index: int) -> dict[str, Any]:
         return self._records[self._numbers[index]]

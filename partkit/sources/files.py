@@ -1,6 +1,6 @@
 """Reading untrusted files: bounded JSON, typed fields, images that stay inside their folder."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,6 +22,14 @@ MAX_JSON_DEPTH = 100
 """Deepest nesting of a JSON file; the time to parse it grows with the square of its depth."""
 
 _ROTATED_ORIENTATIONS = (5, 6, 7, 8)
+
+OnError = Callable[[DataError], None]
+"""What is done about a bad record: `refuse`, or something that keeps the error, and the record is left out."""
+
+
+def refuse(error: DataError) -> None:
+    """Refuses the whole file for one bad record."""
+    raise error
 
 
 def read_json(path: Path) -> Any:
@@ -50,21 +58,26 @@ def find_existing(folder: Path, names: Sequence[str], *, what: str) -> Path:
 def stream_records(path: Path, *, field: str | None = None) -> Iterator[Any]:
     """Yields the items of a JSON file that holds a list, or of one list field of it; of anything else none.
 
-    Raises DataError as `read_json` does; what is wrong with the end of a file shows once its beginning is out.
+    Raises DataError as `read_json` does; what is wrong with the end of a file shows once its beginning is out, and
+    the error says after how many records.
     """
-    return _stream(path, prefix="item" if field is None else f"{field}.item")
+    return _stream(path, prefix="item" if field is None else f"{field}.item", field=field)
 
 
-def _stream(path: Path, *, prefix: str) -> Iterator[Any]:
+def _stream(path: Path, *, prefix: str, field: str | None = None) -> Iterator[Any]:
     _check_size(path, limit=MAX_JSON_BYTES)
+    found = 0
     with path.open("rb") as file:
         try:
-            yield from ijson.items(_ShallowJSON(file, where=str(path)), prefix, use_float=True)
+            for item in ijson.items(_ShallowJSON(file, where=str(path)), prefix, use_float=True):
+                yield item
+                found += 1
         except DataError:
             raise
         except ijson.IncompleteJSONError as error:
+            after = f" after {found} records{f' of {field!r}' if field else ''}" if prefix else ""
             raise DataError(
-                f"{path}: expected JSON; the file is damaged or cut short, fetch it again ({error})"
+                f"{path}: expected JSON; the file is damaged or cut short{after}, fetch it again ({error})"
             ) from error
         except (ijson.JSONError, ValueError, OverflowError) as error:
             raise DataError(f"{path}: expected JSON ({error})") from error
@@ -213,35 +226,34 @@ def _load_image(path: Path, *, where: str) -> Image.Image:
         raise DataError(f"{where}, field 'image_path': {path} is no readable image ({error})") from error
 
 
-def read_part_masks(
-    segmentations: dict[str, Any], *, images: ImageFiles, image_path: str, where: str
-) -> list[PartMask]:
-    """One mask per part, sorted by label, from part name -> list of segmentations, which are united.
+def read_part_masks(segmentations: dict[str, Any], *, where: str) -> list[PartMask]:
+    """One mask per part, all of one size, sorted by label, from part name -> list of segmentations, which are united.
 
     A segmentation is an RLE, an RLE under the key `segmentation`, or a flat `polygon` [x0, y0, ...] beside `size`.
-    Raises DataError.
+    Raises DataError. Whether the size is that of the image is left to `ImageFiles.check_frame`.
     """
     check_labels(segmentations, where=f"{where}, field 'segmentations'")
-    masks = []
+    masks, size = [], None
     for label in sorted(segmentations):
         place = f"{where}, field 'segmentations[{label!r}]'"
         pieces = segmentations[label]
         if not isinstance(pieces, list) or not pieces:
             raise DataError(f"{place}: expected a list of masks, found {pieces!r:.80}")
-        rles = [_read_mask(piece, images=images, image_path=image_path, where=place) for piece in pieces]
+        rles = [_read_mask(piece, where=place) for piece in pieces]
+        size = size or rles[0]["size"]
+        if other := next((rle["size"] for rle in rles if rle["size"] != size), None):
+            raise DataError(f"{place}: the mask has size {other}, but an earlier one of the record has {size}")
         masks.append(PartMask(label, union(rles)))
     return masks
 
 
-def _read_mask(piece: Any, *, images: ImageFiles, image_path: str, where: str) -> RLE:
+def _read_mask(piece: Any, *, where: str) -> RLE:
     if isinstance(piece, dict) and "segmentation" in piece:
         piece = piece["segmentation"]
     if isinstance(piece, dict) and "polygon" in piece:
-        images.check_frame(image_path, typed_list(piece, "size", int, where=where), where=where)
-        return read_polygons([piece["polygon"]], size=images.size(image_path, where=where), where=where)
-    rle = validate_rle(piece, where=where)
-    images.check_frame(image_path, rle["size"], where=where)
-    return rle
+        size = typed_list(piece, "size", int, where=where)
+        return read_polygons([piece["polygon"]], size=size, where=where)
+    return validate_rle(piece, where=where)
 
 
 def read_segmentation(segmentation: Any, *, size: Size, where: str) -> RLE:

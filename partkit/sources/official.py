@@ -17,7 +17,7 @@ One record of the JSON list, shortened (licence: that of the images, which the r
 import io
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -25,19 +25,28 @@ from typing import Any
 from PIL import Image
 
 from partkit.schema import DataError, Question
-from partkit.sources.files import ImageFiles, check_labels, read_part_masks, stream_records, typed, typed_list
+from partkit.sources.files import (
+    ImageFiles,
+    OnError,
+    check_labels,
+    read_part_masks,
+    refuse,
+    stream_records,
+    typed,
+    typed_list,
+)
 
 QUESTIONS_FILE = "partonomy_qa_pairs.json"
 SOURCE = "core"
 LICENCE = "not stated"
 
 
-def read_questions(folder: str | Path, *, on_error: Callable[[DataError], None] | None = None) -> Iterator[Question]:
+def read_questions(folder: str | Path, *, on_error: OnError = refuse) -> Iterator[Question]:
     """Yields every record of the folder as a question, choices in file order.
 
-    `image_id` is the image path; `image` holds the absolute path. Raises DataError naming file, record and field at
-    the first record that cannot be used or asks again what an earlier one asks; with `on_error` such records go there
-    instead and are left out. The file is streamed.
+    `image_id` is the image path; `image` holds the absolute path. A record that cannot be used, or asks again what an
+    earlier one asks, goes to `on_error` as a DataError naming file, record and field, and is left out. The file is
+    streamed; one that was cut short is refused in any case, as nothing can tell what it lost.
     """
     folder = Path(folder)
     path = folder / QUESTIONS_FILE
@@ -53,8 +62,6 @@ def read_questions(folder: str | Path, *, on_error: Callable[[DataError], None] 
             if asked.setdefault(identity, index) != index:
                 raise DataError(f"{where}: asks the same question about the same image as record {asked[identity]}")
         except DataError as error:
-            if on_error is None:
-                raise
             on_error(error)
         else:
             yield question
@@ -98,6 +105,9 @@ def _read_question(record: Any, *, id: str, images: ImageFiles, where: str) -> Q
         raise DataError(f"{where}, field 'answer_parts': expected lists of part names, found {choice_parts!r:.80}")
     segmentations = typed(record, "segmentations", dict, where=where)
     check_labels([*segmentations, *chain(*choice_parts)], where=f"{where}, fields 'segmentations' and 'answer_parts'")
+    masks = read_part_masks(segmentations, where=where)
+    if masks:
+        images.check_frame(image_path, masks[0].rle["size"], where=f"{where}, field 'segmentations'")
     return Question(
         id=id,
         image={"bytes": None, "path": str(images.locate(image_path, where=where))},
@@ -108,7 +118,7 @@ def _read_question(record: Any, *, id: str, images: ImageFiles, where: str) -> Q
         choices=choices,
         correct=_correct(answer_types, choices, where=f"{where}, field 'answer_types'"),
         choice_parts=choice_parts,
-        masks=read_part_masks(segmentations, images=images, image_path=image_path, where=where),
+        masks=masks,
         object_question=record["object_question"],
         object_choices=object_choices,
         object_classes=object_choices and typed_list(record, "object_answer_classes", str, where=where),
@@ -159,7 +169,7 @@ def _write_image(question: Question, folder: Path) -> str:
     if content is None:
         content = Path(question.image["path"]).read_bytes()
     image_path = question.image_id
-    if not image_path.startswith("images/"):
+    if not image_path.startswith("images/") or Path(image_path).suffix.lower() not in Image.registered_extensions():
         with Image.open(io.BytesIO(content)) as image:
             image_path = f"images/{image_path}.{image.format.lower()}"
     target = folder / image_path

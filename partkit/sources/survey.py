@@ -1,0 +1,135 @@
+"""What a build must know of a copy of a raw data set before it makes the first record.
+
+    folder --survey--> Survey: which examples each split has, which parts each of them shows, the graphs --> knowledge
+
+Published splits are kept as they are; a descriptor's are drawn by image. No image may be in two splits.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from partkit.knowledge import PartKnowledge, collect_knowledge
+from partkit.schema import DataError
+from partkit.sources.catalogue import SOURCES, Source
+from partkit.sources.coco import CocoParts, Graph
+from partkit.sources.descriptor import Descriptor
+from partkit.sources.files import OnError, check_labels, refuse
+
+PART_SOURCES = ("descriptor", "pascal_part", "paco_lvis", "partimagenet")
+"""Data sets of objects and their parts, which questions can be made about."""
+
+Opened = Source | Descriptor
+
+
+class Annotated(NamedTuple):
+    image_id: str
+    label: str
+    parts: list[str]
+
+
+@dataclass
+class Survey:
+    """
+    Args:
+        members: split -> indices of its examples in the source that `open_source` gives.
+        annotated: split -> what these examples show, in the same order.
+        part_graph, instance_graph: those of all splits, united.
+    """
+
+    members: dict[str, list[int]] = field(default_factory=dict)
+    annotated: dict[str, list[Annotated]] = field(default_factory=dict)
+    part_graph: Graph = field(default_factory=dict)
+    instance_graph: Graph = field(default_factory=dict)
+
+    def knowledge(self) -> PartKnowledge:
+        """Counts over the examples of all splits."""
+        counted = [(item.label, item.parts) for split in self.annotated.values() for item in split]
+        return collect_knowledge(counted, part_graph=self.part_graph, instance_graph=self.instance_graph)
+
+
+def open_source(name: str, folder: Path, *, split: str, on_error: OnError = refuse) -> Opened:
+    """What the indices of a split belong to. `name` is "descriptor" or one of SOURCES."""
+    if name == "descriptor":
+        return Descriptor(folder, on_error=on_error)
+    kind = SOURCES[name]
+    return kind(folder, split=split, on_error=on_error) if issubclass(kind, CocoParts) else kind(folder, split=split)
+
+
+def usable(name: str, folder: Path, *, on_error: OnError = refuse) -> dict[str, list[int]]:
+    """Split -> indices of the records that can be used. `name` is one of SOURCES.
+
+    Each is read to tell, unless bad records are refused: then the build stops at a bad one.
+    """
+    members = {}
+    for split in SOURCES[name].splits(folder):
+        source = open_source(name, folder, split=split, on_error=on_error)
+        members[split] = list(range(len(source)))
+        if on_error is not refuse:
+            members[split] = [index for index in members[split] if _is_good(source, index, on_error)]
+    return members
+
+
+def _is_good(source: Opened, index: int, on_error: OnError) -> bool:
+    try:
+        source.example(index)
+    except DataError as error:
+        on_error(error)
+        return False
+    return True
+
+
+def survey(name: str, folder: Path, *, seed: int, on_error: OnError = refuse) -> Survey:
+    """Looks at the annotations of every example of a copy, and, unless bad records are refused, at every image too.
+
+    Args:
+        name: one of PART_SOURCES.
+        seed: for the splits of a descriptor.
+        on_error: gets every bad record as a DataError naming it; the example it belongs to is left out. `refuse`
+            leaves images to the build, which stops at a bad one: each is decoded once, not twice.
+
+    Raises DataError if a file cannot be read, an image is in two splits, or no example is left.
+    """
+    found = Survey()
+    owners: dict[str, str] = {}
+    for split, source, indices in _open_splits(name, folder, seed=seed, on_error=on_error):
+        _unite(found.part_graph, source.part_graph)
+        _unite(found.instance_graph, source.instance_graph)
+        members, annotated = [], []
+        for index in indices:
+            try:
+                image_path = source.image_path(index)
+                if owners.setdefault(image_path, split) != split:
+                    raise DataError(f"{source.path}: {image_path!r} is in the split {owners[image_path]} too")
+                example = source.annotation(index) if on_error is refuse else source.example(index)
+            except DataError as error:
+                on_error(error)
+                continue
+            members.append(index)
+            parts = [mask.label for mask in example.masks]
+            annotated.append(Annotated(example.image_id, example.image_label, parts))
+        if members:
+            found.members[split], found.annotated[split] = members, annotated
+    if not found.members:
+        raise DataError(f"{folder}: not one example of {name} can be used; see `python -m partkit validate`")
+    check_labels(found.part_graph, where=f"{folder}, labels of all splits")
+    return found
+
+
+def _open_splits(
+    name: str, folder: Path, *, seed: int, on_error: OnError
+) -> Iterator[tuple[str, CocoParts | Descriptor, list[int] | range]]:
+    if name == "descriptor":
+        source = Descriptor(folder, on_error=on_error)
+        for split, indices in source.splits(seed=seed).items():
+            yield split, source, indices
+        return
+    for split in SOURCES[name].splits(folder):
+        source = open_source(name, folder, split=split, on_error=on_error)
+        yield split, source, range(len(source))
+
+
+def _unite(graph: Graph, other: Graph) -> None:
+    for label, values in other.items():
+        graph[label] = sorted({*graph.get(label, ()), *values})
