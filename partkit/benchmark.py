@@ -39,7 +39,7 @@ def load_questions(
         rows = datasets.load_dataset(dataset, name, split=split, **options)
     except (ValueError, OSError, datasets.exceptions.DatasetGenerationError) as error:
         cause = error
-        while cause.__cause__ is not None:
+        while not isinstance(cause, DataError) and cause.__cause__ is not None:
             cause = cause.__cause__
         raise DataError(f"Cannot load {asked}: {cause}") from error
     if limit is not None:

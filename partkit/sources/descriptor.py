@@ -139,6 +139,7 @@ class Descriptor:
         for key in filter(_names_part, raw):
             pieces = typed(raw, key, list, where=f"{where}, field 'segmentations'")
             segmentations.setdefault(clean_part_label(key), []).extend(pieces)
+        check_labels([*self.part_graph[label], *segmentations], where=f"{where}, field 'segmentations'")
         unknown = sorted(set(segmentations) - set(self.part_graph[label]))
         if unknown:
             raise DataError(f"{where}, field 'segmentations': part_graph[{label!r}] does not have {unknown}")

@@ -77,7 +77,7 @@ def _stream(path: Path, *, prefix: str, field: str | None = None) -> Iterator[An
         except ijson.IncompleteJSONError as error:
             after = f" after {found} records{f' of {field!r}' if field else ''}" if prefix else ""
             raise DataError(
-                f"{path}: expected JSON; the file is damaged or cut short{after}, fetch it again ({error})"
+                f"{path}: expected JSON; the file is damaged or cut short{after}; fetch it again ({error})"
             ) from error
         except (ijson.JSONError, ValueError, OverflowError) as error:
             raise DataError(f"{path}: expected JSON ({error})") from error
