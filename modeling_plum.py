@@ -50,18 +50,21 @@ from transformers.utils import ModelOutput
 try:
     from .configuration_plum import PlumConfig
     from .masks_plum import dice_loss, downscale_mask, focal_tversky_loss, upscale_masks
-    from .sharing_plum import pack_rows, shared_beginnings
+    from .sharing_plum import GeneratedStates, pack_rows, shared_beginnings
 except ImportError:
     if __package__:
         raise
     from configuration_plum import PlumConfig
     from masks_plum import dice_loss, downscale_mask, focal_tversky_loss, upscale_masks
-    from sharing_plum import pack_rows, shared_beginnings
+    from sharing_plum import GeneratedStates, pack_rows, shared_beginnings
 
 TAG_OUTSIDE, TAG_BEGIN, TAG_INSIDE = 0, 1, 2
 IGNORE_INDEX = -100
 # Positions whose logits over the vocabulary are held at once where only their loss is asked for.
 LOGIT_ROWS = 256
+# Mask prompts that are decoded at once: on a CPU so many that their image cells number these, elsewhere these.
+CPU_CELLS_AT_ONCE = 16 * 16 * 16
+PROMPTS_AT_ONCE = 64
 
 
 @dataclass
@@ -708,7 +711,7 @@ class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
             embeddings = sam_image_embeddings.to(dtype)
             positions = self.sam.get_image_wide_positional_embeddings().to(dtype)  # (1, C, G, G)
             if self.mask_feedback is None and not given_masks:
-                return self._decode_step(queries, embeddings[images], positions, self._no_mask_prompt(len(spans)))
+                return self._decode_step(queries, images, embeddings, positions, self._no_mask_prompt(len(spans)))
             return self._decode_in_lock_step(queries, rows, images, embeddings, positions, given_masks or {})
 
     def _check_spans(self, rows, images, sam_image_embeddings):
@@ -722,52 +725,63 @@ class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
         grid = self.config.sam_grid_size
         return self.sam.prompt_encoder.no_mask_embed.weight[..., None, None].expand(count, -1, grid, grid)
 
-    def _decode_step(self, queries, embeddings, positions, dense) -> tuple[torch.Tensor, torch.Tensor]:
+    def _decode_step(self, queries, images, embeddings, positions, dense) -> tuple[torch.Tensor, torch.Tensor]:
         """SAM's mask decoder with one sparse and one dense prompt each: `(n, 4G, 4G)` logits, `(n,)` IoUs."""
-        masks, iou_scores = self.sam.mask_decoder(
-            embeddings,
-            image_positional_embeddings=positions.expand(len(queries), -1, -1, -1),
-            sparse_prompt_embeddings=queries[:, None, None],  # (n, 1, 1, C): one point prompt each
-            dense_prompt_embeddings=dense,
-            multimask_output=False,
-        )
-        return masks[:, 0, 0], iou_scores[:, 0, 0]
+        # A batch saves time while its images fit the caches of a CPU; 16 prompts at once on a grid of 64 x 64 take
+        # twice as long as one by one.
+        on_cpu = queries.device.type == "cpu"
+        chunk = max(1, CPU_CELLS_AT_ONCE // self.config.sam_grid_size**2) if on_cpu else PROMPTS_AT_ONCE
+        masks, iou_scores = [], []
+        for start in range(0, len(queries), chunk):
+            members = slice(start, start + chunk)
+            decoded, scores = self.sam.mask_decoder(
+                embeddings[images[members]],
+                image_positional_embeddings=positions.expand(len(queries[members]), -1, -1, -1),
+                sparse_prompt_embeddings=queries[members, None, None],  # (n, 1, 1, C): one point prompt each
+                dense_prompt_embeddings=dense[members],
+                multimask_output=False,
+            )
+            masks.append(decoded[:, 0, 0])
+            iou_scores.append(scores[:, 0, 0])
+        return torch.cat(masks), torch.cat(iou_scores)
 
     def _decode_in_lock_step(self, queries, rows, images, embeddings, positions, given_masks):
-        count = len(rows)
-        index = torch.arange(count, device=rows.device)
         first = torch.searchsorted(rows, rows)  # index of the first span of the same row
-        step = index - first
-        is_last = torch.cat([rows[1:] != rows[:-1], rows.new_ones(1, dtype=torch.bool)])
-        masks, iou_scores = [None] * count, [None] * count
-        keys, values = [None] * count, [None] * count
+        step = torch.arange(len(rows), device=rows.device) - first
+        last_step = step[torch.searchsorted(rows, rows, right=True) - 1]
+        masks, iou_scores, members_of_step = [], [], []
+        keys, values = None, None  # (n, t, G*G, C) of the earlier masks of the rows that go on
         for t in range(int(step.max()) + 1):
-            members = index[step == t]
+            members = (step == t).nonzero()[:, 0]
             dense = self._no_mask_prompt(len(members))
-            if t and self.mask_feedback is not None:
-                earlier = [range(start, start + t) for start in first[members].tolist()]
-                dense = self.mask_feedback(
-                    torch.stack([torch.stack([keys[i] for i in spans]) for spans in earlier]),
-                    torch.stack([torch.stack([values[i] for i in spans]) for spans in earlier]),
+            if keys is not None:
+                dense = self.mask_feedback(keys, values)
+            decoded, scores = self._decode_step(queries[members], images[members], embeddings, positions, dense)
+            decoded, scores = self._replace_given(members, decoded, scores, given_masks)
+            masks.append(decoded)
+            iou_scores.append(scores)
+            members_of_step.append(members)
+            goes_on = last_step[members] > t
+            if self.mask_feedback is not None and goes_on.any():
+                new_keys, new_values = self.mask_feedback.embed(
+                    decoded[goes_on], queries[members[goes_on]], positions, self.sam.prompt_encoder.mask_embed
                 )
-            step_masks, step_scores = self._decode_step(
-                queries[members], embeddings[images[members]], positions, dense
-            )
-            for i, mask, score in zip(members.tolist(), step_masks, step_scores, strict=True):
-                if i in given_masks:
-                    mask, score = given_masks[i].to(mask), torch.ones_like(score)
-                masks[i], iou_scores[i] = mask, score
-            followed = members[~is_last[members]].tolist()
-            if followed and self.mask_feedback is not None:
-                step_keys, step_values = self.mask_feedback.embed(
-                    torch.stack([masks[i] for i in followed]),
-                    queries[followed],
-                    positions,
-                    self.sam.prompt_encoder.mask_embed,
+                keys, values = (
+                    new[:, None] if earlier is None else torch.cat([earlier[goes_on], new[:, None]], dim=1)
+                    for earlier, new in ((keys, new_keys), (values, new_values))
                 )
-                for i, key, value in zip(followed, step_keys, step_values, strict=True):
-                    keys[i], values[i] = key, value
-        return torch.stack(masks), torch.stack(iou_scores)
+        order = torch.cat(members_of_step).argsort()
+        return torch.cat(masks)[order], torch.cat(iou_scores)[order]
+
+    @staticmethod
+    def _replace_given(members, masks, iou_scores, given_masks):
+        """The masks and scores of one step with the caller's masks, and a score of 1, in their places."""
+        for place, span in enumerate(members.tolist() if given_masks else []):
+            if span in given_masks:
+                chosen = torch.arange(len(masks), device=masks.device) == place
+                masks = torch.where(chosen[:, None, None], given_masks[span].to(masks), masks)
+                iou_scores = torch.where(chosen, torch.ones_like(iou_scores), iou_scores)
+        return masks, iou_scores
 
     # --------------------------------------------------------------- inference
 
@@ -856,7 +870,9 @@ class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
                     "spans, given_masks and hidden_states belong to a given answer; pass its labels as well."
                 )
             prompt = input_ids
-            input_ids = self._generate_answers(prompt, attention_mask, **vlm_inputs, **generate_kwargs)
+            with GeneratedStates(self.vlm.get_decoder()) as generated:
+                input_ids = self._generate_answers(prompt, attention_mask, **vlm_inputs, **generate_kwargs)
+            hidden_states = generated.finish(input_ids)
             attention_mask, answer_mask = self._mask_answers(input_ids, attention_mask, prompt.shape[1])
             vlm_inputs = self._extend_to_answers(vlm_inputs, prompt, input_ids)
         else:

@@ -1,5 +1,5 @@
 """
-One pass of a language model over rows that begin alike, each common beginning computed once.
+Passes of a language model that are not made twice: over what rows have in common, and over what was just generated.
 
 The answers to a question share its image and its words, the questions about an image share the image. Such rows form
 trees whose nodes are tokens; a tree is laid out in one packed row, in which a token attends to its ancestors alone and
@@ -11,7 +11,8 @@ keeps the position that it has in its own row:
 
 The hidden states are those of separate passes (float32: to 1e-5). The vision-language model's own code still makes the
 embeddings and positions of the whole rows, and only what it hands to its language model is packed, so that no family
-is named here.
+is named here. The states of a generated answer are kept while it is generated; its last token alone, which generation
+does not read, takes one more step.
 
 Shapes. B rows, L tokens, T trees, P tokens of a packed row, D language width.
 """
@@ -92,16 +93,8 @@ def pack_rows(
     return PackedRows(*(part.to(device) for part in (tree, *map(torch.from_numpy, (slot, source, depths, visible)))))
 
 
-def can_pack(inputs: dict, config) -> bool:
-    """
-    Whether a language model's inputs say all that tells its rows apart by embeddings, positions and padding, and its
-    attention is a full one that takes any mask.
-    """
-    config = config.get_text_config()
-    layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
-    windows = layer_types != {"full_attention"} or (
-        not hasattr(config, "layer_types") and getattr(config, "sliding_window", None) is not None
-    )
+def is_plain(inputs: dict) -> bool:
+    """Whether a language model's inputs are embeddings, positions and padding, a cache and nothing further."""
     tensors = {name for name, value in inputs.items() if isinstance(value, torch.Tensor)}
     others = {name for name, value in inputs.items() if isinstance(value, (list, tuple, dict)) and value}
     mask = inputs.get("attention_mask")
@@ -110,6 +103,18 @@ def can_pack(inputs: dict, config) -> bool:
         and tensors <= {"inputs_embeds", "attention_mask", "position_ids"}
         and not others
         and (mask is None or mask.ndim == 2)
+    )
+
+
+def can_pack(inputs: dict, config) -> bool:
+    """Whether a language model can be given packed rows: plain inputs, full attention that takes any mask."""
+    config = config.get_text_config()
+    layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
+    windows = layer_types != {"full_attention"} or (
+        not hasattr(config, "layer_types") and getattr(config, "sliding_window", None) is not None
+    )
+    return (
+        is_plain(inputs)
         and inputs.get("past_key_values") is None
         and not windows
         and config._attn_implementation in ("sdpa", "eager")
@@ -155,3 +160,46 @@ def shared_beginnings(decoder: nn.Module, packed: PackedRows):
     finally:
         for handle in handles:
             handle.remove()
+
+
+class GeneratedStates:
+    """
+    Hidden states of the prompts and answers of one call of `generate`, as a context manager around it.
+
+    A decoder whose steps are not one token of every row each (beams, assisted or chunked generation), or that takes
+    more than embeddings and positions, must read the sequences again.
+    """
+
+    def __init__(self, decoder: nn.Module):
+        self.decoder = decoder
+        self.states: list[torch.Tensor] = []
+        self.inputs: dict = {}
+
+    def __enter__(self):
+        def keep(module, args, inputs, outputs):
+            self.inputs = inputs
+            self.states.append(outputs.last_hidden_state)
+
+        self.handle = self.decoder.register_forward_hook(keep, with_kwargs=True)
+        return self
+
+    def __exit__(self, *error):
+        self.handle.remove()
+
+    @torch.no_grad()
+    def finish(self, sequences: torch.LongTensor) -> torch.Tensor | None:
+        """Hidden states `(B, L, D)` of the generated sequences; `None` if they must be read again."""
+        rows, length = sequences.shape
+        steps = {tuple(states.shape[:2]) for states in self.states[1:]}
+        whole = sum(states.shape[1] for states in self.states) == length - 1
+        if not (whole and len(self.states[0]) == rows and steps <= {(rows, 1)} and is_plain(self.inputs)):
+            return None
+        inputs = dict(self.inputs)
+        if inputs.get("past_key_values") is None or not inputs.get("use_cache", True):
+            return None
+        inputs["inputs_embeds"] = self.decoder.get_input_embeddings()(sequences[:, -1:])
+        if inputs.get("position_ids") is not None:
+            inputs["position_ids"] = inputs["position_ids"][..., -1:] + 1
+        if inputs.get("attention_mask") is not None:
+            inputs["attention_mask"] = nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)
+        return torch.cat([*self.states, self.decoder(**inputs).last_hidden_state], dim=1)

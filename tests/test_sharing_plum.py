@@ -82,6 +82,22 @@ def test_answers_are_segmented_from_the_pass_that_scored_them(plum):
         )
 
 
+def test_a_generated_answer_is_segmented_without_reading_it_again(plum):
+    model, processor = plum
+    chats = [conversation(image, None, question) for image, question in QUESTIONS]
+    prompts = encode(processor, chats, add_generation_prompt=True, padding_side="left")
+    options = {"max_new_tokens": 5, "do_sample": False}
+    sequences, generating = tokens_computed(model, lambda: model.generate(**prompts, **options))
+    found, segmenting = tokens_computed(model, lambda: model.segment(**prompts, **options))
+    assert segmenting == generating + len(chats) and torch.equal(found.sequences, sequences)
+    read_again = model.segment(**prompts, **options, use_cache=False)
+    assert torch.equal(read_again.sequences, sequences)
+    assert_close(found.span_logits[found.answer_mask], read_again.span_logits[found.answer_mask], **EXACT)
+    assert_close(found.pred_masks, read_again.pred_masks, rtol=1e-4, atol=1e-4)
+    beams = model.segment(**prompts, **options, num_beams=2)
+    assert beams.span_logits.shape[:2] == beams.sequences.shape
+
+
 def test_rows_with_images_of_their_own_share_nothing():
     model, processor = tiny_model(), tiny_processor()
     batch = encode(processor, [conversation(random_image(seed=seed), "It is red.") for seed in range(3)])

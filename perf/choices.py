@@ -1,0 +1,179 @@
+"""
+Questions about one image, five choices each, and the masks of the true answers: read as one tree of tokens, against
+a forward pass with the image for every choice, as the research code does it.
+
+    python perf/choices.py
+
+A model of random weights in the shape of Llava: 256 image tokens, a language model of 4 layers x 512, SAM ViT-B at
+256 px.
+"""
+
+import torch
+import torch.nn.functional as F
+from measure import compare
+
+from configuration_plum import PlumConfig
+from modeling_plum import PlumForConditionalGeneration
+
+IMAGE_TOKENS, QUESTION_TOKENS, ANSWER_TOKENS = 256, 24, 28
+COMMON_ANSWER_TOKENS = 11  # "The object in the image has the following visible parts:"
+CHOICES, SPANS = 5, 4
+IMAGE_TOKEN, VOCABULARY = 31_999, 32_000
+
+
+def build_model(layers: int = 4, width: int = 512) -> PlumForConditionalGeneration:
+    """Llava with a small CLIP of 224 px and 256 patches, and SAM ViT-B at 256 px; random weights."""
+    text_config = {
+        "model_type": "llama",
+        "hidden_size": width,
+        "intermediate_size": 11 * width // 4,
+        "num_hidden_layers": layers,
+        "num_attention_heads": width // 64,
+        "num_key_value_heads": width // 64,
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": 4096,
+    }
+    vision_config = {
+        "model_type": "clip_vision_model",
+        "hidden_size": 256,
+        "intermediate_size": 1024,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "image_size": 224,
+        "patch_size": 14,
+    }
+    sizes = {"image_size": 256, "patch_size": 16}
+    config = PlumConfig(
+        vlm_config={
+            "model_type": "llava",
+            "image_token_index": IMAGE_TOKEN,
+            "text_config": text_config,
+            "vision_config": vision_config,
+        },
+        sam_config={
+            "initializer_range": 0.05,
+            "vision_config": {**sizes, "initializer_range": 0.02},
+            "prompt_encoder_config": sizes,
+        },
+        span_tagger_intermediate_size=width,
+    )
+    torch.manual_seed(0)
+    return PlumForConditionalGeneration(config).eval()
+
+
+def draw_questions(questions: int) -> dict[str, torch.Tensor]:
+    """Rows of `questions` x CHOICES token ids, their labels, and spans of the first choice of each."""
+    generator = torch.Generator().manual_seed(0)
+
+    def words(*shape):
+        return torch.randint(10, 30_000, shape, generator=generator)
+
+    image = torch.full((IMAGE_TOKENS,), IMAGE_TOKEN)
+    start, common = words(5), words(COMMON_ANSWER_TOKENS)
+    rows = [
+        torch.cat([start, image, question, common, words(ANSWER_TOKENS - COMMON_ANSWER_TOKENS)])
+        for question in words(questions, QUESTION_TOKENS)
+        for _ in range(CHOICES)
+    ]
+    input_ids = torch.stack(rows)
+    labels = input_ids.clone()
+    labels[:, :-ANSWER_TOKENS] = -100
+    first = input_ids.shape[1] - ANSWER_TOKENS + COMMON_ANSWER_TOKENS
+    spans = [[q, first + 4 * i, first + 4 * i + 2] for q in range(questions) for i in range(SPANS)]
+    return {"input_ids": input_ids, "labels": labels, "spans": torch.tensor(spans)}
+
+
+def score_one_by_one(model, batch, pixels) -> torch.Tensor:
+    """A pass over image, question and choice for every choice, with logits of the whole sequence."""
+    scores = []
+    for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
+        outputs = model.vlm(input_ids=ids[None], pixel_values=pixels, use_cache=False)
+        scores.append(F.cross_entropy(outputs.logits[0, :-1].float(), labels[1:]))
+    return torch.stack(scores).view(-1, CHOICES)
+
+
+def score_and_segment_one_by_one(model, batch, pixels, sam_pixels):
+    """The same, then for each question SAM's encoder, another pass over the true answer, and its spans one by one."""
+    scores, masks = score_one_by_one(model, batch, pixels), []
+    for question in range(len(scores)):
+        embeddings = model.get_image_embeddings(sam_pixels)
+        ids = batch["input_ids"][question * CHOICES, None]
+        states = model.vlm.model(input_ids=ids, pixel_values=pixels, use_cache=False).last_hidden_state
+        masks += segment_span_by_span(model, states[0], batch["spans"][batch["spans"][:, 0] == question], embeddings)
+    return scores, torch.stack(masks)
+
+
+def segment_span_by_span(model, states, spans, embeddings) -> list[torch.Tensor]:
+    """One conversation: every earlier mask is embedded anew for every span, and decoded alone."""
+    queries = model.span_projector(states)
+    positions, prompt_encoder = model.sam.get_image_wide_positional_embeddings(), model.sam.prompt_encoder
+    masks, used = [], []
+    for _, start, end in spans.tolist():
+        query = queries[start:end].mean(dim=0)
+        dense = model._no_mask_prompt(1)
+        if masks:
+            embedded = [
+                model.mask_feedback.embed(mask[None], earlier[None], positions, prompt_encoder.mask_embed)
+                for mask, earlier in zip(masks, used, strict=True)
+            ]
+            keys, values = (torch.cat(part)[None] for part in zip(*embedded, strict=True))
+            dense = model.mask_feedback(keys, values)
+        mask, _ = model.sam.mask_decoder(
+            embeddings,
+            image_positional_embeddings=positions,
+            sparse_prompt_embeddings=query[None, None, None],
+            dense_prompt_embeddings=dense,
+            multimask_output=False,
+        )
+        masks.append(mask[0, 0, 0])
+        used.append(query)
+    return masks
+
+
+def score_and_segment(model, batch, pixels, sam_pixels, *, masks: bool = True):
+    """Image, question and choices as one tree; the true answers' masks from the same hidden states."""
+    (features,) = model.get_vlm_image_features([IMAGE_TOKENS], pixel_values=pixels)
+    ids, labels = batch["input_ids"], batch["labels"]
+    images = torch.zeros(len(ids), dtype=torch.long)
+    states = model.encode_conversations(ids, vlm_image_features=[features], sam_image_index=images)
+    scores = model.score_choices(ids, labels, CHOICES, hidden_states=states)
+    if not masks:
+        return scores
+    true = slice(0, None, CHOICES)
+    embeddings = model.get_image_embeddings(sam_pixels)
+    return scores, model.decode_masks(states[true], batch["spans"], embeddings, images[true])[0]
+
+
+def main() -> list[dict]:
+    model = build_model()
+    generator = torch.Generator().manual_seed(1)
+    pixels = torch.randn(1, 3, 224, 224, generator=generator)
+    sam_pixels = torch.randn(1, 3, 256, 256, generator=generator)
+    ten, one = draw_questions(10), draw_questions(1)
+    shape = "4 layers x 512, 256 image tokens, SAM ViT-B at 256 px"
+    return [
+        *compare(
+            "ten questions on one image, five choices, masks of the true answer",
+            old=lambda: score_and_segment_one_by_one(model, ten, pixels, sam_pixels),
+            new=lambda: score_and_segment(model, ten, pixels, sam_pixels),
+            target=6.0,
+            memory_target=0.6,
+            rounds=2,
+            shape=shape,
+            questions=10,
+            choices=CHOICES,
+            spans_per_question=SPANS,
+        ),
+        *compare(
+            "one question, five choices, language part",
+            old=lambda: score_one_by_one(model, one, pixels),
+            new=lambda: score_and_segment(model, one, pixels, sam_pixels, masks=False),
+            target=3.0,
+            shape=shape,
+            choices=CHOICES,
+        ),
+    ]
+
+
+if __name__ == "__main__":
+    main()
