@@ -357,6 +357,13 @@ class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> nn.Module:
         return self.vlm.get_output_embeddings()
 
+    def enable_input_require_grads(self):
+        """As in transformers, but for words alone: frozen image encoders would keep activations for no gradient."""
+        self.vlm.get_decoder().enable_input_require_grads()
+
+    def disable_input_require_grads(self):
+        self.vlm.get_decoder().disable_input_require_grads()
+
     def save_pretrained(self, save_directory, save_original_format: bool = False, **kwargs):
         """
         As in transformers; but parameter names are saved as they are. Renamed to the vision-language model's own older

@@ -12,6 +12,7 @@ over it. The output folder holds the trained model with its processor and code (
 import dataclasses
 import json
 import os
+import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,7 +48,7 @@ AutoConfig.register("plum", PlumConfig, exist_ok=True)
 SEG_TOKEN = "[SEG]"
 
 # The published run adapts the language model's attention and trains these modules whole.
-LORA_TARGETS = r".*language_model\..*\.(q_proj|v_proj)"
+LORA_TARGETS = ("q_proj", "v_proj")
 LORA_TRAINED_WHOLE = ["lm_head", "embed_tokens", "span_tagger", "span_projector", "mask_feedback", "mask_decoder"]
 
 
@@ -355,17 +356,27 @@ def add_lora(model: PlumForConditionalGeneration, arguments: ModelArguments) -> 
     """LoRA on the language model's attention, the modules of `lora_trained_whole` trained whole."""
     from peft import LoraConfig, get_peft_model
 
+    # Families call it language_model or text_model, and their vision towers have projections of the same names.
+    decoder = next(name for name, module in model.named_modules() if module is model.vlm.get_decoder())
     return get_peft_model(
         model,
         LoraConfig(
             r=arguments.lora_r,
             lora_alpha=arguments.lora_alpha,
             lora_dropout=arguments.lora_dropout,
-            target_modules=LORA_TARGETS,
+            target_modules=rf"{re.escape(decoder)}\..*\.({'|'.join(LORA_TARGETS)})",
             modules_to_save=arguments.lora_trained_whole,
             trainable_token_indices=span_token_rows(model, arguments.lora_trained_whole),
         ),
     )
+
+
+def merge_lora(model: nn.Module) -> PlumForConditionalGeneration:
+    """The model with its adapter merged into its weights; embeddings and head that were tied are so no longer."""
+    model = model.merge_and_unload()
+    if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
+        model.config.vlm_config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
+    return model
 
 
 # ------------------------------------------------------------------------------------------------ main
@@ -471,7 +482,7 @@ def main(argv: list[str]):
 
     # Output
     if model_arguments.lora_r:
-        trainer.model = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
+        trainer.model = merge_lora(trainer.accelerator.unwrap_model(trainer.model))
     trainer.save_model()
     trainer.save_state()
     if trainer.is_world_process_zero():

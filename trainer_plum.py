@@ -8,13 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from peft import PeftModel
 from torch import nn
 from transformers import Trainer, TrainerCallback
 from transformers.utils import ModelOutput
 
 from configuration_plum import PlumConfig
-from modeling_plum import decode_spans, upscale_masks
+from modeling_plum import IGNORE_INDEX, decode_spans, upscale_masks
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
@@ -101,9 +102,15 @@ class PlumTrainer(Trainer):
         return batches, self.accelerator.reduce(total, "sum")
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        inputs = {name: value for name, value in inputs.items() if name not in ("record_index", "record_ids")}
-        outputs = model(**inputs, loss_counts=num_items_in_batch, teacher=self.teacher)
+        record_ids = inputs["record_ids"]
+        outputs = model(**_model_inputs(inputs), loss_counts=num_items_in_batch, teacher=self.teacher)
         loss = outputs["loss"]
+        if not loss.isfinite():
+            values = ", ".join(f"{name} {value.item():.3g}" for name, value in outputs["losses"].items())
+            raise FloatingPointError(
+                f"The loss of step {self.state.global_step + 1} is {loss.item()} ({values}) on the records "
+                f"{', '.join(record_ids)}; look at these, or lower the learning rate."
+            )
         if num_items_in_batch is not None:
             for name, value in outputs["losses"].items():
                 self._named_losses[name] = self._named_losses.get(name, 0.0) + value.detach()
@@ -139,19 +146,28 @@ class PlumTrainer(Trainer):
 
     @torch.no_grad()
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Loss, and per record the counts that [`_summarise_counts`] sums up: counts travel, masks do not."""
+        """
+        No loss, whose mean over batches would depend on their size, but per record the counts that
+        [`_summarise_counts`] sums up: counts travel, masks do not.
+        """
         inputs = self._prepare_inputs(inputs)
+        unsupervised = {**_model_inputs(inputs), "labels": None, "span_labels": None, "mask_labels": None}
         with self.compute_loss_context_manager():
-            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+            outputs = model(**unsupervised)
         counts = _count_record_results(inputs, outputs, self.accelerator.unwrap_model(self.model).config)
-        return loss.detach(), counts, counts[:, :1]
+        return None, counts, counts[:, :1]
+
+
+def _model_inputs(batch: dict) -> dict:
+    """A batch without what only the training wants to know."""
+    return {name: value for name, value in batch.items() if name not in ("record_index", "record_ids")}
 
 
 def _count_record_results(inputs: dict, outputs: dict, config: PlumConfig) -> torch.Tensor:
-    """`(records, 5)`: summed IoU, masks, and right, predicted and true spans of the tagger."""
+    """`(records, 7)`: summed IoU, masks; right, predicted, true spans of the tagger; summed NLL, tokens of answers."""
     size = config.sam_config.vision_config.image_size
     record_of_row = inputs["record_index"].tolist()
-    counts = torch.zeros(record_of_row[-1] + 1, 5, device=inputs["input_ids"].device)
+    counts = torch.zeros(record_of_row[-1] + 1, 7, device=inputs["input_ids"].device)
     for i, mask in enumerate(inputs["mask_labels"]):
         row = int(inputs["spans"][i, 0])
         image = inputs["sam_image_index"][row]
@@ -166,16 +182,22 @@ def _count_record_results(inputs: dict, outputs: dict, config: PlumConfig) -> to
     for column, spans in ((2, predicted & true), (3, predicted), (4, true)):
         for row, _, _ in spans:
             counts[record_of_row[row], column] += 1
+    targets = inputs["labels"][:, 1:]
+    logits = outputs["logits"][:, :-1].float().transpose(1, 2)
+    likelihoods = F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="none").sum(1)
+    counts[:, 5].index_add_(0, inputs["record_index"], likelihoods)
+    counts[:, 6].index_add_(0, inputs["record_index"], (targets != IGNORE_INDEX).sum(1).float())
     return counts
 
 
 def _summarise_counts(prediction) -> dict[str, float]:
-    iou, masks, right, predicted, true = np.asarray(prediction.predictions, dtype=np.float64).T
+    iou, masks, right, predicted, true, likelihoods, tokens = np.asarray(prediction.predictions, dtype=np.float64).T
     grounded = masks > 0
     return {
         "strict_macro_giou": float((iou[grounded] / masks[grounded]).mean()) if grounded.any() else float("nan"),
         "strict_micro_giou": float(iou.sum() / max(1.0, masks.sum())),
         "span_f1": float(2 * right.sum() / max(1.0, predicted.sum() + true.sum())),
+        "language_modeling_loss": float(likelihoods.sum() / tokens.sum()),
     }
 
 

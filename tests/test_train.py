@@ -33,11 +33,15 @@ from partkit.masks import DataError, encode
 from partkit.schema import GROUNDED_CONVERSATION_FEATURES
 from processing_plum import PlumProcessor
 from tests.tiny import CORPUS, random_image, random_mask, tiny_config, tiny_model, tiny_processor
+from tests.tiny_backbones import idefics3, tiny_sam
 
 ROOT = Path(__file__).parents[1]
 # Sums of the same numbers in another order.
 CLOSE = {"rtol": 1e-3, "atol": 1e-5}
 PARTS = ("wheel", "left wing", "tail")
+EVALUATED = tuple(
+    f"eval_{name}" for name in ("strict_macro_giou", "strict_micro_giou", "span_f1", "language_modeling_loss")
+)
 
 
 # ------------------------------------------------------------------------------------------------ data
@@ -384,9 +388,36 @@ def test_two_processes_that_resume_within_an_epoch_or_stream_end_with_equal_weig
 
 
 def test_two_processes_measure_what_one_measures_on_a_split_they_cannot_share_evenly(whole_batches, two_processes):
-    for name in ("eval_strict_macro_giou", "eval_strict_micro_giou", "eval_span_f1"):
+    for name in EVALUATED:
         assert two_processes["plain"]["metrics"][name] == pytest.approx(whole_batches["metrics"][name], abs=1e-4)
     assert whole_batches["metrics"]["eval_strict_macro_giou"] > 0
+
+
+def test_gradients_are_clipped_to_the_largest_norm_and_their_own_is_logged(whole_batches, tmp_path):
+    clipped = run_trainer(tmp_path, max_grad_norm=0.01)
+    for step, (small, whole) in enumerate(zip(clipped["gradients"], whole_batches["gradients"], strict=True)):
+        norm = torch.stack([gradient.norm() for gradient in small.values()]).norm()
+        assert float(norm) == pytest.approx(0.01, rel=1e-3)
+        if not step:
+            own = torch.stack([gradient.norm() for gradient in whole.values()]).norm()
+            assert clipped["losses"][0]["grad_norm"] == pytest.approx(float(own), rel=1e-3)
+            assert_close(small, {name: gradient * 0.01 / own for name, gradient in whole.items()}, **CLOSE)
+
+
+def test_bfloat16_computes_nearly_the_same_losses_and_keeps_the_weights_in_float32(whole_batches, tmp_path):
+    run = run_trainer(tmp_path, bf16=True)
+    assert all(weight.dtype == torch.float32 for weight in run["weights"].values() if weight.is_floating_point())
+    for found, expected in zip(run["losses"][:3], whole_batches["losses"][:3], strict=True):
+        assert found["loss"] == pytest.approx(expected["loss"], rel=0.03) and found["loss"] != expected["loss"]
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_names_its_records(tmp_path):
+    trainer = make_trainer(tmp_path, [record(number, 1) for number in range(3)], per_device_train_batch_size=3)
+    torch.nn.init.constant_(trainer.model.span_projector[0].bias, float("nan"))
+    with pytest.raises(
+        FloatingPointError, match=r"loss of step 1 is nan .*mask_bce nan.* on the records record-\d, rec"
+    ):
+        trainer.train()
 
 
 # ------------------------------------------------------------------------------------------------ resume
@@ -486,6 +517,31 @@ def test_a_model_wrapped_for_lora_computes_and_segments_as_the_model_itself():
     assert_close(wrapped.segment(**batch).pred_masks, plain.segment(**batch).pred_masks, rtol=0, atol=0)
 
 
+def test_lora_finds_the_language_model_under_any_name_and_leaves_vision_towers_alone(tmp_path):
+    backbones = {"vlm": idefics3(tmp_path / "vlm"), "sam": tiny_sam(tmp_path / "sam")}
+    model = PlumForConditionalGeneration.from_backbones(**backbones, span_tagger_num_heads=4)
+    names = {name for name, p in train.add_lora(model, lora_arguments()).named_parameters() if "lora_A" in name}
+    assert len(names) == 2 * model.config.get_text_config().num_hidden_layers
+    assert all(".text_model.layers." in name for name in names)
+
+
+def test_frozen_encoders_leave_nothing_for_the_backward_pass_also_with_gradient_checkpointing():
+    gradients = {}
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = train.add_lora(tiny_model(shared_vision=False), lora_arguments(lora_dropout=0.0)).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        plum, outputs = model.get_base_model(), {}
+        for encoder in (plum.sam.vision_encoder, plum.vlm.model.vision_tower):
+            encoder.register_forward_hook(lambda module, _, output, kept=outputs: kept.update({module: output}))
+        batch = batch_of([record(0, 3), record(1, 2)], tiny_processor(shared_vision=False))
+        model(**batch).loss.backward()
+        assert [output.last_hidden_state.requires_grad for output in outputs.values()] == [False, False]
+        gradients[checkpointing] = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert_close(gradients[True], gradients[False])
+
+
 @pytest.mark.parametrize("tied", [False, True], ids=["own_head", "tied_head"])
 def test_the_merged_model_is_the_adapted_one_and_the_frozen_weights_are_as_before(data_folder, tmp_path, tied):
     config = tiny_config()
@@ -497,6 +553,7 @@ def test_the_merged_model_is_the_adapted_one_and_the_frozen_weights_are_as_befor
     run_main(options | {"learning_rate": 0.01})
 
     merged = PlumForConditionalGeneration.from_pretrained(tmp_path / "out").eval()
+    assert not (merged.config.vlm_config.tie_word_embeddings or merged.config.get_text_config().tie_word_embeddings)
     base = PlumForConditionalGeneration.from_pretrained(tmp_path / "base").eval()
     before = copy.deepcopy(base.state_dict())
     adapted = PeftModel.from_pretrained(base, tmp_path / "out" / "checkpoint-4").eval()
@@ -528,7 +585,7 @@ def test_the_curves_hold_every_named_loss_and_metric_of_the_log(trained):
         rows = list(csv.DictReader(file))
     assert [row["step"] for row in rows] == ["2", "4", "6", "8"]
     losses = ["language_modeling", "span_tagging", "mask_overlap", "mask_bce", "mask_iou", "teacher_kl"]
-    names = ["loss", *(f"{name}_loss" for name in losses), "eval_loss", "eval_strict_macro_giou", "eval_span_f1"]
+    names = ["loss", *(f"{name}_loss" for name in losses), *EVALUATED]
     logged = {}
     for entry in log_history(trained):
         logged.setdefault(entry["step"], {}).update(entry)
@@ -542,7 +599,9 @@ def test_the_curves_hold_every_named_loss_and_metric_of_the_log(trained):
 
 
 def test_few_checkpoints_are_kept_and_the_best_one_is_the_result(trained):
-    scores = {entry["step"]: entry["eval_strict_macro_giou"] for entry in log_history(trained) if "eval_loss" in entry}
+    scores = {
+        entry["step"]: entry["eval_strict_macro_giou"] for entry in log_history(trained) if EVALUATED[0] in entry
+    }
     assert len(set(scores.values())) > 1
     best = trained / f"checkpoint-{max(scores, key=scores.get)}"
     kept = sorted(trained.glob("checkpoint-*"))
@@ -603,6 +662,7 @@ def make_trainer(output_dir, rows, **options) -> train.PlumTrainer:
 def naive_metrics(model, rows) -> dict:
     """The metrics from one record at a time, masks and spans compared in plain loops."""
     processor, ious, right, predicted_count, true_count = tiny_processor(), [], 0, 0, 0
+    likelihoods = []
     for row in rows:
         batch = batch_of([row], processor)
         with torch.no_grad():
@@ -614,6 +674,9 @@ def naive_metrics(model, rows) -> dict:
             )[0][0, 0]
             row_ious.append(float((mask & target).sum() / (mask | target).sum()))
         ious.append(row_ious)
+        for position, label in enumerate(batch["labels"][0].tolist()):
+            if label >= 0:
+                likelihoods.append(-float(outputs.logits[0, position - 1].log_softmax(-1)[label]))
         supervised = [i for i, label in enumerate(batch["span_labels"][0].tolist()) if label >= 0]
         predicted = naive_spans(outputs.span_logits[0].argmax(-1).tolist(), supervised)
         true = naive_spans(batch["span_labels"][0].tolist(), supervised)
@@ -624,6 +687,7 @@ def naive_metrics(model, rows) -> dict:
         "eval_strict_macro_giou": np.mean([np.mean(row_ious) for row_ious in ious if row_ious]),
         "eval_strict_micro_giou": np.mean(sum(ious, [])),
         "eval_span_f1": 2 * precision * recall / (precision + recall),
+        "eval_language_modeling_loss": np.mean(likelihoods),
     }
 
 
@@ -651,7 +715,7 @@ def test_metrics_during_training_equal_naive_ones_whatever_the_batch_size(tmp_pa
 
 def test_a_split_without_masks_has_no_macro_giou(tmp_path):
     metrics = make_trainer(tmp_path, [record(0, 0), record(1, 0, has_image=False)]).evaluate()
-    assert np.isnan(metrics["eval_strict_macro_giou"]) and np.isfinite(metrics["eval_loss"])
+    assert np.isnan(metrics["eval_strict_macro_giou"]) and np.isfinite(metrics["eval_language_modeling_loss"])
 
 
 # ------------------------------------------------------------------------------------------------ optimizer
