@@ -5,8 +5,9 @@ Trains PLUM on grounded conversations.
     torchrun --nproc_per_node 2 train.py recipes/plum_tiny.yaml --output_dir runs/plum_tiny --use_cpu true
 
 A recipe is a yaml file of the options below and of `transformers.TrainingArguments`; options on the command line go
-over it. The output folder holds the trained model with its processor and code (loadable with `AutoModel` and
-`trust_remote_code=True`), `training_curves.csv` and `.png`, and the checkpoints to resume from.
+over it. The output folder holds the trained model with its processor, code and card (loadable with `AutoModel` and
+`trust_remote_code=True`), `recipe.yaml` (all options of the run, to give to this script again), `training_curves.csv`
+and `.png`, and the checkpoints to resume from.
 """
 
 import dataclasses
@@ -33,6 +34,8 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
+from cards_plum import make_model_card, write_recipe
+from checkpoint_plum import check_checkpoint
 from configuration_plum import PlumConfig
 from data_plum import Collator, ConversationDataset, stream_examples
 from mixture_plum import Source, load_eval_records, load_records, mix, parse_source
@@ -171,8 +174,33 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Plu
     Raises:
         SystemExit: An unknown option, or a value of the wrong type; the message names it.
     """
+    parser = _make_parser()
+    try:
+        return parser.parse_args_into_dataclasses(_expand_recipe(parser, argv), look_for_args_file=False)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def read_options(argv: list[str]) -> dict:
+    """What a command line that [`parse_arguments`] accepts gives, its recipe included, by name; no defaults."""
+    parser = _make_parser()
+    words = _expand_recipe(parser, argv)
+    values = vars(parser.parse_args(words))
+    given = [word[2:].partition("=")[0].replace("-", "_") for word in words if word.startswith("--")]
+    options = {}
+    for name in (name if name in values else name.removeprefix("no_") for name in given):
+        value = values[name]
+        options[name] = json.loads(value) if isinstance(value, str) and value.startswith("{") else value
+    return options
+
+
+def _make_parser() -> HfArgumentParser:
     arguments = [ModelArguments, DataArguments, PlumTrainingArguments]
-    parser = HfArgumentParser(arguments, description=__doc__, allow_abbrev=False)
+    return HfArgumentParser(arguments, description=__doc__, allow_abbrev=False)
+
+
+def _expand_recipe(parser: HfArgumentParser, argv: list[str]) -> list[str]:
+    """The words of a command line, with those of the recipe before them in place of its name."""
     options = []
     if argv and argv[0].endswith((".yaml", ".yml")):
         recipe, argv = Path(argv[0]), argv[1:]
@@ -193,10 +221,7 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Plu
             if value is None:
                 parser.error(f"recipe {recipe} gives option {name!r} no value; leave it out for its default")
             options += [f"--{name}", *_as_words(value)]
-    try:
-        return parser.parse_args_into_dataclasses(options + argv, look_for_args_file=False)
-    except ValueError as error:
-        parser.error(str(error))
+    return options + argv
 
 
 def _as_words(value) -> list[str]:
@@ -210,12 +235,14 @@ def _as_words(value) -> list[str]:
 
 def load_checkpoint(folder: str, changes: dict | None, **kwargs) -> tuple[PlumForConditionalGeneration, PlumProcessor]:
     """A PLUM checkpoint and its processor; `changes` are fields of its config to overwrite."""
+    if os.path.isdir(folder):
+        check_checkpoint(folder)
     config, _ = PlumConfig.get_config_dict(folder)
     if config.get("model_type") != "plum":
         raise ValueError(f"{folder} holds a {config.get('model_type')!r} model, expected 'plum'.")
     config = PlumConfig.from_pretrained(folder, **(changes or {}))
     check_config_fields(changes or {}, config)
-    model = PlumForConditionalGeneration.from_pretrained(folder, config=config, **kwargs)
+    model = PlumForConditionalGeneration.from_pretrained(folder, config=config, use_safetensors=True, **kwargs)
     processor = PlumProcessor.from_pretrained(folder)
     if processor.image_token_id != config.vlm_config.image_token_id:
         raise ValueError(
@@ -486,6 +513,8 @@ def main(argv: list[str]):
     trainer.save_model()
     trainer.save_state()
     if trainer.is_world_process_zero():
+        write_recipe(Path(args.output_dir), read_options(argv))
+        make_model_card(Path(args.output_dir)).save(Path(args.output_dir, "README.md"))
         print(f"The trained model, its processor and its curves are in {args.output_dir}")
 
 

@@ -18,6 +18,7 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset, IterableDataset
+from huggingface_hub import ModelCard
 from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file
@@ -619,6 +620,7 @@ def test_the_output_folder_loads_with_the_auto_classes(trained):
     answer = processor.post_process_segmentation(outputs)[0]
     assert answer.text == "I can see a wheel, a left wing."
     assert [(span.text, span.mask.shape) for span in answer.spans] == [("wheel", (40, 70)), ("left wing", (40, 70))]
+    assert (trained / "recipe.yaml").read_text() in ModelCard.load(trained / "README.md").text
 
 
 def test_training_says_nothing_but_its_figures(data_folder, trained, tmp_path):

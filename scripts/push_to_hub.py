@@ -1,0 +1,195 @@
+"""
+Puts a checkpoint, a data set, a metric or a demo on the Hub, once it has been found to load from its folder:
+
+    python scripts/push_to_hub.py model runs/mine --repo_id user/plum --metrics runs/eval/metrics.json
+    python scripts/push_to_hub.py dataset partonomy --repo_id user/partonomy
+    python scripts/push_to_hub.py metrics metrics/partonomy_masks --repo_id user/partonomy_masks
+    python scripts/push_to_hub.py space demo --repo_id user/plum-demo
+
+The token is that of `hf auth login` or HF_TOKEN; there is no option for it, so that it stands in no log. The same
+command repeats an upload that was interrupted; what has arrived is not sent again.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import datasets
+import evaluate
+from evaluate.loading import get_imports
+from huggingface_hub import DatasetCard, HfApi, RepoCard
+from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.utils import filter_repo_objects
+from transformers import AutoModel, AutoProcessor
+
+from cards_plum import CURVES_FILE, RECIPE_FILE, make_metric_card, make_model_card
+from checkpoint_plum import check_checkpoint
+from evaluate_plum import fingerprint_model
+
+# What a repository holds of a folder. Optimizer states and pickled arguments stay at home.
+MODEL_FILES = ["config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json"]
+MODEL_FILES += ["*.py", "*.jinja", "processor_config.json", "tokenizer*", "special_tokens_map.json", "vocab.json"]
+MODEL_FILES += ["merges.txt", RECIPE_FILE, CURVES_FILE]
+DATASET_FILES = ["README.md", "**/*.parquet", "**/*.json"]
+SPACE_FILES = ["README.md", "**/*.py", "requirements.txt", "packages.txt", "**/*.css", "**/*.js", "**/*.png"]
+
+METRIC_APP = """import evaluate
+from evaluate.utils import launch_gradio_widget
+
+launch_gradio_widget(evaluate.load("{repo_id}"))
+"""
+
+
+class PushError(Exception):
+    """A folder that is not fit to be pushed, or a refusal by the Hub; the message is for people."""
+
+
+# ------------------------------------------------------------------------------------------------ what
+
+
+def prepare_model(folder: Path, arguments: argparse.Namespace) -> None:
+    """`PushError` unless the folder loads whole, with its own code, and the metrics are those of this checkpoint."""
+    check_checkpoint(folder)
+    model, report = AutoModel.from_pretrained(
+        folder, trust_remote_code=True, use_safetensors=True, dtype="auto", output_loading_info=True
+    )
+    problems = {kind: sorted(map(str, keys)) for kind, keys in report.items() if keys}
+    if problems:
+        raise PushError(f"The weights of {folder} do not fit its code and config: {problems}.")
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    if processor.image_token_id != model.config.vlm_config.image_token_id:
+        raise PushError(f"The processor of {folder} has another image token than its model.")
+    measured = (arguments.metrics or {}).get("run", {}).get("model_fingerprint")
+    if arguments.metrics and measured != fingerprint_model(arguments.folder):
+        raise PushError(f"The metrics are not those of {folder}: it has changed since, or they are another model's.")
+
+
+def prepare_dataset(folder: Path, arguments: argparse.Namespace) -> None:
+    """`PushError` unless the card names files that give records, in every configuration and split."""
+    configs = DatasetCard.load(folder / "README.md").data.to_dict().get("configs") or []
+    if not configs:
+        raise PushError(f"{folder / 'README.md'} names no configs in its metadata.")
+    for config in configs:
+        name = config["config_name"]
+        for split, records in datasets.load_dataset(str(folder), name, streaming=True).items():
+            if next(iter(records), None) is None:
+                raise PushError(f"{folder}: split {split!r} of {name!r} holds no records.")
+
+
+def prepare_metric(folder: Path, arguments: argparse.Namespace) -> None:
+    """Card, app and requirements of a metric's Space, beside its modules in `folder`."""
+    name = arguments.repo_id.split("/")[-1]
+    if not (folder / f"{name}.py").is_file():
+        raise PushError(f"evaluate.load('{arguments.repo_id}') looks for {name}.py, which {folder} does not hold.")
+    make_metric_card(evaluate.load(str(folder / f"{name}.py")), arguments.repo_id).save(folder / "README.md")
+    imports = [item for path in folder.glob("*.py") for item in get_imports(str(path))]
+    packages = {package for kind, _, package, _ in imports if kind == "library"} - sys.stdlib_module_names
+    (folder / "requirements.txt").write_text("\n".join(sorted(packages)) + "\n")
+    (folder / "app.py").write_text(METRIC_APP.format(repo_id=arguments.repo_id))
+
+
+def prepare_space(folder: Path, arguments: argparse.Namespace) -> None:
+    """`PushError` unless the app that the card names can be imported in a process of its own."""
+    card = RepoCard.load(folder / "README.md").data
+    app = folder / (card.get("app_file") or "app.py")
+    if card.get("sdk") != "gradio" or not app.is_file():
+        raise PushError(f"{folder / 'README.md'} must name sdk: gradio and an app_file of the folder.")
+    script = "import runpy, sys; runpy.run_path(sys.argv[1], run_name='app')"
+    run = subprocess.run([sys.executable, "-c", script, app.name], cwd=folder, capture_output=True, text=True)
+    if run.returncode:
+        raise PushError(f"{app} does not start: {run.stderr.strip().splitlines()[-1]}")
+
+
+KINDS = {
+    "model": ("model", MODEL_FILES, prepare_model),
+    "dataset": ("dataset", DATASET_FILES, prepare_dataset),
+    "metrics": ("space", SPACE_FILES, prepare_metric),
+    "space": ("space", SPACE_FILES, prepare_space),
+}
+
+
+# ------------------------------------------------------------------------------------------------ push
+
+
+def stage(folder: Path, into: Path, patterns: list[str]) -> None:
+    """The files of a folder that are pushed, as links; `**/` in a pattern stands for any folders or none."""
+    patterns = [*patterns, *(pattern.removeprefix("**/") for pattern in patterns)]
+    inside = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    hidden = ["__pycache__/*", "*/__pycache__/*", ".*", "*/.*"]
+    for name in filter_repo_objects(inside, allow_patterns=patterns, ignore_patterns=hidden):
+        (into / name).parent.mkdir(parents=True, exist_ok=True)
+        (into / name).symlink_to((folder / name).resolve())
+
+
+def push(folder: Path, arguments: argparse.Namespace) -> None:
+    repo_type = KINDS[arguments.kind][0]
+    api, repo_id, branch = HfApi(), arguments.repo_id, arguments.revision
+    where = {"repo_id": repo_id, "repo_type": repo_type}
+    sdk = {"space_sdk": "gradio"} if repo_type == "space" else {}
+    api.create_repo(**where, **sdk, private=arguments.private or None, exist_ok=True)
+    if branch is not None:
+        api.create_branch(**where, branch=branch, exist_ok=True)
+    commit = api.upload_folder(**where, folder_path=folder, revision=branch)
+    print(f"{repo_type} {repo_id} is on the Hub; revision={commit.oid!r} pins it.")
+    if arguments.kind == "model":
+        # The card comes after the commit that it names: the one with the weights and the code that were loaded above.
+        card = model_card(arguments, revision=commit.oid)
+        api.upload_file(**where, path_or_fileobj=str(card).encode(), path_in_repo="README.md", revision=branch)
+
+
+def model_card(arguments: argparse.Namespace, *, revision: str) -> RepoCard:
+    return make_model_card(
+        arguments.folder,
+        repo_id=arguments.repo_id,
+        revision=revision,
+        metrics=arguments.metrics,
+        license=arguments.license,
+    )
+
+
+def read_metrics(path: str) -> dict:
+    return json.loads(Path(path).read_text())
+
+
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    subparsers = parser.add_subparsers(dest="kind", required=True)
+    for kind in KINDS:
+        options = subparsers.add_parser(kind)
+        options.add_argument("folder", type=Path, help="what is pushed")
+        options.add_argument("--repo_id", required=True, help="user/name of the repository; made if there is none")
+        options.add_argument("--private", action="store_true", help="make a new repository private")
+        options.add_argument("--revision", help="branch to push to; made if there is none (default: main)")
+        options.add_argument("--dry_run", action="store_true", help="check and list, push nothing")
+        if kind == "model":
+            options.add_argument("--metrics", type=read_metrics, help="metrics.json of its evaluation, for the card")
+            options.add_argument("--license", help="of the weights, where they are not trained from scratch")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> None:
+    arguments = parse_arguments(argv)
+    _, patterns, prepare = KINDS[arguments.kind]
+    with tempfile.TemporaryDirectory() as staging:
+        folder = Path(staging, "repository")
+        folder.mkdir()
+        try:
+            stage(arguments.folder, folder, patterns)
+            prepare(folder, arguments)
+            if not arguments.dry_run:
+                return push(folder, arguments)
+        except (PushError, ValueError, OSError, ImportError, RuntimeError, HfHubHTTPError) as error:
+            raise SystemExit(f"Not pushed: {str(error).replace(str(folder), str(arguments.folder))}") from error
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            print(f"{path.stat().st_size:>14,}  {path.relative_to(folder)}")
+        if arguments.kind == "model":
+            print(model_card(arguments, revision="COMMIT"))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

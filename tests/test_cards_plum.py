@@ -1,0 +1,94 @@
+"""Cards say what the folders say, in the form that huggingface_hub accepts."""
+
+import json
+from pathlib import Path
+
+import evaluate
+import pytest
+import yaml
+from huggingface_hub import ModelCard, RepoCard
+
+from cards_plum import FIGURES, make_metric_card, make_model_card, write_recipe
+from tests.tiny import tiny_model
+from train import parse_arguments, read_options
+
+ROOT = Path(__file__).parents[1]
+RUN = {
+    "dataset": "partonomy",
+    "name": "mini_questions",
+    "split": "test",
+    "command": "python evaluate_plum.py",
+    "date": "d",
+}
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    tiny_model().save_pretrained(tmp_path / "mine")
+    return tmp_path / "mine"
+
+
+def test_the_figures_of_metrics_json_stand_in_the_metadata_and_in_the_table(folder):
+    overall = {"n": 884, "choice_accuracy": 0.25, "choice_accuracy_random": 0.2, "strict_macro_giou": 0.5}
+    card = make_model_card(folder, repo_id="user/plum", metrics={"overall": overall, "run": RUN})
+    again = ModelCard(str(card))  # raises on a model-index that is not valid
+    results = {result.metric_type: result for result in again.data.eval_results}
+    assert {name: result.metric_value for name, result in results.items()} == {
+        "choice_accuracy": 0.25,
+        "strict_macro_giou": 0.5,
+    }
+    assert results["choice_accuracy"].dataset_config == "mini_questions" and again.data.model_name == "plum"
+    assert "| choice accuracy | 0.250 | - | 0.200 |\n" in again.text and "884 questions" in again.text
+    assert FIGURES["end_to_end_giou"] not in again.text, "it was not measured"
+
+
+def test_a_model_from_scratch_has_the_licence_of_its_drawings_and_no_base_model(folder):
+    write_recipe(folder, {"dataset": "partonomy", "name": "mini", "model_config": {}, "max_steps": 3})
+    card = ModelCard(str(make_model_card(folder)))
+    assert card.data.license == "apache-2.0" and card.data.base_model is None
+    assert card.data.pipeline_tag == "image-text-to-text" and card.data.library_name == "transformers"
+    assert "nothing useful about photographs" in card.text and "max_steps: 3" in card.text
+
+
+def test_a_model_of_backbones_names_them_and_does_not_guess_its_licence(folder):
+    write_recipe(folder, {"vlm": "llava-hf/llava-1.5-7b-hf", "sam": "facebook/sam-vit-huge", "name": "descriptor"})
+    card = ModelCard(str(make_model_card(folder)))
+    assert card.data.base_model == ["llava-hf/llava-1.5-7b-hf", "facebook/sam-vit-huge"]
+    assert card.data.license is None and make_model_card(folder, license="llama2").data.license == "llama2"
+    assert "photographs" not in card.text
+
+
+def test_a_folder_that_says_nothing_gets_a_card_that_claims_nothing(folder):
+    card = ModelCard(str(make_model_card(folder)))
+    assert card.data.license is None and card.data.eval_results is None
+    assert "Not measured" in card.text and "says nothing about its training" in card.text
+
+
+def test_a_recipe_holds_the_options_of_a_command_line_but_no_places_or_token(tmp_path):
+    recipe = ROOT / "recipes" / "plum_tiny.yaml"
+    argv = [
+        str(recipe),
+        "--output_dir",
+        str(tmp_path),
+        "--max_steps=7",
+        "--no_dataloader_pin_memory",
+        "--hub_token",
+        "hf_secret",
+        "--bf16",
+        "false",
+    ]
+    argv += ["--model_config", json.dumps({"mask_feedback": False}), "--frozen_modules", "sam", "vlm"]
+    write_recipe(tmp_path, read_options(argv))
+    written = yaml.safe_load((tmp_path / "recipe.yaml").read_text())
+    assert not {"output_dir", "hub_token"} & written.keys() and written["model_config"] == {"mask_feedback": False}
+    again = parse_arguments([str(tmp_path / "recipe.yaml"), "--output_dir", str(tmp_path)])
+    for ours, theirs in zip(again, parse_arguments(argv), strict=True):
+        differing = {name for name, value in vars(ours).items() if value != vars(theirs)[name]}
+        assert differing <= {"hub_token", "distributed_state", "deepspeed_plugin"}, differing
+
+
+def test_the_card_of_a_metric_is_its_own_description():
+    module = evaluate.load(str(ROOT / "metrics" / "partonomy_parts" / "partonomy_parts.py"))
+    card = RepoCard(str(make_metric_card(module, "user/partonomy_parts")))
+    assert card.data.sdk == "gradio" and "metric" in card.data.tags
+    assert module.description.strip() in card.text and 'evaluate.load("user/partonomy_parts")' in card.text
