@@ -1,16 +1,15 @@
 """
-Cards of what goes to the Hub, written from what is known: a model's from its config, the headers of its weights, the
-recipe and state of its training and its metrics.json; a metric's from its own description. (The data set's is in
-scripts/export_parquet.py.)
+The card of a checkpoint, written from what is known: from its config, the headers of its weights, the
+recipe and state of its training and its metrics.json. The data set's is written by scripts/export_parquet.py.
 """
 
 import json
+import os
 import re
 from pathlib import Path
 
 import yaml
-from evaluate import EvaluationModule
-from huggingface_hub import EvalResult, ModelCard, ModelCardData, RepoCard, SpaceCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from checkpoint_plum import count_stored, weight_files
 
@@ -134,15 +133,15 @@ def make_model_card(
         repo_id: Its name on the Hub; default: the name of the folder.
         revision: The commit, tag or branch that the example loads.
         metrics: Content of the metrics.json of its evaluation.
-        license: Of the weights. Known by itself only for a model trained from scratch.
+        license: Of the weights. Known without being told for a model trained from scratch on drawings alone.
     """
     recipe, name = _read_recipe(folder), (repo_id or folder.resolve().name).split("/")[-1]
     bases = [recipe[key] for key in ("model", "vlm", "sam") if _is_on_the_hub(recipe.get(key))]
     overall, run = (metrics or {}).get("overall", {}), (metrics or {}).get("run", {})
-    from_scratch = bool(recipe) and not {"model", "vlm"} & recipe.keys()
+    drawn = bool(recipe) and not {"model", "vlm"} & recipe.keys() and _is_drawn(recipe)
     data = ModelCardData(
         language="en",
-        license=license or (LICENSE if from_scratch else None),
+        license=license or (LICENSE if drawn else None),
         library_name="transformers",
         pipeline_tag="image-text-to-text",
         tags=["custom_code", "plum", "image-segmentation", "part-segmentation", "arxiv:2505.20759"],
@@ -165,23 +164,22 @@ def make_model_card(
         recipe=yaml.safe_dump(recipe, sort_keys=False).strip() if recipe else None,
         training=_describe_training(folder),
         curves=(folder / CURVES_FILE).is_file(),
-        drawn=from_scratch and str(recipe.get("name", "mini")).startswith("mini"),
+        drawn=drawn,
         citation=CITATION,
     )
 
 
-def make_metric_card(module: EvaluationModule, repo_id: str) -> RepoCard:
-    """The card of the Space that `evaluate.load(repo_id)` reads a metric from."""
-    name = repo_id.split("/")[-1]
-    data = SpaceCardData(title=name, sdk="gradio", app_file="app.py", license=LICENSE, tags=["evaluate", "metric"])
-    usage = f'```python\nimport evaluate\n\nmetric = evaluate.load("{repo_id}")\n```'
-    sections = [f"# {name}", module.description, usage, f"```\n{module.inputs_description.strip()}\n```"]
-    sections += [f"```bibtex\n{CITATION}\n```"]
-    return RepoCard(f"---\n{data}\n---\n\n" + "\n\n".join(sections) + "\n")
+def _is_drawn(recipe: dict) -> bool:
+    """Whether all training data are the drawings that this project makes."""
+    sources = [recipe | entry for entry in recipe.get("mixture", [{}])]
+    return all(
+        source.get("dataset", "partonomy") == "partonomy" and source.get("name", "mini").startswith("mini")
+        for source in sources
+    )
 
 
 def _is_on_the_hub(name: str | None) -> bool:
-    return name is not None and re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists()
+    return name is not None and re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not os.path.exists(name)
 
 
 def _without_private_options(options):
@@ -189,7 +187,7 @@ def _without_private_options(options):
         return {key: _without_private_options(value) for key, value in options.items() if key not in PRIVATE_OPTIONS}
     if isinstance(options, list):
         return [_without_private_options(value) for value in options]
-    return Path(options).name if isinstance(options, str) and Path(options).exists() else options
+    return os.path.basename(options) if isinstance(options, str) and os.path.exists(options) else options
 
 
 def _read_recipe(folder: Path) -> dict:

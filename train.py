@@ -187,11 +187,14 @@ def read_options(argv: list[str]) -> dict:
     words = _expand_recipe(parser, argv)
     values = vars(parser.parse_args(words))
     given = [word[2:].partition("=")[0].replace("-", "_") for word in words if word.startswith("--")]
-    options = {}
-    for name in (name if name in values else name.removeprefix("no_") for name in given):
-        value = values[name]
-        options[name] = json.loads(value) if isinstance(value, str) and value.startswith("{") else value
-    return options
+    names = dict.fromkeys(name if name in values else name.removeprefix("no_") for name in given)
+    return {name: _from_words(values[name]) for name in names}
+
+
+def _from_words(value):
+    if isinstance(value, list):
+        return [_from_words(item) for item in value]
+    return json.loads(value) if isinstance(value, str) and value.startswith("{") else value
 
 
 def _make_parser() -> HfArgumentParser:

@@ -21,13 +21,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import datasets
 import evaluate
-from evaluate.loading import get_imports
 from huggingface_hub import DatasetCard, HfApi, RepoCard
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import filter_repo_objects
 from transformers import AutoModel, AutoProcessor
 
-from cards_plum import CURVES_FILE, RECIPE_FILE, make_metric_card, make_model_card
+from cards_plum import CURVES_FILE, RECIPE_FILE, make_model_card
 from checkpoint_plum import check_checkpoint
 from evaluate_plum import fingerprint_model
 
@@ -36,13 +35,8 @@ MODEL_FILES = ["config.json", "generation_config.json", "model*.safetensors", "m
 MODEL_FILES += ["*.py", "*.jinja", "processor_config.json", "tokenizer*", "special_tokens_map.json", "vocab.json"]
 MODEL_FILES += ["merges.txt", RECIPE_FILE, CURVES_FILE]
 DATASET_FILES = ["README.md", "**/*.parquet", "**/*.json"]
-SPACE_FILES = ["README.md", "**/*.py", "requirements.txt", "packages.txt", "**/*.css", "**/*.js", "**/*.png"]
-
-METRIC_APP = """import evaluate
-from evaluate.utils import launch_gradio_widget
-
-launch_gradio_widget(evaluate.load("{repo_id}"))
-"""
+SPACE_FILES = ["README.md", "**/*.py", "requirements.txt", "packages.txt", "**/*.json", "**/*.css", "**/*.js"]
+SPACE_FILES += ["**/*.png"]
 
 
 class PushError(Exception):
@@ -82,15 +76,12 @@ def prepare_dataset(folder: Path, arguments: argparse.Namespace) -> None:
 
 
 def prepare_metric(folder: Path, arguments: argparse.Namespace) -> None:
-    """Card, app and requirements of a metric's Space, beside its modules in `folder`."""
+    """`PushError` unless `evaluate.load` will find the metric in its Space."""
     name = arguments.repo_id.split("/")[-1]
     if not (folder / f"{name}.py").is_file():
         raise PushError(f"evaluate.load('{arguments.repo_id}') looks for {name}.py, which {folder} does not hold.")
-    make_metric_card(evaluate.load(str(folder / f"{name}.py")), arguments.repo_id).save(folder / "README.md")
-    imports = [item for path in folder.glob("*.py") for item in get_imports(str(path))]
-    packages = {package for kind, _, package, _ in imports if kind == "library"} - sys.stdlib_module_names
-    (folder / "requirements.txt").write_text("\n".join(sorted(packages)) + "\n")
-    (folder / "app.py").write_text(METRIC_APP.format(repo_id=arguments.repo_id))
+    evaluate.load(str(folder / f"{name}.py"))
+    prepare_space(folder, arguments)
 
 
 def prepare_space(folder: Path, arguments: argparse.Namespace) -> None:

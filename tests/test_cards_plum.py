@@ -3,12 +3,11 @@
 import json
 from pathlib import Path
 
-import evaluate
 import pytest
 import yaml
-from huggingface_hub import ModelCard, RepoCard
+from huggingface_hub import ModelCard
 
-from cards_plum import FIGURES, make_metric_card, make_model_card, write_recipe
+from cards_plum import FIGURES, make_model_card, write_recipe
 from tests.tiny import tiny_model
 from train import parse_arguments, read_options
 
@@ -58,6 +57,14 @@ def test_a_model_of_backbones_names_them_and_does_not_guess_its_licence(folder):
     assert "photographs" not in card.text
 
 
+def test_a_mixture_with_photographs_has_no_known_licence(folder):
+    write_recipe(
+        folder, {"model_config": {}, "mixture": [{"name": "mini"}, {"name": "paco_lvis", "data_dir": "/home"}]}
+    )
+    card = ModelCard(str(make_model_card(folder)))
+    assert card.data.license is None and "photographs" not in card.text and "/home" not in card.text
+
+
 def test_a_folder_that_says_nothing_gets_a_card_that_claims_nothing(folder):
     card = ModelCard(str(make_model_card(folder)))
     assert card.data.license is None and card.data.eval_results is None
@@ -78,6 +85,7 @@ def test_a_recipe_holds_the_options_of_a_command_line_but_no_places_or_token(tmp
         "false",
     ]
     argv += ["--model_config", json.dumps({"mask_feedback": False}), "--frozen_modules", "sam", "vlm"]
+    argv += ["--mixture", json.dumps({"name": "mini_instances", "rate": 2})]
     write_recipe(tmp_path, read_options(argv))
     written = yaml.safe_load((tmp_path / "recipe.yaml").read_text())
     assert not {"output_dir", "hub_token"} & written.keys() and written["model_config"] == {"mask_feedback": False}
@@ -85,10 +93,3 @@ def test_a_recipe_holds_the_options_of_a_command_line_but_no_places_or_token(tmp
     for ours, theirs in zip(again, parse_arguments(argv), strict=True):
         differing = {name for name, value in vars(ours).items() if value != vars(theirs)[name]}
         assert differing <= {"hub_token", "distributed_state", "deepspeed_plugin"}, differing
-
-
-def test_the_card_of_a_metric_is_its_own_description():
-    module = evaluate.load(str(ROOT / "metrics" / "partonomy_parts" / "partonomy_parts.py"))
-    card = RepoCard(str(make_metric_card(module, "user/partonomy_parts")))
-    assert card.data.sdk == "gradio" and "metric" in card.data.tags
-    assert module.description.strip() in card.text and 'evaluate.load("user/partonomy_parts")' in card.text
