@@ -33,7 +33,8 @@ class ExampleMaker:
         """
         Returns:
             `id`, `image` (RGB or None) and `conversations`, each with `messages`, `masks` (bool arrays
-            `(height, width)`) and `chosen`, the sorted indices of the masks that are supervised.
+            `(height, width)`), `chosen`, the sorted indices of the masks that are supervised, and `tagged`, whether
+            answers tag what they name, so that tags can be learnt from them.
 
         Raises:
             DataError: The turns, tags, masks and image do not fit together; the message names record and field.
@@ -51,6 +52,8 @@ class ExampleMaker:
             count = min(self.turns_per_record or len(conversations), len(conversations))
             conversations = [conversations[i] for i in generator.permutation(len(conversations))[:count]]
         self._choose_spans(conversations, generator)
+        for conversation in conversations:
+            conversation["tagged"] = record["masks"] is not None
         return {"id": record["id"], "image": image, "conversations": conversations}
 
     def _choose_spans(self, conversations: list[dict], generator: np.random.Generator):
@@ -104,12 +107,13 @@ def stream_examples(records: IterableDataset, seed: int = 0, **options) -> Itera
 def decode_masks(record: dict) -> list[np.ndarray]:
     """The masks of a record; `DataError` naming the record and the field if they do not fit the rest of it."""
     where, image = f"record {record['id']}", record["image"]
-    check_turns(record["messages"], len(record["masks"]), where=where)
-    if image is None and record["masks"]:
-        raise DataError(f"{where}, field 'image': expected an image for {len(record['masks'])} masks, found none")
+    masks = record["masks"] or []
+    check_turns(record["messages"], len(masks), where=where)
+    if image is None and masks:
+        raise DataError(f"{where}, field 'image': expected an image for {len(masks)} masks, found none")
     return [
         decode_rle(mask["rle"], expected_size=(image.height, image.width), where=f"{where}, field 'masks[{i}]'")
-        for i, mask in enumerate(record["masks"])
+        for i, mask in enumerate(masks)
     ]
 
 
@@ -140,7 +144,7 @@ class Collator:
         rows = [(i, conversation) for i, example in enumerate(examples) for conversation in example["conversations"]]
         batch = self.processor.apply_chat_template(
             [as_chat(conversation["messages"], examples[i]["image"]) for i, conversation in rows],
-            masks=[conversation["masks"] for _, conversation in rows],
+            masks=[conversation["masks"] if conversation["tagged"] else None for _, conversation in rows],
             tokenize=True,
             return_dict=True,
             padding_side="right",

@@ -58,7 +58,7 @@ def _count(records: Dataset) -> dict[str, str]:
     spans, masks = [], 0
     tables = records.select_columns(["id", "messages", "masks"]).with_format("arrow")
     for table in tables.iter(batch_size=1000):
-        mask_counts = pc.list_value_length(table["masks"]).to_pylist()
+        mask_counts = pc.fill_null(pc.list_value_length(table["masks"]), 0).to_pylist()
         rows = zip(table["id"].to_pylist(), table["messages"].to_pylist(), mask_counts, strict=True)
         for identity, messages, mask_count in rows:
             check_turns(messages, mask_count, where=f"record {identity}")

@@ -228,7 +228,7 @@ def turn(question: str, answer: str) -> list[dict[str, str]]:
 
 
 def conversation(
-    about: PartExample | Question, id: str, messages: list[dict[str, str]], masks: list[PartMask]
+    about: PartExample | Question, id: str, messages: list[dict[str, str]], masks: list[PartMask] | None
 ) -> GroundedConversation:
     """A conversation about the image of a record. Raises DataError if the messages do not fit the masks."""
     made = GroundedConversation(

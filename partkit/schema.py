@@ -78,20 +78,23 @@ class PartExample:
 
 @dataclass
 class GroundedConversation:
-    """A training record: `messages` of {"role", "content"}, and one mask per span tag in order of appearance."""
+    """A training record: `messages` of {"role", "content"}, and one mask per span tag in order of appearance.
+
+    `masks` are None where answers name what is visible without tagging it, so that nothing is to be learnt about tags.
+    """
 
     id: str
     image: Any
     image_id: str
     image_label: str
     messages: list[dict[str, str]]
-    masks: list[PartMask]
+    masks: list[PartMask] | None
     source: str
     licence: str
 
     def validate(self, *, where: str) -> None:
         """Raises DataError as [`check_turns`] does."""
-        check_turns(self.messages, len(self.masks), where=where)
+        check_turns(self.messages, len(self.masks or []), where=where)
 
 
 @dataclass
@@ -179,7 +182,7 @@ def check_turns(messages: list[dict[str, str]], masks: int, *, where: str) -> No
 def as_row(record: PartExample | GroundedConversation | Question) -> dict[str, Any]:
     """The record as plain dictionaries and lists, for `datasets`; the image is passed on as it is."""
     row = {item.name: getattr(record, item.name) for item in dataclasses.fields(record)}
-    row["masks"] = [{"label": mask.label, "rle": mask.rle} for mask in record.masks]
+    row["masks"] = record.masks and [{"label": mask.label, "rle": mask.rle} for mask in record.masks]
     return row
 
 

@@ -85,7 +85,7 @@ def _check_conversations(source: Source, report: Report) -> None:
             for conversation in source.conversations(index, seed=0):
                 found["conversations"] += 1
                 found["questions"] += len(conversation.messages) // 2
-                found["masks"] += len(conversation.masks)
+                found["masks"] += len(conversation.masks or [])
         except DataError as error:
             report.refuse(error)
     held, made = (", ".join(f"{count} {what}" for what, count in counts.items()) for counts in (source.counts, found))

@@ -6,9 +6,20 @@ from typing import ClassVar, Protocol
 
 from partkit.schema import GroundedConversation
 from partkit.sources.label_maps import Ade20k, CocoStuff, Mapillary
+from partkit.sources.llava import LlavaInstruct, LlavaMixture
 from partkit.sources.paco_lvis import PacoLvis
 from partkit.sources.partimagenet import PartImageNet
 from partkit.sources.pascal_part import PascalPart
+from partkit.sources.reasonseg import ReasonSeg
+from partkit.sources.referring import (
+    GRefCoco,
+    RefClef,
+    RefCoco,
+    RefCocoG,
+    RefCocoGGoogle,
+    RefCocoGoogle,
+    RefCocoPlus,
+)
 from partkit.sources.semantic_parts import SemanticPacoLvis, SemanticPartImageNet, SemanticPascalPart
 
 
@@ -54,5 +65,15 @@ SOURCES: dict[str, type[Source]] = {
         Ade20k,
         CocoStuff,
         Mapillary,
+        RefCoco,
+        RefCocoGoogle,
+        RefCocoPlus,
+        RefCocoG,
+        RefCocoGGoogle,
+        RefClef,
+        GRefCoco,
+        ReasonSeg,
+        LlavaInstruct,
+        LlavaMixture,
     )
 }

@@ -38,13 +38,19 @@ def read_json(path: Path) -> Any:
     return content
 
 
-def read_text(path: Path) -> str:
-    """The content of a small UTF-8 file. Raises DataError if it is missing, longer than MAX_TEXT_BYTES or no text."""
-    _check_size(path, limit=MAX_TEXT_BYTES)
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: expected UTF-8 text ({error})") from error
+def read_text(path: Path, *, encodings: Sequence[str] = ("utf-8",)) -> str:
+    """The content of a small file in the first encoding that fits.
+
+    Raises DataError if it is missing, longer than MAX_TEXT_BYTES or none fits.
+    """
+    check_size(path, limit=MAX_TEXT_BYTES)
+    content = path.read_bytes()
+    for encoding in encodings:
+        try:
+            return content.decode(encoding)
+        except UnicodeDecodeError:
+            continue
+    raise DataError(f"{path}: expected text in {' or '.join(encodings)}")
 
 
 def find_existing(folder: Path, names: Sequence[str], *, what: str) -> Path:
@@ -65,7 +71,7 @@ def stream_records(path: Path, *, field: str | None = None) -> Iterator[Any]:
 
 
 def _stream(path: Path, *, prefix: str, field: str | None = None) -> Iterator[Any]:
-    _check_size(path, limit=MAX_JSON_BYTES)
+    check_size(path, limit=MAX_JSON_BYTES)
     found = 0
     with path.open("rb") as file:
         try:
@@ -83,7 +89,8 @@ def _stream(path: Path, *, prefix: str, field: str | None = None) -> Iterator[An
             raise DataError(f"{path}: expected JSON ({error})") from error
 
 
-def _check_size(path: Path, *, limit: int) -> None:
+def check_size(path: Path, *, limit: int) -> None:
+    """Raises DataError if there is no such file, or it is longer than `limit` bytes."""
     if not path.is_file():
         raise DataError(f"{path}: no such file; data_dir must be the folder that holds {path.name} and the images")
     size = path.stat().st_size

@@ -73,7 +73,8 @@ def usable(name: str, folder: Path, *, on_error: OnError = refuse) -> dict[str, 
 
 def _is_good(source: Opened, index: int, on_error: OnError) -> bool:
     try:
-        source.example(index)
+        for _ in source.conversations(index, seed=0):
+            pass
     except DataError as error:
         on_error(error)
         return False
