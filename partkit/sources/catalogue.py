@@ -10,6 +10,7 @@ from partkit.sources.llava import LlavaInstruct, LlavaMixture
 from partkit.sources.paco_lvis import PacoLvis
 from partkit.sources.partimagenet import PartImageNet
 from partkit.sources.pascal_part import PascalPart
+from partkit.sources.question_chats import CoreConversations, CoreStage2
 from partkit.sources.reasonseg import ReasonSeg
 from partkit.sources.referring import (
     GRefCoco,
@@ -75,5 +76,7 @@ SOURCES: dict[str, type[Source]] = {
         ReasonSeg,
         LlavaInstruct,
         LlavaMixture,
+        CoreConversations,
+        CoreStage2,
     )
 }

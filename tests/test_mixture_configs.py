@@ -1,0 +1,161 @@
+"""Every data set of the training mixtures through `load_dataset` and through the command that checks a copy."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from datasets import load_dataset
+from PIL import Image
+
+import partonomy_dataset  # noqa: F401  (makes load_dataset("partonomy") work)
+from partkit.masks import decode
+from partkit.schema import GROUNDED_CONVERSATION_FEATURES, GroundedConversation, PartMask, tagged_phrases
+from partkit.sources.catalogue import SOURCES
+from partkit.sources.llava import LlavaInstruct
+from partkit.sources.referring import RefClef, Referring
+from partkit.validate import validate
+from tests.test_sources import official_folder, official_record
+from tests.test_sources_chats import INSTRUCT, MIXTURE, llava_folder, reasonseg_folder
+from tests.test_sources_coco import (
+    paco_content,
+    paco_folder,
+    partimagenet_content,
+    pascal_content,
+    pascal_folder,
+    write,
+)
+from tests.test_sources_label_maps import ade20k_folder, coco_stuff_folder, mapillary_folder
+from tests.test_sources_referring import DOG, encode, grefcoco_folder, refcoco_folder, reference, referring_folder
+
+
+def partimagenet_folder(folder: Path) -> Path:
+    return write(folder, "train.json", partimagenet_content(), "train/n02071294_1.JPEG", "train/n01440764_2.JPEG")
+
+
+def stage2_folder(folder: Path) -> Path:
+    return official_folder(folder, official_record() | {"question_type": "identification_with_label"})
+
+
+FOLDERS: dict[str, Callable[[Path], Path]] = {
+    "pascal_part": lambda folder: pascal_folder(folder, pascal_content()),
+    "paco_lvis": lambda folder: paco_folder(folder, paco_content()),
+    "partimagenet": partimagenet_folder,
+    "semantic_pascal_part": lambda folder: pascal_folder(folder, pascal_content()),
+    "semantic_paco_lvis": lambda folder: paco_folder(folder, paco_content()),
+    "semantic_partimagenet": partimagenet_folder,
+    "ade20k": ade20k_folder,
+    "coco_stuff": coco_stuff_folder,
+    "mapillary": mapillary_folder,
+    "refclef": lambda folder: referring_folder(folder, RefClef, [reference(0, 1, "dog")], [encode(DOG)]),
+    "grefcoco": grefcoco_folder,
+    "reasonseg": reasonseg_folder,
+    "llava_instruct_150k": lambda folder: llava_folder(folder, INSTRUCT, LlavaInstruct),
+    "llava_v1_5_mix665k": lambda folder: llava_folder(folder, MIXTURE),
+    "core_conversations": lambda folder: official_folder(folder, official_record()),
+    "core_stage2": stage2_folder,
+}
+FOLDERS |= {
+    name: lambda folder, kind=kind: refcoco_folder(folder, kind)
+    for name, kind in SOURCES.items()
+    if issubclass(kind, Referring) and name not in FOLDERS
+}
+
+
+def check_row(row: dict) -> None:
+    masks = row["masks"] and [PartMask(mask["label"], mask["rle"]) for mask in row["masks"]]
+    fields = {field.name: row[field.name] for field in dataclasses.fields(GroundedConversation)}
+    GroundedConversation(**fields | {"masks": masks}).validate(where=row["id"])
+    for mask in row["masks"] or []:
+        assert decode(mask["rle"], expected_size=(row["image"].height, row["image"].width)).any()
+
+
+def without_images(rows) -> list[dict]:
+    return [{name: value for name, value in row.items() if name != "image"} for row in rows]
+
+
+def test_every_data_set_of_the_catalogue_is_here_in_miniature():
+    assert set(FOLDERS) == set(SOURCES)
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_a_miniature_loads_streamed_and_prepared_alike(tmp_path, name):
+    folder = str(FOLDERS[name](tmp_path / "data"))
+    splits = load_dataset("partonomy", name, data_dir=folder, cache_dir=tmp_path / "cache")
+    assert "train" in splits
+    for split, rows in splits.items():
+        assert rows.features == GROUNDED_CONVERSATION_FEATURES
+        assert len(set(rows["id"])) == len(rows) > 0
+        for row in rows:
+            check_row(row)
+        streamed = load_dataset("partonomy", name, data_dir=folder, split=split, streaming=True)
+        assert without_images(streamed) == without_images(rows)
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_an_empty_folder_is_refused_by_the_build(tmp_path, name):
+    with pytest.raises(Exception, match="no such file|no annotations of"):
+        load_dataset("partonomy", name, data_dir=str(tmp_path), cache_dir=tmp_path / "cache")
+
+
+def test_the_check_counts_what_a_copy_gives_and_compares_it_with_what_was_published(tmp_path):
+    report = validate("ade20k", ade20k_folder(tmp_path / "ade20k"))
+    assert report.notes == [
+        f"{split}: 2 images, of which 0 give nothing to talk about; 2 conversations, 3 questions, 3 masks"
+        for split in ("train", "validation")
+    ]
+    assert len(report.problems) == 2
+    assert "2 images, but the publishers count 20210; this is another version or a part of it" in report.problems[0]
+    report = validate("llava_v1_5_mix665k", llava_folder(tmp_path / "llava", MIXTURE))
+    assert report.problems == []
+    assert report.notes == [
+        "train: 4 chats, of which 1 give nothing to talk about; 3 conversations, 3 questions, 0 masks"
+    ]
+
+
+def test_a_bad_record_is_left_out_and_named_where_that_is_asked_for(tmp_path):
+    folder = ade20k_folder(tmp_path / "data")
+    Image.new("RGB", (16, 12)).save(folder / "annotations/training/ADE_training_0.png")
+    options = {"data_dir": str(folder), "split": "train", "cache_dir": tmp_path / "cache"}
+    with pytest.raises(Exception, match="generating|8 bits a pixel"):
+        load_dataset("partonomy", "ade20k", **options)
+    rows = load_dataset("partonomy", "ade20k", on_error="report", **options)
+    assert {row["image_id"] for row in rows} == {"train-ADE_training_1"}
+    (problem,) = partonomy_dataset.left_out(rows)
+    assert "ADE_training_0.png" in problem
+
+
+def test_a_changed_label_map_is_read_again_and_not_served_from_the_cache(tmp_path):
+    folder = ade20k_folder(tmp_path / "data")
+    load = {"path": "partonomy", "name": "ade20k", "data_dir": str(folder), "cache_dir": tmp_path / "cache"}
+    before = load_dataset(**load, split="train")
+    Image.fromarray(np.full((12, 16), 7, dtype=np.uint8)).save(folder / "annotations/training/ADE_training_1.png")
+    after = load_dataset(**load, split="train")
+    labels = [[mask["label"] for row in rows for mask in row["masks"]] for rows in (before, after)]
+    assert "class 7" in labels[1] and "class 7" not in labels[0]
+
+
+def test_a_part_is_tagged_by_its_name_and_that_of_its_object(tmp_path):
+    folder = FOLDERS["semantic_pascal_part"](tmp_path / "data")
+    rows = load_dataset(
+        "partonomy", "semantic_pascal_part", data_dir=str(folder), split="train", cache_dir=tmp_path / "cache"
+    )
+    phrases = {phrase for row in rows for message in row["messages"] for phrase in tagged_phrases(message["content"])}
+    assert len(phrases) == 3
+    for part, label in (("wheel", "bus"), ("license plate", "bus"), ("pot", "potted plant")):
+        assert phrases & {f"{part} of the {label}", f"{label} {part}"}
+
+
+def test_records_do_not_depend_on_the_order_of_the_file(tmp_path):
+    made = []
+    for reverse in (False, True):
+        content = pascal_content()
+        if reverse:
+            content = {name: records[::-1] for name, records in content.items()}
+        folder = pascal_folder(tmp_path / str(reverse), content)
+        assert json.loads((folder / "train.json").read_text()) == content
+        source = SOURCES["semantic_pascal_part"](folder, split="train")
+        made.append([item.messages for index in range(len(source)) for item in source.conversations(index, seed=0)])
+    assert made[0] == made[1]
