@@ -50,12 +50,14 @@ from transformers.utils import ModelOutput
 try:
     from .configuration_plum import PlumConfig
     from .masks_plum import dice_loss, downscale_mask, focal_tversky_loss, upscale_masks
+    from .pipeline_plum import CUSTOM_PIPELINES
     from .sharing_plum import GeneratedStates, pack_rows, shared_beginnings
 except ImportError:
     if __package__:
         raise
     from configuration_plum import PlumConfig
     from masks_plum import dice_loss, downscale_mask, focal_tversky_loss, upscale_masks
+    from pipeline_plum import CUSTOM_PIPELINES
     from sharing_plum import GeneratedStates, pack_rows, shared_beginnings
 
 TAG_OUTSIDE, TAG_BEGIN, TAG_INSIDE = 0, 1, 2
@@ -372,6 +374,7 @@ class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
         # transformers records one auto class per model; this one answers to two.
         auto_map = getattr(self.config, "auto_map", None) or {}
         self.config.auto_map = auto_map | {"AutoModelForImageTextToText": f"modeling_plum.{type(self).__name__}"}
+        self.config.custom_pipelines = CUSTOM_PIPELINES
         super().save_pretrained(save_directory, save_original_format=save_original_format, **kwargs)
 
     # ------------------------------------------------------------------ images

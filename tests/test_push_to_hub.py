@@ -37,7 +37,7 @@ import json, os, sys
 import evaluate
 from datasets import load_dataset
 from PIL import Image
-from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, pipeline
 
 pinned = {"trust_remote_code": True, "revision": sys.argv[1]}
 processor = AutoProcessor.from_pretrained("user/plum", **pinned)
@@ -50,6 +50,9 @@ for auto_class in (AutoModel, AutoModelForImageTextToText):
     outputs = auto_class.from_pretrained("user/plum", **pinned).segment(**inputs)
     found[auto_class.__name__] = float(outputs.pred_masks.sum())
 found["span"] = processor.post_process_segmentation(outputs)[0].spans[0].text
+pipe = pipeline(model="user/plum", **pinned)
+answer = pipe({"image": Image.new("RGB", (70, 50)), "text": "What is it?"}, max_new_tokens=4)
+found["pipeline"] = answer["generated_text"]
 for name in ("mini_instances", "mini_questions"):
     found[name] = load_dataset("user/partonomy", name, split="validation")[0]["id"]
     if "HF_HUB_OFFLINE" not in os.environ:  # a stream is not cached
@@ -169,7 +172,7 @@ def test_fresh_processes_read_everything_back_and_then_offline_without_a_request
     online = run(READ, "v1", **where)
     found = json.loads(online.stdout)
     assert found["AutoModel"] == found["AutoModelForImageTextToText"] != 0
-    assert found["span"] == "wheel" and found["giou"] == 0.5
+    assert found["span"] == "wheel" and found["giou"] == 0.5 and found["pipeline"]
     asked = len(hub.requests)
     offline = run(READ, "v1", **where, HF_HUB_OFFLINE="1", HF_EVALUATE_OFFLINE="1")
     assert json.loads(offline.stdout) == found
