@@ -20,16 +20,11 @@ A run that was interrupted goes on where it stopped. `torchrun --nproc_per_node 
 batches out over processes; what a batch holds depends on neither, so that the figures are those of one process.
 """
 
-import hashlib
 import json
-import platform
-import shlex
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -57,7 +52,17 @@ from partkit.predictions import (
     write_whole,
 )
 from partkit.schema import Question
-from partkit.scoring import describe_protocol, format_table, leave_out, match_names, score, write_problems
+from partkit.scoring import (
+    describe_command,
+    describe_protocol,
+    fingerprint_files,
+    format_table,
+    leave_out,
+    match_names,
+    score,
+    write_problems,
+)
+from partkit.tasks import format_task_table, load_task_questions, read_task_answers, score_task
 from predictor_plum import Predictor
 
 
@@ -80,6 +85,18 @@ class EvaluationArguments:
             "help": "Unusable lines of --predictions and records of --data_dir: refuse their file, or leave them out "
             "and write errors.jsonl."
         },
+    )
+    task: Literal[
+        "partonomy",
+        "referring",
+        "reasoning",
+        "generalized_referring",
+        "semantic_parts",
+        "gqa",
+        "textvqa",
+        "pope",
+    ] = field(
+        default="partonomy", metadata={"help": "What --predictions answers; docs/benchmark.md lists the figures."}
     )
     dataset: str = field(default="partonomy", metadata={"help": "Data set, as in datasets.load_dataset."})
     name: str = field(default="mini_questions", metadata={"help": "Its configuration; it must hold questions."})
@@ -120,6 +137,8 @@ class EvaluationArguments:
     def __post_init__(self):
         if sum(source is not None for source in (self.model, self.predictions, self.baseline)) != 1:
             raise DataError("Expected one of --model, --predictions and --baseline: say what to score.")
+        if self.task != "partonomy" and (self.predictions is None or self.format != "jsonl"):
+            raise DataError(f"--task {self.task} scores --predictions of the format jsonl: give such a file.")
         if (self.match == "embedding") != (self.match_model is not None):
             raise DataError("--match embedding and --match_model belong together: give both or neither.")
         for name in ("max_new_tokens", "batch_size", "image_cache_size", "limit"):
@@ -136,15 +155,6 @@ def fingerprint_model(folder: Path) -> str:
     return fingerprint_files(
         path for path in folder.iterdir() if path.suffix in (".safetensors", ".json", ".jinja", ".py")
     )
-
-
-def fingerprint_files(paths: Iterable[Path]) -> str:
-    """Changes with the names and the contents of files, not with their folder."""
-    digest = hashlib.sha256()
-    for path in sorted(paths):
-        with path.open("rb") as file:
-            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
 
 
 def run_settings(arguments: EvaluationArguments, *, folder: Path, questions: Sequence[Question]) -> dict[str, Any]:
@@ -212,7 +222,6 @@ def predict(
 
 def describe_run(arguments: EvaluationArguments, settings: dict[str, Any], *, started: float) -> dict[str, Any]:
     """What metrics.json says of a run besides its figures."""
-    packages = ("torch", "transformers", "datasets", "accelerate", "numpy", "scipy", "pycocotools")
     protocol = describe_protocol(
         # which choice a file names was decided by whoever wrote it
         choice_reduction="as given" if arguments.model is None else arguments.choice_reduction,
@@ -222,10 +231,8 @@ def describe_run(arguments: EvaluationArguments, settings: dict[str, Any], *, st
     return {
         **settings,
         "protocol": protocol,
-        "command": shlex.join(["python", *sys.argv]),
         "scheme": arguments.scheme,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {"python": platform.python_version()} | {package: version(package) for package in packages},
+        **describe_command(),
         "wall_seconds": round(time.perf_counter() - started, 1),
     }
 
@@ -318,6 +325,28 @@ def evaluate_answers(arguments: EvaluationArguments) -> None:
     finish(arguments, rows, scored, predictions, run=run)
 
 
+def evaluate_task(arguments: EvaluationArguments) -> None:
+    """Scores answers to another task than PARTONOMY; raises DataError before anything is written if it cannot."""
+    names = ("task", "dataset", "name", "split", "limit")
+    settings: dict[str, Any] = {name: getattr(arguments, name) for name in names}
+    place = {name: getattr(arguments, name) for name in ("name", "split", "limit")}
+    rows, questions = load_task_questions(arguments.task, arguments.dataset, **place, **dataset_options(arguments))
+    unusable = partonomy_dataset.left_out(rows)
+    path, output_dir = Path(arguments.predictions), Path(arguments.output_dir)
+    predictions, problems = read_task_answers(path, questions, task=arguments.task)
+    settings |= {"questions": len(questions), "predictions_fingerprint": fingerprint_files([path])}
+    check_run(output_dir, settings)
+    report_to = output_dir / "errors.jsonl" if arguments.on_error == "report" else None
+    scored = leave_out(questions, predictions, unusable + problems, report_to=report_to)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    write_whole(output_dir / "run.json", [json.dumps(settings, indent=2), "\n"])
+    run = {"predictions": arguments.predictions, **settings, **describe_command()}
+    run |= {"left_out": len(questions) - len(scored), "records_left_out": len(unusable)}
+    metrics = score_task(arguments.task, rows, scored, predictions, output_dir=output_dir, run=run)
+    print(format_task_table(metrics))
+    print(f"report: {output_dir / 'report.html'}")
+
+
 def evaluate(arguments: EvaluationArguments) -> None:
     """The whole run of a model; raises DataError before anything is written if it cannot be done."""
     started = time.perf_counter()
@@ -374,7 +403,12 @@ def evaluate(arguments: EvaluationArguments) -> None:
 def main(options: list[str] | None = None) -> None:
     try:
         (arguments,) = HfArgumentParser(EvaluationArguments).parse_args_into_dataclasses(options)
-        (evaluate if arguments.model is not None else evaluate_answers)(arguments)
+        if arguments.task != "partonomy":
+            evaluate_task(arguments)
+        elif arguments.model is not None:
+            evaluate(arguments)
+        else:
+            evaluate_answers(arguments)
     except DataError as error:
         sys.exit(f"evaluate_plum.py: {error}")
 

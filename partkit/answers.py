@@ -23,7 +23,18 @@ from partkit.schema import Question
 
 AnswerFormat = Literal["jsonl", "official"]
 
-__all__ = ["FIELDS", "MASK_FIELDS", "AnswerFormat", "answer_files", "make_prediction", "read_answers"]
+__all__ = [
+    "FIELDS",
+    "MASK_FIELDS",
+    "AnswerFormat",
+    "LineReader",
+    "answer_files",
+    "check_fields",
+    "collect_answers",
+    "make_prediction",
+    "read_answers",
+    "read_span",
+]
 
 FIELDS = ("id", "choice", "choice_scores", "object_choice", "object_choice_scores", "masks")
 MASK_FIELDS = ("part", "rle", "confidence")
@@ -58,8 +69,24 @@ def read_answers(
             f"Files of the format official hold the masks of the correct answer, not those of {mask_source!r}: "
             "use --mask_source gt_answer."
         )
-    reader = (_OfficialReader if format == "official" else _LineReader)(path, questions, mask_source=mask_source)
-    by_id = {question.id: question for question in questions}
+    if format == "official":
+        reader = _OfficialReader(path, questions)
+    else:
+        reader = LineReader(path, questions, mask_source=mask_source)
+    predictions, problems, place_of = collect_answers(reader, questions, path=path)
+    return predictions, problems + _differing(predictions, {question.id: question for question in questions}, place_of)
+
+
+def collect_answers(
+    reader: Any, questions: Sequence[Any], *, path: Path
+) -> tuple[list[Prediction], list[str], dict[str, str]]:
+    """Usable predictions in question order, a sentence for every problem, and the place of each question's answer.
+
+    Args:
+        reader: gives the records of a file, the question of a record, and its prediction; see `LineReader`.
+        questions: whatever has an `id`.
+        path: the file, to be named.
+    """
     answers: dict[str, Prediction] = {}
     place_of: dict[str, str] = {}
     repeated, problems = set(), []
@@ -77,9 +104,9 @@ def read_answers(
                 problems.append(str(error) if str(error).startswith(where) else f"{where}: {error}")
     except DataError as error:  # the file cannot be read any further
         problems.append(str(error))
-    problems += [f"{path}: question {name!r} has no answer." for name in by_id if name not in place_of]
-    predictions = [answers[name] for name in by_id if name in answers and name not in repeated]
-    return predictions, problems + _differing(predictions, by_id, place_of)
+    ids = [question.id for question in questions]
+    problems += [f"{path}: question {name!r} has no answer." for name in ids if name not in place_of]
+    return [answers[name] for name in ids if name in answers and name not in repeated], problems, place_of
 
 
 def answer_files(path: Path, *, format: AnswerFormat = "jsonl") -> list[Path]:
@@ -102,13 +129,13 @@ def make_prediction(
         DataError: a field is unknown or of another type, a score is not finite, an index or the number of scores does
             not fit the question, or a mask is no valid RLE of the image's size; names `where` and the field.
     """
-    _check_fields(record, FIELDS, where=where)
+    check_fields(record, FIELDS, where=where)
     masks = record.get("masks")
     if masks is not None:
         if not isinstance(masks, list):
             raise DataError(f"{where}, field 'masks': expected a list, found {masks!r:.80}.")
         size = tuple(question.masks[0].rle["size"])
-        masks = [_span(mask, size, where=f"{where}, field 'masks[{i}]'") for i, mask in enumerate(masks)]
+        masks = [read_span(mask, size, where=f"{where}, field 'masks[{i}]'") for i, mask in enumerate(masks)]
     generated = mask_source == "generated"
     return Prediction(
         question_id=question.id,
@@ -123,10 +150,10 @@ def make_prediction(
     )
 
 
-class _LineReader:
+class LineReader:
     """One JSON object a line: of the form above, or as evaluate_plum.py writes it."""
 
-    def __init__(self, path: Path, questions: Sequence[Question], *, mask_source: MaskSource):
+    def __init__(self, path: Path, questions: Sequence[Any], *, mask_source: MaskSource = "gt_answer"):
         (self.path,) = answer_files(path)
         self.questions = {question.id: question for question in questions}
         self.mask_source = mask_source
@@ -177,7 +204,7 @@ class _LineReader:
 class _OfficialReader:
     """The authors' predictions json."""
 
-    def __init__(self, path: Path, questions: Sequence[Question], *, mask_source: MaskSource):
+    def __init__(self, path: Path, questions: Sequence[Question]):
         self.files = answer_files(path, format="official")
         self.question = QuestionFinder(questions)
 
@@ -191,7 +218,8 @@ class _OfficialReader:
         return make_prediction(as_answer(record, question, where=where), question, where=where)
 
 
-def _check_fields(record: dict[str, Any], known: Sequence[str], *, where: str) -> None:
+def check_fields(record: dict[str, Any], known: Sequence[str], *, where: str) -> None:
+    """Raises DataError naming the first field that is not known."""
     unknown = sorted(set(record) - set(known))
     if unknown:
         raise DataError(f"{where}: unknown field {unknown[0]!r}; known are {', '.join(known)}.")
@@ -216,10 +244,11 @@ def _scores(record: dict[str, Any], name: str, count: int, *, where: str) -> lis
     return [-float(score) for score in scores]
 
 
-def _span(mask: Any, size: tuple[int, int], *, where: str) -> SpanMask:
+def read_span(mask: Any, size: tuple[int, int] | None, *, where: str) -> SpanMask:
+    """A mask of an answers file, of the (height, width) `size` if that is given; raises DataError."""
     if not isinstance(mask, dict):
         raise DataError(f"{where}: expected an object with a part and its rle, found {mask!r:.80}.")
-    _check_fields(mask, MASK_FIELDS, where=where)
+    check_fields(mask, MASK_FIELDS, where=where)
     part, confidence = mask.get("part"), mask.get("confidence", 1.0)
     if not isinstance(part, str) or not part.strip():
         raise DataError(f"{where}, field 'part': expected the name of a part, found {part!r:.80}.")

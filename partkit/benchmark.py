@@ -15,7 +15,15 @@ from partkit.masks import DataError
 from partkit.schema import PartMask, Question, as_row
 from partkit.seeding import seeded_generator
 
-__all__ = ["CONTROL_SEED", "fingerprint", "load_image", "load_questions", "make_batches", "pick_wrong_images"]
+__all__ = [
+    "CONTROL_SEED",
+    "fingerprint",
+    "load_image",
+    "load_questions",
+    "load_rows",
+    "make_batches",
+    "pick_wrong_images",
+]
 
 CONTROL_SEED = 0
 
@@ -34,16 +42,8 @@ def load_questions(
         DataError: the data set, configuration or split does not exist, is empty or holds no questions, or a record is
             not valid.
     """
-    asked = f"data set {dataset!r}, name {name!r}, split {split!r}"
-    try:
-        rows = datasets.load_dataset(dataset, name, split=split, **options)
-    except (ValueError, OSError, datasets.exceptions.DatasetGenerationError) as error:
-        cause = error
-        while not isinstance(cause, DataError) and cause.__cause__ is not None:
-            cause = cause.__cause__
-        raise DataError(f"Cannot load {asked}: {cause}") from error
-    if limit is not None:
-        rows = rows.select(range(min(limit, len(rows))))
+    asked = _describe(dataset, name, split)
+    rows = load_rows(dataset, name=name, split=split, limit=limit, **options)
     columns = [item.name for item in fields(Question)]
     missing = sorted(set(columns) - set(rows.column_names))
     if missing:
@@ -58,6 +58,24 @@ def load_questions(
         ids.add(question.id)
         questions.append(question)
     return rows, questions
+
+
+def load_rows(dataset: str, *, name: str, split: str, limit: int | None = None, **options: Any) -> datasets.Dataset:
+    """The records of a split, or the first of them; arguments and errors as for `load_questions`."""
+    try:
+        rows = datasets.load_dataset(dataset, name, split=split, **options)
+    except (ValueError, OSError, datasets.exceptions.DatasetGenerationError) as error:
+        cause = error
+        while not isinstance(cause, DataError) and cause.__cause__ is not None:
+            cause = cause.__cause__
+        raise DataError(f"Cannot load {_describe(dataset, name, split)}: {cause}") from error
+    if limit is not None:
+        rows = rows.select(range(min(limit, len(rows))))
+    return rows
+
+
+def _describe(dataset: str, name: str, split: str) -> str:
+    return f"data set {dataset!r}, name {name!r}, split {split!r}"
 
 
 def load_image(rows: datasets.Dataset, index: int, question: Question) -> Image.Image:

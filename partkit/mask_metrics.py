@@ -35,8 +35,13 @@ def overlap(predicted: RLE, true: RLE) -> tuple[int, int]:
     (1, 2)
     """
     predicted, true = _as_bytes(predicted), _as_bytes(true)
-    both = int(coco.area(coco.merge([predicted, true], intersect=True)))
-    return both, int(coco.area(predicted)) + int(coco.area(true)) - both
+    both = area(coco.merge([predicted, true], intersect=True))
+    return both, area(predicted) + area(true) - both
+
+
+def area(rle: RLE) -> int:
+    """Pixels of a mask."""
+    return int(coco.area(_as_bytes(rle)))
 
 
 def strict_overlaps(
@@ -52,7 +57,7 @@ def strict_overlaps(
     overlaps = {name: counts for name, counts in overlaps.items() if counts[1]}
     for side in (predicted, true):
         alone = side.keys() - (predicted.keys() & true.keys())
-        overlaps |= {name: (0, int(coco.area(_as_bytes(side[name])))) for name in alone}
+        overlaps |= {name: (0, area(side[name])) for name in alone}
     return {name: overlaps[name] for name in sorted(overlaps)}
 
 
@@ -80,7 +85,7 @@ def unite_by_name(masks: Iterable[tuple[str, RLE]]) -> dict[str, RLE]:
     groups: dict[str, list[RLE]] = defaultdict(list)
     for name, rle in masks:
         groups[normalise(name)].append(rle)
-    return {name: _unite(rles) for name, rles in groups.items()}
+    return {name: unite(rles) for name, rles in groups.items()}
 
 
 def matched_ious(predicted: Sequence[RLE], true: Sequence[RLE], *, matching: Matching = "paired") -> list[float]:
@@ -109,7 +114,7 @@ def matched_ious(predicted: Sequence[RLE], true: Sequence[RLE], *, matching: Mat
     if not predicted or not true:
         raise ValueError(f"Matching needs masks on both sides, found {len(predicted)} predicted, {len(true)} true.")
     if matching == "union":
-        predicted, true = [_unite(predicted)], [_unite(true)]
+        predicted, true = [unite(predicted)], [unite(true)]
     ious = _iou_matrix(predicted, true)
     if matching in ("paired", "union"):
         return ious.diagonal().tolist()
@@ -169,7 +174,8 @@ def _iou_matrix(predicted: Sequence[RLE], true: Sequence[RLE]) -> np.ndarray:
     return np.where(both_empty, 1.0, ious)
 
 
-def _unite(rles: Sequence[RLE]) -> RLE:
+def unite(rles: Sequence[RLE]) -> RLE:
+    """The union of one mask or more of one frame; raises ValueError for masks of several sizes."""
     if len(rles) == 1:
         return rles[0]
     sizes = {tuple(rle["size"]) for rle in rles}

@@ -348,11 +348,14 @@ END = """</main></body>
 </html>
 """
 
-PAGE = """{% if run.left_out %}
-<p><b>{{ run.left_out }} question{{ " is" if run.left_out == 1 else "s are" }} left out</b>: their answers could not be
-used; errors.jsonl says why.</p>
+LEFT_OUT = """{% if run.left_out or run.records_left_out %}
+<p><b>Left out: {{ run.left_out }} questions, {{ run.records_left_out }} records of the data set</b>, which could not
+be used; errors.jsonl says why.</p>
 {% endif %}
-<p class="quiet">{{ n }} questions. Figures are shares between 0 and 1, larger is better. The wrong-image
+"""
+PAGE = (
+    LEFT_OUT
+    + """<p class="quiet">{{ n }} questions. Figures are shares between 0 and 1, larger is better. The wrong-image
 column asks the same questions of another record's image; what remains there is not read from the image.</p>
 <details class="box">
 <summary>What was run{% if run.protocol %}; protocol {{ run.protocol.name }}{% endif %}</summary><dl>
@@ -428,3 +431,4 @@ part has one colour in text and masks.</p>
 </div>
 {% endfor %}
 """
+)

@@ -1,7 +1,13 @@
 """What an evaluation leaves behind once the predictions are there: metrics.json, report.html and a printed table."""
 
+import hashlib
 import json
-from collections.abc import Sequence
+import platform
+import shlex
+import sys
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +25,10 @@ from partkit.tallies import BOOTSTRAP_SEED, LEVEL, RESAMPLES
 
 __all__ = [
     "PUBLISHED_PROTOCOL",
+    "describe_command",
+    "describe_left_out",
     "describe_protocol",
+    "fingerprint_files",
     "format_table",
     "leave_out",
     "match_names",
@@ -45,6 +54,25 @@ def describe_protocol(*, choice_reduction: str, mask_source: MaskSource, match: 
         **rules,
         "intervals": f"{LEVEL:.0%} bootstrap over images, {RESAMPLES} resamples, seed {BOOTSTRAP_SEED}",
     }
+
+
+def describe_command() -> dict[str, Any]:
+    """What was called, when, and with which versions."""
+    packages = ("torch", "transformers", "datasets", "accelerate", "numpy", "scipy", "pycocotools")
+    return {
+        "command": shlex.join(["python", *sys.argv]),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {"python": platform.python_version()} | {package: version(package) for package in packages},
+    }
+
+
+def fingerprint_files(paths: Iterable[Path]) -> str:
+    """Changes with the names and the contents of files, not with their folder."""
+    digest = hashlib.sha256()
+    for path in sorted(paths):
+        with path.open("rb") as file:
+            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
 def leave_out(
@@ -144,13 +172,18 @@ def score(
     return metrics
 
 
+def describe_left_out(run: dict[str, Any]) -> list[str]:
+    """The line that a printed table has where something was left out."""
+    questions, records = run.get("left_out", 0), run.get("records_left_out", 0)
+    if not questions and not records:
+        return []
+    return [f"left out: {questions} questions, {records} records of the data set, listed in errors.jsonl"]
+
+
 def format_table(metrics: dict[str, Any]) -> str:
     """The figures with their intervals beside their wrong-image control and their chance level."""
     overall, intervals = metrics["overall"], metrics["intervals"]["overall"]
-    lines = [f"protocol: {metrics['run']['protocol']['name']}"]
-    questions, records = (metrics["run"].get(name, 0) for name in ("left_out", "records_left_out"))
-    if questions or records:
-        lines.append(f"left out: {questions} questions, {records} records of the data set, listed in errors.jsonl")
+    lines = [f"protocol: {metrics['run']['protocol']['name']}", *describe_left_out(metrics["run"])]
     lines += [f"{'':34}{'model':>9}{'95 % interval':>18}{'wrong image':>13}{'random':>9}"]
     for name, title in FIGURES.items():
         cells = [overall.get(name + suffix) for suffix in ("", "_wrong_image", "_random")]

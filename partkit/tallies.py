@@ -68,13 +68,20 @@ def summarise(tallies: Sequence[Tally]) -> Figures:
     >>> summarise([Tally({"span_f1": (0.5, 1)}), Tally({"span_f1": (0.5, 3)})])["span_f1"]
     0.25
     """
+    detections = _Detections(tallies)
+    return {
+        **ratio_figures(tallies, names=RATIO_FIGURES),
+        "ap50": detections.average_precision(np.ones(len(tallies))),
+    }
+
+
+def ratio_figures(tallies: Sequence[Tally], *, names: Sequence[str]) -> Figures:
+    """The named ratios of sums over questions; None where no question has anything to say to it."""
     figures: Figures = {}
-    for name in RATIO_FIGURES:
+    for name in names:
         ratios = [tally.ratios[name] for tally in tallies if name in tally.ratios]
         total = fsum(ratio[1] for ratio in ratios)
         figures[name] = (fsum(ratio[0] for ratio in ratios) / total if total else 0.0) if ratios else None
-    detections = _Detections(tallies)
-    figures["ap50"] = detections.average_precision(np.ones(len(tallies)))
     return figures
 
 
@@ -90,12 +97,31 @@ def resample(
         tallies: one per question.
         image_ids: the image that each question is about.
     """
+    weights = _draw(image_ids, resamples=resamples, seed=seed)
+    figures = _ratio_draws(tallies, weights, names=RATIO_FIGURES)
+    detections = _Detections(tallies)
+    if detections.true.any():
+        values = [detections.average_precision(row) for row in weights]
+        figures["ap50"] = np.array([np.nan if value is None else value for value in values])
+    return figures
+
+
+def ratio_draws(tallies: Sequence[Tally], image_ids: Sequence[str], *, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """The named ratios of each draw; as `resample` otherwise."""
+    return _ratio_draws(tallies, _draw(image_ids, resamples=RESAMPLES, seed=BOOTSTRAP_SEED), names=names)
+
+
+def _draw(image_ids: Sequence[str], *, resamples: int, seed: int) -> np.ndarray:
+    """(resamples, questions) how often each question is drawn, with its image."""
     images, image_of = np.unique(image_ids, return_inverse=True)
     n = len(images)
-    drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples).astype(float)
-    weights = drawn[:, image_of]  # (resamples, questions)
+    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples).astype(float)[:, image_of]
+
+
+def _ratio_draws(tallies: Sequence[Tally], weights: np.ndarray, *, names: Sequence[str]) -> dict[str, np.ndarray]:
     figures = {}
-    for name in RATIO_FIGURES:
+    resamples = len(weights)
+    for name in names:
         if not any(name in tally.ratios for tally in tallies):
             continue
         addends = np.array([tally.ratios.get(name, (0, 0)) for tally in tallies], dtype=float)  # (questions, 2)
@@ -103,10 +129,6 @@ def resample(
         asked = weights @ np.array([name in tally.ratios for tally in tallies], dtype=float)
         values = np.divide(numerator, denominator, out=np.zeros(resamples), where=denominator > 0)
         figures[name] = np.where(asked > 0, values, np.nan)
-    detections = _Detections(tallies)
-    if detections.true.any():
-        values = [detections.average_precision(row) for row in weights]
-        figures["ap50"] = np.array([np.nan if value is None else value for value in values])
     return figures
 
 

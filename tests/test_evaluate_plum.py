@@ -304,7 +304,7 @@ def test_a_file_of_answers_is_scored_without_a_model(question_set, tmp_path, cap
     assert json.loads((tmp_path / "other" / "metrics.json").read_text())["run"]["left_out"] == 1
     assert len((tmp_path / "other" / "errors.jsonl").read_text().splitlines()) == 2
     assert "left out: 1 questions" in capsys.readouterr().out
-    assert "1 question is left out" in (tmp_path / "other" / "report.html").read_text()
+    assert "Left out: 1 questions" in (tmp_path / "other" / "report.html").read_text()
 
 
 def test_the_ground_truth_scores_one_in_every_figure(question_set, tmp_path):
