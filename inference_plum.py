@@ -260,7 +260,7 @@ def segment_words(
     inputs = _encode(plum, image, [*messages, answer])
     inputs["labels"] = keep_last_answer(inputs["labels"])
     outputs = plum.model.segment(
-        **inputs, given_masks={ranges.index(place): torch.from_numpy(mask) for place, mask in given.items()}
+        **inputs, given_masks={ranges.index(place): torch.tensor(mask) for place, mask in given.items()}
     )
     return Reply(image, list(messages), text, outputs, given)
 

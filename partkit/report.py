@@ -24,7 +24,7 @@ from partkit.metrics import Pair, pair_by_id, question_ious, true_masks, true_pa
 from partkit.predictions import Prediction, SpanMask, write_whole
 from partkit.schema import Question
 
-__all__ = ["COLOURS", "FIGURES", "highlight", "overlay", "panel", "render_page", "write_report"]
+__all__ = ["COLOURS", "FIGURES", "highlight", "mask_opacity", "overlay", "panel", "render_page", "write_report"]
 
 # Told apart on photographs and by colour-blind readers (after Okabe and Ito), all dark enough for white text.
 COLOURS = (
@@ -100,12 +100,16 @@ def overlay(image: Image.Image, masks: Sequence[np.ndarray], *, colours: Sequenc
                 f"Expected masks of the image's (height, width) {(image.height, image.width)}, found {mask.shape} "
                 f"for mask {index}: resize the mask to the image."
             )
-        area = Image.fromarray(mask.astype(np.uint8) * 255)
-        inside = area.filter(ImageFilter.MinFilter(3))
-        edge = np.asarray(area) > np.asarray(inside)
-        alpha = np.where(edge, 255, np.where(mask, 140, 0)).astype(np.uint8)
-        drawn.paste(colours[index % len(colours)], mask=Image.fromarray(alpha))
+        drawn.paste(colours[index % len(colours)], mask=Image.fromarray(mask_opacity(mask)))
     return drawn
+
+
+def mask_opacity(mask: np.ndarray) -> np.ndarray:
+    """Opacity 0..255, uint8, of a mask as it is drawn: translucent inside, opaque along its edge."""
+    area = Image.fromarray(mask.astype(np.uint8) * 255)
+    inside = area.filter(ImageFilter.MinFilter(3))
+    edge = np.asarray(area) > np.asarray(inside)
+    return np.where(edge, 255, np.where(mask, 140, 0)).astype(np.uint8)
 
 
 def highlight(
