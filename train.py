@@ -32,7 +32,8 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from cards_plum import make_model_card, write_recipe
 from checkpoint_plum import check_checkpoint
@@ -425,16 +426,26 @@ def conversation_texts(records: Dataset | IterableDataset) -> list[str]:
 
 
 def find_checkpoint(args: PlumTrainingArguments) -> str | None:
-    """The checkpoint to resume from: a given folder, or the last of the output folder for `true`."""
+    """The checkpoint to resume from: a given folder, or the last whole one of the output folder for `true`."""
     wanted = args.resume_from_checkpoint or "false"
     if wanted.lower() not in ("true", "false"):
         return wanted
     if wanted.lower() == "false":
         return None
-    checkpoint = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
-    if checkpoint is None:
+    folders = Path(args.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+    whole = [folder for folder in folders if _is_whole(folder)]
+    if not whole:
         raise ValueError(f"resume_from_checkpoint is true but {args.output_dir} holds no checkpoint.")
-    return checkpoint
+    return str(max(whole, key=lambda folder: int(folder.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-"))))
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a checkpoint was saved to its end: the Trainer writes its state when all else is there."""
+    try:
+        json.loads((folder / TRAINER_STATE_NAME).read_text())
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def load_processor(arguments: ModelArguments) -> PlumProcessor | None:

@@ -9,6 +9,7 @@ import csv
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -451,6 +452,38 @@ def test_a_run_that_goes_on_from_the_middle_of_an_epoch_ends_bit_for_bit_as_if_n
         for name in ("whole", "killed")
     )
     assert whole == killed and len(whole) == 6
+
+
+KILLED_WHILE_SAVING = """
+import os, signal, sys
+import torch, train
+
+save, step = torch.save, sys.argv[1]
+
+def save_half(content, path, **options):
+    save(content, path, **options)
+    if f"checkpoint-{step}" in str(path) and str(path).endswith("optimizer.pt"):
+        os.truncate(path, os.path.getsize(path) // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+torch.save = save_half
+train.main(sys.argv[2:])
+"""
+
+
+def test_a_run_killed_while_it_saves_goes_on_from_the_last_whole_checkpoint(data_folder, trained, tmp_path):
+    options = base_options(data_folder, tmp_path) | {"model": trained, "max_steps": 2, "save_steps": 1, "seed": 3}
+    words = [str(word) for name in options for word in (f"--{name}", options[name])]
+    run = subprocess.run([sys.executable, "-c", KILLED_WHILE_SAVING, "2", *words], cwd=ROOT, capture_output=True)
+    assert run.returncode == -signal.SIGKILL, run.stderr
+    assert (tmp_path / "checkpoint-2" / "optimizer.pt").exists() and not (tmp_path / "model.safetensors").exists()
+    arguments = train.PlumTrainingArguments(str(tmp_path), resume_from_checkpoint="true", use_cpu=True)
+    assert train.find_checkpoint(arguments) == str(tmp_path / "checkpoint-1")
+    run_main(options | {"resume_from_checkpoint": True})
+    assert train.find_checkpoint(arguments) == str(tmp_path / "checkpoint-2")
+    run_main(options | {"output_dir": tmp_path / "unbroken"})
+    resumed, unbroken = (load_file(folder / "model.safetensors") for folder in (tmp_path, tmp_path / "unbroken"))
+    assert all(torch.equal(resumed[name], unbroken[name]) for name in unbroken)
 
 
 def test_resuming_without_a_checkpoint_is_an_error(trained, data_folder, tmp_path):
