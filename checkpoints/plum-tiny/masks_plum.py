@@ -1,0 +1,125 @@
+"""
+Masks of PLUM between their forms and frames, and the losses between them.
+
+A *low-res mask* has 4G x 4G logits in the frame of SAM's padded square input (G: side of SAM's image embedding in
+cells). Shapes: S masks, H/W pixels.
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+# Logit that stands for "certain" where a caller's binary mask takes the place of a predicted one.
+GIVEN_MASK_LOGIT = 10.0
+
+
+def to_binary_mask(mask, size: tuple[int, int]) -> np.ndarray:
+    """
+    A mask in any of the usual forms as a boolean array.
+
+    Args:
+        mask: Array, tensor or PIL image `(height, width)` (non-zero is inside); COCO RLE `{"size", "counts"}`; or a
+            list of polygons `[x0, y0, x1, y1, ...]` in pixels, united.
+        size: (height, width) of the image the mask belongs to.
+
+    Raises:
+        ValueError: The mask has another size than its image, or its RLE is damaged.
+    """
+    if isinstance(mask, (dict, list)):
+        mask = _decode_coco(mask, size)
+    mask = np.asarray(mask)
+    if mask.shape != tuple(size):
+        raise ValueError(f"A mask is {mask.shape} (height, width) but its image is {tuple(size)}; resize the mask.")
+    return mask != 0
+
+
+def _decode_coco(mask: dict | list, size: tuple[int, int]) -> np.ndarray:
+    from pycocotools import mask as coco_mask
+
+    if isinstance(mask, dict):
+        if list(mask["size"]) != list(size):
+            raise ValueError(f"An RLE mask has size {list(mask['size'])} (height, width) but its image {list(size)}.")
+        if isinstance(mask["counts"], list):
+            if any(run < 0 for run in mask["counts"]) or sum(mask["counts"]) != size[0] * size[1]:
+                raise ValueError(f"The runs of an RLE mask do not add up to {size[0]} x {size[1]} pixels.")
+            mask = coco_mask.frPyObjects(mask, *size)
+        try:
+            return coco_mask.decode(mask)
+        except ValueError as error:
+            raise ValueError(f"An RLE mask does not decode to {size[0]} x {size[1]} pixels: {error}") from error
+    if not mask or any(len(polygon) < 6 or len(polygon) % 2 for polygon in mask):
+        raise ValueError(f"A polygon needs at least three points, [x0, y0, x1, y1, x2, y2], found {mask}.")
+    return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(mask, *size)))
+
+
+def upscale_masks(
+    low_res_masks: torch.Tensor, sam_image_size: int, reshaped_size: tuple[int, int], original_size: tuple[int, int]
+) -> torch.Tensor:
+    """
+    Mask logits from SAM's low-res frame to the original image: upscale to the padded square, crop the padding, resize.
+
+    Args:
+        low_res_masks: `(S, 4G, 4G)` logits of one image.
+        sam_image_size: Side of SAM's padded square input in pixels.
+        reshaped_size: (height, width) of the resized image inside that square.
+        original_size: (height, width) of the image as given.
+
+    Returns:
+        `(S, height, width)` logits.
+    """
+    masks = F.interpolate(low_res_masks[:, None], (sam_image_size,) * 2, mode="bilinear", align_corners=False)
+    masks = masks[..., : reshaped_size[0], : reshaped_size[1]]
+    return F.interpolate(masks, tuple(original_size), mode="bilinear", align_corners=False)[:, 0]
+
+
+def downscale_mask(
+    mask: torch.Tensor, sam_image_size: int, reshaped_size: tuple[int, int], low_res_size: int
+) -> torch.Tensor:
+    """
+    A binary mask of an original image as low-res logits, the inverse of [`upscale_masks`].
+
+    Args:
+        mask: `(height, width)` bool or 0/1.
+        sam_image_size, reshaped_size: As in [`upscale_masks`].
+        low_res_size: Side 4G of the result.
+
+    Returns:
+        `(4G, 4G)` logits between -10 and 10.
+    """
+    mask = F.interpolate(mask[None, None].float(), tuple(reshaped_size), mode="bilinear", antialias=True)
+    mask = F.pad(mask, (0, sam_image_size - reshaped_size[1], 0, sam_image_size - reshaped_size[0]))
+    mask = F.interpolate(mask, (low_res_size,) * 2, mode="area")[0, 0]
+    return (2 * mask - 1) * GIVEN_MASK_LOGIT
+
+
+def focal_tversky_loss(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    false_negative_weight: float,
+    false_positive_weight: float,
+    gamma: float,
+) -> torch.Tensor:
+    """
+    `(1 - T) ** gamma`, `T = TP / (TP + a FN + b FP)` over soft probabilities (Abraham and Khan, arXiv 1810.07842).
+
+    Args:
+        logits, targets: `(S, H, W)`, targets 0/1.
+
+    Returns:
+        `(S,)` losses. The base of the power is kept above zero, where its gradient is infinite.
+    """
+    probabilities, targets = logits.sigmoid().flatten(1), targets.flatten(1)
+    true_positive = (probabilities * targets).sum(1)
+    false_negative = ((1 - probabilities) * targets).sum(1)
+    false_positive = (probabilities * (1 - targets)).sum(1)
+    weighted = true_positive + false_negative_weight * false_negative + false_positive_weight * false_positive
+    tversky_index = (true_positive + 1e-6) / (weighted + 1e-6)
+    return (1 - tversky_index).clamp(min=1e-7) ** gamma
+
+
+def dice_loss(logits: torch.Tensor, targets: torch.Tensor, scale: float = 1000.0) -> torch.Tensor:
+    """Soft dice loss `(S,)` of `(S, H, W)` logits and 0/1 targets; sums are divided by `scale` before adding 1e-6."""
+    probabilities, targets = logits.sigmoid().flatten(1), targets.flatten(1)
+    intersection = 2 * (probabilities * targets).sum(1) / scale
+    total = (probabilities.sum(1) + targets.sum(1)) / scale
+    return 1 - (intersection + 1e-6) / (total + 1e-6)

@@ -1,0 +1,1067 @@
+"""PLUM: a vision-language model that tags spans of its own plain-text answer and turns each into a mask.
+
+From "Partonomy: Large Multimodal Models with Part-Level Visual Understanding" (arXiv 2505.20759).
+
+    input_ids, image ──> vlm ──> hidden states H ──> lm_head ──> next token
+                                      │
+                                      ├──> span tagger (bidirectional) ──> O/B/I per token ──> spans
+                                      └──> span projector ──> mean over the span's tokens ──> query z
+                                                                                               │
+    image ──> SAM encoder ──> image embedding ──────────────────> SAM mask decoder <───────────┤
+                                                                    ▲       │                  │
+                                            dense prompt ───────────┘       └──> low-res mask ──> (next span)
+                                    (first span: "no mask"; later: mask feedback over the earlier masks)
+
+With `span_source="seg_token"` the model is the LISA-like baseline (arXiv 2308.00692): no tagger, but a special token
+`[SEG]` after each grounded phrase, whose hidden state alone is the span's. All else is the same.
+
+Words used throughout. A *tag* is the class O, B or I of one token. A *span* is a B token and the I tokens directly
+after it, written `[row, start, end)` in token positions. A *row* is one conversation of the batch. *Grid* is SAM's
+image embedding (G x G cells), a *low-res mask* has 4G x 4G logits in the frame of SAM's padded square input.
+
+Shapes. B rows, L tokens, S spans of the whole batch, N images, D language width, C SAM width, G grid side, H/W pixels.
+
+Deliberate differences from the authors' research code: conversations of one batch are decoded in lock-step; images
+may be shared between rows or be absent; FiLM's unused third projection is gone; the focal Tversky loss has finite
+gradients on perfect predictions; every loss can be normalised by counts of the global batch.
+"""
+
+import inspect
+import math
+from collections.abc import Callable
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedModel,
+    SamModel,
+)
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import ModelOutput
+
+try:
+    from .configuration_plum import PlumConfig
+    from .masks_plum import dice_loss, downscale_mask, focal_tversky_loss, upscale_masks
+    from .sharing_plum import GeneratedStates, pack_rows, shared_beginnings
+except ImportError:
+    if __package__:
+        raise
+    from configuration_plum import PlumConfig
+    from masks_plum import dice_loss, downscale_mask, focal_tversky_loss, upscale_masks
+    from sharing_plum import GeneratedStates, pack_rows, shared_beginnings
+
+TAG_OUTSIDE, TAG_BEGIN, TAG_INSIDE = 0, 1, 2
+IGNORE_INDEX = -100
+# Positions whose logits over the vocabulary are held at once where only their loss is asked for.
+LOGIT_ROWS = 256
+# Mask prompts that are decoded at once: on a CPU so many that their image cells number these, elsewhere these.
+CPU_CELLS_AT_ONCE = 16 * 16 * 16
+PROMPTS_AT_ONCE = 64
+
+
+@dataclass
+class PlumOutput(ModelOutput):
+    """
+    Output of [`PlumForConditionalGeneration.forward`].
+
+    Args:
+        loss (`torch.FloatTensor` of shape `(1,)`): Weighted sum of `losses`.
+        losses (`dict[str, torch.FloatTensor]`): The unweighted losses by name, each a scalar.
+        logits (`torch.FloatTensor` of shape `(B, L, vocab_size)`): Next-token logits.
+        span_logits (`torch.FloatTensor` of shape `(B, L, 3)`): Logits of O, B and I (see `tag_tokens`).
+        pred_masks (`torch.FloatTensor` of shape `(S, 4G, 4G)`): Low-res mask logits, one per span of `spans`.
+        iou_scores (`torch.FloatTensor` of shape `(S,)`): SAM's predicted IoU of each mask.
+        last_hidden_state (`torch.FloatTensor` of shape `(B, L, D)`): The language model's output after its final norm.
+    """
+
+    loss: torch.FloatTensor | None = None
+    losses: dict[str, torch.FloatTensor] | None = None
+    logits: torch.FloatTensor | None = None
+    span_logits: torch.FloatTensor | None = None
+    pred_masks: torch.FloatTensor | None = None
+    iou_scores: torch.FloatTensor | None = None
+    last_hidden_state: torch.FloatTensor | None = None
+
+
+@dataclass
+class PlumSegmentationOutput(ModelOutput):
+    """
+    Output of [`PlumForConditionalGeneration.segment`]; `PlumProcessor.post_process_segmentation` reads it.
+
+    Args:
+        sequences (`torch.LongTensor` of shape `(B, L)`): Prompt and answer.
+        answer_mask (`torch.BoolTensor` of shape `(B, L)`): Tokens of the answer, special tokens left out.
+        span_logits (`torch.FloatTensor` of shape `(B, L, 3)`): Logits of O, B and I.
+        spans (`torch.LongTensor` of shape `(S, 3)`): The spans `[row, start, end)`, rows ascending.
+        tag_scores (`torch.FloatTensor` of shape `(S,)`):
+            Mean probability of "not O" over the span's tokens; 1 for spans that the caller gave.
+        pred_masks (`torch.FloatTensor` of shape `(S, 4G, 4G)`): Low-res mask logits.
+        iou_scores (`torch.FloatTensor` of shape `(S,)`): SAM's predicted IoU; 1 for masks that the caller gave.
+        sam_image_index (`torch.LongTensor` of shape `(B,)`): Image of each row, -1 for none.
+        original_sizes, reshaped_input_sizes (`torch.LongTensor` of shape `(N, 2)`):
+            (height, width) in pixels of the images as given and as resized for SAM before padding.
+    """
+
+    sequences: torch.LongTensor | None = None
+    answer_mask: torch.BoolTensor | None = None
+    span_logits: torch.FloatTensor | None = None
+    spans: torch.LongTensor | None = None
+    tag_scores: torch.FloatTensor | None = None
+    pred_masks: torch.FloatTensor | None = None
+    iou_scores: torch.FloatTensor | None = None
+    sam_image_index: torch.LongTensor | None = None
+    original_sizes: torch.LongTensor | None = None
+    reshaped_input_sizes: torch.LongTensor | None = None
+
+
+def decode_spans(tags: torch.LongTensor, answer_mask: torch.BoolTensor | None = None) -> torch.LongTensor:
+    """
+    Spans of BIO tags: a B and the I's directly after it; an I without an open span is ignored.
+
+    Args:
+        tags: `(B, L)` with 0 = O, 1 = B, 2 = I.
+        answer_mask: `(B, L)`; positions outside count as O.
+
+    Returns:
+        `(S, 3)` rows `[row, start, end)`, in order of row and start.
+    """
+    if answer_mask is not None:
+        tags = tags.masked_fill(~answer_mask, TAG_OUTSIDE)
+    rows, starts = (tags == TAG_BEGIN).nonzero(as_tuple=True)
+    # The span of a B ends at the first later position that is not I.
+    position = torch.arange(tags.shape[1] + 1, device=tags.device)
+    not_inside = F.pad(tags != TAG_INSIDE, (0, 1), value=True)
+    is_end = not_inside[rows] & (position[None] > starts[:, None])
+    return torch.stack([rows, starts, is_end.int().argmax(dim=1)], dim=1)
+
+
+def sincos_position_embedding(grid_size: int, width: int) -> torch.Tensor:
+    """Fixed 2D sine-cosine embedding `(1, G, G, width)` (as in ViT-MAE, arXiv 2111.06377), amplitude 0.5."""
+    frequencies = 10000.0 ** (-torch.arange(width // 4) / (width // 4))
+    angles = torch.arange(grid_size)[:, None] * frequencies  # (G, width/4)
+    axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # (G, width/2)
+    rows = axis[:, None].expand(-1, grid_size, -1)
+    columns = axis[None].expand(grid_size, -1, -1)
+    return 0.5 * torch.cat([rows, columns], dim=-1)[None]
+
+
+@contextmanager
+def recorded_inputs(module: nn.Module):
+    """The keyword arguments of the module's next call, in a dictionary that is filled when it is called."""
+    inputs = {}
+    handle = module.register_forward_pre_hook(lambda _, args, kwargs: inputs.update(kwargs), with_kwargs=True)
+    try:
+        yield inputs
+    finally:
+        handle.remove()
+
+
+class PlumSpanTagger(nn.Module):
+    """O/B/I logits per token: a bidirectional post-norm encoder over the hidden states, then a small classifier."""
+
+    def __init__(self, config: PlumConfig):
+        super().__init__()
+        width = config.vlm_config.get_text_config().hidden_size
+        self.layers = nn.ModuleList(
+            nn.TransformerEncoderLayer(
+                width,
+                config.span_tagger_num_heads,
+                config.span_tagger_intermediate_size,
+                dropout=0.0,
+                batch_first=True,
+            )
+            for _ in range(config.span_tagger_num_layers)
+        )
+        self.classifier = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 3))
+
+    def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        """`(B, L, D)` hidden states and `(B, L)` mask (1 = real token) to `(B, L, 3)` logits."""
+        padding_mask = None if attention_mask is None else attention_mask == 0
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, src_key_padding_mask=padding_mask)
+        return self.classifier(hidden_states)
+
+
+class PlumMaskFeedback(nn.Module):
+    """
+    The dense prompt of a span, made from the masks of the earlier spans of its conversation.
+
+    Each earlier mask runs through SAM's own mask embedding (passed in, so the weights exist once), modulated by that
+    span's query before each activation (FiLM, arXiv 1709.07871); then, per grid cell, a learned query attends over
+    the earlier masks.
+    """
+
+    def __init__(self, config: PlumConfig):
+        super().__init__()
+        width = config.sam_config.vision_config.output_channels
+        channels = config.sam_config.prompt_encoder_config.mask_input_channels
+        self.num_heads = config.mask_feedback_num_heads
+        self.film = nn.ModuleList([nn.Linear(width, 2 * channels // 4), nn.Linear(width, 2 * channels)])
+        self.queries = nn.Parameter(torch.empty(config.sam_grid_size**2, width))
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
+
+    def embed(
+        self, masks: torch.Tensor, span_queries: torch.Tensor, positions: torch.Tensor, mask_embed: nn.Module
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Keys and values of masks, computed once for each span and used by every later one.
+
+        Args:
+            masks: `(n, 4G, 4G)` low-res logits.
+            span_queries: `(n, C)` queries of the spans they belong to.
+            positions: `(1, C, G, G)` SAM's dense positional embedding.
+            mask_embed: SAM's `prompt_encoder.mask_embed`.
+
+        Returns:
+            Keys and values, each `(n, G*G, C)`.
+        """
+        hidden_states = mask_embed.layer_norm1(mask_embed.conv1(masks[:, None]))
+        hidden_states = mask_embed.activation(self._modulate(hidden_states, self.film[0](span_queries)))
+        hidden_states = mask_embed.layer_norm2(mask_embed.conv2(hidden_states))
+        hidden_states = mask_embed.activation(self._modulate(hidden_states, self.film[1](span_queries)))
+        hidden_states = mask_embed.conv3(hidden_states) + positions  # (n, C, G, G)
+        hidden_states = hidden_states.flatten(2).transpose(1, 2)  # (n, G*G, C)
+        return self.k_proj(hidden_states), self.v_proj(hidden_states)
+
+    @staticmethod
+    def _modulate(hidden_states: torch.Tensor, film: torch.Tensor) -> torch.Tensor:
+        scale, shift = film[..., None, None].chunk(2, dim=1)
+        return hidden_states * (1 + scale) + shift
+
+    def forward(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """Keys and values `(n, T, G*G, C)` of T earlier masks each to dense prompts `(n, C, G, G)`."""
+        rows, earlier, cells, width = keys.shape
+        by_head = (rows, earlier, cells, self.num_heads, width // self.num_heads)
+        queries = self.q_proj(self.queries).view(by_head[2:])  # (G*G, heads, C/heads)
+        scores = (queries * keys.view(by_head)).sum(-1) / math.sqrt(by_head[-1])  # (n, T, G*G, heads)
+        attended = (scores.softmax(dim=1)[..., None] * values.view(by_head)).sum(dim=1)
+        dense = self.out_proj(attended.flatten(2))  # (n, G*G, C)
+        grid = math.isqrt(cells)
+        return dense.transpose(1, 2).unflatten(2, (grid, grid))
+
+
+class PlumPreTrainedModel(PreTrainedModel):
+    config: PlumConfig
+    base_model_prefix = "plum"
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, PlumMaskFeedback):
+            init.normal_(module.queries, std=self.config.initializer_range)
+
+
+def _load_whole(auto_class, folder: str, config, dtype) -> PreTrainedModel:
+    """A pretrained model; `ValueError` if any of its weights is not in the checkpoint."""
+    model, report = auto_class.from_pretrained(folder, config=config, dtype=dtype, output_loading_info=True)
+    absent = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
+    if absent:
+        raise ValueError(
+            f"{folder} lacks {len(absent)} tensors of a {config.model_type!r} model or holds them in another shape: "
+            f"{', '.join(absent[:5])}{' ...' if len(absent) > 5 else ''}."
+        )
+    return model
+
+
+class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
+    """A vision-language model with a span tagger, a span projector, mask feedback and a SAM."""
+
+    # Every loss below is normalised by its own count, so the Trainer must not divide again.
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: PlumConfig):
+        super().__init__(config)
+        text_width = config.vlm_config.get_text_config().hidden_size
+        sam_width = config.sam_config.vision_config.output_channels
+        self.vlm = AutoModelForImageTextToText.from_config(config.vlm_config)
+        if not isinstance(getattr(self.vlm, "model", None), PreTrainedModel):
+            raise ValueError(
+                f"vlm_config is a {config.vlm_config.model_type!r} model, and {type(self.vlm).__name__} has no model "
+                "without language-modeling head, whose hidden states PLUM tags; choose another family."
+            )
+        self.sam = SamModel(config.sam_config)
+        self.span_tagger = PlumSpanTagger(config) if config.span_source == "tagger" else None
+        self.span_projector = nn.Sequential(
+            nn.Linear(text_width, text_width), nn.ReLU(), nn.Linear(text_width, sam_width)
+        )
+        self.mask_feedback = PlumMaskFeedback(config) if config.mask_feedback else None
+        self.post_init()
+
+    @classmethod
+    def from_backbones(
+        cls, vlm: str, sam: str, *, dtype: str | torch.dtype = "auto", **plum_options
+    ) -> "PlumForConditionalGeneration":
+        """
+        A PLUM of a pretrained vision-language model and a pretrained SAM, fresh only in what is PLUM's own: span
+        tagger, span projector and mask feedback. `PlumProcessor.from_backbones` makes the processor.
+
+        Args:
+            vlm: Folder or Hub name of an image-text-to-text model, such as `llava-hf/llava-1.5-7b-hf`.
+            sam: Folder or Hub name of a SAM, such as `facebook/sam-vit-huge`.
+            dtype: Precision of all weights; `"auto"` takes that of the vision-language model.
+            plum_options: Further fields of [`PlumConfig`].
+
+        Raises:
+            ValueError: A backbone of another kind or that does not fit (before any weight is read), or that lacks
+                weights.
+        """
+        vlm_config, sam_config = AutoConfig.from_pretrained(vlm), AutoConfig.from_pretrained(sam)
+        if sam_config.model_type != "sam":
+            raise ValueError(f"{sam} holds a {sam_config.model_type!r} model, expected 'sam'.")
+        with torch.device("meta"):
+            model = cls(cls.config_class(vlm_config=vlm_config, sam_config=sam_config, **plum_options))
+        config = model.config
+        model.vlm = _load_whole(AutoModelForImageTextToText, vlm, config.vlm_config, dtype)
+        model.sam = _load_whole(SamModel, sam, config.sam_config, model.vlm.dtype)
+        model.generation_config = model.vlm.generation_config
+        for module in (model.span_tagger, model.span_projector, model.mask_feedback):
+            if module is not None:
+                module.to_empty(device=model.vlm.device).to(model.vlm.dtype).apply(model._init_weights)
+        config.dtype = model.vlm.dtype
+        return model.eval()
+
+    def initialize_weights(self):
+        """As in transformers, but with positions that a SAM can learn from when it starts without weights."""
+        super().initialize_weights()
+        # transformers draws the Gaussian matrix with a standard deviation of hundreds, which makes neighbouring cells
+        # orthogonal, and starts the encoder's absolute positions at zero. Loaded tensors are left alone by `init`.
+        with torch.no_grad():
+            for embedding in (self.sam.shared_image_embedding, self.sam.prompt_encoder.shared_embedding):
+                init.normal_(embedding.positional_embedding, std=1.0)
+            encoder = self.sam.vision_encoder
+            if encoder.pos_embed is not None:
+                init.copy_(encoder.pos_embed, sincos_position_embedding(*encoder.pos_embed.shape[2:]))
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.vlm.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.vlm.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.vlm.get_output_embeddings()
+
+    def enable_input_require_grads(self):
+        """As in transformers, but for words alone: frozen image encoders would keep activations for no gradient."""
+        self.vlm.get_decoder().enable_input_require_grads()
+
+    def disable_input_require_grads(self):
+        self.vlm.get_decoder().disable_input_require_grads()
+
+    def save_pretrained(self, save_directory, save_original_format: bool = False, **kwargs):
+        """
+        As in transformers; but parameter names are saved as they are. Renamed to the vision-language model's own older
+        format they would not be found again by a Trainer that resumes.
+        """
+        # transformers records one auto class per model; this one answers to two.
+        auto_map = getattr(self.config, "auto_map", None) or {}
+        self.config.auto_map = auto_map | {"AutoModelForImageTextToText": f"modeling_plum.{type(self).__name__}"}
+        super().save_pretrained(save_directory, save_original_format=save_original_format, **kwargs)
+
+    # ------------------------------------------------------------------ images
+
+    def get_image_embeddings(self, sam_pixel_values: torch.Tensor) -> torch.Tensor:
+        """SAM's encoder: `(N, 3, image_size, image_size)` pixels to `(N, C, G, G)` embeddings."""
+        return self.sam.vision_encoder(sam_pixel_values.to(self.sam.vision_encoder.dtype)).last_hidden_state
+
+    def get_vlm_image_features(self, image_token_counts: list[int], **image_inputs) -> list[torch.Tensor] | None:
+        """
+        What the vision-language model sees of images, to be kept and given as `vlm_image_features` wherever they are
+        asked about.
+
+        Args:
+            image_token_counts: Placeholder tokens of each image.
+            image_inputs: `sam_image_embeddings` where the model looks through SAM, else the inputs that the
+                vision-language model takes for these images.
+
+        Returns:
+            `(image tokens, D)` features of each image; `None` for a family that takes more from an image than these.
+        """
+        if self.config.vlm_image_input == "sam_image_embeddings":
+            embeddings = image_inputs["sam_image_embeddings"].to(self.vlm.dtype)
+            outputs = self.vlm.model.get_image_features(embeddings, return_dict=True)
+        else:
+            if "mm_encoder_outputs" not in inspect.signature(self.vlm.model.forward).parameters:
+                return None
+            taken = inspect.signature(self.vlm.model.get_image_features).parameters
+            inputs = {name: value for name, value in image_inputs.items() if name in taken}
+            inputs["pixel_values"] = inputs["pixel_values"].to(self.vlm.dtype)
+            outputs = self.vlm.model.get_image_features(**inputs, return_dict=True)
+            if set(outputs) - {"last_hidden_state", "pooler_output", "hidden_states", "attentions"}:
+                return None
+        features = torch.cat([feature.flatten(0, -2) for feature in outputs.pooler_output])
+        if len(features) != sum(image_token_counts):
+            raise ValueError(
+                f"Image features and image tokens do not match: {len(image_token_counts)} images have {len(features)} "
+                f"features and {sum(image_token_counts)} image tokens; set the processor's num_image_tokens right."
+            )
+        return list(features.split(image_token_counts))
+
+    def _resolve_images(
+        self,
+        input_ids,
+        pixel_values,
+        sam_pixel_values,
+        sam_image_embeddings,
+        sam_image_index,
+        vlm_image_features=None,
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor | None, torch.Tensor]:
+        """The vision-language model's image inputs, SAM's embeddings and the image of each row."""
+        if sam_image_embeddings is None and sam_pixel_values is not None and len(sam_pixel_values):
+            sam_image_embeddings = self.get_image_embeddings(sam_pixel_values)
+        if sam_image_index is None:
+            count = 0 if sam_image_embeddings is None else len(sam_image_embeddings)
+            if count not in (0, len(input_ids)):
+                raise ValueError(
+                    f"Found {count} images for {len(input_ids)} rows; pass sam_image_index (B,) with the image of "
+                    "each row, -1 for none."
+                )
+            rows = torch.arange(len(input_ids), device=input_ids.device)
+            sam_image_index = rows if count else torch.full_like(rows, -1)
+        vlm_inputs = {}
+        if self.config.vlm_image_input == "sam_image_embeddings":
+            if sam_image_embeddings is not None:
+                vlm_inputs["inputs_embeds"] = self._embed_with_images(
+                    input_ids, sam_image_embeddings, sam_image_index, vlm_image_features
+                )
+        elif vlm_image_features is not None:
+            vlm_inputs["mm_encoder_outputs"] = {"image": self._repeat_for_rows(vlm_image_features, sam_image_index)}
+        elif pixel_values is not None and len(pixel_values):
+            vlm_inputs["pixel_values"] = pixel_values.to(self.vlm.dtype)
+        return vlm_inputs, sam_image_embeddings, sam_image_index
+
+    @staticmethod
+    def _repeat_for_rows(vlm_image_features, sam_image_index) -> BaseModelOutputWithPooling:
+        """Features of each row's image, in the form in which the vision-language model takes them ready-made."""
+        of_rows = [vlm_image_features[image] for image in sam_image_index.tolist() if image >= 0]
+        return BaseModelOutputWithPooling(pooler_output=of_rows)
+
+    def _embed_with_images(self, input_ids, sam_image_embeddings, sam_image_index, features=None) -> torch.Tensor:
+        """
+        Input embeddings `(B, L, D)` with the features of each row's image in its placeholders. The vision tower sees
+        an image once, however many rows ask about it.
+        """
+        placeholders = input_ids == self.config.vlm_config.image_token_id
+        if features is None:
+            outputs = self.vlm.model.get_image_features(sam_image_embeddings.to(self.vlm.dtype), return_dict=True)
+            features = list(outputs.pooler_output)
+        features = torch.stack(features)[sam_image_index[sam_image_index >= 0]]
+        if placeholders.sum() != features.shape[:2].numel():
+            raise ValueError(
+                f"Image features and image tokens do not match: {len(features)} rows with an image have "
+                f"{features.shape[1]} features each, found {int(placeholders.sum())} image tokens; set the "
+                f"processor's num_image_tokens to {features.shape[1]}."
+            )
+        embeddings = self.get_input_embeddings()(input_ids)
+        return embeddings.masked_scatter(placeholders[..., None], features.to(embeddings))
+
+    # ---------------------------------------------------------------- training
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        span_labels: torch.LongTensor | None = None,
+        sam_pixel_values: torch.FloatTensor | None = None,
+        sam_image_embeddings: torch.FloatTensor | None = None,
+        sam_image_index: torch.LongTensor | None = None,
+        spans: torch.LongTensor | None = None,
+        mask_labels: list[torch.Tensor] | None = None,
+        original_sizes: torch.LongTensor | None = None,
+        reshaped_input_sizes: torch.LongTensor | None = None,
+        teacher: Callable[..., ModelOutput] | None = None,
+        loss_counts: dict[str, torch.Tensor] | None = None,
+        **vlm_inputs,
+    ) -> PlumOutput:
+        r"""
+        One pass over prompts and answers, with every loss whose labels are given.
+
+        Args:
+            input_ids, attention_mask (`(B, L)`): Tokens; image placeholders are already expanded by the processor.
+            pixel_values: Images for the vision-language model, in order of their placeholders.
+            labels (`(B, L)`): Tokens of the answers, -100 elsewhere; not shifted.
+            span_labels (`(B, L)`): 0 = O, 1 = B, 2 = I, -100 where unsupervised.
+            sam_pixel_values (`(N, 3, image_size, image_size)`): Images for SAM.
+            sam_image_embeddings (`(N, C, G, G)`): Given instead of `sam_pixel_values`.
+            sam_image_index (`(B,)`): The image of each row, -1 for none. Default: image i belongs to row i.
+            spans (`(S, 3)`): Spans `[row, start, end)` to segment, rows ascending, in the order of the conversation.
+            mask_labels (S tensors `(H, W)`, 0/1): The mask of each span, at the original size of its image.
+            original_sizes, reshaped_input_sizes (`(N, 2)`): (height, width) in pixels, as the processor returns them.
+            teacher: The frozen language model that the span tokens are held to. Called, without gradients, with the
+                inputs that the language model of this model gets, its input embeddings among them.
+            loss_counts: Divisors of the losses (see [`count_loss_items`]), for batches that are only part of a larger
+                one (gradient accumulation, several processes). Default: the counts of this batch.
+            vlm_inputs: Further inputs of the vision-language model.
+        """
+        image_inputs, sam_image_embeddings, sam_image_index = self._resolve_images(
+            input_ids, pixel_values, sam_pixel_values, sam_image_embeddings, sam_image_index
+        )
+        with nullcontext() if teacher is None else recorded_inputs(self.vlm.get_decoder()) as language_inputs:
+            hidden_states = self._run_language_model(input_ids, attention_mask, **image_inputs, **vlm_inputs)
+        logits = self.get_output_embeddings()(hidden_states)
+        span_logits = self.tag_tokens(input_ids, hidden_states, attention_mask)
+        pred_masks = iou_scores = None
+        if spans is not None and len(spans):
+            pred_masks, iou_scores = self.decode_masks(hidden_states, spans, sam_image_embeddings, sam_image_index)
+
+        counts = loss_counts or self.count_loss_items(labels, span_labels, spans, mask_labels)
+        losses = {}
+        if labels is not None:
+            losses["language_modeling"] = self._language_modeling_loss(logits, labels, counts["tokens"])
+        if span_labels is not None and self.span_tagger is not None:
+            losses["span_tagging"] = self._span_tagging_loss(span_logits, span_labels, counts["tag_weight"])
+        if mask_labels is not None:
+            image_of_span = sam_image_index[spans[:, 0]] if len(mask_labels) else None
+            sizes = (original_sizes, reshaped_input_sizes)
+            losses |= self._mask_losses(pred_masks, iou_scores, mask_labels, image_of_span, sizes, counts["masks"])
+        if teacher is not None:
+            losses["teacher_kl"] = self._teacher_loss(hidden_states, teacher, language_inputs, spans, counts["spans"])
+        weights = self.loss_weights
+        return PlumOutput(
+            loss=sum(weights[name] * value for name, value in losses.items()) if losses else None,
+            losses=losses or None,
+            logits=logits,
+            span_logits=span_logits,
+            pred_masks=pred_masks,
+            iou_scores=iou_scores,
+            last_hidden_state=hidden_states,
+        )
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        """Weight of each named loss in the total."""
+        return {
+            "language_modeling": self.config.language_modeling_loss_weight,
+            "span_tagging": self.config.span_loss_weight,
+            "mask_overlap": self.config.mask_overlap_loss_weight,
+            "mask_bce": self.config.mask_bce_loss_weight,
+            "mask_iou": self.config.mask_iou_loss_weight,
+            "teacher_kl": self.config.teacher_kl_loss_weight,
+        }
+
+    def count_loss_items(self, labels=None, span_labels=None, spans=None, mask_labels=None) -> dict[str, torch.Tensor]:
+        """
+        What each loss of a batch is divided by: target tokens, summed class weight of the supervised tags, masks,
+        spans. The counts of several batches may be added and given to [`forward`] as `loss_counts`.
+        """
+        counts = {
+            "tokens": torch.zeros(()) if labels is None else (labels[:, 1:] != IGNORE_INDEX).sum(),
+            "tag_weight": torch.zeros(()),
+            "masks": torch.tensor(float(len(mask_labels or []))),
+            "spans": torch.tensor(0.0 if spans is None else float(len(spans))),
+        }
+        if span_labels is not None:
+            targets = self._span_targets(span_labels)
+            class_weights = torch.tensor([*self.config.span_class_weights, 0.0], device=targets.device)
+            counts["tag_weight"] = class_weights[targets].sum()  # index -1 is the zero that stands for "ignored"
+        return {name: value.float() for name, value in counts.items()}
+
+    def _span_targets(self, span_labels: torch.Tensor) -> torch.Tensor:
+        """Targets 0/1/2 or -1 (ignored) according to `span_loss_scope`."""
+        if self.config.span_loss_scope == "answer":
+            return span_labels.clamp(min=-1)
+        has_span = (span_labels > TAG_OUTSIDE).any(dim=1, keepdim=True)
+        return torch.where(has_span, span_labels.clamp(min=TAG_OUTSIDE), -1)
+
+    def _run_language_model(self, input_ids, attention_mask, **vlm_inputs) -> torch.Tensor:
+        """Hidden states `(B, L, D)` after the language model's final norm; they line up with `input_ids`."""
+        if "inputs_embeds" not in vlm_inputs:
+            vlm_inputs["input_ids"] = input_ids
+        outputs = self.vlm.model(attention_mask=attention_mask, use_cache=False, **vlm_inputs)
+        hidden_states = outputs.last_hidden_state
+        if hidden_states.shape[:2] != input_ids.shape:
+            raise ValueError(
+                f"{type(self.vlm).__name__} returns {tuple(hidden_states.shape[:2])} hidden states for input_ids of "
+                f"shape {tuple(input_ids.shape)}; PLUM needs a family with one for each token."
+            )
+        return hidden_states
+
+    def tag_tokens(
+        self, input_ids: torch.LongTensor, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """
+        O/B/I logits `(B, L, 3)`, from the span tagger. With `span_source="seg_token"` the tokens say it themselves:
+        the special token is a B, with certainty, and every other token an O.
+        """
+        if self.span_tagger is not None:
+            return self.span_tagger(hidden_states, attention_mask)
+        tags = torch.where(input_ids == self.config.seg_token_id, TAG_BEGIN, TAG_OUTSIDE)
+        return F.one_hot(tags, num_classes=3).to(hidden_states.dtype).log()
+
+    def _language_modeling_loss(self, logits, labels, count) -> torch.Tensor:
+        loss = F.cross_entropy(
+            logits[:, :-1].flatten(0, 1).float(),
+            labels[:, 1:].flatten(),
+            ignore_index=IGNORE_INDEX,
+            reduction="sum",
+        )
+        return loss / count.to(loss).clamp(min=1)
+
+    def _span_tagging_loss(self, span_logits, span_labels, count) -> torch.Tensor:
+        loss = F.cross_entropy(
+            span_logits.flatten(0, 1).float(),
+            self._span_targets(span_labels).flatten(),
+            weight=torch.tensor(self.config.span_class_weights, device=span_logits.device),
+            ignore_index=-1,
+            reduction="sum",
+        )
+        return loss / count.to(loss).clamp(min=1e-6)
+
+    def _mask_losses(self, pred_masks, iou_scores, mask_labels, image_of_span, sizes, count):
+        """Overlap, cross-entropy and IoU-prediction losses at the original resolution, sums divided by `count`."""
+        names = ("mask_overlap", "mask_bce", "mask_iou")
+        if not mask_labels:
+            return dict.fromkeys(names, torch.zeros((), device=self.device))
+        if len(mask_labels) != len(pred_masks):
+            raise ValueError(f"Found {len(mask_labels)} mask_labels for {len(pred_masks)} spans; give one mask each.")
+        config = self.config
+        totals = dict.fromkeys(names, 0.0)
+        # Spans of images that share their sizes are taken together: one group for a data set of one size.
+        size_of_span = torch.cat(sizes, dim=1)[image_of_span]
+        for size in size_of_span.unique(dim=0):
+            members = (size_of_span == size).all(dim=1).nonzero()[:, 0]
+            original, reshaped = size[:2].tolist(), size[2:].tolist()
+            logits = upscale_masks(
+                pred_masks[members].float(), config.sam_config.vision_config.image_size, reshaped, original
+            )
+            targets = [mask_labels[i] for i in members.tolist()]
+            wrong = next((t for t in targets if list(t.shape) != original), None)
+            if wrong is not None:
+                raise ValueError(f"A mask label is {tuple(wrong.shape)} pixels but its image is {tuple(original)}.")
+            targets = torch.stack(targets).to(logits)
+            if config.mask_overlap_loss == "dice":
+                overlap = dice_loss(logits, targets)
+            else:
+                overlap = focal_tversky_loss(
+                    logits,
+                    targets,
+                    config.tversky_false_negative_weight,
+                    config.tversky_false_positive_weight,
+                    config.tversky_focal_exponent,
+                )
+            bce = F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(dim=(1, 2))
+            predicted, actual = logits.detach() > 0, targets > 0.5
+            union = (predicted | actual).sum(dim=(1, 2)).clamp(min=1)
+            iou = (predicted & actual).sum(dim=(1, 2)) / union
+            totals["mask_overlap"] += overlap.sum()
+            totals["mask_bce"] += bce.sum()
+            totals["mask_iou"] += (iou_scores[members].float() - iou).square().sum()
+        return {name: total / count.to(total).clamp(min=1) for name, total in totals.items()}
+
+    def _teacher_loss(self, hidden_states, teacher, language_inputs, spans, count) -> torch.Tensor:
+        """KL of two Gaussians of equal variance around the hidden states, averaged over each span, then over spans."""
+        if spans is None or not len(spans):
+            return hidden_states.new_zeros(())
+        with torch.no_grad():
+            teacher_hidden_states = teacher(**language_inputs).last_hidden_state
+        squared = (hidden_states.float() - teacher_hidden_states.float()).square().mean(dim=-1, keepdim=True)
+        loss = 0.5 / self.config.teacher_kl_sigma**2 * self._mean_over_spans(squared, spans).sum()
+        return loss / count.to(loss).clamp(min=1)
+
+    # ------------------------------------------------------------------- masks
+
+    @staticmethod
+    def _mean_over_spans(states: torch.Tensor, spans: torch.LongTensor) -> torch.Tensor:
+        """`(B, L, D)` token states to `(S, D)` means over each span's tokens."""
+        rows, starts, ends = spans.unbind(dim=1)
+        position = torch.arange(states.shape[1], device=states.device)
+        inside = (position >= starts[:, None]) & (position < ends[:, None])  # (S, L)
+        weights = inside / (ends - starts)[:, None]
+        return torch.einsum("sl,sld->sd", weights.to(states.dtype), states[rows])
+
+    def decode_masks(
+        self,
+        hidden_states: torch.Tensor,
+        spans: torch.LongTensor,
+        sam_image_embeddings: torch.Tensor,
+        sam_image_index: torch.LongTensor,
+        given_masks: dict[int, torch.Tensor] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Masks of spans, conversations in lock-step: step t decodes the t-th span of every row that has one.
+
+        Args:
+            hidden_states: `(B, L, D)`.
+            spans: `(S, 3)` rows `[row, start, end)`, rows ascending.
+            sam_image_embeddings, sam_image_index: As in [`forward`].
+            given_masks: Low-res logits `(4G, 4G)` by span index, which stand in for the prediction of that span.
+
+        Returns:
+            `(S, 4G, 4G)` low-res logits and `(S,)` predicted IoUs.
+        """
+        rows = spans[:, 0].contiguous()
+        images = sam_image_index[rows]
+        self._check_spans(rows, images, sam_image_embeddings)
+        # The mask branch stays in the precision of its weights: bfloat16 autocast costs it visible accuracy.
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            dtype = self.sam.mask_decoder.iou_token.weight.dtype
+            projected = self.span_projector(hidden_states.to(next(self.span_projector.parameters()).dtype))
+            queries = self._mean_over_spans(projected, spans).to(dtype)  # (S, C)
+            embeddings = sam_image_embeddings.to(dtype)
+            positions = self.sam.get_image_wide_positional_embeddings().to(dtype)  # (1, C, G, G)
+            if self.mask_feedback is None and not given_masks:
+                return self._decode_step(queries, images, embeddings, positions, self._no_mask_prompt(len(spans)))
+            return self._decode_in_lock_step(queries, rows, images, embeddings, positions, given_masks or {})
+
+    def _check_spans(self, rows, images, sam_image_embeddings):
+        if (rows[1:] < rows[:-1]).any():
+            raise ValueError(f"Spans must be sorted by row, found rows {rows.tolist()}.")
+        if sam_image_embeddings is None or (images < 0).any():
+            missing = rows.tolist() if sam_image_embeddings is None else rows[images < 0].tolist()
+            raise ValueError(f"Rows {sorted(set(missing))} have spans to segment but no image.")
+
+    def _no_mask_prompt(self, count: int) -> torch.Tensor:
+        grid = self.config.sam_grid_size
+        return self.sam.prompt_encoder.no_mask_embed.weight[..., None, None].expand(count, -1, grid, grid)
+
+    def _decode_step(self, queries, images, embeddings, positions, dense) -> tuple[torch.Tensor, torch.Tensor]:
+        """SAM's mask decoder with one sparse and one dense prompt each: `(n, 4G, 4G)` logits, `(n,)` IoUs."""
+        # A batch saves time while its images fit the caches of a CPU; 16 prompts at once on a grid of 64 x 64 take
+        # twice as long as one by one.
+        on_cpu = queries.device.type == "cpu"
+        chunk = max(1, CPU_CELLS_AT_ONCE // self.config.sam_grid_size**2) if on_cpu else PROMPTS_AT_ONCE
+        masks, iou_scores = [], []
+        for start in range(0, len(queries), chunk):
+            members = slice(start, start + chunk)
+            decoded, scores = self.sam.mask_decoder(
+                embeddings[images[members]],
+                image_positional_embeddings=positions.expand(len(queries[members]), -1, -1, -1),
+                sparse_prompt_embeddings=queries[members, None, None],  # (n, 1, 1, C): one point prompt each
+                dense_prompt_embeddings=dense[members],
+                multimask_output=False,
+            )
+            masks.append(decoded[:, 0, 0])
+            iou_scores.append(scores[:, 0, 0])
+        return torch.cat(masks), torch.cat(iou_scores)
+
+    def _decode_in_lock_step(self, queries, rows, images, embeddings, positions, given_masks):
+        first = torch.searchsorted(rows, rows)  # index of the first span of the same row
+        step = torch.arange(len(rows), device=rows.device) - first
+        last_step = step[torch.searchsorted(rows, rows, right=True) - 1]
+        masks, iou_scores, members_of_step = [], [], []
+        keys, values = None, None  # (n, t, G*G, C) of the earlier masks of the rows that go on
+        for t in range(int(step.max()) + 1):
+            members = (step == t).nonzero()[:, 0]
+            dense = self._no_mask_prompt(len(members))
+            if keys is not None:
+                dense = self.mask_feedback(keys, values)
+            decoded, scores = self._decode_step(queries[members], images[members], embeddings, positions, dense)
+            decoded, scores = self._replace_given(members, decoded, scores, given_masks)
+            masks.append(decoded)
+            iou_scores.append(scores)
+            members_of_step.append(members)
+            goes_on = last_step[members] > t
+            if self.mask_feedback is not None and goes_on.any():
+                new_keys, new_values = self.mask_feedback.embed(
+                    decoded[goes_on], queries[members[goes_on]], positions, self.sam.prompt_encoder.mask_embed
+                )
+                keys, values = (
+                    new[:, None] if earlier is None else torch.cat([earlier[goes_on], new[:, None]], dim=1)
+                    for earlier, new in ((keys, new_keys), (values, new_values))
+                )
+        order = torch.cat(members_of_step).argsort()
+        return torch.cat(masks)[order], torch.cat(iou_scores)[order]
+
+    @staticmethod
+    def _replace_given(members, masks, iou_scores, given_masks):
+        """The masks and scores of one step with the caller's masks, and a score of 1, in their places."""
+        for place, span in enumerate(members.tolist() if given_masks else []):
+            if span in given_masks:
+                chosen = torch.arange(len(masks), device=masks.device) == place
+                masks = torch.where(chosen[:, None, None], given_masks[span].to(masks), masks)
+                iou_scores = torch.where(chosen, torch.ones_like(iou_scores), iou_scores)
+        return masks, iou_scores
+
+    # --------------------------------------------------------------- inference
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        sam_pixel_values: torch.FloatTensor | None = None,
+        sam_image_embeddings: torch.FloatTensor | None = None,
+        sam_image_index: torch.LongTensor | None = None,
+        original_sizes: torch.LongTensor | None = None,
+        reshaped_input_sizes: torch.LongTensor | None = None,
+        vlm_image_features: list[torch.Tensor] | None = None,
+        **kwargs,
+    ) -> torch.LongTensor:
+        """
+        Generates answers with the vision-language model's own `generate`; takes all that the processor returns. SAM
+        runs only where the vision-language model looks through it (`vlm_image_input="sam_image_embeddings"`).
+        """
+        if self.config.vlm_image_input == "pixel_values":
+            sam_pixel_values = None
+        image_inputs, _, _ = self._resolve_images(
+            input_ids, pixel_values, sam_pixel_values, sam_image_embeddings, sam_image_index, vlm_image_features
+        )
+        return self._generate(input_ids, attention_mask, **image_inputs, **kwargs)
+
+    def _generate(self, input_ids, attention_mask, **kwargs) -> torch.LongTensor:
+        # The settings that were loaded with this model, or changed on it by the caller, are those of the whole.
+        self.vlm.generation_config = self.generation_config
+        return self.vlm.generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+
+    @torch.no_grad()
+    def segment(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        sam_pixel_values: torch.FloatTensor | None = None,
+        sam_image_embeddings: torch.FloatTensor | None = None,
+        sam_image_index: torch.LongTensor | None = None,
+        spans: torch.LongTensor | None = None,
+        given_masks: dict[int, torch.Tensor] | None = None,
+        hidden_states: torch.FloatTensor | None = None,
+        vlm_image_features: list[torch.Tensor] | None = None,
+        original_sizes: torch.LongTensor | None = None,
+        reshaped_input_sizes: torch.LongTensor | None = None,
+        span_labels: torch.LongTensor | None = None,
+        mask_labels: list[torch.Tensor] | None = None,
+        **kwargs,
+    ) -> PlumSegmentationOutput:
+        r"""
+        Answers, tags its answers and segments the tagged spans, for a batch of conversations.
+
+        Without `labels` the rows are prompts: their answers are generated. With `labels` the rows already hold an
+        answer, which is tagged; with `spans` as well, those spans are segmented instead of predicted ones.
+
+        Args:
+            input_ids, attention_mask, pixel_values, sam_pixel_values, sam_image_embeddings, sam_image_index,
+            original_sizes, reshaped_input_sizes: As in [`forward`]. Prompts must be padded on the left.
+            labels (`(B, L)`): Given answers, -100 elsewhere.
+            spans (`(S, 3)`): Spans of the given answers to segment, `[row, start, end)`, rows ascending.
+            given_masks: Binary masks (original height, original width) by index of the span in `spans`. Such a mask
+                is returned in place of a predicted one, and the later spans of its row are decoded from it.
+            hidden_states (`(B, L, D)`): What [`encode_conversations`] returned for these rows and their given answers.
+            vlm_image_features: As in [`encode_conversations`].
+            span_labels, mask_labels: Accepted, so that a training batch may be passed as it is, and unused.
+            kwargs: Options of `generate`, such as `max_new_tokens`, and further inputs of the vision-language model.
+
+        Raises:
+            ValueError: Spans without an image, a given mask of another size than its image, or several returned
+                sequences per prompt.
+        """
+        image_inputs, sam_image_embeddings, sam_image_index = self._resolve_images(
+            input_ids, pixel_values, sam_pixel_values, sam_image_embeddings, sam_image_index, vlm_image_features
+        )
+        further_inputs, generate_kwargs = self._split_inputs(kwargs)
+        vlm_inputs = image_inputs | further_inputs
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        if labels is None:
+            if spans is not None or given_masks or hidden_states is not None:
+                raise ValueError(
+                    "spans, given_masks and hidden_states belong to a given answer; pass its labels as well."
+                )
+            prompt = input_ids
+            with GeneratedStates(self.vlm.get_decoder()) as generated:
+                input_ids = self._generate_answers(prompt, attention_mask, **vlm_inputs, **generate_kwargs)
+            hidden_states = generated.finish(input_ids)
+            attention_mask, answer_mask = self._mask_answers(input_ids, attention_mask, prompt.shape[1])
+            vlm_inputs = self._extend_to_answers(vlm_inputs, prompt, input_ids)
+        else:
+            answer_mask = (labels != IGNORE_INDEX) & ~torch.isin(labels, self._stop_tokens)
+
+        if hidden_states is None:
+            hidden_states = self._run_language_model(input_ids, attention_mask, **vlm_inputs)
+        span_logits = self.tag_tokens(input_ids, hidden_states, attention_mask)
+        forced = spans is not None
+        if not forced:
+            # A row without an image has nothing to segment, whatever its words say.
+            visible = answer_mask & (sam_image_index >= 0)[:, None]
+            spans = decode_spans(span_logits.argmax(dim=-1), visible)
+        tag_scores = 1 - span_logits.float().softmax(dim=-1)[..., TAG_OUTSIDE, None]
+        tag_scores = self._mean_over_spans(tag_scores, spans)[:, 0]
+
+        size = self.config.low_res_mask_size
+        pred_masks, iou_scores = hidden_states.new_zeros((0, size, size)), hidden_states.new_zeros(0)
+        if len(spans):
+            images = sam_image_index[spans[:, 0]]
+            given = self._downscale_given_masks(given_masks, images, original_sizes, reshaped_input_sizes)
+            pred_masks, iou_scores = self.decode_masks(
+                hidden_states, spans, sam_image_embeddings, sam_image_index, given
+            )
+        return PlumSegmentationOutput(
+            sequences=input_ids,
+            answer_mask=answer_mask,
+            span_logits=span_logits,
+            spans=spans,
+            tag_scores=torch.ones_like(tag_scores) if forced else tag_scores,
+            pred_masks=pred_masks,
+            iou_scores=iou_scores,
+            sam_image_index=sam_image_index,
+            original_sizes=original_sizes,
+            reshaped_input_sizes=reshaped_input_sizes,
+        )
+
+    @property
+    def _stop_tokens(self) -> torch.LongTensor:
+        stop = self.generation_config.eos_token_id
+        stop = [] if stop is None else [stop] if isinstance(stop, int) else stop
+        return torch.tensor(stop, device=self.device, dtype=torch.long)
+
+    def _generate_answers(self, input_ids, attention_mask, **generate_kwargs) -> torch.LongTensor:
+        if (attention_mask[:, -1] == 0).any():
+            raise ValueError("Prompts must be padded on the left to be continued; pass padding_side='left'.")
+        sequences = self._generate(input_ids, attention_mask, **generate_kwargs)
+        if len(sequences) != len(input_ids):
+            raise ValueError(
+                f"segment() gives one answer per prompt, found {len(sequences)} sequences for {len(input_ids)} "
+                "prompts; set num_return_sequences=1."
+            )
+        return sequences
+
+    def _split_inputs(self, kwargs: dict) -> tuple[dict, dict]:
+        """Further inputs of the vision-language model, and options of `generate`."""
+        options = {*vars(GenerationConfig()), *inspect.signature(GenerationMixin.generate).parameters}
+        inputs = {name: value for name, value in kwargs.items() if name not in options}
+        return inputs, {name: value for name, value in kwargs.items() if name in options}
+
+    def _extend_to_answers(self, vlm_inputs: dict, prompt, sequences) -> dict:
+        """Inputs given per token of the prompt, for prompt and answer: embeddings, or type ids with 0 for text."""
+        answers, extended = sequences[:, prompt.shape[1] :], dict(vlm_inputs)
+        for name, value in vlm_inputs.items():
+            if name == "inputs_embeds":
+                extended[name] = torch.cat([value, self.get_input_embeddings()(answers)], dim=1)
+            elif isinstance(value, torch.Tensor) and value.shape == prompt.shape:
+                extended[name] = F.pad(value, (0, answers.shape[1]))
+        return extended
+
+    def _mask_answers(self, sequences, prompt_mask, prompt_length) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attention mask (up to and with the stop token) and answer mask (without it) of generated sequences."""
+        stops = torch.isin(sequences[:, prompt_length:], self._stop_tokens)
+        before_or_at_stop = stops.cumsum(dim=1) - stops.int() == 0
+        attention_mask = torch.cat([prompt_mask, before_or_at_stop.to(prompt_mask)], dim=1)
+        answer_mask = torch.cat([torch.zeros_like(prompt_mask, dtype=torch.bool), before_or_at_stop & ~stops], dim=1)
+        return attention_mask, answer_mask
+
+    def _downscale_given_masks(self, given_masks, images, original_sizes, reshaped_input_sizes):
+        given = {}
+        for i, mask in (given_masks or {}).items():
+            original, mask = tuple(original_sizes[images[i]].tolist()), torch.as_tensor(mask, device=self.device)
+            if tuple(mask.shape) != original:
+                raise ValueError(f"The given mask of span {i} is {tuple(mask.shape)} but its image is {original}.")
+            given[i] = downscale_mask(
+                mask,
+                self.config.sam_config.vision_config.image_size,
+                reshaped_input_sizes[images[i]].tolist(),
+                self.config.low_res_mask_size,
+            )
+        return given
+
+    @torch.no_grad()
+    def encode_conversations(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        sam_pixel_values: torch.FloatTensor | None = None,
+        sam_image_embeddings: torch.FloatTensor | None = None,
+        sam_image_index: torch.LongTensor | None = None,
+        vlm_image_features: list[torch.Tensor] | None = None,
+        **vlm_inputs,
+    ) -> torch.FloatTensor:
+        """
+        Hidden states `(B, L, D)` of conversations, for [`score_choices`] and [`segment`] of the same rows. What rows
+        about one image have in common from their start (the image, a question, the first words of its answers) is
+        computed once, see `sharing_plum.py`; families whose language model takes more than embeddings and positions,
+        or looks at a part of the sequence only, compute each row whole.
+
+        Args:
+            vlm_image_features: Given instead of `pixel_values`, see [`get_vlm_image_features`]; by image, in the
+                order of `sam_image_index`.
+            vlm_inputs: Further inputs of the vision-language model; those of [`forward`] alone are unused.
+        """
+        image_inputs, _, sam_image_index = self._resolve_images(
+            input_ids, pixel_values, sam_pixel_values, sam_image_embeddings, sam_image_index, vlm_image_features
+        )
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        own = inspect.signature(self.forward).parameters
+        vlm_inputs = {name: value for name, value in vlm_inputs.items() if name not in own}
+        # A row whose image is not known shares with none, and rows without an image with each other.
+        has_image = (input_ids == self.config.vlm_config.image_token_id).any(dim=1)
+        unknown = torch.arange(len(input_ids), device=input_ids.device) - 1 - len(input_ids)
+        roots = torch.where(has_image & (sam_image_index < 0), unknown, sam_image_index)
+        packed = pack_rows(input_ids, attention_mask, roots.tolist())
+        with shared_beginnings(self.vlm.get_decoder(), packed):
+            return self._run_language_model(input_ids, attention_mask, **image_inputs, **vlm_inputs)
+
+    @torch.no_grad()
+    def score_choices(
+        self,
+        input_ids: torch.LongTensor,
+        labels: torch.LongTensor,
+        num_choices: int,
+        attention_mask: torch.Tensor | None = None,
+        hidden_states: torch.FloatTensor | None = None,
+        reduction: str = "answer_mean",
+        **inputs,
+    ) -> torch.FloatTensor:
+        """
+        Negative log-likelihood of candidate answers; the choice of the model is the argmin.
+
+        Args:
+            input_ids (`(B, L)`): Conversations; `num_choices` consecutive rows per question, each with one answer.
+            labels (`(B, L)`): Tokens of the answers, -100 elsewhere.
+            num_choices: Answers per question.
+            hidden_states (`(B, L, D)`): What [`encode_conversations`] returned for these rows, if it was called.
+            reduction: `"answer_mean"` and `"answer_sum"` over the answer's tokens; `"sequence_mean"`, over prompt and
+                answer without image tokens and padding, is the protocol of the published figures.
+            inputs: Further inputs of [`encode_conversations`].
+
+        Returns:
+            `(B / num_choices, num_choices)` scores.
+        """
+        if len(input_ids) % num_choices:
+            raise ValueError(f"Found {len(input_ids)} rows, which is not a multiple of num_choices={num_choices}.")
+        if reduction not in ("answer_mean", "answer_sum", "sequence_mean"):
+            raise ValueError(f"reduction must be answer_mean, answer_sum or sequence_mean, found {reduction!r}.")
+        if hidden_states is None:
+            hidden_states = self.encode_conversations(input_ids, attention_mask, **inputs)
+        if reduction == "sequence_mean":
+            real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            # The first token of a row is predicted by none, on whichever side the row is padded.
+            predicted = (real == 1) & (F.pad(real, (1, 0))[:, :-1] == 1)
+            counted = predicted & (input_ids != self.config.vlm_config.image_token_id)
+            labels = torch.where(counted, input_ids, IGNORE_INDEX)
+        targets = labels[:, 1:]
+        counted = targets != IGNORE_INDEX
+        states = hidden_states[:, :-1][counted]
+        losses = []
+        for some, their_targets in zip(states.split(LOGIT_ROWS), targets[counted].split(LOGIT_ROWS), strict=True):
+            logits = self.get_output_embeddings()(some).float()
+            losses.append(F.cross_entropy(logits, their_targets, reduction="none"))
+        rows = counted.nonzero()[:, 0]
+        scores = torch.zeros(len(input_ids), device=states.device).index_add(0, rows, torch.cat(losses))
+        if reduction != "answer_sum":
+            scores = scores / counted.sum(1)
+        return scores.view(-1, num_choices)
+
+
+PlumForConditionalGeneration.register_for_auto_class("AutoModel")
+
+__all__ = ["PlumForConditionalGeneration", "PlumOutput", "PlumPreTrainedModel", "PlumSegmentationOutput"]

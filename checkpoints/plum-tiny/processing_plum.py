@@ -1,0 +1,564 @@
+"""
+Processor of PLUM: conversations with span tags and masks to model inputs, and model outputs to typed results.
+
+    [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "What parts ...?"}]},
+     {"role": "assistant", "content": "It has a <p>left wing</p> and a <p>tail</p>."}]        + two masks
+
+A *span tag* `<p>...</p>` in an assistant's text says that the words are grounded by a mask, the i-th tag of a
+conversation by its i-th mask. Tags live in Python strings only: they are taken out before tokenizing, and become
+character spans, then O/B/I labels by the offsets of the tokens that overlap them. A literal tag is written `\\<p>`;
+in a user's text there are no tags, so nothing needs escaping there.
+
+With a `seg_token` (`span_source="seg_token"` in [`PlumConfig`]) the words are followed by that special token, which is
+the span in their place; it is no part of the texts that come back.
+"""
+
+import inspect
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import transformers
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoConfig, AutoTokenizer, BatchFeature, LlavaImageProcessor, ProcessorMixin
+from transformers.image_utils import load_image
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+
+try:
+    from .chat_plum import (
+        DEFAULT_CHAT_TEMPLATE,
+        PlainChat,
+        can_train_on,
+        find_answers,
+        find_image,
+        find_last_phrase,
+        insert_seg_tokens,
+        parse_span_tags,
+        render_chats,
+        strip_span_tags,
+        without_images,
+    )
+    from .masks_plum import to_binary_mask
+except ImportError:
+    if __package__:
+        raise
+    from chat_plum import (
+        DEFAULT_CHAT_TEMPLATE,
+        PlainChat,
+        can_train_on,
+        find_answers,
+        find_image,
+        find_last_phrase,
+        insert_seg_tokens,
+        parse_span_tags,
+        render_chats,
+        strip_span_tags,
+        without_images,
+    )
+    from masks_plum import to_binary_mask
+
+TAG_OUTSIDE, TAG_BEGIN, TAG_INSIDE = 0, 1, 2
+IGNORE_INDEX = -100
+
+
+@dataclass(frozen=True)
+class PlumSpan:
+    """
+    A segmented span of an answer.
+
+    Args:
+        text: The words of the span.
+        start, end: Their character range in the answer's text.
+        mask: Boolean array `(height, width)` at the size of the image as given.
+        score: Tag probability times predicted IoU, in 0..1.
+        box: `(x0, y0, x1, y1)` in pixels around the mask, x1 and y1 exclusive; `None` for an empty mask.
+    """
+
+    text: str
+    start: int
+    end: int
+    mask: np.ndarray
+    score: float
+    box: tuple[int, int, int, int] | None
+
+
+@dataclass(frozen=True)
+class PlumAnswer:
+    """The text of an answer and its segmented spans, in order."""
+
+    text: str
+    spans: list[PlumSpan]
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedImage:
+    """
+    What conversations need of an image once [`PlumProcessor.prepare_images`] has read it; stands in its place in them,
+    so that an image that is asked about many times is resized once.
+
+    Args:
+        tokens: What the placeholder of the image stands for, by name: `input_ids` and further type ids.
+        num_image_tokens: How many of these are image tokens.
+        vlm_inputs: Inputs of the vision-language model for each row with this image, pixels left out, `(1, ...)`.
+        original_size, reshaped_size: (height, width) in pixels as given, and as resized for SAM before padding.
+    """
+
+    tokens: dict[str, list[int]]
+    num_image_tokens: int
+    vlm_inputs: dict[str, torch.Tensor]
+    original_size: torch.LongTensor
+    reshaped_size: torch.LongTensor
+
+
+class PlumProcessor(ProcessorMixin):
+    r"""
+    Image processors, tokenizer and chat template of PLUM in one.
+
+    Args:
+        image_processor: Prepares images for the vision-language model.
+        sam_image_processor: Prepares images for SAM: longest side resized, padded to a square.
+        tokenizer: A fast tokenizer that has `image_token` as one token.
+        num_image_tokens (`int`): Tokens that stand for one image in the language model's input, where every image has
+            the same number of them and nothing around them.
+        vlm_image_input (`str`): As in [`PlumConfig`]; with `"sam_image_embeddings"` no `pixel_values` are made.
+        image_token (`str`): Placeholder of an image in a rendered conversation.
+        seg_token (`str`, *optional*):
+            Special token of the tokenizer that follows each grounded phrase, for a model with
+            `span_source="seg_token"`; none for one with a span tagger.
+        vlm_processor_class (`str`, *optional*):
+            transformers' processor of the vision-language model, such as `"Qwen2_5_VLProcessor"`. It then says which
+            tokens stand for an image and which further inputs the model needs, and `num_image_tokens` is unused.
+        vlm_processor_options (`dict`, *optional*): Further arguments of that class, such as `image_seq_len`.
+        chat_template (`str`, *optional*):
+            Jinja template of messages whose contents are lists of parts. A turn must render to the same text whatever
+            follows it.
+    """
+
+    def __init__(
+        self,
+        image_processor=None,
+        sam_image_processor=None,
+        tokenizer=None,
+        num_image_tokens: int = 576,
+        vlm_image_input: str = "pixel_values",
+        image_token: str = "<image>",
+        seg_token: str | None = None,
+        vlm_processor_class: str | None = None,
+        vlm_processor_options: dict | None = None,
+        chat_template: str | None = None,
+        **kwargs,
+    ):
+        self.num_image_tokens = num_image_tokens
+        self.vlm_image_input = vlm_image_input
+        self.image_token = image_token
+        self.seg_token = seg_token
+        self.vlm_processor_class = vlm_processor_class
+        self.vlm_processor_options = vlm_processor_options
+        super().__init__(
+            image_processor, sam_image_processor, tokenizer, chat_template=chat_template or DEFAULT_CHAT_TEMPLATE
+        )
+        self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
+        if self.image_token_id is None or self.image_token_id == tokenizer.unk_token_id:
+            raise ValueError(f"The tokenizer has no token {image_token!r}; add it as a special token.")
+        if seg_token is not None and seg_token not in tokenizer.all_special_tokens:
+            raise ValueError(f"The tokenizer has no special token {seg_token!r}; add it.")
+        self._vlm_processor = None
+        if vlm_processor_class is not None:
+            options = vlm_processor_options or {}
+            self._vlm_processor = _images_only_processor(vlm_processor_class, image_processor, tokenizer, options)
+
+    @classmethod
+    def from_backbones(cls, vlm: str, sam: str) -> "PlumProcessor":
+        """
+        The processor of [`PlumForConditionalGeneration.from_backbones`] with the same arguments.
+
+        Tokenizer, image processor and chat template are those of the vision-language model, with two exceptions. An
+        image processor that crops pads the image to a square first, so that both models see all of it. A chat template
+        that PLUM cannot train on (it changes earlier turns, or does not end an answer with a special token) gives way
+        to PLUM's own, which is that of LLaVA-1.5.
+
+        Args:
+            vlm: Folder or Hub name of an image-text-to-text model with its processor.
+            sam: Folder or Hub name of a SAM with its image processor.
+        """
+        settings, _ = ProcessorMixin.get_processor_dict(vlm)
+        model_type = AutoConfig.from_pretrained(vlm).model_type
+        name = settings.get("processor_class") or PROCESSOR_MAPPING_NAMES.get(model_type)
+        tokenizer, image_processor = AutoTokenizer.from_pretrained(vlm), AutoImageProcessor.from_pretrained(vlm)
+        if getattr(image_processor, "do_center_crop", False):
+            image_processor = LlavaImageProcessor.from_dict({**image_processor.to_dict(), "do_pad": True})
+        names = inspect.signature(_find_processor_class(name)).parameters.keys() - {"chat_template"}
+        options = {key: value for key, value in settings.items() if key in names and "processor" not in key}
+        processor = cls(
+            image_processor,
+            AutoImageProcessor.from_pretrained(sam),
+            tokenizer,
+            image_token=_images_only_processor(name, image_processor, tokenizer, options).image_token,
+            vlm_processor_class=name,
+            vlm_processor_options=options,
+        )
+        template = settings.get("chat_template") or tokenizer.chat_template
+        stops = tuple(tokenizer.all_special_tokens)
+        if isinstance(template, str) and can_train_on(template, processor._template_variables, stops):
+            processor.chat_template = template
+        return processor
+
+    @property
+    def _template_variables(self) -> dict:
+        return {**self.tokenizer.special_tokens_map, "image_token": self.image_token}
+
+    @property
+    def model_input_names(self) -> list[str]:
+        sam_names = ["sam_pixel_values", "sam_image_index", "original_sizes", "reshaped_input_sizes"]
+        vlm_names = self.image_processor.model_input_names if self.vlm_image_input == "pixel_values" else []
+        return [*self.tokenizer.model_input_names, *vlm_names, *sam_names]
+
+    # ---------------------------------------------------------------- encoding
+
+    def apply_chat_template(
+        self,
+        conversation: list[dict] | list[list[dict]],
+        chat_template: str | None = None,
+        add_generation_prompt: bool = False,
+        tokenize: bool = False,
+        return_dict: bool = False,
+        masks: list | None = None,
+        padding_side: str | None = None,
+        **kwargs,
+    ) -> str | list[str] | BatchFeature:
+        r"""
+        Renders conversations, and with `tokenize=True` encodes them with their images, spans and masks.
+
+        Args:
+            conversation: One conversation or a list of them: messages `{"role", "content"}`, the content a string or
+                a list of `{"type": "text", "text"}` and `{"type": "image", "image"}` (PIL image, array, path, URL or
+                [`PreparedImage`]; either all images of a batch are prepared or none).
+                At most one image per conversation. One image object in several conversations is encoded once.
+            add_generation_prompt: End with the words after which an assistant answers.
+            masks: For each conversation (or for the only one) the masks of its span tags in order, in any form that
+                [`to_binary_mask`] takes, or `None` where the conversation does not supervise spans.
+            padding_side: As in tokenizers; prompts that are continued need `padding_side="left"`.
+            kwargs: Variables of the template.
+
+        Returns:
+            The rendered text with its tags; or a `BatchFeature` of tensors: `input_ids`, `attention_mask` `(B, L)`;
+            `labels` `(B, L)` where a conversation has answers (-100 elsewhere); `spans` `(S, 3)` `[row, start, end)`
+            in tokens where an answer is tagged; `span_labels` `(B, L)` (O/B/I as 0/1/2, -100 where unsupervised) and
+            `mask_labels` (S bool tensors `(height, width)`) with `masks`; `sam_image_index` `(B,)`, and where there
+            are images `sam_pixel_values` `(N, 3, h, w)`, `original_sizes` and `reshaped_input_sizes` `(N, 2)`
+            (height, width), and `pixel_values` and whatever else the vision-language model takes with an image.
+
+        Raises:
+            ValueError: Unbalanced, nested or empty tags; a count of tags that differs from the count of masks; a mask
+                of another size than its image; tags outside assistant texts cannot occur, they are plain text there.
+        """
+        is_batched = not isinstance(conversation[0], dict)
+        conversations = [without_images(messages) for messages in (conversation if is_batched else [conversation])]
+        template, variables = chat_template or self.chat_template, self._template_variables | kwargs
+        rendered = render_chats(conversations, template, variables, add_generation_prompt)
+        if not tokenize:
+            return rendered if is_batched else rendered[0]
+
+        texts = []
+        for messages, text in zip(conversations, rendered, strict=True):
+            plain = strip_span_tags(text, find_answers(messages, text, template, variables))
+            texts.append(plain if self.seg_token is None else insert_seg_tokens(plain, self.seg_token))
+        images = [find_image(messages) for messages in (conversation if is_batched else [conversation])]
+        if masks is not None and not is_batched:
+            masks = [masks]
+        batch = self._encode(texts, images, masks, padding_side)
+        return batch if return_dict else batch["input_ids"]
+
+    def __call__(
+        self, images=None, text: str | list[str] | None = None, padding_side: str | None = None, **kwargs
+    ) -> BatchFeature:
+        """
+        Encodes rendered prompts that hold one image placeholder for each image; see [`apply_chat_template`] for
+        conversations, answers and masks.
+
+        Args:
+            images: An image or a list with one image for each text that has a placeholder, in order.
+            text: A prompt or a list of prompts.
+        """
+        if text is None:
+            raise ValueError("PlumProcessor needs text; pass text='USER: <image>\\n... ASSISTANT:' or use a chat.")
+        texts = [text] if isinstance(text, str) else list(text)
+        images = [] if images is None else list(images) if isinstance(images, (list, tuple)) else [images]
+        wanted = [self.image_token in text for text in texts]
+        if sum(wanted) != len(images):
+            raise ValueError(f"Found {len(images)} images for {sum(wanted)} texts with {self.image_token!r}.")
+        remaining = iter(images)
+        images = [load_image(next(remaining)) if has_image else None for has_image in wanted]
+        return self._encode([PlainChat(text, [], []) for text in texts], images, None, padding_side)
+
+    def _encode(self, texts, images, masks, padding_side) -> BatchFeature:
+        if masks is not None and len(masks) != len(texts):
+            raise ValueError(f"Found masks for {len(masks)} conversations but {len(texts)} conversations.")
+        self._check_images(texts, images)
+        image_inputs, image_tokens = self._encode_images(images)
+        tokens = self._tokenize(texts, image_tokens, padding_side)
+        offsets = tokens.pop("offset_mapping")
+        batch = BatchFeature(tokens)
+        if any(text.answers for text in texts):
+            in_answer = torch.stack([_overlap(row, text.answers) for row, text in zip(offsets, texts, strict=True)])
+            in_answer &= batch["attention_mask"].bool()
+            batch["labels"] = torch.where(in_answer, batch["input_ids"], IGNORE_INDEX)
+        if any(text.spans for text in texts) or masks is not None:
+            batch["spans"] = self._locate_spans(texts, offsets)
+        if masks is not None:
+            batch["span_labels"] = self._label_spans(batch, masks)
+            batch["mask_labels"] = self._prepare_masks(texts, images, masks)
+        batch.update(image_inputs)
+        return batch
+
+    def _check_images(self, texts, images):
+        for row, (text, image) in enumerate(zip(texts, images, strict=True)):
+            found, expected = text.text.count(self.image_token), int(image is not None)
+            if found != expected:
+                raise ValueError(
+                    f"Conversation {row} has {found} image placeholders {self.image_token!r} for {expected} images; "
+                    "the placeholder may not stand in a message's text."
+                )
+
+    def _tokenize(self, texts, image_tokens, padding_side) -> dict[str, torch.Tensor]:
+        """
+        Padded `(B, L)` tensors and `offset_mapping` `(B, L, 2)` of texts whose placeholders are replaced by the tokens
+        of their image. Placeholders are special tokens, so the words around them are tokenized as without them.
+        """
+        add_special_tokens = not all(text.text.startswith(self.tokenizer.bos_token or "\0") for text in texts)
+        encoded = self.tokenizer(
+            [text.text for text in texts], add_special_tokens=add_special_tokens, return_offsets_mapping=True
+        )
+        names = ["attention_mask", *next(filter(None, image_tokens), {"input_ids": []})]
+        rows = {name: [] for name in [*names, "offset_mapping"]}
+        for ids, offsets, image in zip(encoded["input_ids"], encoded["offset_mapping"], image_tokens, strict=True):
+            row = {name: [0] * len(ids) for name in names} | {"input_ids": ids, "offset_mapping": offsets}
+            if image is not None:
+                at = ids.index(self.image_token_id)
+                image = image | {"offset_mapping": [offsets[at]] * len(image["input_ids"])}
+                row |= {name: row[name][:at] + image[name] + row[name][at + 1 :] for name in image}
+            row["attention_mask"] = [1] * len(row["input_ids"])
+            for name, values in row.items():
+                rows[name].append(torch.tensor(values))
+        fill = {"input_ids": self.tokenizer.pad_token_id or 0}
+        side = padding_side or self.tokenizer.padding_side
+        return {
+            name: pad_sequence(values, batch_first=True, padding_value=fill.get(name, 0), padding_side=side)
+            for name, values in rows.items()
+        }
+
+    def _locate_spans(self, texts, offsets) -> torch.LongTensor:
+        """Token ranges `(S, 3)` of the character spans: the tokens that overlap them."""
+        spans = []
+        for row, (text, row_offsets) in enumerate(zip(texts, offsets, strict=True)):
+            last_end = 0
+            for start, end in text.spans:
+                tokens = _overlap(row_offsets, [(start, end)]).nonzero()[:, 0]
+                if not len(tokens) or tokens[0] < last_end:
+                    raise ValueError(
+                        f"The span {text.text[start:end]!r} of conversation {row} has no tokens of its own; keep a "
+                        f"space or a word between two spans: {text.text[max(0, start - 40) : end + 40]!r}"
+                    )
+                spans.append((row, int(tokens[0]), int(tokens[-1]) + 1))
+                last_end = spans[-1][2]
+        return torch.tensor(spans, dtype=torch.long).reshape(-1, 3)
+
+    def _label_spans(self, batch, masks) -> torch.LongTensor:
+        supervised = torch.tensor([row is not None for row in masks])[:, None]
+        span_labels = torch.where((batch["labels"] != IGNORE_INDEX) & supervised, TAG_OUTSIDE, IGNORE_INDEX)
+        for row, start, end in batch["spans"].tolist():
+            if masks[row] is not None:
+                span_labels[row, start:end] = TAG_INSIDE
+                span_labels[row, start] = TAG_BEGIN
+        return span_labels
+
+    def _prepare_masks(self, texts, images, masks) -> list[torch.Tensor]:
+        prepared = []
+        for text, image, row in zip(texts, images, masks, strict=True):
+            count = len(row or [])
+            if count != len(text.spans):
+                answers = " ".join(text.text[start:end].strip() for start, end in text.answers)
+                raise ValueError(f"Found {len(text.spans)} span tags but {count} masks for the text {answers!r}.")
+            if not count:
+                continue
+            if image is None:
+                raise ValueError(f"Found {count} masks for a conversation without an image.")
+            size = (image.height, image.width)
+            prepared += [torch.from_numpy(to_binary_mask(mask, size)) for mask in row]
+        return prepared
+
+    def _encode_images(self, images) -> tuple[dict, list[dict[str, list[int]] | None]]:
+        """Image inputs of the batch, and for each row what its placeholder stands for: `input_ids`, type ids."""
+        unique = list({id(image): image for image in images if image is not None}.values())
+        position = {id(image): i for i, image in enumerate(unique)}
+        encoded = {"sam_image_index": torch.tensor([position.get(id(image), -1) for image in images])}
+        if not unique:
+            return encoded, [None] * len(images)
+        present = [image for image in images if image is not None]
+        if isinstance(unique[0], PreparedImage):
+            encoded["original_sizes"] = torch.stack([image.original_size for image in unique])
+            encoded["reshaped_input_sizes"] = torch.stack([image.reshaped_size for image in unique])
+            for name in unique[0].vlm_inputs:
+                encoded[name] = torch.cat([image.vlm_inputs[name] for image in present])
+            return encoded, [None if image is None else image.tokens for image in images]
+        encoded |= self._encode_for_sam(unique)
+        vlm_inputs, tokens = self._encode_for_vlm(present)
+        remaining = iter(tokens)
+        return encoded | vlm_inputs, [None if image is None else next(remaining) for image in images]
+
+    def _encode_for_sam(self, images) -> dict[str, torch.Tensor]:
+        sam = self.sam_image_processor(images, return_tensors="pt")
+        sizes = {name: torch.as_tensor(sam[name]) for name in ("original_sizes", "reshaped_input_sizes")}
+        return {"sam_pixel_values": sam["pixel_values"], **sizes}
+
+    def _encode_for_vlm(self, images) -> tuple[dict, list[dict[str, list[int]]]]:
+        if self._vlm_processor is not None:
+            return self._run_vlm_processor(images)
+        tokens = [{"input_ids": [self.image_token_id] * self.num_image_tokens}] * len(images)
+        inputs = self.vlm_image_input == "pixel_values" and self.image_processor(images, return_tensors="pt")
+        return dict(inputs or {}), tokens
+
+    def prepare_images(self, images: list) -> tuple[list[PreparedImage], dict, dict]:
+        """
+        Reads images that will be asked about in several batches.
+
+        Returns:
+            For each image what stands for it in conversations; SAM's inputs; and the vision-language model's, for
+            [`PlumForConditionalGeneration.get_vlm_image_features`]. Conversations with prepared images have no pixels:
+            the model must be given `sam_image_embeddings` and `vlm_image_features` in their place.
+        """
+        sam_inputs = self._encode_for_sam(images)
+        vlm_inputs, tokens = self._encode_for_vlm(images)
+        of_rows = {
+            name: value
+            for name, value in vlm_inputs.items()
+            if not name.startswith("pixel_") and isinstance(value, torch.Tensor) and len(value) == len(images)
+        }
+        prepared = [
+            PreparedImage(
+                tokens=tokens[i],
+                num_image_tokens=tokens[i]["input_ids"].count(self.image_token_id),
+                vlm_inputs={name: value[i : i + 1] for name, value in of_rows.items()},
+                original_size=sam_inputs["original_sizes"][i],
+                reshaped_size=sam_inputs["reshaped_input_sizes"][i],
+            )
+            for i in range(len(images))
+        ]
+        return prepared, sam_inputs, vlm_inputs
+
+    def _run_vlm_processor(self, images) -> tuple[dict, list[dict[str, list[int]]]]:
+        """The vision-language model's image inputs, and the tokens it has in the place of each image."""
+        outputs = self._vlm_processor(
+            images=[[image] for image in images],
+            text=[self.image_token] * len(images),
+            add_special_tokens=False,
+            padding=True,
+            return_tensors="pt",
+        )
+        real, shape = outputs["attention_mask"].bool(), outputs["input_ids"].shape
+        by_token = {
+            name: outputs.pop(name)
+            for name, value in list(outputs.items())
+            if name == "input_ids" or name.endswith("token_type_ids") and value.shape == shape
+        }
+        del outputs["attention_mask"]
+        return dict(outputs), [
+            {name: value[row][real[row]].tolist() for name, value in by_token.items()} for row in range(len(images))
+        ]
+
+    # ---------------------------------------------------------------- decoding
+
+    def post_process_segmentation(self, outputs, mask_threshold: float = 0.0) -> list[PlumAnswer]:
+        """
+        Typed results of [`PlumForConditionalGeneration.segment`] at the size of the images as given.
+
+        Args:
+            outputs: What `segment` returned.
+            mask_threshold: Logit above which a pixel is inside.
+
+        Returns:
+            One [`PlumAnswer`] per row; a row without spans has an empty list of them. With a `seg_token`, which says
+            where a phrase ends and not where it starts, the text of a span is what [`find_last_phrase`] makes of it.
+        """
+        ids = [row[mask].tolist() for row, mask in zip(outputs.sequences, outputs.answer_mask, strict=True)]
+        rows = outputs.spans[:, 0].tolist()
+        answers = []
+        for row, answer_ids in enumerate(ids):
+            text = self._decode(answer_ids)
+            lead = len(text) - len(text.lstrip())
+            members = [i for i, span_row in enumerate(rows) if span_row == row]
+            masks = self._upscale(outputs, row, members, mask_threshold)
+            spans, last_end = [], 0
+            for i, mask in zip(members, masks, strict=True):
+                start, end = self._character_range(answer_ids, outputs.answer_mask[row], outputs.spans[i, 1:].tolist())
+                if self.seg_token is not None:
+                    start, last_end = last_end + find_last_phrase(text[last_end:end]), end
+                words = text[start:end]
+                start += len(words) - len(words.lstrip())
+                end -= len(words) - len(words.rstrip())
+                score = float(outputs.tag_scores[i] * outputs.iou_scores[i].clamp(0, 1))
+                spans.append(PlumSpan(text[start:end], start - lead, end - lead, mask, score, _bounding_box(mask)))
+            answers.append(PlumAnswer(text.strip(), spans))
+        return answers
+
+    def _decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def _character_range(self, answer_ids, answer_mask, token_range) -> tuple[int, int]:
+        """Characters of the answer's text that a range of tokens of the sequence decodes to."""
+        before, until = (int(answer_mask[:position].sum()) for position in token_range)
+        return len(self._decode(answer_ids[:before])), len(self._decode(answer_ids[:until]))
+
+    def _upscale(self, outputs, row: int, members: list[int], mask_threshold: float) -> list[np.ndarray]:
+        if not members:
+            return []
+        image = int(outputs.sam_image_index[row])
+        masks = self.sam_image_processor.post_process_masks(
+            [outputs.pred_masks[members][:, None].float()],
+            outputs.original_sizes[image : image + 1].tolist(),
+            outputs.reshaped_input_sizes[image : image + 1].tolist(),
+            mask_threshold=mask_threshold,
+        )[0]
+        return list(masks[:, 0].cpu().numpy())
+
+
+def _find_processor_class(name: str | None) -> type[ProcessorMixin]:
+    family = getattr(transformers, name or "", None)
+    if not (isinstance(family, type) and issubclass(family, ProcessorMixin)):
+        raise ValueError(f"vlm_processor_class is {name!r}, which is not a processor class of transformers.")
+    return family
+
+
+def _images_only_processor(name: str, image_processor, tokenizer, options: dict) -> ProcessorMixin:
+    """transformers' processor class `name` without its video and audio parts, which need further libraries."""
+    family = _find_processor_class(name)
+    images_only = type(name, (family,), {"get_attributes": classmethod(lambda cls: ["image_processor", "tokenizer"])})
+    absent = [key for key in inspect.signature(family).parameters if key.endswith("_processor")]
+    parts = {**dict.fromkeys(absent), "image_processor": image_processor, "tokenizer": tokenizer}
+    try:
+        return images_only(**parts, **options)
+    except (ImportError, TypeError, ValueError) as error:
+        raise ValueError(f"{name} cannot be built from an image processor and a tokenizer: {error}") from error
+
+
+def _overlap(offsets: torch.Tensor, ranges: list[tuple[int, int]]) -> torch.BoolTensor:
+    """Which tokens, by their `(L, 2)` character offsets, overlap any of the character ranges."""
+    # Overlap and not containment: the offsets of some tokenizers take in the space before a word.
+    starts, ends = offsets.unbind(dim=1)
+    inside = torch.zeros(len(offsets), dtype=torch.bool)
+    for start, end in ranges:
+        inside |= (starts < end) & (ends > start)
+    return inside
+
+
+def _bounding_box(mask: np.ndarray) -> tuple[int, int, int, int] | None:
+    rows, columns = mask.any(axis=1).nonzero()[0], mask.any(axis=0).nonzero()[0]
+    if not len(rows):
+        return None
+    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+
+
+PlumProcessor.register_for_auto_class()
+
+__all__ = ["PlumAnswer", "PlumProcessor", "PlumSpan", "PreparedImage", "parse_span_tags"]
