@@ -5,19 +5,99 @@ right one counts 1 / n.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from scipy import sparse
 from scipy.optimize import minimize
 from scipy.special import log_softmax, softmax
 
-from partkit.schema import Question
+from partkit import synthesis
+from partkit.knowledge import PartKnowledge, collect_knowledge, even_presence
+from partkit.masks import encode
+from partkit.questions import MADE_QUESTION_TYPES, SCHEMES, QuestionMaker
+from partkit.schema import QUESTION_TYPES, PartExample, PartMask, Question
+from partkit.seeding import seeded_generator
+from partkit.sources.survey import Survey
 
 PENALTY = 1.0
+MAX_IMAGES = 2000
+"""Most images, drawn by seed, that either half of a data set is measured on."""
+
+Leak = dict[str, float]
+"""Blind heuristic -> its accuracy, and "chance"."""
 
 
-def measure_leak(train: Sequence[Question], test: Sequence[Question]) -> dict[str, float]:
+def compare_schemes(
+    train: Sequence[PartExample],
+    test: Sequence[PartExample],
+    *,
+    knowledge: Mapping[str, PartKnowledge],
+    seed: int,
+    question_types: Sequence[str] = QUESTION_TYPES,
+) -> dict[str, Leak | None]:
+    """Scheme -> the leak of its questions about the test images, None where one half gets no question.
+
+    Args:
+        train, test: what the images show; they themselves are not looked at.
+        knowledge: scheme -> what its questions are made from.
+    """
+    leaks = {}
+    for scheme, known in knowledge.items():
+        maker = QuestionMaker(known, scheme=scheme, seed=seed)
+        asked = [[q for example in half for q in maker.questions(example, question_types)] for half in (train, test)]
+        leaks[scheme] = measure_leak(*asked) if all(asked) else None
+    return leaks
+
+
+def leak_of_drawings(sizes: Mapping[str, int], *, seed: int) -> dict[str, Leak | None]:
+    """Scheme -> the leak of questions about the drawn miniature, of the types that it asks.
+
+    Args:
+        sizes: how many drawings of the splits "train" and "test".
+    """
+    train, test = ([synthesis.draw_example(s, n, seed=seed) for n in range(sizes[s])] for s in ("train", "test"))
+    graphs = {"part_graph": synthesis.part_graph(), "instance_graph": synthesis.instance_graph()}
+    annotated = [(example.image_label, [mask.label for mask in example.masks]) for example in (*train, *test)]
+    even = even_presence(synthesis.required_parts(), part_graph=graphs["part_graph"])
+    knowledge = {
+        "official": collect_knowledge(annotated, **graphs),
+        "balanced": PartKnowledge(**graphs, presence=even),
+    }
+    return compare_schemes(train, test, knowledge=knowledge, seed=seed, question_types=MADE_QUESTION_TYPES)
+
+
+def leak_of_copy(found: Survey, *, seed: int) -> dict[str, Leak | None]:
+    """Scheme -> the leak of questions about a copy of a data set: the last split tests, the others train.
+
+    Where there is but one split, half of its images test.
+    """
+    *earlier, last = ([*images] for images in found.annotated.values())
+    train, test = [image for split in earlier for image in split], last
+    drawn = seeded_generator(seed, "leak")
+    if not train:
+        test = [test[position] for position in drawn.permutation(len(test))]
+        train, test = test[: len(test) // 2], test[len(test) // 2 :]
+    rle = encode(np.ones((1, 1), dtype=bool))  # which parts are visible is all that the making of questions looks at
+    halves = [
+        [
+            PartExample(None, image.image_id, image.label, [PartMask(part, rle) for part in image.parts], "", "")
+            for image in (half[position] for position in drawn.permutation(len(half))[:MAX_IMAGES])
+        ]
+        for half in (train, test)
+    ]
+    return compare_schemes(*halves, knowledge=dict.fromkeys(SCHEMES, found.knowledge()), seed=seed)
+
+
+def leak_of_published(questions: Sequence[Question]) -> Leak | None:
+    """The leak of questions that come without a training split: half of the images, drawn by seed, is for training."""
+    image_ids = seeded_generator(0, "leak").permutation(sorted({question.image_id for question in questions}))
+    train_ids = set(image_ids[: len(image_ids) // 2].tolist())
+    halves = [[q for q in questions if (q.image_id in train_ids) == wanted] for wanted in (True, False)]
+    return measure_leak(*halves) if all(halves) else None
+
+
+def measure_leak(train: Sequence[Question], test: Sequence[Question]) -> Leak:
     """Accuracy of each blind heuristic on the test questions; `chance` is what guessing gives.
 
     - longest, shortest: by number of parts.

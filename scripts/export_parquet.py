@@ -1,60 +1,190 @@
-"""Exports the drawn data sets to Parquet, with their images, so that the folder works without this project's code.
+"""Exports configs of the data set to Parquet with embedded images, checksums and a card, as a repository for the Hub.
 
-python scripts/export_parquet.py --output_dir partonomy
+    python scripts/export_parquet.py --output_dir partonomy --overwrite
+    python scripts/export_parquet.py --name core --data_dir FOLDER --output_dir partonomy-core
+    python scripts/export_parquet.py --name pascal_part pascal_part_questions --data_dir FOLDER --scheme balanced \\
+        --num_proc 2 --output_dir partonomy-pascal-part
+
+The first form writes the drawn miniature of this repository again. The folder appears once all of it is written: a
+failure leaves nothing behind, or the old folder as it was. The same data and library versions give the same bytes.
 """
 
 import argparse
 import json
+import shlex
+import shutil
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from datasets import load_dataset
-from pyarrow import parquet
+import datasets
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import partonomy_dataset
-from partkit import synthesis
+from cards_plum import CITATION  # noqa: E402
 
-SIZE_LIMIT = 9_500_000
-"""Bytes of all Parquet files together: the folder is part of the repository."""
-
-DICTIONARY_BYTES = 64 * 1024**2
+import partonomy_dataset  # noqa: E402
+from partkit import synthesis  # noqa: E402
+from partkit.benchmark import load_questions  # noqa: E402
+from partkit.dataset_card import ConfigFacts, make_card  # noqa: E402
+from partkit.leak import leak_of_copy, leak_of_drawings, leak_of_published  # noqa: E402
+from partkit.questions import SCHEMES  # noqa: E402
+from partkit.schema import DataError  # noqa: E402
+from partkit.shards import MAX_SHARD_BYTES, write_checksums, write_shards  # noqa: E402
+from partkit.sources.survey import PART_SOURCES, Survey, survey  # noqa: E402
+from partkit.statistics import Statistics  # noqa: E402
 
 
 def main() -> None:
+    options = parse_options()
+    try:
+        write_folder(options.output_dir, lambda folder: export(folder, options), overwrite=options.overwrite)
+    except (DataError, OSError, datasets.exceptions.DatasetGenerationError) as error:
+        sys.exit(f"export_parquet.py: {error.__cause__ or error}")
+
+
+def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, required=True, help="folder to write to; its README.md is kept")
-    output_dir = parser.parse_args().output_dir
-    total = 0
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder to write")
+    parser.add_argument("--name", nargs="+", default=list(partonomy_dataset.DRAWING_SIZES), help="configs to export")
+    parser.add_argument("--data_dir", help="folder of your files, where a config reads some")
+    parser.add_argument("--scheme", choices=SCHEMES, help="how wrong choices of questions about your files are made")
+    parser.add_argument("--on_error", choices=("refuse", "report"), default="refuse", help="what bad records do")
+    parser.add_argument("--max_shard_bytes", type=int, default=MAX_SHARD_BYTES, help="largest Parquet file")
+    parser.add_argument("--num_proc", type=int, help="processes that make records")
+    parser.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
+    options = parser.parse_args()
+    if options.max_shard_bytes < 1:
+        parser.error(f"--max_shard_bytes must be at least 1, found {options.max_shard_bytes}")
+    return options
+
+
+def write_folder(folder: Path, write: Callable[[Path], None], *, overwrite: bool) -> None:
+    """Calls `write` with a new folder beside `folder`, and puts it in the place of `folder` if it succeeds."""
+    if folder.exists() and not overwrite:
+        raise DataError(f"{folder}: already exists; name a new folder, or give --overwrite")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        unfinished.chmod(0o755)
+        write(unfinished)
+        if folder.exists():
+            replaced = unfinished.with_name(unfinished.name + ".replaced")
+            folder.rename(replaced)
+            unfinished.rename(folder)
+            shutil.rmtree(replaced)
+        else:
+            unfinished.rename(folder)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+
+
+def export(folder: Path, options: argparse.Namespace) -> None:
+    configs, problems = [], []
     with tempfile.TemporaryDirectory() as cache_dir:
-        for name in partonomy_dataset.DRAWING_SIZES:
-            for split, dataset in load_dataset(partonomy_dataset.DATASET_NAME, name, cache_dir=cache_dir).items():
-                path = output_dir / name / f"{split}-00000-of-00001.parquet"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                # the schema carries the features; with a large dictionary an image is stored once per column chunk
-                parquet.write_table(
-                    dataset.with_format("arrow")[:].cast(dataset.features.arrow_schema),
-                    path,
-                    row_group_size=len(dataset),
-                    compression="zstd",
-                    compression_level=19,
-                    dictionary_pagesize_limit=DICTIONARY_BYTES,
-                )
-                total += path.stat().st_size
-                print(f"{path}: {len(dataset)} rows, {path.stat().st_size:,} bytes")
-    if total > SIZE_LIMIT:
-        raise SystemExit(f"{total:,} bytes of Parquet exceed the limit of {SIZE_LIMIT:,}: draw fewer pictures")
-    graphs = output_dir / "graphs" / "mini.json"
-    graphs.parent.mkdir(exist_ok=True)
-    content = {
-        "part_graph": synthesis.part_graph(),
-        "required_parts": synthesis.required_parts(),
-        "instance_graph": synthesis.instance_graph(),
-    }
-    graphs.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    print(f"{total:,} bytes in all")
+        for name in options.name:
+            splits = load(name, options, cache_dir)
+            for split, rows in splits.items():
+                write_shards(rows, folder / name, split=split, max_shard_bytes=options.max_shard_bytes)
+            first = next(iter(splits.values()))
+            problems = max(problems, partonomy_dataset.left_out(first), key=len)
+            configs.append(describe(name, splits, options))
+    for source in dict.fromkeys(config.source for config in configs):
+        if (graphs := graphs_of(source, options)) is not None:
+            (folder / "graphs").mkdir(exist_ok=True)
+            (folder / "graphs" / f"{source}.json").write_text(json.dumps(graphs, indent=1) + "\n", encoding="utf-8")
+    if problems:
+        lines = (json.dumps({"problem": problem}, ensure_ascii=False) + "\n" for problem in problems)
+        (folder / partonomy_dataset.ERRORS_FILE).write_text("".join(lines), encoding="utf-8")
+    card = make_card(
+        configs,
+        folder=options.output_dir.name,
+        command=command(options),
+        citation=CITATION,
+        graphs=(folder / "graphs").is_dir(),
+    )
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    write_checksums(folder)
+
+
+def load(name: str, options: argparse.Namespace, cache_dir: str) -> datasets.DatasetDict:
+    asked = {"data_dir": options.data_dir, "num_proc": options.num_proc, "cache_dir": cache_dir}
+    if name.endswith("_questions") and name not in partonomy_dataset.DRAWING_SIZES:
+        asked["scheme"] = options.scheme
+    if options.on_error == "report":
+        asked["on_error"] = options.on_error
+    asked = {option: value for option, value in asked.items() if value is not None}
+    return datasets.load_dataset(partonomy_dataset.DATASET_NAME, name, **asked)
+
+
+def describe(name: str, splits: datasets.DatasetDict, options: argparse.Namespace) -> ConfigFacts:
+    first = next(iter(splits.values()))
+    facts = ConfigFacts(
+        name=name,
+        source="mini" if name in partonomy_dataset.DRAWING_SIZES else name.removesuffix("_questions"),
+        rows_are=first.info.description,
+        features=first.features,
+        splits={split: count(rows) for split, rows in splits.items()},
+        left_out=len(partonomy_dataset.left_out(first)),
+    )
+    if "question_type" in first.features:
+        facts.made_with, facts.leaks = measure(facts, splits, options)
+    return facts
+
+
+def count(rows: datasets.Dataset) -> Statistics:
+    statistics = Statistics()
+    for row in rows.remove_columns("image"):
+        statistics.add(row)
+    return statistics
+
+
+def measure(
+    facts: ConfigFacts, splits: datasets.DatasetDict, options: argparse.Namespace
+) -> tuple[str, dict[str, Any]]:
+    """The scheme of the questions, and the leak of this scheme and of the others that can be made."""
+    if facts.source == "mini":
+        return "balanced", leak_of_drawings(partonomy_dataset.MINI_QUESTIONS_SIZES, seed=partonomy_dataset.SEED)
+    if facts.source in PART_SOURCES:
+        return options.scheme or SCHEMES[0], leak_of_copy(look_at(facts.source, options), seed=partonomy_dataset.SEED)
+    _, questions = load_questions(
+        partonomy_dataset.DATASET_NAME, name=facts.name, split="test", data_dir=options.data_dir
+    )
+    return "official", {"official": leak_of_published(questions)}
+
+
+def look_at(source: str, options: argparse.Namespace) -> Survey:
+    found = Path(options.data_dir).expanduser()
+    ignored: list[DataError] = []
+    on_error = {"on_error": ignored.append} if options.on_error == "report" else {}
+    return survey(source, found, seed=partonomy_dataset.SEED, **on_error)
+
+
+def graphs_of(source: str, options: argparse.Namespace) -> dict[str, Any] | None:
+    if source == "mini":
+        return {
+            "part_graph": synthesis.part_graph(),
+            "required_parts": synthesis.required_parts(),
+            "instance_graph": synthesis.instance_graph(),
+        }
+    if source not in PART_SOURCES:
+        return None
+    found = look_at(source, options)
+    return {"part_graph": found.part_graph, "instance_graph": found.instance_graph}
+
+
+def command(options: argparse.Namespace) -> str:
+    """The command that writes these files, without the places of anybody's files."""
+    words = ["python", "scripts/export_parquet.py"]
+    if options.name != list(partonomy_dataset.DRAWING_SIZES):
+        words += ["--name", *options.name]
+    words += ["--data_dir", "FOLDER"] if options.data_dir else []
+    words += ["--scheme", options.scheme] if options.scheme else []
+    words += ["--on_error", "report"] if options.on_error == "report" else []
+    return shlex.join([*words, "--output_dir", options.output_dir.name])
 
 
 if __name__ == "__main__":
