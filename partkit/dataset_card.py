@@ -28,7 +28,9 @@ PROVENANCE = {
         "Drawn by code alone, 128 x 128 pixels, nothing collected or annotated: 12 kinds of object in 4 families with "
         "51 part names, many of them shared. Every object has one or two parts that are always drawn and six that are "
         "drawn about every second time. Pose, colours, background and a small occluder are random; masks are exact to "
-        "the pixel. It says nothing about how a model does on photographs.",
+        "the pixel. In `mini` a mask covers all instances of a part; in `mini_instances` each instance has a span and "
+        "a mask of its own, in random order, so that only the masks already given tell which one is meant. It says "
+        "nothing about how a model does on photographs.",
     ),
     "core": Provenance(
         "Partonomy-Core",
@@ -40,8 +42,8 @@ PROVENANCE = {
     ),
     "pascal_part": Provenance(
         "PARTONOMY Pascal-Part",
-        "Photographs of PASCAL VOC 2010; part masks of Pascal-Part (Chen et al., CVPR 2014, arXiv 1406.2031), drawn by "
-        "its annotators, in the COCO form of VLPart (Sun et al., arXiv 2305.11173).",
+        "Photographs of PASCAL VOC 2010; part masks of Pascal-Part (Chen et al., CVPR 2014, arXiv 1406.2031), drawn "
+        "by its annotators, in the COCO form of VLPart (Sun et al., arXiv 2305.11173).",
     ),
     "paco_lvis": Provenance(
         "PARTONOMY PACO-LVIS",
@@ -66,11 +68,11 @@ PUBLISHED_SPLITS = "The splits are those of the published files; no image is in 
 
 FIELDS = {
     "id": "unique in the config",
-    "image": "embedded, as it was published",
+    "image": "embedded",
     "image_id": "the image, or the object of an image that shows several",
     "image_label": "the kind of object",
-    "masks": "run-length encoded as in COCO, in the frame of the upright image; of every visible part in questions, of "
-    "the i-th span tag in conversations",
+    "masks": "run-length encoded as in COCO, in the frame of the upright image; in questions of every visible part, "
+    "in conversations the i-th of the i-th span tag",
     "source": "the data set that image and masks come from",
     "licence": "what that data set says of its terms",
     "messages": "a conversation; phrases of the assistant that name something visible stand in span tags, "
@@ -92,10 +94,14 @@ TEMPLATE = """---
 
 # {{ title }}
 
-{{ about | join("\n\n") }}
+{% for paragraph in about -%}
+{{ paragraph | wordwrap(118, break_on_hyphens=False) }}
 
-Made by `{{ command }}` from the PLUM and PARTONOMY release. The tasks are those of *Partonomy: Large Multimodal Models
-with Part-Level Visual Understanding* ([arXiv 2505.20759](https://arxiv.org/abs/2505.20759)).
+{% endfor -%}
+The tasks are those of *Partonomy: Large Multimodal Models with Part-Level Visual Understanding*
+([arXiv 2505.20759](https://arxiv.org/abs/2505.20759)). This card and the files beside it were written by
+
+    {{ command }}
 
 ```python
 from datasets import load_dataset
@@ -108,8 +114,8 @@ rows = load_dataset("{{ folder }}", "{{ configs[0].name }}", split="{{ configs[0
 | config | rows are | {{ splits | join(" | ") }} |
 |---|---|{{ "---:|" * (splits | length) }}
 {% for config in configs -%}
-| `{{ config.name }}` | {{ config.rows_are }} | {% for split in splits -%}
-{{ config.splits[split].rows if split in config.splits else "-" }} | {% endfor %}
+| `{{ config.name }}` | {{ config.rows_are }} |
+{%- for split in splits %} {{ config.splits[split].rows if split in config.splits else "-" }} |{% endfor %}
 {% endfor %}
 {{ split_rules | join(" ") }}
 
@@ -132,10 +138,10 @@ one of a part of an object in an image.
 {%- if leaks %}
 ## What can be told without the image
 
-Accuracy of blind heuristics on the test half of the questions (five choices each), by the scheme that the wrong choices
-are made with: the longest and the shortest list of parts, the one whose parts are most often right in the training
-half, the one most like the four others, and a linear classifier of its parts fitted to the training half. A model that
-does no better has read nothing from the image.
+How often blind heuristics choose right, by the scheme that the wrong choices are made with: the longest and the
+shortest list of parts, the one whose parts are most often right in a training half of the questions, the one most like
+the others, and a linear classifier of its parts fitted to that half. A model that does no better has read nothing from
+the image.
 {% for name, made, table in leaks %}
 `{{ name }}`, {{ made }}:
 
@@ -172,9 +178,9 @@ keep the terms of their source.
 
 ## Files
 
-Parquet with embedded images, CONFIG/SPLIT-*.parquet
-{%- if graphs %}; `graphs/` holds the part graph and the instance graph of each source{% endif %}. `sha256sum --check
-{{ checksums }}` checks every file.
+Parquet with embedded images in CONFIG/SPLIT-*.parquet.
+{%- if graphs %} `graphs/` holds the part graph and the instance graph of each source.{% endif %}
+`sha256sum --check {{ checksums }}` checks them.
 
 ## Cite
 

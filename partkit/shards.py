@@ -16,6 +16,8 @@ MAX_GROUP_BYTES = 64 * 1024**2
 """Largest row group, in bytes before compression, repeated images counted once; also what a dictionary may hold."""
 
 _BATCH_ROWS = 100
+_FOOTER_BYTES = 16 * 1024
+"""More than the schema and the places of the row groups take at the end of a file."""
 
 
 def write_shards(rows: datasets.Dataset, folder: Path, *, split: str, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
@@ -27,10 +29,11 @@ def write_shards(rows: datasets.Dataset, folder: Path, *, split: str, max_shard_
     """
     folder.mkdir(parents=True, exist_ok=True)
     unnumbered: list[Path] = []
+    room = max(max_shard_bytes - _FOOTER_BYTES, 1)
     with ExitStack() as shard:
         written = 0
-        for group, size in _row_groups(rows, limit=min(MAX_GROUP_BYTES, max_shard_bytes)):
-            if not unnumbered or written + size > max_shard_bytes:
+        for group, size in _row_groups(rows, limit=min(MAX_GROUP_BYTES, room)):
+            if not unnumbered or written + size > room:
                 shard.close()
                 unnumbered.append(folder / f"{split}-{len(unnumbered):05d}.unfinished")
                 sink = shard.enter_context(pa.OSFile(str(unnumbered[-1]), "wb"))
@@ -42,8 +45,8 @@ def write_shards(rows: datasets.Dataset, folder: Path, *, split: str, max_shard_
 
 
 def write_checksums(folder: Path) -> None:
-    """SHA-256 of every file below the folder, in the form that `sha256sum --check` reads."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != CHECKSUMS_FILE)
+    """SHA-256 of every Parquet and JSON file below the folder, in the form that `sha256sum --check` reads."""
+    paths = sorted(path for path in folder.rglob("*") if path.suffix in (".parquet", ".json", ".jsonl"))
     lines = []
     for path in paths:
         with path.open("rb") as file:

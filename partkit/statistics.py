@@ -1,4 +1,4 @@
-"""What a data set holds, in the columns of the paper's table: objects, parts, object-part pairs, images, masks, questions.
+"""What a data set holds: objects, parts, object-part pairs, images, masks and questions, as the paper counts them.
 
 statistics = Statistics()
 for row in rows:

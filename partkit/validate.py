@@ -12,12 +12,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from partkit.schema import DataError
+from partkit.schema import DataError, as_row
 from partkit.sources.catalogue import SOURCES, Source
 from partkit.sources.coco import CocoParts
 from partkit.sources.descriptor import Descriptor
 from partkit.sources.official import read_questions
 from partkit.sources.survey import open_source
+from partkit.statistics import Statistics
 
 PUBLISHED_CORE = {"objects": 534, "parts": 862, "object-part pairs": 1976, "images": 1068, "masks": 4968}
 """What the paper counts in Partonomy-Core; other releases have the same layout, so a difference is only a note."""
@@ -46,21 +47,14 @@ def validate(source: str, folder: str | Path) -> Report:
 
 def _check_core(folder: Path, report: Report) -> None:
     questions = tqdm(read_questions(folder, on_error=report.refuse), desc="questions", unit=" questions")
-    types, masks = Counter(), set()
+    statistics = Statistics()
     for question in questions:
-        types[question.question_type] += 1
-        masks.update((question.image_label, mask.label, question.image_id) for mask in question.masks)
-    counts = {
-        "objects": len({label for label, _, _ in masks}),
-        "parts": len({part for _, part, _ in masks}),
-        "object-part pairs": len({(label, part) for label, part, _ in masks}),
-        "images": len({image_id for _, _, image_id in masks}),
-        "masks": len(masks),
-    }
-    by_type = ", ".join(f"{count} {name}" for name, count in sorted(types.items()))
-    report.notes.append(f"{types.total()} questions: {by_type}")
+        statistics.add(as_row(question))
+    by_type = ", ".join(f"{count} {name}" for name, count in sorted(statistics.questions.items()))
+    counts = statistics.as_row()
+    report.notes.append(f"{counts['questions']} questions: {by_type}")
     report.notes.append(
-        ", ".join(f"{count} {what} (Partonomy-Core: {PUBLISHED_CORE[what]})" for what, count in counts.items())
+        ", ".join(f"{counts[what]} {what} (Partonomy-Core: {found})" for what, found in PUBLISHED_CORE.items())
     )
 
 

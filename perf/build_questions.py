@@ -89,9 +89,10 @@ def main(options: Options) -> None:
 
     who = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     peaks = [resource.getrusage(usage).ru_maxrss / 1024**2 for usage in who]
+    cpu_seconds = sum(resource.getrusage(usage).ru_utime + resource.getrusage(usage).ru_stime for usage in who)
     print(f"{options.images} images, {options.objects} objects, scheme {options.scheme}: {questions} questions")
     print(
-        f"{seconds:.1f} s, of which {start_seconds:.1f} s to start: "
+        f"{seconds:.1f} s ({cpu_seconds:.1f} s of CPU), of which {start_seconds:.1f} s to start: "
         f"{options.images / (seconds - start_seconds):.0f} images/s after that"
     )
     print(f"peak memory: {peaks[0]:.2f} GiB" + (f", each worker {peaks[1]:.2f} GiB" if options.processes > 1 else ""))

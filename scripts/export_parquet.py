@@ -23,9 +23,8 @@ import datasets
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cards_plum import CITATION  # noqa: E402
-
 import partonomy_dataset  # noqa: E402
+from cards_plum import CITATION  # noqa: E402
 from partkit import synthesis  # noqa: E402
 from partkit.benchmark import load_questions  # noqa: E402
 from partkit.dataset_card import ConfigFacts, make_card  # noqa: E402
