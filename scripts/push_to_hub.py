@@ -34,7 +34,7 @@ from evaluate_plum import fingerprint_model
 MODEL_FILES = ["config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json"]
 MODEL_FILES += ["*.py", "*.jinja", "processor_config.json", "tokenizer*", "special_tokens_map.json", "vocab.json"]
 MODEL_FILES += ["merges.txt", RECIPE_FILE, CURVES_FILE]
-DATASET_FILES = ["README.md", "**/*.parquet", "**/*.json"]
+DATASET_FILES = ["README.md", "SHA256SUMS", "errors.jsonl", "**/*.parquet", "**/*.json"]
 SPACE_FILES = ["README.md", "**/*.py", "requirements.txt", "packages.txt", "**/*.json", "**/*.css", "**/*.js"]
 SPACE_FILES += ["**/*.png"]
 
