@@ -2,7 +2,7 @@
 PYTHON := .venv/bin/python
 INSTALLED := .venv/installed
 
-.PHONY: demo test lint docs fuzz
+.PHONY: demo test lint docs fuzz perf
 
 demo: $(INSTALLED)
 	rm -rf runs/demo
@@ -12,6 +12,9 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(PYTHON) -m pytest
+
+perf: $(INSTALLED)
+	HF_HUB_OFFLINE=1 HF_DATASETS_DISABLE_PROGRESS_BARS=1 $(PYTHON) perf/all.py
 
 lint: $(INSTALLED)
 	$(PYTHON) -m ruff check .

@@ -1,6 +1,7 @@
 """Time, rate and peak memory of making questions for a data set of a given size.
 
     python perf/build_questions.py --images 75000 --objects 600 --scheme official --processes 2
+    python perf/build_questions.py --images 5000 --processes 1
 
 The data set is synthetic: families of ten objects, each with parts of its own and parts its family shares, visible
 with rates of their own. All images share one mask, so what is measured is the making of questions, not the reading of
@@ -15,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
+from measure import result
 from transformers import HfArgumentParser
 
 from partkit.knowledge import collect_knowledge
@@ -32,7 +34,7 @@ SHARED_MASK = encode(np.eye(64, dtype=bool))
 
 @dataclass
 class Options:
-    images: int = field(default=75_000, metadata={"help": "Number of images, one object each."})
+    images: int = field(default=5_000, metadata={"help": "Number of images, one object each."})
     objects: int = field(default=600, metadata={"help": "Number of object labels."})
     parts: int = field(default=975, metadata={"help": "Number of part names."})
     scheme: str = field(default="official", metadata={"help": "official or balanced."})
@@ -84,19 +86,30 @@ def main(options: Options) -> None:
     digest, questions = hashlib.sha256(), 0
     for task_digest, task_questions in _results(dataset, maker, tasks, processes=options.processes):
         digest.update(task_digest)
+        last_digest = task_digest
         questions += task_questions
     seconds = time.perf_counter() - started
 
     who = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     peaks = [resource.getrusage(usage).ru_maxrss / 1024**2 for usage in who]
     cpu_seconds = sum(resource.getrusage(usage).ru_utime + resource.getrusage(usage).ru_stime for usage in who)
-    print(f"{options.images} images, {options.objects} objects, scheme {options.scheme}: {questions} questions")
-    print(
-        f"{seconds:.1f} s ({cpu_seconds:.1f} s of CPU), of which {start_seconds:.1f} s to start: "
-        f"{options.images / (seconds - start_seconds):.0f} images/s after that"
-    )
-    print(f"peak memory: {peaks[0]:.2f} GiB" + (f", each worker {peaks[1]:.2f} GiB" if options.processes > 1 else ""))
-    print(f"fingerprint: {digest.hexdigest()[:16]}")
+    detail = {
+        "unit": "images per second, once started",
+        "images": options.images,
+        "objects": options.objects,
+        "scheme": options.scheme,
+        "processes": options.processes,
+        "questions": questions,
+        "seconds": round(seconds, 1),
+        "cpu_seconds": round(cpu_seconds, 1),
+        "seconds_to_start": round(start_seconds, 1),
+        "peak_gib": round(peaks[0], 2),
+        "peak_gib_of_a_worker": round(peaks[1], 2) if options.processes > 1 else None,
+        "fingerprint": digest.hexdigest()[:16],
+    }
+    name = f"questions made for {options.images} images"
+    equal = _make(tasks[-1])[0] == last_digest  # made again, here, without those before
+    result(name, options.images / (seconds - start_seconds), None, equal=equal, detail=detail)
 
 
 def _results(

@@ -144,6 +144,7 @@ def score_and_segment(model, batch, pixels, sam_pixels, *, masks: bool = True):
     return scores, model.decode_masks(states[true], batch["spans"], embeddings, images[true])[0]
 
 
+@torch.no_grad()
 def main() -> list[dict]:
     model = build_model()
     generator = torch.Generator().manual_seed(1)
@@ -157,8 +158,9 @@ def main() -> list[dict]:
             old=lambda: score_and_segment_one_by_one(model, ten, pixels, sam_pixels),
             new=lambda: score_and_segment(model, ten, pixels, sam_pixels),
             target=6.0,
+            old_part=lambda: score_and_segment_one_by_one(model, one, pixels, sam_pixels),
             memory_target=0.6,
-            rounds=2,
+            rounds=1,
             shape=shape,
             questions=10,
             choices=CHOICES,

@@ -8,14 +8,11 @@ Both are timed in one process on one core; what it prints is the time of all pai
 """
 
 import argparse
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
+from measure import result
 from pycocotools import mask as coco
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from partkit.mask_metrics import RLE, overlap
 from partkit.masks import decode
@@ -52,13 +49,17 @@ def main() -> None:
     started = time.perf_counter()
     dense_counts = [overlap_dense(*pair) for pair in some]
     of_arrays = time.perf_counter() - started
-    if counts[: len(some)] != dense_counts:
-        raise SystemExit("The two ways disagree.")
-
-    per_pair, per_dense_pair = of_runs / len(pairs), of_arrays / len(some)
-    print(f"runs:   {len(pairs)} pairs of {options.side} x {options.side} in {of_runs:.2f} s")
-    print(f"arrays: {len(some)} pairs in {of_arrays:.2f} s, {per_dense_pair * len(pairs):.0f} s for all")
-    print(f"ratio:  {per_dense_pair / per_pair:.0f}")
+    ratio = (of_arrays / len(some)) / (of_runs / len(pairs))
+    detail = {
+        "pairs": len(pairs),
+        "side": options.side,
+        "seconds_of_all_pairs": round(of_runs, 3),
+        "dense_pairs": len(some),
+        "seconds_of_dense_pairs": round(of_arrays, 3),
+    }
+    result(
+        "masks compared on their runs, per pair", ratio, 10.0, equal=counts[: len(some)] == dense_counts, detail=detail
+    )
 
 
 if __name__ == "__main__":

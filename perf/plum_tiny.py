@@ -1,0 +1,29 @@
+"""plum-tiny as its recipe builds it, with random weights, and what it is asked in the benchmarks of this folder."""
+
+import torch
+import yaml
+from measure import ROOT
+from PIL import Image
+
+from partkit.seeding import seeded_generator
+from train import build_from_scratch
+
+QUESTION = "What visible parts does the object in the image have?"
+ANSWER = "The object in the image has the following visible parts: left wing, right wing, tail, wheel, and hull."
+
+
+def build_plum_tiny():
+    """Model, in evaluation mode and leaning towards tags so that its answers have masks, and processor."""
+    recipe = yaml.safe_load((ROOT / "recipes" / "plum_tiny.yaml").read_text())
+    torch.manual_seed(0)
+    model, processor = build_from_scratch(recipe["model_config"], recipe["tokenizer_vocab_size"], [QUESTION, ANSWER])
+    with torch.no_grad():
+        model.span_tagger.classifier[-1].bias.copy_(torch.tensor([0.5, 0.3, 0.0]))
+    return model.eval(), processor
+
+
+def draw_images(count: int) -> list[Image.Image]:
+    """Images of noise, of different sizes around 128 pixels."""
+    generator = seeded_generator(0, "benchmark images")
+    sizes = generator.integers(90, 160, (count, 2))
+    return [Image.fromarray(generator.integers(0, 256, (*size, 3), dtype="uint8")) for size in sizes]
