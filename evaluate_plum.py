@@ -35,6 +35,7 @@ from tqdm import tqdm
 from transformers import HfArgumentParser
 
 import partonomy_dataset
+from embedding_cache import EmbeddingCache
 from inference_plum import load_model
 from partkit.answers import answer_files, read_answers
 from partkit.baselines import SEED as BASELINE_SEED
@@ -133,6 +134,9 @@ class EvaluationArguments:
     limit: int | None = field(default=None, metadata={"help": "Only the first questions of the split."})
     device: Literal["auto", "cpu", "cuda"] = field(default="auto", metadata={"help": "auto takes a GPU if any."})
     dtype: Literal["float32", "bfloat16"] = field(default="float32", metadata={"help": "Of the model's weights."})
+    cache_image_embeddings: str | None = field(
+        default=None, metadata={"help": "Folder that keeps what SAM's encoder makes of each image, in bfloat16."}
+    )
 
     def __post_init__(self):
         if sum(source is not None for source in (self.model, self.predictions, self.baseline)) != 1:
@@ -168,6 +172,7 @@ def run_settings(arguments: EvaluationArguments, *, folder: Path, questions: Seq
         "questions": len(questions),
         "questions_fingerprint": fingerprint(questions),
         "control_seed": CONTROL_SEED,
+        "image_embeddings": None if arguments.cache_image_embeddings is None else "bfloat16",
     }
 
 
@@ -370,6 +375,11 @@ def evaluate(arguments: EvaluationArguments) -> None:
         if unusable:
             write_problems(output_dir / "errors.jsonl", unusable)
 
+    embedding_cache = None
+    if arguments.cache_image_embeddings is not None:
+        embedding_cache = EmbeddingCache(arguments.cache_image_embeddings, plum.model)
+        if state.is_main_process:
+            print(embedding_cache.describe(len({question.image_id for question in questions})))
     predictor = Predictor(
         plum.model,
         plum.processor,
@@ -377,6 +387,7 @@ def evaluate(arguments: EvaluationArguments) -> None:
         choice_reduction=arguments.choice_reduction,
         mask_source=arguments.mask_source,
         image_cache_size=arguments.image_cache_size,
+        embedding_cache=embedding_cache,
     )
     resumed = predict(
         predictor,

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from embedding_cache import EmbeddingCache
 from modeling_plum import decode_spans
 from partkit.masks import encode
 from partkit.metrics import MaskSource
@@ -40,10 +41,12 @@ class ImageCache:
 
     Args:
         size: Images whose features are kept.
+        embedding_cache: Where the embeddings of SAM's encoder lie on disk, if they do.
     """
 
-    def __init__(self, model, processor: PlumProcessor, *, size: int):
+    def __init__(self, model, processor: PlumProcessor, *, size: int, embedding_cache: EmbeddingCache | None = None):
         self.model, self.processor, self.size = model, processor, size
+        self.embed = model.get_image_embeddings if embedding_cache is None else embedding_cache.embed
         self._features: OrderedDict[str, ImageFeatures] = OrderedDict()
         self.uses, self.encoded = 0, 0
 
@@ -66,7 +69,7 @@ class ImageCache:
     def _encode(self, images: list[Image.Image]) -> list[ImageFeatures]:
         device = self.model.device
         prepared, sam_inputs, vlm_inputs = self.processor.prepare_images(images)
-        embeddings = self.model.get_image_embeddings(sam_inputs["sam_pixel_values"].to(device))
+        embeddings = self.embed(sam_inputs["sam_pixel_values"].to(device))
         vlm_inputs = {name: value.to(device) for name, value in vlm_inputs.items() if isinstance(value, torch.Tensor)}
         counts = [image.num_image_tokens for image in prepared]
         features = self.model.get_vlm_image_features(counts, sam_image_embeddings=embeddings, **vlm_inputs)
@@ -96,13 +99,14 @@ class Predictor:
         choice_reduction: str,
         mask_source: MaskSource,
         image_cache_size: int = 128,
+        embedding_cache: EmbeddingCache | None = None,
     ):
         self.model = model
         self.processor = processor
         self.max_new_tokens = max_new_tokens
         self.choice_reduction = choice_reduction
         self.mask_source = mask_source
-        self.images = ImageCache(model, processor, size=image_cache_size)
+        self.images = ImageCache(model, processor, size=image_cache_size, embedding_cache=embedding_cache)
         self._features: dict[str, ImageFeatures] = {}
 
     def predict(

@@ -39,6 +39,7 @@ from cards_plum import make_model_card, write_recipe
 from checkpoint_plum import check_checkpoint
 from configuration_plum import PlumConfig
 from data_plum import Collator, ConversationDataset, stream_examples
+from embedding_cache import EmbeddingCache
 from mixture_plum import Source, load_eval_records, load_records, mix, parse_source
 from modeling_plum import PlumForConditionalGeneration
 from processing_plum import PlumProcessor, parse_span_tags
@@ -141,6 +142,9 @@ class DataArguments:
     max_length: int | None = field(
         default=None,
         metadata={"help": "Most tokens of a conversation, those of its image among them; last turns are left out."},
+    )
+    cache_image_embeddings: str | None = field(
+        default=None, metadata={"help": "Folder that keeps what a frozen SAM encoder makes of each image."}
     )
     sources: list[Source] = field(init=False)
 
@@ -410,6 +414,23 @@ def merge_lora(model: nn.Module) -> PlumForConditionalGeneration:
     return model
 
 
+def open_embedding_cache(model: nn.Module, arguments: DataArguments) -> EmbeddingCache | None:
+    """The cache that the options ask for; `ValueError` if the embedding of an image changes during the training."""
+    if arguments.cache_image_embeddings is None:
+        return None
+    if any(parameter.requires_grad for parameter in model.sam.vision_encoder.parameters()):
+        raise ValueError(
+            "cache_image_embeddings needs an image encoder that is not trained; add sam.vision_encoder to "
+            "frozen_modules, or leave it out of lora_trained_whole."
+        )
+    if arguments.color_jitter:
+        raise ValueError(
+            "cache_image_embeddings needs images that stay the same; set color_jitter to 0, found "
+            f"{arguments.color_jitter}."
+        )
+    return EmbeddingCache(arguments.cache_image_embeddings, model)
+
+
 # ------------------------------------------------------------------------------------------------ main
 
 
@@ -510,6 +531,7 @@ def main(argv: list[str]):
         model = add_lora(model, model_arguments)
 
     # Training
+    embedding_cache = open_embedding_cache(model, data_arguments)
     trainer = PlumTrainer(
         model=model,
         args=args,
@@ -518,7 +540,11 @@ def main(argv: list[str]):
         data_collator=Collator(processor, max_length),
         processing_class=processor,
         callbacks=[TrainingCurves()],
+        embedding_cache=embedding_cache,
     )
+    if embedding_cache is not None and trainer.is_world_process_zero():
+        images = None if streaming else len(train_dataset) + len(eval_dataset or [])
+        print(embedding_cache.describe(images))
     trainer.train(resume_from_checkpoint=checkpoint)
 
     # Output

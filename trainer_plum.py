@@ -15,6 +15,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.utils import ModelOutput
 
 from configuration_plum import PlumConfig
+from embedding_cache import EmbeddingCache
 from modeling_plum import IGNORE_INDEX, decode_spans, upscale_masks
 
 
@@ -84,8 +85,9 @@ class PlumTrainer(Trainer):
     processes), logged by name, and with masks and tags measured during training.
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, embedding_cache: EmbeddingCache | None = None, **kwargs):
         super().__init__(*args, **kwargs, compute_metrics=_summarise_counts)
+        self.embedding_cache = embedding_cache
         self.teacher = build_teacher(self.model)
         self.add_callback(EpochSetter)
         # The losses come divided by the counts of the whole batch; the Trainer must not divide them again.
@@ -103,7 +105,7 @@ class PlumTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         record_ids = inputs["record_ids"]
-        outputs = model(**_model_inputs(inputs), loss_counts=num_items_in_batch, teacher=self.teacher)
+        outputs = model(**self._model_inputs(inputs), loss_counts=num_items_in_batch, teacher=self.teacher)
         loss = outputs["loss"]
         if not loss.isfinite():
             values = ", ".join(f"{name} {value.item():.3g}" for name, value in outputs["losses"].items())
@@ -151,16 +153,19 @@ class PlumTrainer(Trainer):
         [`_summarise_counts`] sums up: counts travel, masks do not.
         """
         inputs = self._prepare_inputs(inputs)
-        unsupervised = {**_model_inputs(inputs), "labels": None, "span_labels": None, "mask_labels": None}
+        unsupervised = {**self._model_inputs(inputs), "labels": None, "span_labels": None, "mask_labels": None}
         with self.compute_loss_context_manager():
             outputs = model(**unsupervised)
         counts = _count_record_results(inputs, outputs, self.accelerator.unwrap_model(self.model).config)
         return None, counts, counts[:, :1]
 
-
-def _model_inputs(batch: dict) -> dict:
-    """A batch without what only the training wants to know."""
-    return {name: value for name, value in batch.items() if name not in ("record_index", "record_ids")}
+    def _model_inputs(self, batch: dict) -> dict:
+        """A batch without what only the training wants to know, with embeddings in the place of cached images."""
+        inputs = {name: value for name, value in batch.items() if name not in ("record_index", "record_ids")}
+        if self.embedding_cache is not None and "sam_pixel_values" in inputs:
+            with self.accelerator.autocast():
+                inputs["sam_image_embeddings"] = self.embedding_cache.embed(inputs.pop("sam_pixel_values"))
+        return inputs
 
 
 def _count_record_results(inputs: dict, outputs: dict, config: PlumConfig) -> torch.Tensor:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import train
+from data_plum import ConversationDataset
 from partkit.images import to_rgb
 from partkit.masks import DataError, encode
 from partkit.schema import GROUNDED_CONVERSATION_FEATURES
@@ -136,4 +136,4 @@ def test_training_names_the_record_whose_embedded_image_cannot_be_shown(tmp_path
     }
     records = datasets.Dataset.from_list([row], features=GROUNDED_CONVERSATION_FEATURES)
     with pytest.raises(DataError, match="record record-7, field 'image'"):
-        train.ConversationDataset(records)[0]
+        ConversationDataset(records)[0]
