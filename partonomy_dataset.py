@@ -7,17 +7,20 @@
     load_dataset("partonomy", "mini_instances")                   # drawings: parts that occur several times
     load_dataset("partonomy", "mini_questions")                   # drawings: benchmark questions
     load_dataset("partonomy", "core", data_dir=FOLDER)            # the official release: benchmark questions
+    load_dataset("partonomy", "own_parts", data_dir=FOLDER)       # your photographs: COCO, Labelme, conversations
     load_dataset("partonomy", "descriptor", data_dir=FOLDER)      # the authors' input format: grounded conversations
     load_dataset("partonomy", "pascal_part", data_dir=FOLDER)     # your copy of any of partkit.sources.catalogue
     load_dataset("partonomy", "pascal_part_questions", data_dir=FOLDER, scheme="balanced")    # all ten types
 
 What a folder must hold stands in docs/mixtures.md; `python -m partkit validate NAME FOLDER` checks it.
 `streaming=True` and `num_proc` work as everywhere. Records depend neither on the number of processes nor on the order
-of the records in your files. `descriptor`, `pascal_part`, `paco_lvis` and `partimagenet` have questions, too.
+of the records in your files. `own_parts`, `descriptor`, `pascal_part`, `paco_lvis` and `partimagenet` have questions,
+too.
 
-Splits are those of the published files; of a descriptor, a tenth of the images, drawn by seed, is for validation. The
-conversations and the questions of one folder have the same splits. `scheme` is how wrong choices are made ("official",
-the default, or "balanced"; see partkit/distractors.py); they follow counts over all splits that the folder holds.
+Splits are those of the published files; of your own parts or a descriptor, a tenth of the images, drawn by seed, is
+for validation. The conversations and the questions of one folder have the same splits. `scheme` is how wrong choices
+are made ("official", the default, or "balanced"; see partkit/distractors.py); they follow counts over all splits that
+the folder holds.
 
 A bad record raises `partkit.schema.DataError`, or a DatasetGenerationError with it as its `__cause__`. With
 `on_error="report"` bad records are left out: `left_out(rows)` reads what errors.jsonl, beside the prepared data, says
@@ -47,6 +50,7 @@ from partkit.sources.catalogue import SOURCES
 from partkit.sources.descriptor import DESCRIPTOR_FILE
 from partkit.sources.files import OnError, refuse
 from partkit.sources.official import QUESTIONS_FILE, read_questions
+from partkit.sources.own_parts import record_files
 from partkit.sources.survey import PART_SOURCES, Opened, open_source, survey, usable
 
 DATASET_NAME = "partonomy"
@@ -108,6 +112,7 @@ class Partonomy(datasets.GeneratorBasedBuilder):
         _config("mini_instances", "Drawn objects whose parts occur several times, one mask per instance."),
         _config("mini_questions", "Benchmark questions about the drawings of mini."),
         _config("core", f"The official release; data_dir holds {QUESTIONS_FILE} and images/."),
+        _config("own_parts", "Conversations about your own photographs; docs/own_data.md says what data_dir holds."),
         _config("descriptor", f"Conversations about a raw data set; data_dir holds {DESCRIPTOR_FILE} and its images."),
         *(_config(name, f"Conversations; docs/mixtures.md says what data_dir holds for {name}.") for name in SOURCES),
         *(_config(f"{name}_questions", f"Benchmark questions; data_dir as for {name}.") for name in PART_SOURCES),
@@ -130,6 +135,11 @@ class Partonomy(datasets.GeneratorBasedBuilder):
         elif name in PART_SOURCES:
             found = survey(name, self._data_dir(), seed=SEED, on_error=on_error)
             members, knowledge = found.members, found.knowledge()
+            if self.config.asks and not found.annotated:
+                raise schema.DataError(
+                    f"{self._data_dir()} holds conversations, but questions are made about masks of parts; train on "
+                    f'it with the config "{name}"'
+                )
         elif name in SOURCES:
             members = usable(name, self._data_dir(), on_error=on_error)
         else:
@@ -178,7 +188,9 @@ class Partonomy(datasets.GeneratorBasedBuilder):
             return
         maker = QuestionMaker(knowledge, scheme=self.config.scheme or SCHEMES[0], seed=SEED)
         for index in _flat(shards):
-            yield from maker.questions(source.example(index))
+            example = source.example(index)
+            named = example.image_label != schema.UNNAMED_OBJECT
+            yield from maker.questions(example, schema.QUESTION_TYPES if named else ("identification",))
 
     def _records_of_drawings(
         self, split: str, shards: Shards
@@ -249,7 +261,8 @@ def _records_state(folder: Path) -> str:
     """Changes whenever a file does that a source would read records from: its name, size or time."""
     paths = [folder / name for name in _RECORD_PATHS]
     within = [path for name in paths if name.is_dir() for path in name.iterdir() if path.suffix in (".png", ".json")]
-    files = [(str(path), path.stat()) for path in sorted({*paths, *within}) if path.is_file()]
+    files = {*paths, *within, *record_files(folder)}
+    files = [(str(path), path.stat()) for path in sorted(files) if path.is_file()]
     return repr([(path, stat.st_size, stat.st_mtime_ns) for path, stat in files])
 
 

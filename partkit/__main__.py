@@ -1,7 +1,8 @@
-"""python -m partkit validate SOURCE FOLDER [--errors FILE.jsonl]
+"""python -m partkit validate [SOURCE] FOLDER [--errors FILE.jsonl]
 
-Checks your copy of a data set and prints what is missing or damaged: the first problems, or with --errors each of them
-as a line {"problem": ...} of a file. Exits with 1 if there is one, else with 0.
+Checks your copy of a data set, or without SOURCE a folder of your own (docs/own_data.md), and prints what is missing
+or damaged: the first problems, or with --errors each of them as a line {"problem": ...} of a file. Exits with 1 if
+there is one, else with 0.
 """
 
 import argparse
@@ -18,7 +19,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m partkit", description="The PARTONOMY toolkit.")
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("validate", help="check your copy of a data set before a long build")
-    command.add_argument("source", choices=CHECKS)
+    command.add_argument("source", nargs="?", choices=CHECKS, default="own_parts")
     command.add_argument("folder", type=Path)
     command.add_argument("--errors", type=Path, metavar="FILE.jsonl", help="write every problem to this file")
     options = parser.parse_args(arguments)

@@ -16,7 +16,7 @@ import numpy as np
 
 from partkit.knowledge import PartGraph
 from partkit.questions import filter_parts, possible_partners
-from partkit.schema import GroundedConversation, PartExample, PartMask, Question, escape_tags
+from partkit.schema import UNNAMED_OBJECT, GroundedConversation, PartExample, PartMask, Question, escape_tags
 from partkit.seeding import seeded_generator
 from partkit.spans import join_parts
 from partkit.wording import inflect_engine, official_answer, official_question, with_article
@@ -263,7 +263,8 @@ def _benchmark_turn(
     label = example.image_label
     visible = sorted(mask.label for mask in example.masks)
     question_type = str(rng.choice([kind, f"{kind}_with_label"]))
-    partners = possible_partners(kind, label=label, visible=visible, part_graph=part_graph)
+    named = {name: parts for name, parts in part_graph.items() if name != UNNAMED_OBJECT}
+    partners = possible_partners(kind, label=label, visible=visible, part_graph=named)
     if not partners:
         return None
     partner = partners[rng.integers(len(partners))]
@@ -290,7 +291,8 @@ def _benchmark_turn(
 def _other_turn(example: PartExample, *, part_graph: PartGraph, rng: np.random.Generator) -> _Turn:
     """Where a part is, whether it is there, or what the object is."""
     label = escape_tags(example.image_label)
-    kind = str(rng.choice(["location", "presence", "object"], p=[0.4, 0.4, 0.2]))
+    named = example.image_label != UNNAMED_OBJECT
+    kind = str(rng.choice(["location", "presence", "object"], p=[0.4, 0.4, 0.2] if named else [0.5, 0.5, 0]))
     style = _pick_style(kind, rng)
     if kind == "object":
         question = fill_template(QUESTIONS[kind][style])

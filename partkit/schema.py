@@ -22,6 +22,7 @@ __all__ = [
     "PART_EXAMPLE_FEATURES",
     "QUESTION_FEATURES",
     "QUESTION_TYPES",
+    "UNNAMED_OBJECT",
     "DataError",
     "GroundedConversation",
     "PartExample",
@@ -48,6 +49,9 @@ QUESTION_TYPES = (
 )
 TWO_STEP_TYPES = ("whole_to_part", "part_to_whole")
 """Question types that ask for the object too; only these fill the `object_` fields."""
+
+UNNAMED_OBJECT = "object"
+"""The label of an object that nobody has named."""
 
 _TAG = re.compile(r"(?<!\\)</?p>")
 _LITERAL_TAG = re.compile(r"</?p>")

@@ -15,10 +15,12 @@ from tqdm import tqdm
 from partkit.schema import DataError, as_row
 from partkit.sources.catalogue import SOURCES, Source
 from partkit.sources.coco import CocoParts
-from partkit.sources.descriptor import Descriptor
+from partkit.sources.descriptor import HELD_OUT, Descriptor
 from partkit.sources.official import read_questions
+from partkit.sources.own_parts import OwnParts, open_own_parts
 from partkit.sources.survey import open_source
 from partkit.statistics import Statistics
+from partkit.synthesis import DEFAULT_SEED
 
 PUBLISHED_CORE = {"objects": 534, "parts": 862, "object-part pairs": 1976, "images": 1068, "masks": 4968}
 """What the paper counts in Partonomy-Core; other releases have the same layout, so a difference is only a note."""
@@ -103,6 +105,33 @@ def _check_descriptor(folder: Path, report: Report) -> None:
     )
 
 
+def _check_own_parts(folder: Path, report: Report) -> None:
+    source = open_own_parts(folder, on_error=report.refuse)
+    if isinstance(source, OwnParts):
+        objects = ", ".join(f"{label} ({len(parts)} parts)" for label, parts in source.part_graph.items())
+        report.notes.append(f"{source.kind} in {source.path}: {objects}")
+        if source.unannotated:
+            shown = ", ".join(source.unannotated[:3])
+            report.notes.append(f"{len(source.unannotated)} images show no part and are left out, such as {shown}")
+    splits = source.splits(seed=DEFAULT_SEED)
+    for split, indices in splits.items():
+        images, spans, turns, masks = set(), 0, 0, set()
+        for index in tqdm(indices, desc=split, unit=" records"):
+            try:
+                (conversation,) = source.conversations(index, seed=DEFAULT_SEED)
+            except DataError as error:
+                report.refuse(error)
+                continue
+            images.add(source.image_path(index))
+            turns += len(conversation.messages) // 2
+            spans += len(conversation.masks)
+            masks |= {(index, mask.label, mask.rle["counts"]) for mask in conversation.masks}
+        counts = f"{len(images - {None})} images, {len(indices)} conversations, {turns} questions"
+        report.notes.append(f"{split}: {counts}, {spans} spans of {len(masks)} masks")
+    if not splits["validation"]:
+        report.problems.append(f"{folder}: at least {HELD_OUT} images are needed, one in {HELD_OUT} is held out")
+
+
 def _differences_from_published(source: Source) -> Iterator[str]:
     if isinstance(source, CocoParts) and len(source.categories) != source.category_count:
         yield (
@@ -119,6 +148,7 @@ def _differences_from_published(source: Source) -> Iterator[str]:
 
 CHECKS: dict[str, Callable[[Path, Report], None]] = {
     "core": _check_core,
+    "own_parts": _check_own_parts,
     "descriptor": _check_descriptor,
     **{name: _check_source(kind) for name, kind in SOURCES.items()},
 }

@@ -81,17 +81,8 @@ class Descriptor:
         return typed(self._record(index), "image_path", str, where=self._where(index))
 
     def splits(self, *, seed: int) -> dict[str, list[int]]:
-        """Split -> indices; instances that share an image stay together.
-
-        One in HELD_OUT images is drawn for validation, which depends on the seed and the set of image paths alone.
-        """
-        image_paths = [self.image_path(index) for index in range(len(self))]
-        shuffled = seeded_generator(seed, "held out").permutation(sorted(set(image_paths))).tolist()
-        held_out = set(shuffled[: len(shuffled) // HELD_OUT])
-        splits: dict[str, list[int]] = {"train": [], "validation": []}
-        for index, image_path in enumerate(image_paths):
-            splits["validation" if image_path in held_out else "train"].append(index)
-        return splits
+        """Split -> indices, see `hold_out`."""
+        return hold_out([self.image_path(index) for index in range(len(self))], seed=seed)
 
     def example(self, index: int) -> PartExample:
         """The instance as a part example. Raises DataError naming file, record and field."""
@@ -171,6 +162,19 @@ class Descriptor:
 
     def _where(self, index: int) -> str:
         return f"{self.path}, record {self._numbers[index]}"
+
+
+def hold_out(image_paths: list[str], *, seed: int) -> dict[str, list[int]]:
+    """Split -> indices of the examples with these images; those that share an image stay together.
+
+    One in HELD_OUT images is drawn for validation, which depends on the seed and the set of image paths alone.
+    """
+    shuffled = seeded_generator(seed, "held out").permutation(sorted(set(image_paths))).tolist()
+    held_out = set(shuffled[: len(shuffled) // HELD_OUT])
+    splits: dict[str, list[int]] = {"train": [], "validation": []}
+    for index, image_path in enumerate(image_paths):
+        splits["validation" if image_path in held_out else "train"].append(index)
+    return splits
 
 
 def clean_object_label(label: str) -> str:

@@ -70,12 +70,23 @@ def stream_records(path: Path, *, field: str | None = None) -> Iterator[Any]:
     return _stream(path, prefix="item" if field is None else f"{field}.item", field=field)
 
 
-def _stream(path: Path, *, prefix: str, field: str | None = None) -> Iterator[Any]:
+def stream_fields(path: Path) -> Iterator[str]:
+    """Yields the names of the fields of a JSON file that holds an object, as they come; of anything else none.
+
+    Raises DataError as `stream_records` does.
+    """
+    events = _stream(path, prefix=None)
+    return (name for prefix, event, name in events if event == "map_key" and not prefix)
+
+
+def _stream(path: Path, *, prefix: str | None, field: str | None = None) -> Iterator[Any]:
+    """The items at a prefix, or without one the events of ijson."""
     check_size(path, limit=MAX_JSON_BYTES)
     found = 0
     with path.open("rb") as file:
         try:
-            for item in ijson.items(_ShallowJSON(file, where=str(path)), prefix, use_float=True):
+            content = _ShallowJSON(file, where=str(path))
+            for item in ijson.parse(content) if prefix is None else ijson.items(content, prefix, use_float=True):
                 yield item
                 found += 1
         except DataError:

@@ -14,13 +14,16 @@ from partkit.knowledge import PartKnowledge, collect_knowledge
 from partkit.schema import DataError
 from partkit.sources.catalogue import SOURCES, Source
 from partkit.sources.coco import CocoParts, Graph
+from partkit.sources.conversation_file import ConversationFile
 from partkit.sources.descriptor import Descriptor
 from partkit.sources.files import OnError, check_labels, refuse
+from partkit.sources.own_parts import OwnParts, open_own_parts
 
-PART_SOURCES = ("descriptor", "pascal_part", "paco_lvis", "partimagenet")
+DRAWN_SPLITS = ("descriptor", "own_parts")
+PART_SOURCES = (*DRAWN_SPLITS, "pascal_part", "paco_lvis", "partimagenet")
 """Data sets of objects and their parts, which questions can be made about."""
 
-Opened = Source | Descriptor
+Opened = Source | Descriptor | OwnParts | ConversationFile
 
 
 class Annotated(NamedTuple):
@@ -50,7 +53,9 @@ class Survey:
 
 
 def open_source(name: str, folder: Path, *, split: str, on_error: OnError = refuse) -> Opened:
-    """What the indices of a split belong to. `name` is "descriptor" or one of SOURCES."""
+    """What the indices of a split belong to. `name` is one of DRAWN_SPLITS or SOURCES."""
+    if name == "own_parts":
+        return open_own_parts(folder, on_error=on_error)
     if name == "descriptor":
         return Descriptor(folder, on_error=on_error)
     kind = SOURCES[name]
@@ -84,6 +89,8 @@ def _is_good(source: Opened, index: int, on_error: OnError) -> bool:
 def survey(name: str, folder: Path, *, seed: int, on_error: OnError = refuse) -> Survey:
     """Looks at the annotations of every example of a copy, and, unless bad records are refused, at every image too.
 
+    Conversations of one's own have members alone: what they show is not known by parts.
+
     Args:
         name: one of PART_SOURCES.
         seed: for the splits of a descriptor.
@@ -95,6 +102,10 @@ def survey(name: str, folder: Path, *, seed: int, on_error: OnError = refuse) ->
     found = Survey()
     owners: dict[str, str] = {}
     for split, source, indices in _open_splits(name, folder, seed=seed, on_error=on_error):
+        if isinstance(source, ConversationFile):
+            good = indices if on_error is refuse else [i for i in indices if _is_good(source, i, on_error)]
+            found.members |= {split: good} if good else {}
+            continue
         _unite(found.part_graph, source.part_graph)
         _unite(found.instance_graph, source.instance_graph)
         members, annotated = [], []
@@ -120,9 +131,9 @@ def survey(name: str, folder: Path, *, seed: int, on_error: OnError = refuse) ->
 
 def _open_splits(
     name: str, folder: Path, *, seed: int, on_error: OnError
-) -> Iterator[tuple[str, CocoParts | Descriptor, list[int] | range]]:
-    if name == "descriptor":
-        source = Descriptor(folder, on_error=on_error)
+) -> Iterator[tuple[str, Opened, list[int] | range]]:
+    if name in DRAWN_SPLITS:
+        source = open_source(name, folder, split="", on_error=on_error)
         for split, indices in source.splits(seed=seed).items():
             yield split, source, indices
         return

@@ -1,0 +1,371 @@
+"""Your own photographs with part masks, in the form your tool exports them.
+
+What lies in the folder says what it is:
+
+    FOLDER/descriptor.json                       the authors' descriptor, see partkit/sources/descriptor.py
+    FOLDER/*.jsonl                               grounded conversations, see partkit/sources/conversation_file.py
+    FOLDER/*.json or FOLDER/*/*.json             one COCO file, as CVAT ("COCO 1.0") and others export it
+    FOLDER/*.json or FOLDER/*/*.json             Labelme files, one for each photograph
+
+Records of a COCO file, shortened; images may lie beside the file, in FOLDER, in images/ or in images/SUBSET/:
+
+    categories:  {"id": 1, "name": "wheel", "supercategory": "car"}
+    images:      {"id": 7, "file_name": "0007.jpg", "height": 480, "width": 640, "image_label": "sedan"}
+    annotations: {"id": 3, "image_id": 7, "category_id": 1, "segmentation": [[10.5, 20.0, ...]]}
+
+A category is a part. The object it belongs to is the `image_label` of its image, else the `supercategory`, else
+"object" (also where the supercategory is empty, "none" or the name of the category itself, as some tools write it).
+
+A Labelme file, shortened; shapes may be polygons, rectangles, circles and masks:
+
+    {"imagePath": "0007.jpg", "imageHeight": 480, "imageWidth": 640, "flags": {"sedan": true, "pickup": false},
+     "shapes": [{"label": "wheel", "shape_type": "polygon", "points": [[10.5, 20.0], ...]}]}
+
+The label of a shape is a part, the one flag that is set is the object; without one it is "object".
+
+An image gives one example per object label. Masks of one part are united. What an object can have are all the parts
+that any photograph of it shows.
+"""
+
+import base64
+import io
+import math
+import posixpath
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from partkit.conversations import converse
+from partkit.masks import RLE, DataError, Size, area, encode, union, validate_rle
+from partkit.schema import UNNAMED_OBJECT, GroundedConversation, PartExample, PartMask
+from partkit.sources.conversation_file import ConversationFile
+from partkit.sources.descriptor import DESCRIPTOR_FILE, Descriptor, hold_out
+from partkit.sources.files import (
+    ImageFiles,
+    OnError,
+    check_labels,
+    read_json,
+    read_polygons,
+    refuse,
+    stream_fields,
+    stream_records,
+    typed,
+    typed_list,
+)
+
+LICENCE = "not stated"
+NO_SUPERCATEGORY = ("", "none")
+CIRCLE_POINTS = 64
+"""Corners of the polygon that stands for a circle."""
+
+
+@dataclass
+class _Photograph:
+    """One object in one image: `segmentations` holds (where it stands, as it was found) for each part."""
+
+    where: str
+    image_path: str
+    size: Size
+    image_label: str = ""
+    segmentations: dict[str, list[tuple[str, Any]]] = field(default_factory=dict)
+
+
+def record_files(folder: Path) -> list[Path]:
+    """The files of a folder that may hold records of any kind, sorted."""
+    return sorted(path for pattern in ("*.jsonl", "*.json", "*/*.json") for path in folder.glob(pattern))
+
+
+def open_own_parts(folder: str | Path, *, on_error: OnError = refuse) -> "OwnParts | Descriptor | ConversationFile":
+    """The records of a folder, of whatever kind they are; `on_error` gets what is wrong with one record.
+
+    Raises DataError if the folder holds no records, or records of several kinds, or several COCO files.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder; data_dir must be the folder that holds your annotations")
+    if (folder / DESCRIPTOR_FILE).is_file():
+        return Descriptor(folder)
+    found: dict[str, list[Path]] = {}
+    for path in record_files(folder):
+        found.setdefault("conversations" if path.suffix == ".jsonl" else _kind_of_json(path), []).append(path)
+    unknown = found.pop("unknown", [])
+    if not found:
+        read = f"; {len(unknown)} json files are of another kind, such as {unknown[0].name}" if unknown else ""
+        raise DataError(
+            f"{folder}: expected a COCO file, Labelme files, {DESCRIPTOR_FILE} or *.jsonl with conversations, found "
+            f"none{read}. From CVAT export 'COCO 1.0'; its XML formats are not read"
+        )
+    (kind, paths), *others = found.items()
+    if others or (kind != "Labelme" and len(paths) > 1):
+        listed = "; ".join(f"{kind}: {', '.join(path.name for path in paths[:3])}" for kind, paths in found.items())
+        raise DataError(
+            f"{folder}: expected one COCO file, one file of conversations or Labelme files alone, found {listed}; "
+            "leave one of them in the folder"
+        )
+    if kind == "conversations":
+        return ConversationFile(paths[0], on_error=on_error)
+    return OwnParts(folder, kind=kind, paths=paths, on_error=on_error)
+
+
+def _kind_of_json(path: Path) -> str:
+    for name in stream_fields(path):
+        if name in ("images", "annotations", "categories"):
+            return "COCO"
+        if name in ("shapes", "imagePath"):
+            return "Labelme"
+    return "unknown"
+
+
+class OwnParts:
+    """Photographs of a COCO file or of Labelme files. Records are checked at once, masks and images on request.
+
+    Args:
+        on_error: gets what is wrong with one record; the image it belongs to is then left out.
+
+    Attributes:
+        unannotated: images that are listed, but show no part; they give no example.
+    """
+
+    name = "own_parts"
+
+    def __init__(self, folder: Path, *, kind: str, paths: list[Path], on_error: OnError = refuse):
+        """Raises DataError if no image shows a part, or two labels differ only in case or spaces."""
+        self.folder, self.kind = folder, kind
+        self.path = paths[0] if kind == "COCO" else folder
+        self.unannotated: list[str] = []
+        self._images = ImageFiles(folder)
+        if kind == "COCO":
+            photographs = self._read_coco(paths[0], on_error)
+        else:
+            photographs = self._read_labelme(paths, on_error)
+        self._photographs = self._check_identities(photographs, on_error)
+        if not self._photographs:
+            raise DataError(f"{folder}: no image shows a part")
+        graph: dict[str, set[str]] = {}
+        for photograph in self._photographs:
+            graph.setdefault(photograph.image_label, set()).update(photograph.segmentations)
+        self.part_graph = {label: sorted(graph[label]) for label in sorted(graph)}
+        self.instance_graph = {"object": sorted(graph)}
+        check_labels(sorted(graph), where=f"{folder}, objects")
+        check_labels(sorted(set().union(*graph.values())), where=f"{folder}, parts")
+        self._objects_of_image: dict[str, int] = {}
+        for photograph in self._photographs:
+            count = self._objects_of_image.get(photograph.image_path, 0)
+            self._objects_of_image[photograph.image_path] = count + 1
+
+    def __len__(self) -> int:
+        return len(self._photographs)
+
+    def image_path(self, index: int) -> str:
+        """The image of an example, relative to the folder; several examples may share one."""
+        return self._photographs[index].image_path
+
+    def splits(self, *, seed: int) -> dict[str, list[int]]:
+        """Split -> indices, see `hold_out`."""
+        return hold_out([self.image_path(index) for index in range(len(self))], seed=seed)
+
+    def conversations(self, index: int, *, seed: int) -> Iterator[GroundedConversation]:
+        """The one about an example. Raises DataError."""
+        yield converse(self.example(index), part_graph=self.part_graph, seed=seed)
+
+    def example(self, index: int) -> PartExample:
+        """Raises DataError naming file, record and field."""
+        photograph = self._photographs[index]
+        file = self._images.locate(photograph.image_path, where=photograph.where)
+        self._images.check_frame(photograph.image_path, photograph.size, where=photograph.where)
+        example = self.annotation(index)
+        example.image = {"bytes": None, "path": str(file)}
+        return example
+
+    def annotation(self, index: int) -> PartExample:
+        """The example without its image, which is not looked at. Raises DataError naming file, record and field."""
+        photograph = self._photographs[index]
+        path, masks = photograph.image_path, []
+        for part in sorted(photograph.segmentations):
+            rles = []
+            for place, found in photograph.segmentations[part]:
+                rles.append(self._read_mask(found, size=photograph.size, where=place))
+                if not area(rles[-1]):
+                    raise DataError(f"{place}: the mask of {part!r} covers no pixel; draw it again or delete it")
+            masks.append(PartMask(part, union(rles)))
+        alone = self._objects_of_image[path] == 1
+        return PartExample(
+            image=None,
+            image_id=path if alone else f"{path}#{photograph.image_label}",
+            image_label=photograph.image_label,
+            masks=masks,
+            source=self.name,
+            licence=LICENCE,
+        )
+
+    def _read_mask(self, found: Any, *, size: Size, where: str) -> RLE:
+        if self.kind == "Labelme":
+            return _read_shape(found, size=size, where=where)
+        if isinstance(found, list):
+            return read_polygons(found, size=size, where=where)
+        return validate_rle(found, expected_size=size, where=where)
+
+    def _check_identities(self, photographs: list[_Photograph], on_error: OnError) -> list[_Photograph]:
+        kept: dict[tuple[str, str], _Photograph] = {}
+        for photograph in photographs:
+            first = kept.setdefault((photograph.image_path, photograph.image_label), photograph)
+            if first is not photograph:
+                on_error(
+                    DataError(f"{photograph.where}: has the image {photograph.image_path!r}, as has {first.where}")
+                )
+        return list(kept.values())
+
+    # ---------------------------------------------------------------- COCO
+
+    def _read_coco(self, path: Path, on_error: OnError) -> list[_Photograph]:
+        categories: dict[int, tuple[str, str]] = {}
+        for record, where in _records(path, "categories"):
+            name = typed(record, "name", str, where=where).strip()
+            above = record.get("supercategory") or ""
+            named = isinstance(above, str) and above.strip().lower() not in (*NO_SUPERCATEGORY, name.lower())
+            _claim(categories, record, (above.strip() if named else UNNAMED_OBJECT, name), where=where)
+        images: dict[int, _Photograph] = {}
+        for record, where in _records(path, "images"):
+            try:
+                size = (typed(record, "height", int, where=where), typed(record, "width", int, where=where))
+                file_name = typed(record, "file_name", str, where=where).replace("\\", "/")
+                label = typed({"image_label": ""} | record, "image_label", str, where=where).strip()
+                image = _Photograph(where, self._locate_coco_image(path, file_name), size, label)
+                _claim(images, record, image, where=where)
+            except DataError as error:
+                on_error(error)
+        photographs: dict[tuple[int, str], _Photograph] = {}
+        incomplete, seen = set(), set()
+        for record, where in _records(path, "annotations"):
+            image_id = record.get("image_id") if isinstance(record, dict) else None
+            try:
+                image = _known(record, "image_id", images, where=where)
+                label, part = _known(record, "category_id", categories, where=where)
+                segmentation = typed(record, "segmentation", (list, dict), where=where)
+                if not segmentation:
+                    raise DataError(f"{where}, field 'segmentation': a box without a mask; outline the part")
+            except DataError as error:
+                on_error(error)
+                incomplete.add(image_id)
+                continue
+            seen.add(image_id)
+            label = image.image_label or label
+            new = _Photograph(image.where, image.image_path, image.size, label)
+            photograph = photographs.setdefault((image_id, label), new)
+            place = f"{where}, field 'segmentation'"
+            photograph.segmentations.setdefault(part, []).append((place, segmentation))
+        self.unannotated = [image.image_path for id, image in images.items() if id not in seen | incomplete]
+        return [photograph for (id, _), photograph in photographs.items() if id not in incomplete]
+
+    def _locate_coco_image(self, path: Path, file_name: str) -> str:
+        """Where the image lies, relative to the folder; beside the file if it lies nowhere."""
+        beside = path.parent.relative_to(self.folder).as_posix()
+        subset = path.stem.removeprefix("instances_")
+        candidates = [posixpath.join(folder, file_name) for folder in (beside, "", "images", f"images/{subset}")]
+        found = (name for name in candidates if "\0" not in name and (self.folder / name).is_file())
+        return posixpath.normpath(next(found, candidates[0]))
+
+    # ---------------------------------------------------------------- Labelme
+
+    def _read_labelme(self, paths: list[Path], on_error: OnError) -> list[_Photograph]:
+        photographs = []
+        for path in paths:
+            try:
+                photograph = self._read_labelme_file(path)
+            except DataError as error:
+                on_error(error)
+                continue
+            if photograph.segmentations:
+                photographs.append(photograph)
+            else:
+                self.unannotated.append(photograph.image_path)
+        return photographs
+
+    def _read_labelme_file(self, path: Path) -> _Photograph:
+        content, where = read_json(path), str(path)
+        size = (typed(content, "imageHeight", int, where=where), typed(content, "imageWidth", int, where=where))
+        flags = typed({"flags": {}} | content, "flags", dict, where=where)
+        labels = [name.strip() for name, is_set in flags.items() if is_set is True]
+        if len(labels) > 1:
+            raise DataError(f"{where}, field 'flags': the flag that is set names the object, found several: {labels}")
+        image = typed(content, "imagePath", str, where=where).replace("\\", "/")
+        image = posixpath.join(path.parent.relative_to(self.folder).as_posix(), image)
+        photograph = _Photograph(where, posixpath.normpath(image), size, labels[0] if labels else UNNAMED_OBJECT)
+        for number, shape in enumerate(typed_list(content, "shapes", dict, where=where)):
+            place = f"{where}, field 'shapes[{number}]'"
+            part = typed(shape, "label", str, where=place).strip()
+            photograph.segmentations.setdefault(part, []).append((place, shape))
+        return photograph
+
+
+def _read_shape(shape: dict[str, Any], *, size: Size, where: str) -> RLE:
+    """A shape of Labelme as a mask of size (height, width)."""
+    kind = typed({"shape_type": "polygon"} | shape, "shape_type", str, where=where)
+    points = typed_list(shape, "points", list, where=where)
+    expected = {"rectangle": 2, "circle": 2, "mask": 2}.get(kind, len(points))
+    pairs = all(len(point) == 2 and all(type(value) in (int, float) for value in point) for point in points)
+    if not pairs or len(points) != expected:
+        raise DataError(f"{where}, field 'points': expected {expected} points [x, y], found {points!r:.80}")
+    match kind:
+        case "polygon":
+            polygon = [value for point in points for value in point]
+        case "rectangle":
+            (x0, y0), (x1, y1) = points
+            polygon = [x0, y0, x1, y0, x1, y1, x0, y1]
+        case "circle":
+            (x, y), rim = points
+            radius = math.dist((x, y), rim)
+            angles = [2 * math.pi * step / CIRCLE_POINTS for step in range(CIRCLE_POINTS)]
+            polygon = [value for a in angles for value in (x + radius * math.cos(a), y + radius * math.sin(a))]
+        case "mask":
+            return _read_shape_mask(shape, points, size=size, where=where)
+        case _:
+            raise DataError(
+                f"{where}, field 'shape_type': expected polygon, rectangle, circle or mask, which enclose an area, "
+                f"found {kind!r}"
+            )
+    return read_polygons([polygon], size=size, where=where)
+
+
+def _read_shape_mask(shape: dict[str, Any], points: list[list[float]], *, size: Size, where: str) -> RLE:
+    """A mask that stands as a picture of its box, whose upper left and lower right pixel are `points`."""
+    (left, top), (right, bottom) = ([int(value) for value in point] for point in points)
+    try:
+        with Image.open(io.BytesIO(base64.b64decode(typed(shape, "mask", str, where=where)))) as picture:
+            if picture.size != (right - left + 1, bottom - top + 1):
+                raise DataError(f"{where}, field 'mask': is {picture.size} pixels, but its box {points}")
+            inside = np.asarray(picture.convert("L")) > 0
+    except (ValueError, OSError, SyntaxError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{where}, field 'mask': is no readable picture ({error})") from error
+    if not (0 <= left and 0 <= top and right < size[1] and bottom < size[0]):
+        raise DataError(f"{where}, field 'points': the box {points} leaves the image of size {list(size)}")
+    mask = np.zeros(size, dtype=bool)
+    mask[top : bottom + 1, left : right + 1] = inside
+    return encode(mask)
+
+
+def _records(path: Path, field: str) -> Iterator[tuple[Any, str]]:
+    number = -1
+    for number, record in enumerate(stream_records(path, field=field)):
+        yield record, f"{path}, record {field}[{number}]"
+    if number < 0:
+        raise DataError(f"{path}, field {field!r}: expected a non-empty list, found none")
+
+
+def _claim(records: dict[int, Any], record: Any, value: Any, *, where: str) -> None:
+    id = typed(record, "id", int, where=where)
+    if records.setdefault(id, value) is not value:
+        raise DataError(f"{where}, field 'id': {id} is the id of an earlier record too")
+
+
+def _known(record: Any, field: str, known: dict[int, Any], *, where: str) -> Any:
+    id = typed(record, field, int, where=where)
+    if id not in known:
+        raise DataError(f"{where}, field {field!r}: no usable record has the id {id}")
+    return known[id]
