@@ -109,7 +109,9 @@ def test_a_folder_of_no_kind_or_of_several_is_one_clear_error(tmp_path):
         open_own_parts(tmp_path / "none")
     (tmp_path / "annotations.xml").write_text("<xml/>")
     (tmp_path / "settings.json").write_text('{"colour": 1}')
-    with pytest.raises(DataError, match="found none; 1 json files are of another kind, such as settings.json.*CVAT"):
+    with pytest.raises(
+        DataError, match=r"no annotations of parts; .* \(1 json files are neither, such as settings.json\).*CVAT"
+    ):
         open_own_parts(tmp_path)
     (tmp_path / "a.json").write_text(json.dumps(coco_content()))
     (tmp_path / "b.json").write_text(json.dumps(coco_content()))

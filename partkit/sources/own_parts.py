@@ -94,10 +94,10 @@ def open_own_parts(folder: str | Path, *, on_error: OnError = refuse) -> "OwnPar
         found.setdefault("conversations" if path.suffix == ".jsonl" else _kind_of_json(path), []).append(path)
     unknown = found.pop("unknown", [])
     if not found:
-        read = f"; {len(unknown)} json files are of another kind, such as {unknown[0].name}" if unknown else ""
+        others = f" ({len(unknown)} json files are neither, such as {unknown[0].name})" if unknown else ""
         raise DataError(
-            f"{folder}: expected a COCO file, Labelme files, {DESCRIPTOR_FILE} or *.jsonl with conversations, found "
-            f"none{read}. From CVAT export 'COCO 1.0'; its XML formats are not read"
+            f"{folder}: no annotations of parts; expected a COCO file, Labelme files{others}, {DESCRIPTOR_FILE} or "
+            "*.jsonl with conversations. From CVAT export 'COCO 1.0'; its XML formats are not read"
         )
     (kind, paths), *others = found.items()
     if others or (kind != "Labelme" and len(paths) > 1):
