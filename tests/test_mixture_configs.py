@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 from datasets import load_dataset
@@ -18,7 +19,7 @@ from partkit.sources.llava import LlavaInstruct
 from partkit.sources.referring import RefClef, Referring
 from partkit.validate import validate
 from tests.test_sources import official_folder, official_record
-from tests.test_sources_chats import INSTRUCT, MIXTURE, llava_folder, reasonseg_folder
+from tests.test_sources_chats import INSTRUCT, MIXTURE, chat, llava_folder, reasonseg_folder
 from tests.test_sources_coco import (
     paco_content,
     paco_folder,
@@ -76,8 +77,25 @@ def without_images(rows) -> list[dict]:
     return [{name: value for name, value in row.items() if name != "image"} for row in rows]
 
 
-def test_every_data_set_of_the_catalogue_is_here_in_miniature():
+def test_every_data_set_of_the_catalogue_is_here_in_miniature_and_in_the_documentation():
     assert set(FOLDERS) == set(SOURCES)
+    documented = (Path(__file__).resolve().parent.parent / "docs" / "mixtures.md").read_text()
+    assert all(f"`{name}`" in documented for name in SOURCES)
+
+
+def test_data_sets_that_share_images_are_read_from_one_tree(tmp_path):
+    """The tree that docs/mixtures.md draws."""
+    folder = coco_stuff_folder(tmp_path)
+    (folder / "images").rename(folder / "coco")
+    (folder / "annotations").rename(folder / "cocostuff")
+    (folder / "labels.txt").rename(folder / "cocostuff" / "labels.txt")
+    images = ("coco/train2017/000000000001.jpg", "coco/val2017/000000000002.jpg")
+    write(folder, "vlpart/paco/annotations/paco_lvis_v1_train.json", paco_content(), *images)
+    chats = [chat("<image>\nWhat is it?", "A car.", image="000000000001.jpg")]
+    write(folder, "llava_dataset/llava_instruct_150k.json", chats)
+    for name in ("coco_stuff", "paco_lvis", "semantic_paco_lvis", "llava_instruct_150k"):
+        rows = load_dataset("partonomy", name, data_dir=str(folder), split="train", cache_dir=tmp_path / "cache")
+        assert "/coco/" in rows.cast_column("image", datasets.Image(decode=False))[-1]["image"]["path"]
 
 
 @pytest.mark.parametrize("name", SOURCES)

@@ -148,7 +148,7 @@ MIXTURE = [
 def llava_folder(folder: Path, records: list[dict], kind: type = LlavaMixture) -> Path:
     (folder / "coco/train2017").mkdir(parents=True)
     Image.new("RGB", (WIDTH, HEIGHT), "white").save(folder / "coco/train2017/000000033471.jpg")
-    (folder / kind.file).write_text(json.dumps(records))
+    (folder / kind.files[0]).write_text(json.dumps(records))
     return folder
 
 
@@ -201,7 +201,7 @@ def test_an_incomplete_folder_of_chats_is_refused(tmp_path):
         LlavaMixture.splits(tmp_path)
     with pytest.raises(DataError, match="expected a non-empty list of chats"):
         LlavaMixture(llava_folder(tmp_path, []))
-    (tmp_path / LlavaMixture.file).write_text(json.dumps(MIXTURE)[:-30])
+    (tmp_path / LlavaMixture.files[0]).write_text(json.dumps(MIXTURE)[:-30])
     with pytest.raises(DataError, match="damaged or cut short"):
         LlavaMixture(tmp_path)
 

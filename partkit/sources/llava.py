@@ -34,7 +34,8 @@ class LlavaChats:
     """The chats of one file, opened. Records stay in memory as JSON, a little more than the size of the file."""
 
     name: ClassVar[str]
-    file: ClassVar[str]
+    files: ClassVar[tuple[str, ...]]
+    """Where the chats may lie."""
     image_folders: ClassVar[tuple[str, ...]]
     licence: ClassVar[str] = "CC BY 4.0; images under the terms of their sources"
     published_counts: ClassVar[dict[str, dict[str, int]]] = {}
@@ -42,7 +43,7 @@ class LlavaChats:
     def __init__(self, folder: str | Path, *, split: str = "train"):
         """Raises DataError if the file is missing, or no list in JSON."""
         self.folder, self.split, self.blank = Path(folder), split, 0
-        self.path = self.folder / self.file
+        self.path = self._find(self.folder)
         self._records = [json.dumps(record) for record in stream_records(self.path)]
         if not self._records:
             raise DataError(f"{self.path}: expected a non-empty list of chats, found none")
@@ -51,12 +52,16 @@ class LlavaChats:
     @classmethod
     def splits(cls, folder: str | Path) -> list[str]:
         """Train. Raises DataError if the file is missing."""
-        find_existing(Path(folder), [cls.file], what=f"the chats of {cls.name}")
+        cls._find(Path(folder))
         return ["train"]
 
     @classmethod
+    def _find(cls, folder: Path) -> Path:
+        return find_existing(folder, cls.files, what=f"the chats of {cls.name}")
+
+    @classmethod
     def record_paths(cls) -> set[str]:
-        return {cls.file}
+        return set(cls.files)
 
     @property
     def counts(self) -> dict[str, int]:
@@ -100,7 +105,7 @@ class LlavaInstruct(LlavaChats):
     """LLaVA-Instruct-150k: chats, descriptions and reasoning about images of COCO."""
 
     name = "llava_instruct_150k"
-    file = "llava_instruct_150k.json"
+    files = ("llava_instruct_150k.json", "llava_dataset/llava_instruct_150k.json")
     image_folders = ("coco/train2017", "images/train2017", "train2017")
 
 
@@ -108,7 +113,7 @@ class LlavaMixture(LlavaChats):
     """The mixture of LLaVA 1.5: the chats above, questions of several data sets, and chats without images."""
 
     name = "llava_v1_5_mix665k"
-    file = "llava_v1_5_mix665k.json"
+    files = ("llava_v1_5_mix665k.json", "llava_dataset/llava_v1_5_mix665k.json")
     image_folders = ("",)
 
 

@@ -33,7 +33,7 @@ class PacoLvis(CocoParts):
     name = "paco_lvis"
     licence = "annotations not stated; images under the Flickr terms of use"
     annotation_files = {
-        split: (f"annotations/paco_lvis_v1_{file}.json", f"paco_lvis_v1_{file}.json")
+        split: tuple(f"{where}paco_lvis_v1_{file}.json" for where in ("annotations/", "", "vlpart/paco/annotations/"))
         for split, file in (("train", "train"), ("validation", "val"), ("test", "test"))
     }
     image_folders = ("images", "coco", "")

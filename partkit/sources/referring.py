@@ -23,6 +23,7 @@ Every expression about an image is asked for once. Those without words or withou
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -234,6 +235,12 @@ class GRefCoco(Referring):
 
 def _read_refs(folder: Path, name: str) -> list[Any]:
     path = find_existing(folder, [name], what="the expressions")
+    return _load_refs(path, path.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=1)
+def _load_refs(path: Path, modified: int) -> list[Any]:
+    """Read once for all splits, unless the file is modified."""
     records = read_json(path) if path.suffix == ".json" else read_plain_pickle(path)
     if not isinstance(records, list) or not records:
         raise DataError(f"{path}: expected a non-empty list of references, found {type(records).__name__}")
