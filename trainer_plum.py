@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback
 from transformers.utils import ModelOutput
 
@@ -90,6 +92,8 @@ class PlumTrainer(Trainer):
         self.embedding_cache = embedding_cache
         self.teacher = build_teacher(self.model)
         self.add_callback(EpochSetter)
+        if self.is_fsdp_enabled:
+            self.model.register_forward_hook(_use_every_parameter)
         # The losses come divided by the counts of the whole batch; the Trainer must not divide them again.
         self.model_accepts_loss_kwargs = True
         self._named_losses, self._steps_summed = {}, 0
@@ -126,6 +130,19 @@ class PlumTrainer(Trainer):
             logs |= {f"{name}_loss": float(total) / self._steps_summed for name, total in totals.items()}
             self._named_losses, self._steps_summed = {}, 0
         super().log(logs, start_time)
+
+    def _save(self, output_dir=None, state_dict=None):
+        found = type(self.model)
+        if isinstance(self.model, FSDPModule):
+            # FSDP2 puts a class of its own over the model's, whose code would be saved as the model's; and it gathers
+            # tied weights under each of their names.
+            self.model.__class__ = found.__bases__[1]
+            tied = getattr(self.model, "all_tied_weights_keys", {})
+            state_dict = {name: value for name, value in state_dict.items() if name not in tied}
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            self.model.__class__ = found
 
     def _issue_warnings_after_load(self, load_result):
         # Tied weights are saved under one of their names; the others are not missing.
@@ -166,6 +183,16 @@ class PlumTrainer(Trainer):
             with self.accelerator.autocast():
                 inputs["sam_image_embeddings"] = self.embedding_cache.embed(inputs.pop("sam_pixel_values"))
         return inputs
+
+
+def _use_every_parameter(model: nn.Module, _, outputs: ModelOutput):
+    """
+    FSDP2 needs a gradient of the same parameters on every rank, be it zero: a rank whose rows have no image or no span
+    would leave some out, and the ranks would wait for each other. Layers sharded on their own are in use by all ranks.
+    """
+    if outputs.loss is not None and model.training:
+        whole = [p for p in model.parameters() if p.requires_grad and not isinstance(p, DTensor)]
+        outputs["loss"] = outputs.loss + 0.0 * sum(parameter.sum() for parameter in whole)
 
 
 def _count_record_results(inputs: dict, outputs: dict, config: PlumConfig) -> torch.Tensor:
