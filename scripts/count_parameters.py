@@ -1,7 +1,7 @@
 """
 Prints the parameters of a recipe's model by module, all and those that LoRA training changes; no weights are needed.
 
-    python scripts/count_parameters.py recipes/plum_7b.yaml
+    python scripts/count_parameters.py recipes/stage1_plum_7b.yaml
 
 Options of train.py go over the recipe, for example `--vlm FOLDER --sam FOLDER` where the Hub is out of reach: a folder
 needs no more than a config.json.

@@ -1,6 +1,7 @@
 """The recipes that need pretrained weights: their options, and their models on the meta device."""
 
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import transformers
 
 import train
 from configuration_plum import PlumConfig
+from partonomy_dataset import Partonomy
 from scripts.count_parameters import count_parameters, format_table
 from tests.tiny_backbones import llava_clip, tiny_sam
 
@@ -18,13 +20,44 @@ BACKBONES = ROOT / "tests" / "fixtures" / "backbones"
 
 def options_of(size: str) -> list[str]:
     folders = ["--vlm", str(BACKBONES / f"llava-1.5-{size}-hf"), "--sam", str(BACKBONES / "sam-vit-huge")]
-    return [str(ROOT / "recipes" / f"plum_{size}.yaml"), *folders]
+    return [str(ROOT / "recipes" / f"stage1_plum_{size}.yaml"), *folders]
+
+
+def parse_recipe(name: str):
+    return train.parse_arguments([str(ROOT / "recipes" / f"{name}.yaml"), "--use_cpu", "true", "--data_dir", "data"])
+
+
+@pytest.mark.parametrize("size", ["7b", "13b"])
+def test_stage_1_mixes_semantic_referring_question_and_reasoning_data_as_9_5_5_1(size):
+    sources = parse_recipe(f"stage1_plum_{size}")[1].sources
+    known = {config.name for config in Partonomy.BUILDER_CONFIGS}
+    assert {source.name for source in sources} <= known and {source.dataset for source in sources} == {"partonomy"}
+    kinds = {"ref": "referring", "lla": "questions", "rea": "reasoning"}
+    rates = Counter()
+    for source in sources:
+        rates[kinds.get(source.name[:3], "semantic")] += source.rate
+    assert rates == pytest.approx({"semantic": 9, "referring": 5, "questions": 5, "reasoning": 1})
+    assert [source.name for source in sources if source.eval_split] == ["reasonseg"]
+    assert all(source.data_dir.startswith("data/") for source in sources)
+
+
+@pytest.mark.parametrize("size", ["7b", "13b"])
+def test_stage_2_goes_on_from_stage_1_with_one_question_for_each_image(size):
+    (model, data, args), (_, _, before) = (
+        parse_recipe(f"{name}_{size}") for name in ("stage2_partonomy", "stage1_plum")
+    )
+    assert model.model == before.output_dir and (model.lora_r, model.lora_alpha) == (8, 16)
+    assert [(source.name, source.data_dir, source.eval_split) for source in data.sources] == [
+        ("core_stage2", "data", None)
+    ]
+    assert (args.learning_rate, args.max_steps) == (before.learning_rate, before.max_steps)
 
 
 @pytest.mark.parametrize("size", ["7b", "13b"])
 def test_the_published_hyper_parameters_are_those_of_the_recipe(size):
-    model, _, args = train.parse_arguments([str(ROOT / "recipes" / f"plum_{size}.yaml"), "--use_cpu", "true"])
+    model, data, args = parse_recipe(f"stage1_plum_{size}")
     assert (model.vlm, model.sam) == (f"llava-hf/llava-1.5-{size}-hf", "facebook/sam-vit-huge")
+    assert data.max_length == 512 - 256 + 576
     assert (model.lora_r, model.lora_alpha, model.lora_dropout) == (8, 16, 0.05)
     assert (args.learning_rate, args.adam_beta1, args.adam_beta2, args.weight_decay) == (3e-4, 0.9, 0.95, 0.0)
     assert (args.lr_scheduler_type, args.warmup_steps, args.max_grad_norm, args.bf16) == ("linear", 100, 1.0, True)
