@@ -217,6 +217,8 @@ def test_shapes_of_labelme_become_masks(tmp_path):
 def test_the_flag_that_is_set_names_the_object_and_empty_files_are_counted(tmp_path):
     named = labelme_content(shape(), flags={"sedan": True, "pickup": False}, imagePath="..\\data\\0.png")
     folder = labelme_folder(tmp_path / "data", named, labelme_content(imagePath="1.png"))
+    (folder / ".checkpoints").mkdir()
+    (folder / ".checkpoints" / "0.json").write_text((folder / "0.json").read_text())
     source = open_own_parts(folder)
     assert (source.example(0).image_label, source.unannotated) == ("sedan", ["1.png"])
 
@@ -267,6 +269,7 @@ def test_conversations_are_read_as_they_are(tmp_path):
 BAD_RECORDS = [
     ("{", "line 2: expected JSON"),
     ("[]", "line 2: expected an object"),
+    ({"id": "b", "messages": [], "masks": []}, "line 2: field 'image' is missing"),
     (record("b", colour="red"), r"line 2: unknown fields \['colour'\]"),
     (record("a"), "line 2, field 'id': 'a' is the id of .*line 1 too"),
     (record("b", masks=[]), "line 2, field 'masks': 1 span tags, but 0 masks"),

@@ -42,6 +42,7 @@ class ConversationFile:
                 try:
                     record = _parse(line, where=where)
                     id = typed(record, "id", str, where=where)
+                    typed(record, "image", (str, type(None)), where=where)
                     if places.setdefault(id, where) != where:
                         raise DataError(f"{where}, field 'id': {id!r} is the id of {places[id]} too")
                     self._records.append((where, record))
@@ -55,8 +56,7 @@ class ConversationFile:
 
     def image_path(self, index: int) -> str | None:
         """The image of a conversation, relative to the folder of the file; None if it has none."""
-        where, record = self._records[index]
-        return typed(record, "image", (str, type(None)), where=where)
+        return self._records[index][1]["image"]
 
     def splits(self, *, seed: int) -> dict[str, list[int]]:
         """Split -> indices, see `hold_out`; a conversation without an image counts as one of its own."""

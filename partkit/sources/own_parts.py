@@ -75,8 +75,11 @@ class _Photograph:
 
 
 def record_files(folder: Path) -> list[Path]:
-    """The files of a folder that may hold records of any kind, sorted."""
-    return sorted(path for pattern in ("*.jsonl", "*.json", "*/*.json") for path in folder.glob(pattern))
+    """The files of a folder that may hold records of any kind, sorted; not those that tools keep hidden."""
+    found = (
+        path.relative_to(folder) for pattern in ("*.jsonl", "*.json", "*/*.json") for path in folder.glob(pattern)
+    )
+    return sorted(folder / path for path in found if not any(name.startswith(".") for name in path.parts))
 
 
 def open_own_parts(folder: str | Path, *, on_error: OnError = refuse) -> "OwnParts | Descriptor | ConversationFile":
@@ -88,7 +91,7 @@ def open_own_parts(folder: str | Path, *, on_error: OnError = refuse) -> "OwnPar
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; data_dir must be the folder that holds your annotations")
     if (folder / DESCRIPTOR_FILE).is_file():
-        return Descriptor(folder)
+        return Descriptor(folder, on_error=on_error)
     found: dict[str, list[Path]] = {}
     for path in record_files(folder):
         found.setdefault("conversations" if path.suffix == ".jsonl" else _kind_of_json(path), []).append(path)
