@@ -36,6 +36,7 @@ from transformers import HfArgumentParser
 
 import partonomy_dataset
 from embedding_cache import EmbeddingCache
+from evaluate_tasks import evaluate_task
 from inference_plum import load_model
 from partkit.answers import answer_files, read_answers
 from partkit.baselines import SEED as BASELINE_SEED
@@ -57,13 +58,13 @@ from partkit.scoring import (
     describe_command,
     describe_protocol,
     fingerprint_files,
+    fingerprint_model,
     format_table,
     leave_out,
     match_names,
     score,
     write_problems,
 )
-from partkit.tasks import format_task_table, load_task_questions, read_task_answers, score_task
 from predictor_plum import Predictor
 
 
@@ -141,8 +142,8 @@ class EvaluationArguments:
     def __post_init__(self):
         if sum(source is not None for source in (self.model, self.predictions, self.baseline)) != 1:
             raise DataError("Expected one of --model, --predictions and --baseline: say what to score.")
-        if self.task != "partonomy" and (self.predictions is None or self.format != "jsonl"):
-            raise DataError(f"--task {self.task} scores --predictions of the format jsonl: give such a file.")
+        if self.task != "partonomy" and (self.baseline is not None or self.format != "jsonl"):
+            raise DataError(f"--task {self.task} scores a --model or --predictions of the format jsonl: give one.")
         if (self.match == "embedding") != (self.match_model is not None):
             raise DataError("--match embedding and --match_model belong together: give both or neither.")
         for name in ("max_new_tokens", "batch_size", "image_cache_size", "limit"):
@@ -152,13 +153,6 @@ class EvaluationArguments:
 
 
 # ---------------------------------------------------------------- stage 1: predictions
-
-
-def fingerprint_model(folder: Path) -> str:
-    """Changes with the weights, configuration, processor or code of a checkpoint; not with its place."""
-    return fingerprint_files(
-        path for path in folder.iterdir() if path.suffix in (".safetensors", ".json", ".jinja", ".py")
-    )
 
 
 def run_settings(arguments: EvaluationArguments, *, folder: Path, questions: Sequence[Question]) -> dict[str, Any]:
@@ -330,28 +324,6 @@ def evaluate_answers(arguments: EvaluationArguments) -> None:
     finish(arguments, rows, scored, predictions, run=run)
 
 
-def evaluate_task(arguments: EvaluationArguments) -> None:
-    """Scores answers to another task than PARTONOMY; raises DataError before anything is written if it cannot."""
-    names = ("task", "dataset", "name", "split", "limit")
-    settings: dict[str, Any] = {name: getattr(arguments, name) for name in names}
-    place = {name: getattr(arguments, name) for name in ("name", "split", "limit")}
-    rows, questions = load_task_questions(arguments.task, arguments.dataset, **place, **dataset_options(arguments))
-    unusable = partonomy_dataset.left_out(rows)
-    path, output_dir = Path(arguments.predictions), Path(arguments.output_dir)
-    predictions, problems = read_task_answers(path, questions, task=arguments.task)
-    settings |= {"questions": len(questions), "predictions_fingerprint": fingerprint_files([path])}
-    check_run(output_dir, settings)
-    report_to = output_dir / "errors.jsonl" if arguments.on_error == "report" else None
-    scored = leave_out(questions, predictions, unusable + problems, report_to=report_to)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    write_whole(output_dir / "run.json", [json.dumps(settings, indent=2), "\n"])
-    run = {"predictions": arguments.predictions, **settings, **describe_command()}
-    run |= {"left_out": len(questions) - len(scored), "records_left_out": len(unusable)}
-    metrics = score_task(arguments.task, rows, scored, predictions, output_dir=output_dir, run=run)
-    print(format_task_table(metrics))
-    print(f"report: {output_dir / 'report.html'}")
-
-
 def evaluate(arguments: EvaluationArguments) -> None:
     """The whole run of a model; raises DataError before anything is written if it cannot be done."""
     started = time.perf_counter()
@@ -415,7 +387,7 @@ def main(options: list[str] | None = None) -> None:
     try:
         (arguments,) = HfArgumentParser(EvaluationArguments).parse_args_into_dataclasses(options)
         if arguments.task != "partonomy":
-            evaluate_task(arguments)
+            evaluate_task(arguments, **dataset_options(arguments))
         elif arguments.model is not None:
             evaluate(arguments)
         else:

@@ -29,6 +29,7 @@ __all__ = [
     "describe_left_out",
     "describe_protocol",
     "fingerprint_files",
+    "fingerprint_model",
     "format_table",
     "leave_out",
     "match_names",
@@ -64,6 +65,13 @@ def describe_command() -> dict[str, Any]:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version()} | {package: version(package) for package in packages},
     }
+
+
+def fingerprint_model(folder: Path) -> str:
+    """Changes with the weights, configuration, processor or code of a checkpoint; not with its place."""
+    return fingerprint_files(
+        path for path in folder.iterdir() if path.suffix in (".safetensors", ".json", ".jinja", ".py")
+    )
 
 
 def fingerprint_files(paths: Iterable[Path]) -> str:

@@ -22,15 +22,24 @@ from PIL import Image
 
 from partkit.answers import LineReader, check_fields, collect_answers, read_span
 from partkit.benchmark import load_rows
+from partkit.images import to_rgb
 from partkit.masks import DataError
 from partkit.predictions import Prediction, write_whole
 from partkit.report import COLOURS, LEFT_OUT, panel, render_page
 from partkit.schema import PartMask, tagged_phrases
 from partkit.scoring import describe_left_out
 from partkit.tallies import Tally
-from partkit.task_metrics import MASK_TASKS, TASKS, mask_ratios, summarise_task, text_ratios
+from partkit.task_metrics import MASK_TASKS, TASKS, class_name, mask_ratios, summarise_task, text_ratios
 
-__all__ = ["TaskQuestion", "format_task_table", "load_task_questions", "read_task_answers", "score_task"]
+__all__ = [
+    "TaskQuestion",
+    "cut_off_unfinished",
+    "format_task_table",
+    "load_task_image",
+    "load_task_questions",
+    "read_task_answers",
+    "score_task",
+]
 
 FIELDS = ("id", "answer", "masks")
 EXAMPLES = 24
@@ -82,6 +91,10 @@ def load_task_questions(
                 raise DataError(f"data set {dataset!r}, record {row}, field 'id': {question.id!r} occurs before.")
             ids.add(question.id)
             questions.append(question)
+    if task == "semantic_parts":
+        for question in questions:
+            if len({class_name(mask.label) for mask in question.masks}) > 1:
+                raise DataError(f"Question {question.id!r} means parts of several names; semantic_parts asks for one.")
     if task == "pope" and (odd := [q.id for q in questions if q.answers[0].strip().lower() not in ("yes", "no")]):
         raise DataError(f"Question {odd[0]!r}: the answer to a question of pope is yes or no.")
     return rows, questions
@@ -109,7 +122,30 @@ def _words(record: dict[str, Any], row: int) -> list[TaskQuestion]:
     return [TaskQuestion(id=record["id"], row=row, **fields)]
 
 
+def load_task_image(rows: datasets.Dataset, question: TaskQuestion) -> Image.Image:
+    """The image of a question as RGB; raises DataError if there is none or it cannot be read."""
+    where = f"Question {question.id!r}, image {question.image_id!r}"
+    if "image" not in rows.column_names:
+        raise DataError(f"{where}: the records have no field 'image'; a model needs one.")
+    try:
+        return to_rgb(rows[question.row]["image"], where=where)
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"{where}: cannot be read: {error}") from error
+
+
 # ---------------------------------------------------------------- answers
+
+
+def cut_off_unfinished(path: Path) -> set[str]:
+    """Takes a last line that was not written to its end off an answers file; returns the ids of the others."""
+    lines = path.read_bytes().splitlines(keepends=True)
+    if lines and not lines[-1].endswith(b"\n"):
+        lines.pop()
+        write_whole(path, [line.decode() for line in lines])
+    try:
+        return {json.loads(line)["id"] for line in lines}
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: expected answers of an interrupted run; give another folder ({error!r}).") from error
 
 
 def read_task_answers(
@@ -185,7 +221,10 @@ def score_task(
         names=TASKS[task],
         examples=[
             _example(
-                task, *pairs[i], score=_shown_score(tallies[i]), load_image=lambda i=i: rows[questions[i].row]["image"]
+                task,
+                *pairs[i],
+                score=_shown_score(tallies[i]),
+                load_image=lambda i=i: load_task_image(rows, questions[i]),
             )
             for i in shown
         ],
@@ -214,7 +253,7 @@ def _example(
     example = {"question": question.text, "id": question.id, "score": f"{score:.2f}", "panels": []}
     if task not in MASK_TASKS:
         return example | {"answers": list(dict.fromkeys(question.answers)), "answer": prediction.generated_text}
-    image = load_image().convert("RGB")
+    image = load_image()
     for caption, masks in (("truth", question.masks), ("found", prediction.generated_spans)):
         rles = [mask.rle for mask in masks]
         example["panels"].append((caption, panel(image, rles, COLOURS[:1] * len(rles))))

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from evaluate_plum import EvaluationArguments, evaluate_task
+from evaluate_plum import EvaluationArguments
+from evaluate_tasks import evaluate_task
 from partkit.masks import DataError, encode
 from partkit.schema import GROUNDED_CONVERSATION_FEATURES
 from partkit.tasks import load_task_questions, read_task_answers
+from tests.tiny import tiny_model, tiny_processor
 
 SIZE = (4, 6)
 LEFT, FULL = np.zeros(SIZE, bool), np.ones(SIZE, bool)
@@ -93,6 +95,24 @@ def test_words_are_scored_without_any_image(tmp_path):
         load_task_questions("pope", str(folder), name="default", split="test")
 
 
+def test_a_model_answers_each_question_once_and_goes_on_where_it_was_interrupted(conversations, tmp_path):
+    tiny_model().save_pretrained(tmp_path / "model")
+    tiny_processor().save_pretrained(tmp_path / "model")
+    fields = {"task": "referring", "dataset": conversations, "name": "default", "max_new_tokens": 4}
+    run = EvaluationArguments(output_dir=str(tmp_path / "run"), model=str(tmp_path / "model"), device="cpu", **fields)
+    evaluate_task(run)
+    answers, metrics = (tmp_path / "run" / name for name in ("predictions.jsonl", "metrics.json"))
+    expected, figures = answers.read_bytes(), json.loads(metrics.read_text())["overall"]
+    assert [json.loads(line)["id"] for line in expected.splitlines()] == ["r0/0", "r0/1", "r1"]
+    assert figures["n"] == 3 and 0 <= figures["giou"] <= 1
+    answers.write_bytes(expected[:-20])
+    evaluate_task(run)
+    assert answers.read_bytes() == expected
+    assert json.loads(metrics.read_text())["overall"] == figures
+    with pytest.raises(DataError, match="holds another run, with max_new_tokens 4"):
+        evaluate_task(replace(run, max_new_tokens=5))
+
+
 @pytest.mark.parametrize(
     ("record", "message"),
     [
@@ -124,10 +144,22 @@ def test_masks_of_two_sizes_for_a_question_that_means_nothing_are_refused(conver
     assert r"masks[1]" in read_task_answers(path, questions, task="referring")[1][0]
 
 
+def test_a_question_that_means_parts_of_several_names_is_no_semantic_part(conversations, tmp_path):
+    rows = datasets.load_dataset(conversations, split="test").to_list()
+    rows[1]["masks"][1]["label"] = "saucer"
+    (tmp_path / "several").mkdir()
+    features = GROUNDED_CONVERSATION_FEATURES
+    datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / "several" / "test.parquet")
+    for task, dataset in (("semantic_parts", conversations), ("referring", str(tmp_path / "several"))):
+        assert len(load_task_questions(task, dataset, name="default", split="test")[1]) == 3
+    with pytest.raises(DataError, match="Question 'r1' means parts of several names"):
+        load_task_questions("semantic_parts", str(tmp_path / "several"), name="default", split="test")
+
+
 def test_records_of_another_kind_and_models_are_refused(conversations, tmp_path):
     with pytest.raises(
         DataError, match=r"task 'gqa' have \['id', 'question', 'answers'\]; .*lack \['answers', 'question'\]"
     ):
         load_task_questions("gqa", conversations, name="default", split="test")
-    with pytest.raises(DataError, match="--task gqa scores --predictions of the format jsonl"):
-        EvaluationArguments(output_dir="o", task="gqa", model="m")
+    with pytest.raises(DataError, match="--task gqa scores a --model or --predictions of the format jsonl"):
+        EvaluationArguments(output_dir="o", task="gqa", baseline="random")
