@@ -239,6 +239,17 @@ def test_a_bad_reference_is_refused_naming_file_record_and_field(tmp_path, chang
         RefCoco(folder)
 
 
+@pytest.mark.parametrize("name", ["../../../../outside.jpg", "a\0b", "none.jpg"])
+def test_an_image_outside_the_folder_is_refused(tmp_path, name):
+    Image.new("RGB", (WIDTH, HEIGHT)).save(tmp_path / "outside.jpg")
+    folder = refcoco_folder(tmp_path / "data")
+    content = json.loads((folder / "refcoco" / "instances.json").read_text())
+    content["images"][0]["file_name"] = name
+    (folder / "refcoco" / "instances.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match="image 581857.*(leads out of|expected images/mscoco)"):
+        list(RefCoco(folder).conversations(0, seed=0))
+
+
 def test_an_incomplete_folder_is_refused(tmp_path):
     with pytest.raises(DataError, match=r"no such file for the expressions; expected refcoco/refs\(unc\).p"):
         RefCoco.splits(tmp_path)

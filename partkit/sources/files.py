@@ -56,7 +56,7 @@ def read_text(path: Path, *, encodings: Sequence[str] = ("utf-8",)) -> str:
 def find_existing(folder: Path, names: Sequence[str], *, what: str) -> Path:
     """The first of these files that the folder holds. Raises DataError, saying what is missing."""
     for name in names:
-        if (folder / name).is_file():
+        if "\0" not in name and (folder / name).is_file():
             return folder / name
     raise DataError(f"{folder}: no such file for {what}; expected {' or '.join(names)}")
 

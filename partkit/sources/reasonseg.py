@@ -170,12 +170,13 @@ def _paint(content: Any, *, size: Size, where: str) -> tuple[RLE, RLE]:
     shapes = []
     for number, shape in enumerate(typed_list(content, "shapes", dict, where=where)):
         place = f"{where}, record shapes[{number}]"
-        label = typed(shape, "label", str, where=place).lower()
+        named = typed(shape, "label", str, where=place).lower()
         points = typed_list(shape, "points", list, where=place)
-        if label == "flag" or len(points) < 3:
+        if named == "flag" or len(points) < 3:
             continue
-        if label not in ("target", "ignore"):
-            raise DataError(f"{place}, field 'label': expected target, ignore or flag, found {label!r}")
+        label = next((label for label in ("ignore", "target") if label in named), None)
+        if label is None:
+            raise DataError(f"{place}, field 'label': expected target, ignore or flag, found {named!r}")
         polygon = [value for point in points for value in point]
         shapes.append((label, read_polygons([polygon], size=size, where=f"{place}, field 'points'")))
     painted = {label: np.zeros(size, dtype=bool) for label in ("target", "ignore")}
