@@ -18,7 +18,7 @@ from partkit.masks import DataError, encode
 from partkit.schema import PartMask, Question
 from predictor_plum import Predictor
 from tests.fill_embedding_cache import IMAGES, pixels
-from tests.test_train import base_options, data_folder, make_records, record, run_main, trained  # noqa: F401
+from tests.test_train import base_options, data_folder, make_records, record, run_main  # noqa: F401
 from tests.tiny import random_image, random_mask, tiny_model, tiny_processor
 
 ROOT = Path(__file__).parents[1]
@@ -168,8 +168,16 @@ def test_evaluation_with_a_cache_is_evaluation_with_rounded_embeddings(tmp_path)
         assert found == [Predictor(model, processor, **options).predict(questions, images, ["0", "1"])] * 2
 
 
-def test_the_option_of_train_fills_the_folder_that_it_announced(trained, data_folder, tmp_path, capsys):  # noqa: F811
-    options = base_options(data_folder, tmp_path / "out") | {"model": trained, "max_steps": 2, "color_jitter": 0}
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    tiny_model().save_pretrained(folder)
+    tiny_processor().save_pretrained(folder)
+    return folder
+
+
+def test_the_option_of_train_fills_the_folder_that_it_announced(checkpoint, data_folder, tmp_path, capsys):  # noqa: F811
+    options = base_options(data_folder, tmp_path / "out") | {"model": checkpoint, "max_steps": 2, "color_jitter": 0}
     options |= {"frozen_modules": "sam.vision_encoder", "cache_image_embeddings": tmp_path / "cache"}
     run_main(options)
     assert "image embeddings: 4096 bytes each, for at most 31 images" in capsys.readouterr().out
@@ -186,10 +194,10 @@ def test_the_option_of_train_fills_the_folder_that_it_announced(trained, data_fo
         ),
     ],
 )
-def test_a_run_whose_embeddings_change_is_refused(trained, data_folder, tmp_path, changes, message):  # noqa: F811
+def test_a_run_whose_embeddings_change_is_refused(checkpoint, data_folder, tmp_path, changes, message):  # noqa: F811
     options = base_options(data_folder, tmp_path / "out") | {"cache_image_embeddings": tmp_path / "cache"}
     with pytest.raises(ValueError, match=message):
-        run_main(options | {"model": trained} | changes)
+        run_main(options | {"model": checkpoint} | changes)
     assert not (tmp_path / "cache").exists()
 
 
