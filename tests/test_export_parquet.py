@@ -20,7 +20,7 @@ from partkit.statistics import Statistics
 from tests.test_question_builds import IMAGES, PARTS, bad_descriptor, small_descriptor
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL_SHARD = 60_000
+SMALL_SHARD = 30_000
 
 
 @pytest.fixture(scope="module")
