@@ -15,7 +15,7 @@ from partkit.masks import decode
 from partkit.schema import as_chat
 from predictor_plum import Predictor, ask, choose, keep_last_answer, write_choice
 
-QUESTIONS, BATCH, NEW_TOKENS = 48, 16, 24
+QUESTIONS, BATCH, NEW_TOKENS = 24, 16, 24
 
 
 class OneByOne:
@@ -34,8 +34,6 @@ class OneByOne:
         prompt = self.encode(as_chat(ask(question), image), add_generation_prompt=True)
         options = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
         written = self.model.segment(**prompt, **options)
-        prompt["attention_mask"] = torch.ones_like(written.sequences)
-        self.segment(prompt | {"input_ids": written.sequences}, written.spans)
         (answer,) = self.processor.post_process_segmentation(written)
         return torch.tensor(scores), answer.text, given
 
