@@ -4,7 +4,7 @@ Puts a checkpoint, a data set, a metric or a demo on the Hub, once it has been f
     python scripts/push_to_hub.py model runs/mine --repo_id user/plum --metrics runs/eval/metrics.json
     python scripts/push_to_hub.py dataset partonomy --repo_id user/partonomy
     python scripts/push_to_hub.py metrics metrics/partonomy_masks --repo_id user/partonomy_masks
-    python scripts/push_to_hub.py space demo --repo_id user/plum-demo
+    python scripts/push_to_hub.py space runs/space --repo_id user/plum-demo
 
 The token is that of `hf auth login` or HF_TOKEN; there is no option for it, so that it stands in no log. The same
 command repeats an upload that was interrupted; what has arrived is not sent again.
@@ -36,7 +36,7 @@ MODEL_FILES += ["*.py", "*.jinja", "processor_config.json", "tokenizer*", "speci
 MODEL_FILES += ["merges.txt", RECIPE_FILE, CURVES_FILE]
 DATASET_FILES = ["README.md", "SHA256SUMS", "errors.jsonl", "**/*.parquet", "**/*.json"]
 SPACE_FILES = ["README.md", "**/*.py", "requirements.txt", "packages.txt", "**/*.json", "**/*.css", "**/*.js"]
-SPACE_FILES += ["**/*.png"]
+SPACE_FILES += ["**/*.png", "checkpoints/**"]
 
 
 class PushError(Exception):
@@ -91,7 +91,9 @@ def prepare_space(folder: Path, arguments: argparse.Namespace) -> None:
     if card.get("sdk") != "gradio" or not app.is_file():
         raise PushError(f"{folder / 'README.md'} must name sdk: gradio and an app_file of the folder.")
     script = "import runpy, sys; runpy.run_path(sys.argv[1], run_name='app')"
-    run = subprocess.run([sys.executable, "-c", script, app.name], cwd=folder, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-c", script, app.relative_to(folder)], cwd=folder, capture_output=True, text=True
+    )
     if run.returncode:
         raise PushError(f"{app} does not start: {run.stderr.strip().splitlines()[-1]}")
 
