@@ -26,11 +26,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import partonomy_dataset  # noqa: E402
 from cards_plum import CITATION  # noqa: E402
 from partkit import synthesis  # noqa: E402
-from partkit.benchmark import load_questions  # noqa: E402
 from partkit.dataset_card import ConfigFacts, make_card  # noqa: E402
 from partkit.leak import leak_of_copy, leak_of_drawings, leak_of_published  # noqa: E402
 from partkit.questions import SCHEMES  # noqa: E402
-from partkit.schema import DataError  # noqa: E402
+from partkit.schema import DataError, Question  # noqa: E402
 from partkit.shards import MAX_SHARD_BYTES, write_checksums, write_shards  # noqa: E402
 from partkit.sources.survey import PART_SOURCES, Survey, survey  # noqa: E402
 from partkit.statistics import Statistics  # noqa: E402
@@ -149,9 +148,8 @@ def measure(
         return "balanced", leak_of_drawings(partonomy_dataset.MINI_QUESTIONS_SIZES, seed=partonomy_dataset.SEED)
     if facts.source in PART_SOURCES:
         return options.scheme or SCHEMES[0], leak_of_copy(look_at(facts.source, options), seed=partonomy_dataset.SEED)
-    _, questions = load_questions(
-        partonomy_dataset.DATASET_NAME, name=facts.name, split="test", data_dir=options.data_dir
-    )
+    rows = splits["test"].remove_columns(["image", "masks"])
+    questions = [Question(image=None, masks=[], **row) for row in rows]
     return "official", {"official": leak_of_published(questions)}
 
 
