@@ -167,6 +167,8 @@ class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
 
     # Every loss below is normalised by its own count, so the Trainer must not divide again.
     accepts_loss_kwargs = False
+    # What 4- and 8-bit weights must leave alone: `BitsAndBytesConfig(llm_int8_skip_modules=...)`.
+    full_precision_modules = ("sam", "span_tagger", "span_projector", "mask_feedback", "vlm.lm_head")
 
     def __init__(self, config: PlumConfig):
         super().__init__(config)

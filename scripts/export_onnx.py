@@ -1,0 +1,170 @@
+"""
+Exports the mask branch of a checkpoint, SAM with PLUM's mask feedback, to ONNX and shows that it computes the same:
+
+    python scripts/export_onnx.py --model runs/mine --output_dir runs/mine_onnx
+
+    encoder.onnx     pixels (1, 3, S, S) -> embedding (1, C, G, G)                              once for an image
+    first_mask.onnx  embedding, query (1, C) -> mask (1, 4G, 4G), iou (1,), key, value (1, G*G, C)
+    next_mask.onnx   embedding, query, keys (T, G*G, C), values -> the same                     T earlier masks, T >= 1
+
+A query is what `span_projector` makes of the words of a span; the language side stays in torch. In the key and value
+of a mask is all that later masks take from it. [`MaskSession`] puts the three together, with onnxruntime alone.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from modeling_plum import PlumForConditionalGeneration
+from train import load_checkpoint
+
+STEP_OUTPUTS = ["mask", "iou", "key", "value"]
+TOLERANCE = 1e-3
+"""Largest difference of a mask logit from torch's; logits are of the order of 10."""
+
+
+class MaskSession:
+    """Masks of an image from span queries, by the files of [`export`]."""
+
+    def __init__(self, folder: Path):
+        import onnxruntime
+
+        self.encoder, self.first, self.next = (
+            onnxruntime.InferenceSession(folder / f"{name}.onnx", providers=["CPUExecutionProvider"])
+            for name in ("encoder", "first_mask", "next_mask")
+        )
+
+    def encode(self, pixels: np.ndarray) -> np.ndarray:
+        """Pixels `(1, 3, S, S)`, as the processor's `sam_pixel_values`, to an embedding `(1, C, G, G)`."""
+        return self.encoder.run(["embedding"], {"pixels": pixels})[0]
+
+    def decode(self, embedding: np.ndarray, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Queries `(S, C)` of the spans of one conversation, in order, to `(S, 4G, 4G)` logits and `(S,)` IoUs."""
+        steps = []
+        for query in queries[:, None]:
+            inputs = {"embedding": embedding, "query": query}
+            if not steps:
+                steps.append(self.first.run(STEP_OUTPUTS, inputs))
+                continue
+            _, _, keys, values = (np.concatenate(earlier) for earlier in zip(*steps, strict=True))
+            steps.append(self.next.run(STEP_OUTPUTS, inputs | {"keys": keys, "values": values}))
+        masks, iou_scores, _, _ = (np.concatenate(outputs) for outputs in zip(*steps, strict=True))
+        return masks, iou_scores
+
+
+class _Encoder(nn.Module):
+    def __init__(self, model: PlumForConditionalGeneration):
+        super().__init__()
+        self.vision_encoder = model.sam.vision_encoder
+
+    def forward(self, pixels):
+        return self.vision_encoder(pixels).last_hidden_state
+
+
+class _MaskStep(nn.Module):
+    """One step of `PlumForConditionalGeneration.decode_masks`, for one conversation."""
+
+    def __init__(self, model: PlumForConditionalGeneration):
+        super().__init__()
+        self.sam, self.mask_feedback, self.grid = model.sam, model.mask_feedback, model.config.sam_grid_size
+
+    def forward(self, embedding, query, keys=None, values=None):
+        if keys is None:
+            dense = self.sam.prompt_encoder.no_mask_embed.weight[..., None, None].expand(1, -1, self.grid, self.grid)
+        else:
+            dense = self.mask_feedback(keys[None], values[None])
+        positions = self.sam.get_image_wide_positional_embeddings()
+        masks, iou_scores = self.sam.mask_decoder(
+            embedding,
+            image_positional_embeddings=positions,
+            sparse_prompt_embeddings=query[:, None, None],
+            dense_prompt_embeddings=dense,
+            multimask_output=False,
+        )
+        mask = masks[:, 0, 0]
+        return (
+            mask,
+            iou_scores[:, 0, 0],
+            *self.mask_feedback.embed(mask, query, positions, self.sam.prompt_encoder.mask_embed),
+        )
+
+
+@torch.no_grad()
+def export(model: PlumForConditionalGeneration, folder: Path) -> None:
+    """
+    Writes the three files, in float32.
+
+    Raises:
+        ValueError: A model without mask feedback: every mask of it is a first one, and SAM's own export does.
+    """
+    if model.mask_feedback is None:
+        raise ValueError("The model has no mask feedback; export its sam alone.")
+    model = model.float().eval()
+    side, grid = model.config.sam_config.vision_config.image_size, model.config.sam_grid_size
+    width = model.config.sam_config.vision_config.output_channels
+    embedding, query = torch.rand(1, width, grid, grid), torch.rand(1, width)
+    # Two tensors: one tensor given twice would be exported as one input.
+    keys, values = torch.rand(2, grid**2, width), torch.rand(2, grid**2, width)
+    earlier = {0: torch.export.Dim("earlier", min=1)}
+    step, names = _MaskStep(model).eval(), ["embedding", "query", "keys", "values"]
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, module, inputs, inputs_names, outputs, dynamic in (
+        ("encoder", _Encoder(model).eval(), (torch.rand(1, 3, side, side),), ["pixels"], ["embedding"], None),
+        ("first_mask", step, (embedding, query), names[:2], STEP_OUTPUTS, None),
+        (
+            "next_mask",
+            step,
+            (embedding, query, keys, values.clone()),
+            names,
+            STEP_OUTPUTS,
+            (None, None, earlier, earlier),
+        ),
+    ):
+        torch.onnx.export(
+            module,
+            inputs,
+            folder / f"{name}.onnx",
+            input_names=inputs_names,
+            output_names=outputs,
+            dynamic_shapes=dynamic,
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
+
+
+@torch.no_grad()
+def largest_difference(model: PlumForConditionalGeneration, folder: Path, spans: int = 4) -> float:
+    """Of the mask logits of `spans` random spans on a random image, between torch and the exported files."""
+    generator = torch.Generator().manual_seed(0)
+    side = model.config.sam_config.vision_config.image_size
+    pixels = torch.randn(1, 3, side, side, generator=generator)
+    states = torch.randn(1, spans, model.config.get_text_config().hidden_size, generator=generator)
+    tokens = torch.tensor([[0, i, i + 1] for i in range(spans)])
+    expected, _ = model.decode_masks(states, tokens, model.get_image_embeddings(pixels), torch.zeros(1, dtype=int))
+    session = MaskSession(folder)
+    masks, _ = session.decode(session.encode(pixels.numpy()), model.span_projector(states)[0].numpy())
+    return float(np.abs(masks - expected.numpy()).max())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="folder of a PLUM checkpoint")
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder for the three files")
+    arguments = parser.parse_args()
+    model, _ = load_checkpoint(arguments.model, None)
+    export(model, arguments.output_dir)
+    difference = largest_difference(model, arguments.output_dir)
+    print(f"largest difference of a mask logit from torch: {difference:.1e}")
+    if difference > TOLERANCE:
+        raise SystemExit(f"The exported masks differ by more than {TOLERANCE}: do not use {arguments.output_dir}.")
+
+
+if __name__ == "__main__":
+    main()
