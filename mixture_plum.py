@@ -63,10 +63,11 @@ def load_records(source: Source, split: str, streaming: bool = False) -> Dataset
     The columns `id`, `image`, `messages` and `masks` of one split.
 
     Raises:
-        DataError: The split holds no records, or no conversations.
+        DataError: A streamed split holds no records, or a source no conversations.
+        ValueError: A memory-mapped split holds no records.
     """
     records = load_dataset(source.dataset, source.name, data_dir=source.data_dir, split=split, streaming=streaming)
-    if not (any(True for _ in records.take(1)) if streaming else len(records)):
+    if streaming and next(iter(records.take(1)), None) is None:
         raise DataError(f"Split {split!r} of {source} holds no records.")
     missing = sorted(set(COLUMNS) - set(records.column_names or COLUMNS))
     if missing:
