@@ -63,7 +63,7 @@ except ImportError:
 
 IGNORE_INDEX = -100
 # Positions whose logits over the vocabulary are held at once where only their loss is asked for.
-LOGIT_ROWS = 256
+LOGIT_ROWS = 64
 # Mask prompts that are decoded at once: on a CPU so many that their image cells number these, elsewhere these.
 CPU_CELLS_AT_ONCE = 16 * 16 * 16
 PROMPTS_AT_ONCE = 64

@@ -18,6 +18,7 @@ from modeling_plum import PlumForConditionalGeneration
 IMAGE_TOKENS, QUESTION_TOKENS, ANSWER_TOKENS = 256, 24, 28
 COMMON_ANSWER_TOKENS = 11  # "The object in the image has the following visible parts:"
 CHOICES, SPANS = 5, 4
+QUESTIONS_AT_ONCE = 2  # memory grows with the rows at once
 IMAGE_TOKEN, VOCABULARY = 31_999, 32_000
 
 
@@ -131,17 +132,22 @@ def segment_span_by_span(model, states, spans, embeddings) -> list[torch.Tensor]
 
 
 def score_and_segment(model, batch, pixels, sam_pixels, *, masks: bool = True):
-    """Image, question and choices as one tree; the true answers' masks from the same hidden states."""
+    """Image, question and choices as one tree, of a few questions; the true answers' masks from the same states."""
     (features,) = model.get_vlm_image_features([IMAGE_TOKENS], pixel_values=pixels)
-    ids, labels = batch["input_ids"], batch["labels"]
-    images = torch.zeros(len(ids), dtype=torch.long)
-    states = model.encode_conversations(ids, vlm_image_features=[features], sam_image_index=images)
-    scores = model.score_choices(ids, labels, CHOICES, hidden_states=states)
-    if not masks:
-        return scores
-    true = slice(0, None, CHOICES)
-    embeddings = model.get_image_embeddings(sam_pixels)
-    return scores, model.decode_masks(states[true], batch["spans"], embeddings, images[true])[0]
+    embeddings = model.get_image_embeddings(sam_pixels) if masks else None
+    scores, decoded = [], []
+    for start in range(0, len(batch["input_ids"]) // CHOICES, QUESTIONS_AT_ONCE):
+        rows = slice(start * CHOICES, (start + QUESTIONS_AT_ONCE) * CHOICES)
+        ids, labels = batch["input_ids"][rows], batch["labels"][rows]
+        images = torch.zeros(len(ids), dtype=torch.long)
+        states = model.encode_conversations(ids, vlm_image_features=[features], sam_image_index=images)
+        scores.append(model.score_choices(ids, labels, CHOICES, hidden_states=states))
+        if masks:
+            question = batch["spans"][:, 0]
+            spans = batch["spans"][(question >= start) & (question < start + QUESTIONS_AT_ONCE)]
+            spans = spans - torch.tensor([start, 0, 0])
+            decoded.append(model.decode_masks(states[::CHOICES], spans, embeddings, images[::CHOICES])[0])
+    return (torch.cat(scores), torch.cat(decoded)) if masks else torch.cat(scores)
 
 
 @torch.no_grad()
@@ -163,6 +169,7 @@ def main() -> list[dict]:
             rounds=1,
             shape=shape,
             questions=10,
+            questions_at_once=QUESTIONS_AT_ONCE,
             choices=CHOICES,
             spans_per_question=SPANS,
         ),
