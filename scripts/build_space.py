@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-CODE = ["*_plum.py", "partonomy_dataset.py", "partkit/**/*.py", "demo/*.py", "demo/*.css", "demo/*.js"]
+CODE = ["*.py", "partkit/**/*.py", "demo/*.py", "demo/*.css", "demo/*.js"]
 CHECKPOINT = ["checkpoints/plum-tiny/*"]
 
 
