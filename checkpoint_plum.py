@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 
 from configuration_plum import PlumConfig
@@ -18,6 +19,28 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 JSON_BYTES_LIMIT = 32 * 1024**2
 # A quantised checkpoint holds up to two parameters in a byte, stored as elements of up to four bytes.
 PARAMETERS_PER_QUANTISED_ELEMENT = 8
+
+
+def open_checkpoint(name: str | Path) -> Path:
+    """
+    The folder of a checkpoint that [`check_checkpoint`] lets pass, without its pickles if it comes from the Hub.
+
+    Args:
+        name: A folder, or a name on the Hub.
+
+    Raises:
+        ValueError: One sentence that names the file, or says that there is no such checkpoint.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        try:
+            folder = Path(snapshot_download(str(name), ignore_patterns=[f"*{suffix}" for suffix in PICKLES]))
+        except (ValueError, OSError) as error:
+            raise ValueError(
+                f"The model {str(name)!r} is neither a folder nor to be had from the Hub: {error}"
+            ) from error
+    check_checkpoint(folder)
+    return folder
 
 
 def check_checkpoint(folder: str | Path) -> None:

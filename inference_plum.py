@@ -19,10 +19,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from huggingface_hub import snapshot_download
 from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers import AutoConfig, TextIteratorStreamer
 
+from checkpoint_plum import open_checkpoint
 from configuration_plum import PlumConfig
 from modeling_plum import PlumForConditionalGeneration
 from partkit.masks import DataError, area, encode
@@ -85,23 +85,13 @@ def load_model(name: str | Path, *, dtype: str = "float32", device: str | torch.
     """Folder and model of a checkpoint, a folder or a name on the Hub.
 
     Raises:
-        ModelError: it holds no PLUM, or its processor does not belong to its model.
+        ModelError: it is not safe to load, holds no PLUM, or its processor does not belong to its model.
     """
-    folder = Path(name)
-    if not folder.is_dir():
-        try:
-            folder = Path(snapshot_download(str(name)))
-        except (ValueError, OSError) as error:
-            raise ModelError(
-                f"The model {str(name)!r} is neither a folder nor to be had from the Hub: {error}"
-            ) from error
     try:
-        model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{folder / 'config.json'} is no model configuration: {error}") from error
-    if model_type != "plum":
-        raise ModelError(f"{folder} holds a model of type {model_type!r}, expected 'plum'.")
-    model = PlumForConditionalGeneration.from_pretrained(folder, dtype=getattr(torch, dtype))
+        folder = open_checkpoint(name)
+    except ValueError as error:
+        raise ModelError(str(error)) from error
+    model = PlumForConditionalGeneration.from_pretrained(folder, dtype=getattr(torch, dtype), use_safetensors=True)
     processor = PlumProcessor.from_pretrained(folder)
     expected, found = model.config.vlm_config.image_token_id, processor.image_token_id
     if found != expected:

@@ -12,7 +12,6 @@ and `.png`, and the checkpoints to resume from.
 
 import dataclasses
 import json
-import os
 import re
 import sys
 from dataclasses import dataclass, field
@@ -36,7 +35,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from cards_plum import make_model_card, write_recipe
-from checkpoint_plum import check_checkpoint
+from checkpoint_plum import open_checkpoint
 from configuration_plum import PlumConfig
 from data_plum import Collator, ConversationDataset, stream_examples
 from embedding_cache import EmbeddingCache
@@ -241,13 +240,9 @@ def _as_words(value) -> list[str]:
 # ------------------------------------------------------------------------------------------------ model
 
 
-def load_checkpoint(folder: str, changes: dict | None, **kwargs) -> tuple[PlumForConditionalGeneration, PlumProcessor]:
-    """A PLUM checkpoint and its processor; `changes` are fields of its config to overwrite."""
-    if os.path.isdir(folder):
-        check_checkpoint(folder)
-    config, _ = PlumConfig.get_config_dict(folder)
-    if config.get("model_type") != "plum":
-        raise ValueError(f"{folder} holds a {config.get('model_type')!r} model, expected 'plum'.")
+def load_checkpoint(name: str, changes: dict | None, **kwargs) -> tuple[PlumForConditionalGeneration, PlumProcessor]:
+    """A PLUM checkpoint, by folder or Hub name, and its processor; `changes` are fields of its config to overwrite."""
+    folder = open_checkpoint(name)
     config = PlumConfig.from_pretrained(folder, **(changes or {}))
     check_config_fields(changes or {}, config)
     model = PlumForConditionalGeneration.from_pretrained(folder, config=config, use_safetensors=True, **kwargs)

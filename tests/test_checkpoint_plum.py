@@ -10,9 +10,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from checkpoint_plum import check_checkpoint
-from tests.tiny import tiny_model
+import evaluate_plum
+import plum_cli
+from checkpoint_plum import check_checkpoint, open_checkpoint
+from tests.tiny import random_image, tiny_model, tiny_processor
 from train import load_checkpoint
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -109,11 +113,41 @@ def test_a_hostile_folder_is_refused_before_memory_is_spent(damage, message, fol
     monkeypatch.chdir(folder)
     damage(folder)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for load in (check_checkpoint, lambda folder: load_checkpoint(str(folder), None)):
-        with pytest.raises(ValueError, match=message):
-            load(folder)
+    with pytest.raises(ValueError, match=message):
+        open_checkpoint(folder)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 * 1024, "kilobytes"
     assert not Path("executed").exists()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [(only_pickles, "which are pickles"), (outside_weights, "no safetensors file of this folder")],
+)
+def test_the_shell_the_evaluation_and_the_training_refuse_a_hostile_folder(
+    damage, message, folder, tmp_path, monkeypatch, capsys
+):
+    tiny_processor().save_pretrained(folder)
+    damage(folder)
+    random_image().save(tmp_path / "image.png")
+    monkeypatch.chdir(tmp_path)
+    questions = [
+        "--dataset",
+        str(ROOT / "partonomy" / "mini_questions"),
+        "--name",
+        "default",
+        "--limit",
+        "3",
+        "--control",
+        "none",
+    ]
+    with pytest.raises(SystemExit, match=f"^{plum_cli.NO_MODEL}$"):
+        plum_cli.main(["ask", "image.png", "Which parts?", "--model", str(folder)])
+    assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit, match=message):
+        evaluate_plum.main(["--model", str(folder), *questions, "--device", "cpu", "--output_dir", "run"])
+    with pytest.raises(ValueError, match=message):
+        load_checkpoint(str(folder), None)
+    assert not Path("executed").exists() and not Path("run").exists()
 
 
 def test_a_sound_folder_passes_in_one_file_and_in_several(sound, tmp_path):

@@ -447,8 +447,8 @@ def save_other_processor(folder):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (save_other_model, "holds a model of type 'llava', expected 'plum'"),
-        (save_no_model, "config.json is no model configuration"),
+        (save_other_model, "holds a 'llava' model, expected 'plum'"),
+        (save_no_model, "config.json cannot be read"),
         (save_other_processor, "image token '<picture>' has id \\d+, the model expects 3"),
     ],
 )
