@@ -1,4 +1,5 @@
-# make demo: train plum-tiny on the drawn miniature, evaluate it, write the report.   make test: the test suite.
+# make demo: evaluate plum-tiny, train such a model from scratch on the drawn miniature, evaluate it, write the report.
+# make test: the test suite.   make docs: the site.   make perf: the benchmarks.   make fuzz: hostile files.
 PYTHON := .venv/bin/python
 INSTALLED := .venv/installed
 
@@ -6,6 +7,7 @@ INSTALLED := .venv/installed
 
 demo: $(INSTALLED)
 	rm -rf runs/demo
+	$(PYTHON) evaluate_plum.py --model checkpoints/plum-tiny --choice_reduction answer_mean --output_dir runs/demo/plum-tiny
 	.venv/bin/accelerate launch --cpu --num_processes 1 train.py recipes/plum_tiny.yaml --output_dir runs/demo/model
 	$(PYTHON) evaluate_plum.py --model runs/demo/model --dataset partonomy --name mini_questions --split test \
 		--choice_reduction answer_mean --output_dir runs/demo/evaluation

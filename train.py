@@ -478,7 +478,8 @@ def load_model(
 ) -> tuple[PlumForConditionalGeneration, PlumProcessor]:
     """The model as the training starts from it, before LoRA, and its processor."""
     if arguments.model is not None:
-        model, processor = load_checkpoint(arguments.model, arguments.model_config)
+        # small updates would be lost in the 8 bits of a checkpoint saved in bf16
+        model, processor = load_checkpoint(arguments.model, arguments.model_config, dtype=torch.float32)
     elif arguments.vlm is not None:
         model, processor = compose_backbones(arguments.vlm, arguments.sam, arguments.model_config or {})
     else:

@@ -60,8 +60,8 @@ def test_the_commands_of_the_page_lead_from_photographs_to_an_evaluated_model(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipes").symlink_to(ROOT / "recipes", target_is_directory=True)
     coco_of_photographs(fixtures_dir / "data" / "real_parts", tmp_path / "photos")
-    tiny_model().save_pretrained("runs/demo/model")
-    tiny_processor().save_pretrained("runs/demo/model")
+    tiny_model().save_pretrained("checkpoints/plum-tiny")
+    tiny_processor().save_pretrained("checkpoints/plum-tiny")
     for command in commands:
         run_command(command, monkeypatch)
     printed = capsys.readouterr().out

@@ -413,6 +413,13 @@ def test_bfloat16_computes_nearly_the_same_losses_and_keeps_the_weights_in_float
         assert found["loss"] == pytest.approx(expected["loss"], rel=0.03) and found["loss"] != expected["loss"]
 
 
+def test_a_checkpoint_in_bfloat16_is_trained_in_float32(tmp_path):
+    tiny_model().to(torch.bfloat16).save_pretrained(tmp_path)
+    tiny_processor().save_pretrained(tmp_path)
+    model, _ = train.load_model(train.ModelArguments(model=str(tmp_path)), make_records([record(0, 1)]))
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
 def test_a_loss_that_is_no_number_stops_the_run_and_names_its_records(tmp_path):
     trainer = make_trainer(tmp_path, [record(number, 1) for number in range(3)], per_device_train_batch_size=3)
     torch.nn.init.constant_(trainer.model.span_projector[0].bias, float("nan"))

@@ -27,9 +27,8 @@ gradients on perfect predictions; every loss can be normalised by counts of the 
 """
 
 import inspect
-import math
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -49,19 +48,22 @@ from transformers.utils import ModelOutput
 
 try:
     from .configuration_plum import PlumConfig
+    from .heads_plum import TAG_BEGIN, TAG_OUTSIDE, PlumMaskFeedback, PlumSpanTagger, decode_spans
     from .masks_plum import dice_loss, downscale_mask, focal_tversky_loss, upscale_masks
-    from .sharing_plum import GeneratedStates, pack_rows, shared_beginnings
+    from .pipeline_plum import CUSTOM_PIPELINES
+    from .sharing_plum import GeneratedStates, pack_rows, recorded_inputs, shared_beginnings
 except ImportError:
     if __package__:
         raise
     from configuration_plum import PlumConfig
+    from heads_plum import TAG_BEGIN, TAG_OUTSIDE, PlumMaskFeedback, PlumSpanTagger, decode_spans
     from masks_plum import dice_loss, downscale_mask, focal_tversky_loss, upscale_masks
-    from sharing_plum import GeneratedStates, pack_rows, shared_beginnings
+    from pipeline_plum import CUSTOM_PIPELINES
+    from sharing_plum import GeneratedStates, pack_rows, recorded_inputs, shared_beginnings
 
-TAG_OUTSIDE, TAG_BEGIN, TAG_INSIDE = 0, 1, 2
 IGNORE_INDEX = -100
 # Positions whose logits over the vocabulary are held at once where only their loss is asked for.
-LOGIT_ROWS = 256
+LOGIT_ROWS = 64
 # Mask prompts that are decoded at once: on a CPU so many that their image cells number these, elsewhere these.
 CPU_CELLS_AT_ONCE = 16 * 16 * 16
 PROMPTS_AT_ONCE = 64
@@ -122,27 +124,6 @@ class PlumSegmentationOutput(ModelOutput):
     reshaped_input_sizes: torch.LongTensor | None = None
 
 
-def decode_spans(tags: torch.LongTensor, answer_mask: torch.BoolTensor | None = None) -> torch.LongTensor:
-    """
-    Spans of BIO tags: a B and the I's directly after it; an I without an open span is ignored.
-
-    Args:
-        tags: `(B, L)` with 0 = O, 1 = B, 2 = I.
-        answer_mask: `(B, L)`; positions outside count as O.
-
-    Returns:
-        `(S, 3)` rows `[row, start, end)`, in order of row and start.
-    """
-    if answer_mask is not None:
-        tags = tags.masked_fill(~answer_mask, TAG_OUTSIDE)
-    rows, starts = (tags == TAG_BEGIN).nonzero(as_tuple=True)
-    # The span of a B ends at the first later position that is not I.
-    position = torch.arange(tags.shape[1] + 1, device=tags.device)
-    not_inside = F.pad(tags != TAG_INSIDE, (0, 1), value=True)
-    is_end = not_inside[rows] & (position[None] > starts[:, None])
-    return torch.stack([rows, starts, is_end.int().argmax(dim=1)], dim=1)
-
-
 def sincos_position_embedding(grid_size: int, width: int) -> torch.Tensor:
     """Fixed 2D sine-cosine embedding `(1, G, G, width)` (as in ViT-MAE, arXiv 2111.06377), amplitude 0.5."""
     frequencies = 10000.0 ** (-torch.arange(width // 4) / (width // 4))
@@ -151,104 +132,6 @@ def sincos_position_embedding(grid_size: int, width: int) -> torch.Tensor:
     rows = axis[:, None].expand(-1, grid_size, -1)
     columns = axis[None].expand(grid_size, -1, -1)
     return 0.5 * torch.cat([rows, columns], dim=-1)[None]
-
-
-@contextmanager
-def recorded_inputs(module: nn.Module):
-    """The keyword arguments of the module's next call, in a dictionary that is filled when it is called."""
-    inputs = {}
-    handle = module.register_forward_pre_hook(lambda _, args, kwargs: inputs.update(kwargs), with_kwargs=True)
-    try:
-        yield inputs
-    finally:
-        handle.remove()
-
-
-class PlumSpanTagger(nn.Module):
-    """O/B/I logits per token: a bidirectional post-norm encoder over the hidden states, then a small classifier."""
-
-    def __init__(self, config: PlumConfig):
-        super().__init__()
-        width = config.vlm_config.get_text_config().hidden_size
-        self.layers = nn.ModuleList(
-            nn.TransformerEncoderLayer(
-                width,
-                config.span_tagger_num_heads,
-                config.span_tagger_intermediate_size,
-                dropout=0.0,
-                batch_first=True,
-            )
-            for _ in range(config.span_tagger_num_layers)
-        )
-        self.classifier = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 3))
-
-    def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-        """`(B, L, D)` hidden states and `(B, L)` mask (1 = real token) to `(B, L, 3)` logits."""
-        padding_mask = None if attention_mask is None else attention_mask == 0
-        for layer in self.layers:
-            hidden_states = layer(hidden_states, src_key_padding_mask=padding_mask)
-        return self.classifier(hidden_states)
-
-
-class PlumMaskFeedback(nn.Module):
-    """
-    The dense prompt of a span, made from the masks of the earlier spans of its conversation.
-
-    Each earlier mask runs through SAM's own mask embedding (passed in, so the weights exist once), modulated by that
-    span's query before each activation (FiLM, arXiv 1709.07871); then, per grid cell, a learned query attends over
-    the earlier masks.
-    """
-
-    def __init__(self, config: PlumConfig):
-        super().__init__()
-        width = config.sam_config.vision_config.output_channels
-        channels = config.sam_config.prompt_encoder_config.mask_input_channels
-        self.num_heads = config.mask_feedback_num_heads
-        self.film = nn.ModuleList([nn.Linear(width, 2 * channels // 4), nn.Linear(width, 2 * channels)])
-        self.queries = nn.Parameter(torch.empty(config.sam_grid_size**2, width))
-        self.q_proj = nn.Linear(width, width)
-        self.k_proj = nn.Linear(width, width)
-        self.v_proj = nn.Linear(width, width)
-        self.out_proj = nn.Linear(width, width)
-
-    def embed(
-        self, masks: torch.Tensor, span_queries: torch.Tensor, positions: torch.Tensor, mask_embed: nn.Module
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """
-        Keys and values of masks, computed once for each span and used by every later one.
-
-        Args:
-            masks: `(n, 4G, 4G)` low-res logits.
-            span_queries: `(n, C)` queries of the spans they belong to.
-            positions: `(1, C, G, G)` SAM's dense positional embedding.
-            mask_embed: SAM's `prompt_encoder.mask_embed`.
-
-        Returns:
-            Keys and values, each `(n, G*G, C)`.
-        """
-        hidden_states = mask_embed.layer_norm1(mask_embed.conv1(masks[:, None]))
-        hidden_states = mask_embed.activation(self._modulate(hidden_states, self.film[0](span_queries)))
-        hidden_states = mask_embed.layer_norm2(mask_embed.conv2(hidden_states))
-        hidden_states = mask_embed.activation(self._modulate(hidden_states, self.film[1](span_queries)))
-        hidden_states = mask_embed.conv3(hidden_states) + positions  # (n, C, G, G)
-        hidden_states = hidden_states.flatten(2).transpose(1, 2)  # (n, G*G, C)
-        return self.k_proj(hidden_states), self.v_proj(hidden_states)
-
-    @staticmethod
-    def _modulate(hidden_states: torch.Tensor, film: torch.Tensor) -> torch.Tensor:
-        scale, shift = film[..., None, None].chunk(2, dim=1)
-        return hidden_states * (1 + scale) + shift
-
-    def forward(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """Keys and values `(n, T, G*G, C)` of T earlier masks each to dense prompts `(n, C, G, G)`."""
-        rows, earlier, cells, width = keys.shape
-        by_head = (rows, earlier, cells, self.num_heads, width // self.num_heads)
-        queries = self.q_proj(self.queries).view(by_head[2:])  # (G*G, heads, C/heads)
-        scores = (queries * keys.view(by_head)).sum(-1) / math.sqrt(by_head[-1])  # (n, T, G*G, heads)
-        attended = (scores.softmax(dim=1)[..., None] * values.view(by_head)).sum(dim=1)
-        dense = self.out_proj(attended.flatten(2))  # (n, G*G, C)
-        grid = math.isqrt(cells)
-        return dense.transpose(1, 2).unflatten(2, (grid, grid))
 
 
 class PlumPreTrainedModel(PreTrainedModel):
@@ -284,6 +167,8 @@ class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
 
     # Every loss below is normalised by its own count, so the Trainer must not divide again.
     accepts_loss_kwargs = False
+    # What 4- and 8-bit weights must leave alone: `BitsAndBytesConfig(llm_int8_skip_modules=...)`.
+    full_precision_modules = ("sam", "span_tagger", "span_projector", "mask_feedback", "vlm.lm_head")
 
     def __init__(self, config: PlumConfig):
         super().__init__(config)
@@ -372,6 +257,7 @@ class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
         # transformers records one auto class per model; this one answers to two.
         auto_map = getattr(self.config, "auto_map", None) or {}
         self.config.auto_map = auto_map | {"AutoModelForImageTextToText": f"modeling_plum.{type(self).__name__}"}
+        self.config.custom_pipelines = CUSTOM_PIPELINES
         super().save_pretrained(save_directory, save_original_format=save_original_format, **kwargs)
 
     # ------------------------------------------------------------------ images

@@ -203,3 +203,14 @@ class GeneratedStates:
         if inputs.get("attention_mask") is not None:
             inputs["attention_mask"] = nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)
         return torch.cat([*self.states, self.decoder(**inputs).last_hidden_state], dim=1)
+
+
+@contextmanager
+def recorded_inputs(module: nn.Module):
+    """The keyword arguments of the module's next call, in a dictionary that is filled when it is called."""
+    inputs = {}
+    handle = module.register_forward_pre_hook(lambda _, args, kwargs: inputs.update(kwargs), with_kwargs=True)
+    try:
+        yield inputs
+    finally:
+        handle.remove()

@@ -1,0 +1,128 @@
+"""
+The modules that PLUM adds to its two backbones: the span tagger, and the feedback from masks to the next prompt.
+
+Shapes. B rows, L tokens, S spans of the whole batch, D language width, C SAM width, G grid side.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+try:
+    from .configuration_plum import PlumConfig
+except ImportError:
+    if __package__:
+        raise
+    from configuration_plum import PlumConfig
+
+TAG_OUTSIDE, TAG_BEGIN, TAG_INSIDE = 0, 1, 2
+
+
+class PlumSpanTagger(nn.Module):
+    """O/B/I logits per token: a bidirectional post-norm encoder over the hidden states, then a small classifier."""
+
+    def __init__(self, config: PlumConfig):
+        super().__init__()
+        width = config.vlm_config.get_text_config().hidden_size
+        self.layers = nn.ModuleList(
+            nn.TransformerEncoderLayer(
+                width,
+                config.span_tagger_num_heads,
+                config.span_tagger_intermediate_size,
+                dropout=0.0,
+                batch_first=True,
+            )
+            for _ in range(config.span_tagger_num_layers)
+        )
+        self.classifier = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 3))
+
+    def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        """`(B, L, D)` hidden states and `(B, L)` mask (1 = real token) to `(B, L, 3)` logits."""
+        padding_mask = None if attention_mask is None else attention_mask == 0
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, src_key_padding_mask=padding_mask)
+        return self.classifier(hidden_states)
+
+
+class PlumMaskFeedback(nn.Module):
+    """
+    The dense prompt of a span, made from the masks of the earlier spans of its conversation.
+
+    Each earlier mask runs through SAM's own mask embedding (passed in, so the weights exist once), modulated by that
+    span's query before each activation (FiLM, arXiv 1709.07871); then, per grid cell, a learned query attends over
+    the earlier masks.
+    """
+
+    def __init__(self, config: PlumConfig):
+        super().__init__()
+        width = config.sam_config.vision_config.output_channels
+        channels = config.sam_config.prompt_encoder_config.mask_input_channels
+        self.num_heads = config.mask_feedback_num_heads
+        self.film = nn.ModuleList([nn.Linear(width, 2 * channels // 4), nn.Linear(width, 2 * channels)])
+        self.queries = nn.Parameter(torch.empty(config.sam_grid_size**2, width))
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
+
+    def embed(
+        self, masks: torch.Tensor, span_queries: torch.Tensor, positions: torch.Tensor, mask_embed: nn.Module
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Keys and values of masks, computed once for each span and used by every later one.
+
+        Args:
+            masks: `(n, 4G, 4G)` low-res logits.
+            span_queries: `(n, C)` queries of the spans they belong to.
+            positions: `(1, C, G, G)` SAM's dense positional embedding.
+            mask_embed: SAM's `prompt_encoder.mask_embed`.
+
+        Returns:
+            Keys and values, each `(n, G*G, C)`.
+        """
+        hidden_states = mask_embed.layer_norm1(mask_embed.conv1(masks[:, None]))
+        hidden_states = mask_embed.activation(self._modulate(hidden_states, self.film[0](span_queries)))
+        hidden_states = mask_embed.layer_norm2(mask_embed.conv2(hidden_states))
+        hidden_states = mask_embed.activation(self._modulate(hidden_states, self.film[1](span_queries)))
+        hidden_states = mask_embed.conv3(hidden_states) + positions  # (n, C, G, G)
+        hidden_states = hidden_states.flatten(2).transpose(1, 2)  # (n, G*G, C)
+        return self.k_proj(hidden_states), self.v_proj(hidden_states)
+
+    @staticmethod
+    def _modulate(hidden_states: torch.Tensor, film: torch.Tensor) -> torch.Tensor:
+        scale, shift = film[..., None, None].chunk(2, dim=1)
+        return hidden_states * (1 + scale) + shift
+
+    def forward(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """Keys and values `(n, T, G*G, C)` of T earlier masks each to dense prompts `(n, C, G, G)`."""
+        rows, earlier, cells, width = keys.shape
+        by_head = (rows, earlier, cells, self.num_heads, width // self.num_heads)
+        queries = self.q_proj(self.queries).view(by_head[2:])  # (G*G, heads, C/heads)
+        scores = (queries * keys.view(by_head)).sum(-1) / math.sqrt(by_head[-1])  # (n, T, G*G, heads)
+        attended = (scores.softmax(dim=1)[..., None] * values.view(by_head)).sum(dim=1)
+        dense = self.out_proj(attended.flatten(2))  # (n, G*G, C)
+        grid = math.isqrt(cells)
+        return dense.transpose(1, 2).unflatten(2, (grid, grid))
+
+
+def decode_spans(tags: torch.LongTensor, answer_mask: torch.BoolTensor | None = None) -> torch.LongTensor:
+    """
+    Spans of BIO tags: a B and the I's directly after it; an I without an open span is ignored.
+
+    Args:
+        tags: `(B, L)` with 0 = O, 1 = B, 2 = I.
+        answer_mask: `(B, L)`; positions outside count as O.
+
+    Returns:
+        `(S, 3)` rows `[row, start, end)`, in order of row and start.
+    """
+    if answer_mask is not None:
+        tags = tags.masked_fill(~answer_mask, TAG_OUTSIDE)
+    rows, starts = (tags == TAG_BEGIN).nonzero(as_tuple=True)
+    # The span of a B ends at the first later position that is not I.
+    position = torch.arange(tags.shape[1] + 1, device=tags.device)
+    not_inside = F.pad(tags != TAG_INSIDE, (0, 1), value=True)
+    is_end = not_inside[rows] & (position[None] > starts[:, None])
+    return torch.stack([rows, starts, is_end.int().argmax(dim=1)], dim=1)
