@@ -1,10 +1,10 @@
 """Image embeddings on disk: what a run computes with them and without, and what is left of a process that dies."""
 
+import multiprocessing
 import os
 import resource
 import signal
-import subprocess
-import sys
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -17,11 +17,14 @@ from embedding_cache import EmbeddingCache
 from partkit.masks import DataError, encode
 from partkit.schema import PartMask, Question
 from predictor_plum import Predictor
-from tests.fill_embedding_cache import IMAGES, pixels
 from tests.test_train import base_options, data_folder, make_records, record, run_main  # noqa: F401
-from tests.tiny import random_image, random_mask, tiny_model, tiny_processor
+from tests.tiny import IMAGE_SIZE, random_image, random_mask, tiny_model, tiny_processor
 
-ROOT = Path(__file__).parents[1]
+IMAGES = 12
+
+
+def pixels(count: int = IMAGES) -> torch.Tensor:
+    return torch.randn(count, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(0))
 
 
 def rounded(model):
@@ -47,13 +50,26 @@ def entries(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.rglob("*.safetensors")}
 
 
-def start_filling(folder: Path, dies_at: int = 0) -> subprocess.Popen:
-    """A process that is about to fill the cache, see tests/fill_embedding_cache.py."""
-    command = [sys.executable, "-m", "tests.fill_embedding_cache", str(folder), str(dies_at)]
-    streams = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True, **streams)
-    assert process.stdout.readline() == "ready\n", process.stderr.read()
+def start_filling(folder: Path, dies_at: int = 0) -> BaseProcess:
+    """Another process that fills the cache; it is killed in the middle of that embedding, at 0 it is not."""
+    process = multiprocessing.get_context("fork").Process(target=_fill, args=(folder, dies_at))
+    process.start()
     return process
+
+
+def _fill(folder: Path, dies_at: int) -> None:
+    torch.set_num_threads(1)  # the threads of the process that was forked are not here
+    written, write_through = [], os.fsync
+
+    def die_in_the_middle(file: int) -> None:
+        written.append(file)
+        if len(written) == dies_at:
+            os.ftruncate(file, 100)
+            os.kill(os.getpid(), signal.SIGKILL)
+        write_through(file)
+
+    os.fsync = die_in_the_middle
+    EmbeddingCache(folder, tiny_model()).embed(pixels())
 
 
 # ------------------------------------------------------------------------------------------------ what is stored
@@ -213,8 +229,8 @@ def whole(tmp_path_factory) -> dict[str, bytes]:
 
 def test_a_process_that_is_killed_while_it_writes_leaves_whole_entries_and_the_next_one_does_the_rest(tmp_path, whole):
     killed = start_filling(tmp_path, dies_at=5)
-    _, errors = killed.communicate("go\n", timeout=120)
-    assert killed.returncode == -signal.SIGKILL, errors
+    killed.join(timeout=120)
+    assert killed.exitcode == -signal.SIGKILL
     left = entries(tmp_path)
     assert len(left) == 4 and left.items() <= whole.items()
     assert [path.stat().st_size for path in tmp_path.rglob("writing.partial")] == [100]
@@ -227,11 +243,9 @@ def test_a_process_that_is_killed_while_it_writes_leaves_whole_entries_and_the_n
 
 def test_processes_that_fill_one_folder_at_a_time_leave_what_one_process_leaves(tmp_path, whole):
     cache, other = EmbeddingCache(tmp_path, tiny_model()), start_filling(tmp_path)
-    other.stdin.write("go\n")
-    other.stdin.flush()
     cache.embed(pixels())
-    _, errors = other.communicate(timeout=120)
-    assert other.returncode == 0, errors
+    other.join(timeout=120)
+    assert other.exitcode == 0
     assert entries(tmp_path) == whole
 
 

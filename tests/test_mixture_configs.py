@@ -12,12 +12,13 @@ from datasets import load_dataset
 from PIL import Image
 
 import partonomy_dataset  # noqa: F401  (makes load_dataset("partonomy") work)
-from partkit.masks import decode
+from partkit.masks import DataError, decode
 from partkit.schema import GROUNDED_CONVERSATION_FEATURES, GroundedConversation, PartMask, tagged_phrases
 from partkit.sources.catalogue import SOURCES
 from partkit.sources.llava import LlavaInstruct
 from partkit.sources.referring import RefClef, Referring
 from partkit.validate import validate
+from tests.digests import without_image
 from tests.test_sources import official_folder, official_record
 from tests.test_sources_chats import INSTRUCT, MIXTURE, chat, llava_folder, reasonseg_folder
 from tests.test_sources_coco import (
@@ -73,10 +74,6 @@ def check_row(row: dict) -> None:
         assert decode(mask["rle"], expected_size=(row["image"].height, row["image"].width)).any()
 
 
-def without_images(rows) -> list[dict]:
-    return [{name: value for name, value in row.items() if name != "image"} for row in rows]
-
-
 def test_every_data_set_of_the_catalogue_is_here_in_miniature_and_in_the_documentation():
     assert set(FOLDERS) == set(SOURCES)
     documented = (Path(__file__).resolve().parent.parent / "docs" / "mixtures.md").read_text()
@@ -109,7 +106,7 @@ def test_a_miniature_loads_streamed_and_prepared_alike(tmp_path, name):
         for row in rows:
             check_row(row)
         streamed = load_dataset("partonomy", name, data_dir=folder, split=split, streaming=True)
-        assert without_images(streamed) == without_images(rows)
+        assert list(map(without_image, streamed)) == list(map(without_image, rows))
 
 
 @pytest.mark.parametrize("name", SOURCES)
@@ -143,6 +140,37 @@ def test_a_bad_record_is_left_out_and_named_where_that_is_asked_for(tmp_path):
     assert {row["image_id"] for row in rows} == {"train-ADE_training_1"}
     (problem,) = partonomy_dataset.left_out(rows)
     assert "ADE_training_0.png" in problem
+
+
+def bad_refcoco_folder(folder: Path) -> Path:
+    """Three of the references are bad: one has no text, one leads to no image, one to no annotation of its image."""
+    changes = [{"sentences": [{"raw": "lady"}]}, {"image_id": 3}, {"ann_id": 5}, {}]
+    records = [reference(n, 2, f"dog {n}") | change for n, change in enumerate(changes)]
+    return referring_folder(folder, SOURCES["refcoco"], records, *[encode(DOG)] * 5)
+
+
+def bad_core_folder(folder: Path) -> Path:
+    good = official_record()
+    return official_folder(folder, good | {"image_path": "images/none.png"}, good | {"answer_parts": []}, good)
+
+
+@pytest.mark.parametrize(
+    ("name", "make_folder", "expected"),
+    [
+        ("refcoco", bad_refcoco_folder, ["field 'sent' is missing", "has no image 3", "has no annotation 5 of image"]),
+        ("core_conversations", bad_core_folder, ["record 0, field 'image_path'", "record 1, field 'choice_parts'"]),
+    ],
+)
+def test_records_that_are_bad_when_a_file_is_opened_are_left_out_too(tmp_path, name, make_folder, expected):
+    options = {"data_dir": str(make_folder(tmp_path / "data")), "split": "train", "cache_dir": tmp_path / "cache"}
+    with pytest.raises(DataError, match=expected[0]):
+        load_dataset("partonomy", name, **options)
+    rows = load_dataset("partonomy", name, on_error="report", **options)
+    assert len(rows) == 1
+    problems = partonomy_dataset.left_out(rows)
+    assert len(problems) == len(expected)
+    for text, problem in zip(expected, problems, strict=True):
+        assert text in problem
 
 
 def test_a_changed_label_map_is_read_again_and_not_served_from_the_cache(tmp_path):

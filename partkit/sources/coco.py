@@ -27,7 +27,17 @@ from partkit.conversations import converse
 from partkit.images import to_rgb
 from partkit.masks import RLE, DataError, Size, area, union
 from partkit.schema import GroundedConversation, PartExample, PartMask
-from partkit.sources.files import ImageFiles, OnError, check_labels, read_segmentation, refuse, stream_records, typed
+from partkit.sources.files import (
+    ImageFiles,
+    OnError,
+    check_labels,
+    known_id,
+    list_records,
+    read_segmentation,
+    record_place,
+    refuse,
+    typed,
+)
 
 Graph = dict[str, list[str]]
 
@@ -212,8 +222,7 @@ class CocoParts:
     def _read_categories(self) -> dict[int, tuple[str, str | None]]:
         """Category id -> (object, part)."""
         categories, owners = {}, {}
-        for number, record in self._records("categories"):
-            where = self._where("categories", number)
+        for number, (where, record) in enumerate(list_records(self.path, "categories")):
             id = typed(record, "id", int, where=where)
             _claim(owners, id, number, where=where)
             categories[id] = self.labels(record, where=where)
@@ -234,8 +243,7 @@ class CocoParts:
 
     def _read_images(self, on_error: OnError) -> dict[int, tuple[int, _ImageRecord]]:
         images, owners = {}, {}
-        for number, record in self._records("images"):
-            where = self._where("images", number)
+        for number, (where, record) in enumerate(list_records(self.path, "images")):
             try:
                 id = typed(record, "id", int, where=where)
                 _claim(owners, id, number, where=where)
@@ -249,7 +257,7 @@ class CocoParts:
     def _read_annotations(self, on_error: OnError) -> dict[tuple[int, str], list[_Annotation]]:
         """(image id, object label) -> its annotations, objects and parts."""
         groups, owners, incomplete = {}, {}, set()
-        for number, record in self._records("annotations"):
+        for number, (_, record) in enumerate(list_records(self.path, "annotations")):
             try:
                 self._read_annotation(number, record, groups, owners)
             except DataError as error:
@@ -264,8 +272,8 @@ class CocoParts:
         where = self._where("annotations", number)
         id = typed(record, "id", int, where=where)
         _claim(owners, id, number, where=where)
-        image_id = _known(record, "image_id", self.images, where=where)
-        label, part = self.categories[_known(record, "category_id", self.categories, where=where)]
+        image_id = known_id(record, "image_id", self.images, where=where)
+        label, part = self.categories[known_id(record, "category_id", self.categories, where=where)]
         segmentation = typed(record, "segmentation", (list, dict), where=where)
         self.counts["parts" if part else "objects"] += 1
         if isinstance(segmentation, list):
@@ -278,19 +286,12 @@ class CocoParts:
         group = groups.setdefault((image_id, label), [])
         group.append(_Annotation(number, id, part, object_id, crowd, json.dumps(segmentation)))
 
-    def _records(self, field: str) -> Iterator[tuple[int, Any]]:
-        number = -1
-        for number, record in enumerate(stream_records(self.path, field=field)):
-            yield number, record
-        if number < 0:
-            raise DataError(f"{self.path}, field {field!r}: expected a non-empty list, found none")
-
     def _image_record(self, index: int) -> tuple[_ImageRecord, str]:
         number, record = self.images[self._keys[index][0]]
         return record, self._where("images", number)
 
     def _where(self, field: str, number: int) -> str:
-        return f"{self.path}, record {field}[{number}]"
+        return record_place(self.path, field, number)
 
 
 def _claim(owners: dict[int, int], id: int, number: int, *, where: str) -> None:
@@ -301,13 +302,6 @@ def _claim(owners: dict[int, int], id: int, number: int, *, where: str) -> None:
 def _id(record: Any, field: str) -> int | None:
     value = record.get(field) if isinstance(record, dict) else None
     return value if isinstance(value, int) else None
-
-
-def _known(record: Any, field: str, known: dict[int, Any], *, where: str) -> int:
-    id = typed(record, field, int, where=where)
-    if id not in known:
-        raise DataError(f"{where}, field {field!r}: no record has the id {id}")
-    return id
 
 
 def _with_box(file: Path, rle: RLE) -> bytes:

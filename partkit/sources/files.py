@@ -1,6 +1,6 @@
 """Reading untrusted files: bounded JSON, typed fields, images that stay inside their folder."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -68,6 +68,23 @@ def stream_records(path: Path, *, field: str | None = None) -> Iterator[Any]:
     the error says after how many records.
     """
     return _stream(path, prefix="item" if field is None else f"{field}.item", field=field)
+
+
+def list_records(path: Path, field: str) -> Iterator[tuple[str, Any]]:
+    """Yields (place, record) for every item of a list field of a JSON file.
+
+    Raises DataError as `stream_records` does, and if there is no item.
+    """
+    number = -1
+    for number, record in enumerate(stream_records(path, field=field)):
+        yield record_place(path, field, number), record
+    if number < 0:
+        raise DataError(f"{path}, field {field!r}: expected a non-empty list, found none")
+
+
+def record_place(path: Path, field: str, number: int) -> str:
+    """How errors name an item of a list field."""
+    return f"{path}, record {field}[{number}]"
 
 
 def stream_fields(path: Path) -> Iterator[str]:
@@ -151,6 +168,14 @@ def typed(record: Any, field: str, kind: type | tuple[type, ...], *, where: str)
         expected = " or ".join(item.__name__ for item in (kind if isinstance(kind, tuple) else (kind,)))
         raise DataError(f"{where}, field {field!r}: expected {expected}, found {value!r:.80}")
     return value
+
+
+def known_id(record: Any, field: str, known: Container[int], *, where: str) -> int:
+    """The id in `record[field]`, checked to be one of those known. Raises DataError."""
+    id = typed(record, field, int, where=where)
+    if id not in known:
+        raise DataError(f"{where}, field {field!r}: no usable record has the id {id}")
+    return id
 
 
 def typed_list(record: Any, field: str, kind: type, *, where: str) -> list[Any]:

@@ -16,31 +16,21 @@ Records of a COCO file, shortened; images may lie beside the file, in FOLDER, in
 A category is a part. The object it belongs to is the `image_label` of its image, else the `supercategory`, else
 "object" (also where the supercategory is empty, "none" or the name of the category itself, as some tools write it).
 
-A Labelme file, shortened; shapes may be polygons, rectangles, circles and masks:
-
-    {"imagePath": "0007.jpg", "imageHeight": 480, "imageWidth": 640, "flags": {"sedan": true, "pickup": false},
-     "shapes": [{"label": "wheel", "shape_type": "polygon", "points": [[10.5, 20.0], ...]}]}
-
-The label of a shape is a part, the one flag that is set is the object; without one it is "object".
+Of a Labelme file (see partkit/sources/labelme.py) the label of a shape is a part, the one flag that is set is the
+object; without one it is "object".
 
 An image gives one example per object label. Masks of one part are united. What an object can have are all the parts
 that any photograph of it shows.
 """
 
-import base64
-import io
-import math
 import posixpath
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
-
 from partkit.conversations import converse
-from partkit.masks import RLE, DataError, Size, area, encode, union, validate_rle
+from partkit.masks import RLE, DataError, Size, area, union, validate_rle
 from partkit.schema import UNNAMED_OBJECT, GroundedConversation, PartExample, PartMask
 from partkit.sources.conversation_file import ConversationFile
 from partkit.sources.descriptor import DESCRIPTOR_FILE, Descriptor, hold_out
@@ -48,19 +38,19 @@ from partkit.sources.files import (
     ImageFiles,
     OnError,
     check_labels,
+    known_id,
+    list_records,
     read_json,
     read_polygons,
     refuse,
     stream_fields,
-    stream_records,
     typed,
     typed_list,
 )
+from partkit.sources.labelme import read_shape
 
 LICENCE = "not stated"
 NO_SUPERCATEGORY = ("", "none")
-CIRCLE_POINTS = 64
-"""Corners of the polygon that stands for a circle."""
 
 
 @dataclass
@@ -207,7 +197,7 @@ class OwnParts:
 
     def _read_mask(self, found: Any, *, size: Size, where: str) -> RLE:
         if self.kind == "Labelme":
-            return _read_shape(found, size=size, where=where)
+            return read_shape(found, size=size, where=where)
         if isinstance(found, list):
             return read_polygons(found, size=size, where=where)
         return validate_rle(found, expected_size=size, where=where)
@@ -226,13 +216,13 @@ class OwnParts:
 
     def _read_coco(self, path: Path, on_error: OnError) -> list[_Photograph]:
         categories: dict[int, tuple[str, str]] = {}
-        for record, where in _records(path, "categories"):
+        for where, record in list_records(path, "categories"):
             name = typed(record, "name", str, where=where).strip()
             above = record.get("supercategory") or ""
             named = isinstance(above, str) and above.strip().lower() not in (*NO_SUPERCATEGORY, name.lower())
             _claim(categories, record, (above.strip() if named else UNNAMED_OBJECT, name), where=where)
         images: dict[int, _Photograph] = {}
-        for record, where in _records(path, "images"):
+        for where, record in list_records(path, "images"):
             try:
                 size = (typed(record, "height", int, where=where), typed(record, "width", int, where=where))
                 file_name = typed(record, "file_name", str, where=where).replace("\\", "/")
@@ -243,11 +233,11 @@ class OwnParts:
                 on_error(error)
         photographs: dict[tuple[int, str], _Photograph] = {}
         incomplete, seen = set(), set()
-        for record, where in _records(path, "annotations"):
+        for where, record in list_records(path, "annotations"):
             image_id = record.get("image_id") if isinstance(record, dict) else None
             try:
-                image = _known(record, "image_id", images, where=where)
-                label, part = _known(record, "category_id", categories, where=where)
+                image = images[known_id(record, "image_id", images, where=where)]
+                label, part = categories[known_id(record, "category_id", categories, where=where)]
                 segmentation = typed(record, "segmentation", (list, dict), where=where)
                 if not segmentation:
                     raise DataError(f"{where}, field 'segmentation': a box without a mask; outline the part")
@@ -305,70 +295,7 @@ class OwnParts:
         return photograph
 
 
-def _read_shape(shape: dict[str, Any], *, size: Size, where: str) -> RLE:
-    """A shape of Labelme as a mask of size (height, width)."""
-    kind = typed({"shape_type": "polygon"} | shape, "shape_type", str, where=where)
-    points = typed_list(shape, "points", list, where=where)
-    expected = {"rectangle": 2, "circle": 2, "mask": 2}.get(kind, len(points))
-    pairs = all(len(point) == 2 and all(type(value) in (int, float) for value in point) for point in points)
-    if not pairs or len(points) != expected:
-        raise DataError(f"{where}, field 'points': expected {expected} points [x, y], found {points!r:.80}")
-    match kind:
-        case "polygon":
-            polygon = [value for point in points for value in point]
-        case "rectangle":
-            (x0, y0), (x1, y1) = points
-            polygon = [x0, y0, x1, y0, x1, y1, x0, y1]
-        case "circle":
-            (x, y), rim = points
-            radius = math.dist((x, y), rim)
-            angles = [2 * math.pi * step / CIRCLE_POINTS for step in range(CIRCLE_POINTS)]
-            polygon = [value for a in angles for value in (x + radius * math.cos(a), y + radius * math.sin(a))]
-        case "mask":
-            return _read_shape_mask(shape, points, size=size, where=where)
-        case _:
-            raise DataError(
-                f"{where}, field 'shape_type': expected polygon, rectangle, circle or mask, which enclose an area, "
-                f"found {kind!r}"
-            )
-    return read_polygons([polygon], size=size, where=where)
-
-
-def _read_shape_mask(shape: dict[str, Any], points: list[list[float]], *, size: Size, where: str) -> RLE:
-    """A mask that stands as a picture of its box, whose upper left and lower right pixel are `points`."""
-    (left, top), (right, bottom) = ([int(value) for value in point] for point in points)
-    try:
-        with Image.open(io.BytesIO(base64.b64decode(typed(shape, "mask", str, where=where)))) as picture:
-            if picture.size != (right - left + 1, bottom - top + 1):
-                raise DataError(f"{where}, field 'mask': is {picture.size} pixels, but its box {points}")
-            inside = np.asarray(picture.convert("L")) > 0
-    except (ValueError, OSError, SyntaxError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"{where}, field 'mask': is no readable picture ({error})") from error
-    if not (0 <= left and 0 <= top and right < size[1] and bottom < size[0]):
-        raise DataError(f"{where}, field 'points': the box {points} leaves the image of size {list(size)}")
-    mask = np.zeros(size, dtype=bool)
-    mask[top : bottom + 1, left : right + 1] = inside
-    return encode(mask)
-
-
-def _records(path: Path, field: str) -> Iterator[tuple[Any, str]]:
-    number = -1
-    for number, record in enumerate(stream_records(path, field=field)):
-        yield record, f"{path}, record {field}[{number}]"
-    if number < 0:
-        raise DataError(f"{path}, field {field!r}: expected a non-empty list, found none")
-
-
 def _claim(records: dict[int, Any], record: Any, value: Any, *, where: str) -> None:
     id = typed(record, "id", int, where=where)
     if records.setdefault(id, value) is not value:
         raise DataError(f"{where}, field 'id': {id} is the id of an earlier record too")
-
-
-def _known(record: Any, field: str, known: dict[int, Any], *, where: str) -> Any:
-    id = typed(record, field, int, where=where)
-    if id not in known:
-        raise DataError(f"{where}, field {field!r}: no usable record has the id {id}")
-    return known[id]

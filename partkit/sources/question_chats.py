@@ -11,7 +11,7 @@ from typing import ClassVar
 from partkit.grounding import answer_question
 from partkit.schema import GroundedConversation, Question
 from partkit.seeding import seeded_generator
-from partkit.sources.files import find_existing
+from partkit.sources.files import OnError, find_existing, refuse
 from partkit.sources.official import QUESTIONS_FILE, read_questions
 
 
@@ -21,10 +21,10 @@ class CoreConversations:
     name: ClassVar[str] = "core_conversations"
     published_counts: ClassVar[dict[str, dict[str, int]]] = {}
 
-    def __init__(self, folder: str | Path, *, split: str = "train"):
-        """Raises DataError, naming file, record and field, at the first bad record."""
+    def __init__(self, folder: str | Path, *, split: str = "train", on_error: OnError = refuse):
+        """Raises DataError if the file is missing or damaged; `on_error` gets every bad record of it."""
         self.split, self.blank, self.path = split, 0, Path(folder) / QUESTIONS_FILE
-        self._groups = self.group(list(read_questions(folder)))
+        self._groups = self.group(list(read_questions(folder, on_error=on_error)))
 
     @classmethod
     def splits(cls, folder: str | Path) -> list[str]:

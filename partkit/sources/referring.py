@@ -32,10 +32,12 @@ from partkit.masks import RLE, DataError, Size, area, union
 from partkit.schema import GroundedConversation, PartExample, PartMask
 from partkit.sources.files import (
     ImageFiles,
+    OnError,
     find_existing,
+    list_records,
     read_json,
     read_segmentation,
-    stream_records,
+    refuse,
     typed,
     typed_list,
 )
@@ -68,23 +70,32 @@ class Referring:
     licence: ClassVar[str] = "annotations not stated; images under the Flickr terms of use"
     published_counts: ClassVar[dict[str, dict[str, int]]] = {}
 
-    def __init__(self, folder: str | Path, *, split: str = "train"):
-        """Raises DataError if a file is missing, damaged or no plain data, or a reference leads to no record."""
+    def __init__(self, folder: str | Path, *, split: str = "train", on_error: OnError = refuse):
+        """Raises DataError if a file is missing, damaged or no plain data, or no reference can be used.
+
+        `on_error` gets every record that lacks a field, and every reference that leads to no record.
+        """
         self.folder, self.split, self.blank = Path(folder), split, 0
         self.path = self.folder / self.refs_file
         self._references: dict[int, list[_Reference]] = {}
         for number, record in enumerate(_read_refs(self.folder, self.refs_file)):
             where = f"{self.path}, record {number}"
-            if _split(record, where=where) == split:
+            if _split(record, where=where) != split:
+                continue
+            try:
                 image_id = typed(record, "image_id", int, where=where)
-                self._references.setdefault(image_id, []).append(_read_reference(record, where=where))
-        if not self._references:
-            raise DataError(f"{self.path}: no record of the split {split!r}")
-        self._image_ids = sorted(self._references)
+                reference = _read_reference(record, where=where)
+            except DataError as error:
+                on_error(error)
+            else:
+                self._references.setdefault(image_id, []).append(reference)
         self._instances = self.path.with_name("instances.json")
-        self._images = self._read_images()
-        self._segmentations = self._read_segmentations()
-        self._check_references()
+        self._images = self._read_images(on_error)
+        self._segmentations = self._read_segmentations(on_error)
+        self._leave_out_dangling(on_error)
+        if not self._references:
+            raise DataError(f"{self.path}: no record of the split {split!r} that can be used")
+        self._image_ids = sorted(self._references)
         self._files = ImageFiles(self.folder)
 
     @classmethod
@@ -143,40 +154,52 @@ class Referring:
         rle = union(rles) if rles else None
         return rle if rle and area(rle) else None
 
-    def _read_images(self) -> dict[int, _ImageRecord]:
+    def _read_images(self, on_error: OnError) -> dict[int, _ImageRecord]:
         images = {}
-        for number, record in enumerate(stream_records(self._instances, field="images")):
-            where = f"{self._instances}, record images[{number}]"
-            id = typed(record, "id", int, where=where)
-            if id in self._references:
-                size = (typed(record, "height", int, where=where), typed(record, "width", int, where=where))
-                images[id] = _ImageRecord(typed(record, "file_name", str, where=where), size)
+        for where, record in list_records(self._instances, "images"):
+            try:
+                id = typed(record, "id", int, where=where)
+                if id in self._references:
+                    size = (typed(record, "height", int, where=where), typed(record, "width", int, where=where))
+                    images[id] = _ImageRecord(typed(record, "file_name", str, where=where), size)
+            except DataError as error:
+                on_error(error)
         return images
 
-    def _read_segmentations(self) -> dict[int, tuple[int, str]]:
+    def _read_segmentations(self, on_error: OnError) -> dict[int, tuple[int, str]]:
         """Annotation id -> its image id, and its segmentation as JSON, which takes less memory than Python numbers."""
         references = (item for references in self._references.values() for item in references)
         wanted = {id for reference in references for id in reference.annotation_ids}
         segmentations = {}
-        for number, record in enumerate(stream_records(self._instances, field="annotations")):
-            where = f"{self._instances}, record annotations[{number}]"
-            id = typed(record, "id", int, where=where)
-            if id in wanted:
-                segmentation = typed(record, "segmentation", (list, dict), where=where)
-                segmentations[id] = typed(record, "image_id", int, where=where), json.dumps(segmentation)
+        for where, record in list_records(self._instances, "annotations"):
+            try:
+                id = typed(record, "id", int, where=where)
+                if id in wanted:
+                    segmentation = typed(record, "segmentation", (list, dict), where=where)
+                    segmentations[id] = typed(record, "image_id", int, where=where), json.dumps(segmentation)
+            except DataError as error:
+                on_error(error)
         return segmentations
 
-    def _check_references(self) -> None:
-        for image_id, references in self._references.items():
-            if image_id not in self._images:
-                raise DataError(f"{references[0].where}, field 'image_id': {self._instances} has no image {image_id}")
-            for reference in references:
-                for id in reference.annotation_ids:
-                    if self._segmentations.get(id, (None, ""))[0] != image_id:
-                        raise DataError(
-                            f"{reference.where}, field 'ann_id': {self._instances} has no annotation {id} of image "
-                            f"{image_id}"
-                        )
+    def _leave_out_dangling(self, on_error: OnError) -> None:
+        """Leaves out references to an image or an annotation that there is not."""
+        for image_id, references in list(self._references.items()):
+            found = [reference for reference in references if self._is_good(reference, image_id, on_error)]
+            self._references[image_id] = found
+            if not found:
+                del self._references[image_id]
+
+    def _is_good(self, reference: _Reference, image_id: int, on_error: OnError) -> bool:
+        if image_id not in self._images:
+            missing = f"field 'image_id': {self._instances} has no image {image_id}"
+        else:
+            ids = reference.annotation_ids
+            lost = [id for id in ids if self._segmentations.get(id, (None, ""))[0] != image_id]
+            if not lost:
+                return True
+            missing = f"field 'ann_id': {self._instances} has no annotation {lost[0]} of image {image_id}"
+        on_error(DataError(f"{reference.where}, {missing}"))
+        return False
 
 
 class RefCoco(Referring):

@@ -2,7 +2,8 @@
 
     folder --survey--> Survey: which examples each split has, which parts each of them shows, the graphs --> knowledge
 
-Published splits are kept as they are; a descriptor's are drawn by image. No image may be in two splits.
+Published splits are kept as they are; those of your own parts and of a descriptor are drawn by image. No image may be
+in two splits.
 """
 
 from collections.abc import Iterator
@@ -18,9 +19,13 @@ from partkit.sources.conversation_file import ConversationFile
 from partkit.sources.descriptor import Descriptor
 from partkit.sources.files import OnError, check_labels, refuse
 from partkit.sources.own_parts import OwnParts, open_own_parts
+from partkit.sources.question_chats import CoreConversations
+from partkit.sources.referring import Referring
 
 DRAWN_SPLITS = ("descriptor", "own_parts")
-PART_SOURCES = (*DRAWN_SPLITS, "pascal_part", "paco_lvis", "partimagenet")
+"""Data sets of your own, a tenth of whose images is drawn for validation."""
+PUBLISHED_PARTS = ("pascal_part", "paco_lvis", "partimagenet")
+PART_SOURCES = (*DRAWN_SPLITS, *PUBLISHED_PARTS)
 """Data sets of objects and their parts, which questions can be made about."""
 
 Opened = Source | Descriptor | OwnParts | ConversationFile
@@ -59,7 +64,9 @@ def open_source(name: str, folder: Path, *, split: str, on_error: OnError = refu
     if name == "descriptor":
         return Descriptor(folder, on_error=on_error)
     kind = SOURCES[name]
-    return kind(folder, split=split, on_error=on_error) if issubclass(kind, CocoParts) else kind(folder, split=split)
+    if issubclass(kind, CocoParts | Referring | CoreConversations):
+        return kind(folder, split=split, on_error=on_error)
+    return kind(folder, split=split)  # the others check no record before it is asked for
 
 
 def usable(name: str, folder: Path, *, on_error: OnError = refuse) -> dict[str, list[int]]:
@@ -93,7 +100,7 @@ def survey(name: str, folder: Path, *, seed: int, on_error: OnError = refuse) ->
 
     Args:
         name: one of PART_SOURCES.
-        seed: for the splits of a descriptor.
+        seed: for the splits that are drawn.
         on_error: gets every bad record as a DataError naming it; the example it belongs to is left out. `refuse`
             leaves images to the build, which stops at a bad one: each is decoded once, not twice.
 
