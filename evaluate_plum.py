@@ -97,9 +97,7 @@ class EvaluationArguments:
         "gqa",
         "textvqa",
         "pope",
-    ] = field(
-        default="partonomy", metadata={"help": "What --predictions answers; docs/benchmark.md lists the figures."}
-    )
+    ] = field(default="partonomy", metadata={"help": "What is asked; docs/benchmark.md lists the figures of each."})
     dataset: str = field(default="partonomy", metadata={"help": "Data set, as in datasets.load_dataset."})
     name: str = field(default="mini_questions", metadata={"help": "Its configuration; it must hold questions."})
     split: str = field(default="test", metadata={"help": "Its split."})

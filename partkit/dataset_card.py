@@ -11,6 +11,7 @@ from jinja2 import Environment, StrictUndefined
 from partkit.leak import Leak
 from partkit.schema import QUESTION_TYPES
 from partkit.shards import CHECKSUMS_FILE
+from partkit.sources.survey import DRAWN_SPLITS, PUBLISHED_PARTS
 from partkit.statistics import Statistics
 
 SIZE_CATEGORIES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"))
@@ -36,6 +37,10 @@ PROVENANCE = {
         "Partonomy-Core",
         "Images, part masks and questions of the authors' release of Partonomy-Core (arXiv 2505.20759), unchanged.",
     ),
+    "own_parts": Provenance(
+        "PARTONOMY from own photographs",
+        "Photographs and part masks of whoever put them into the folder, who says more of them here.",
+    ),
     "descriptor": Provenance(
         "PARTONOMY from a descriptor",
         "Images and part masks of the data set that the descriptor names in `source`, annotated by whoever made it.",
@@ -59,12 +64,15 @@ PROVENANCE = {
 }
 """Source -> where its images and masks come from."""
 
+DRAWN = "A tenth of the images, drawn by seed, is for validation; all objects of an image are in one split."
 SPLITS = {
     "mini": "Drawings differ in every split.",
     "core": "The release has one split, for testing.",
-    "descriptor": "A tenth of the images, drawn by seed, is for validation; all objects of an image are in one split.",
+    **dict.fromkeys(DRAWN_SPLITS, DRAWN),
+    **dict.fromkeys(PUBLISHED_PARTS, "The splits are those of the published files; no image is in two of them."),
 }
-PUBLISHED_SPLITS = "The splits are those of the published files; no image is in two of them."
+"""Source -> where its splits come from."""
+PUBLISHED_SPLITS = "The splits are those of the published files."
 
 FIELDS = {
     "id": "unique in the config",

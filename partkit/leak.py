@@ -1,11 +1,11 @@
 """How often the right choice can be told without the image: blind heuristics, to be held against chance.
 
-Each heuristic scores the five part lists of a question; the best score is its choice, and a tie of n that holds the
+Each heuristic scores the part lists of a question; the best score is its choice, and a tie of n that holds the
 right one counts 1 / n.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from scipy import sparse
@@ -89,9 +89,9 @@ def leak_of_copy(found: Survey, *, seed: int) -> dict[str, Leak | None]:
     return compare_schemes(*halves, knowledge=dict.fromkeys(SCHEMES, found.knowledge()), seed=seed)
 
 
-def leak_of_published(questions: Sequence[Question]) -> Leak | None:
+def leak_of_published(questions: Sequence[Question], *, seed: int) -> Leak | None:
     """The leak of questions that come without a training split: half of the images, drawn by seed, is for training."""
-    image_ids = seeded_generator(0, "leak").permutation(sorted({question.image_id for question in questions}))
+    image_ids = seeded_generator(seed, "leak").permutation(sorted({question.image_id for question in questions}))
     train_ids = set(image_ids[: len(image_ids) // 2].tolist())
     halves = [[q for q in questions if (q.image_id in train_ids) == wanted] for wanted in (True, False)]
     return measure_leak(*halves) if all(halves) else None
@@ -129,24 +129,26 @@ def fit_bag_of_parts(questions: Sequence[Question]) -> dict[str, float]:
     """
     parts = sorted({part for question in questions for listed in question.choice_parts for part in listed})
     column = {part: position for position, part in enumerate(parts)}
-    choices = len(questions[0].choices)
     lists = [listed for question in questions for listed in question.choice_parts]
     rows = [row for row, listed in enumerate(lists) for _ in listed]
     columns = [column[part] for listed in lists for part in listed]
     features = sparse.csr_matrix((np.ones(len(rows)), (rows, columns)), shape=(len(lists), len(parts)))
-    right = np.zeros((len(questions), choices))
-    right[np.arange(len(questions)), [question.correct for question in questions]] = 1
+    counts = np.array([len(question.choice_parts) for question in questions])
+    is_choice = np.arange(counts.max()) < counts[:, None]  # (questions, most choices of any)
+    right = np.zeros(is_choice.shape, dtype=bool)
+    right[np.arange(len(questions)), [question.correct for question in questions]] = True
 
     def loss_and_gradient(weights: np.ndarray) -> tuple[float, np.ndarray]:
-        logits = (features @ weights).reshape(right.shape)
-        loss = -(right * log_softmax(logits, axis=1)).sum() + PENALTY / 2 * weights @ weights
-        return loss, features.T @ (softmax(logits, axis=1) - right).ravel() + PENALTY * weights
+        logits = np.full(is_choice.shape, -np.inf)
+        logits[is_choice] = features @ weights
+        loss = -log_softmax(logits, axis=1)[right].sum() + PENALTY / 2 * weights @ weights
+        return loss, features.T @ (softmax(logits, axis=1) - right)[is_choice] + PENALTY * weights
 
     fitted = minimize(loss_and_gradient, np.zeros(len(parts)), jac=True, method="L-BFGS-B")
     return dict(zip(parts, fitted.x.tolist(), strict=True))
 
 
-def _hit(question: Question, score) -> float:
+def _hit(question: Question, score: Callable[[list[list[str]]], Sequence[float]]) -> float:
     scores = np.asarray(score(question.choice_parts), dtype=float)
     best = np.flatnonzero(scores >= scores.max() - 1e-9)
     return float(question.correct in best) / len(best)

@@ -101,8 +101,8 @@ def leave_out(
         DataError: there are problems and no file to report them to, or no prediction is left.
     """
     if problems and report_to is None:
-        more = f" (and {len(problems) - 1} more; --on_error report lists them)" if len(problems) > 1 else ""
-        raise DataError(f"{problems[0]}{more}")
+        more = f" (and {len(problems) - 1} more; evaluate_plum.py --on_error report lists them)"
+        raise DataError(problems[0] + more * (len(problems) > 1))
     answered = {prediction.question_id for prediction in predictions}
     if problems and not answered:
         raise DataError(

@@ -36,7 +36,7 @@ class Statistics:
         self.licences[row["source"], row["licence"]] += 1
         if "question_type" in row:
             self.questions[row["question_type"]] += 1
-        for mask in row["masks"]:
+        for mask in row["masks"] or ():  # a chat without tags has None
             self.pairs.add((row["image_label"], mask["label"]))
             self.masks.add((row["image_id"], mask["label"], mask["rle"]["counts"]))
 

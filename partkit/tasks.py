@@ -4,7 +4,8 @@
     records {id, question, answers} ──> one question each                                          (tasks of words)
     questions + predictions ──partkit.task_metrics──> metrics.json, report.html
 
-One line of an answers file; a task of masks reads `masks`, a task of words reads `answer`:
+One line of an answers file, `task_answer` in docs/predictions.schema.json; a task of masks reads `masks`, a task of
+words reads `answer`:
 
     {"id": "refcoco-17", "answer": "Here it is: the left dog.",
      "masks": [{"part": "left dog", "rle": {"size": [480, 640], "counts": "Pm2..."}}]}

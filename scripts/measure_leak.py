@@ -8,11 +8,15 @@ where there is but one, half of its images.
 """
 
 import argparse
+import sys
 from pathlib import Path
 
-from partkit.leak import leak_of_copy, leak_of_drawings
-from partkit.sources.survey import PART_SOURCES, survey
-from partonomy_dataset import MINI_QUESTIONS_SIZES, SEED
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from partkit.leak import leak_of_copy, leak_of_drawings  # noqa: E402
+from partkit.masks import DataError  # noqa: E402
+from partkit.sources.survey import PART_SOURCES, survey  # noqa: E402
+from partonomy_dataset import MINI_QUESTIONS_SIZES, SEED  # noqa: E402
 
 
 def main() -> None:
@@ -25,7 +29,10 @@ def main() -> None:
     elif options.data_dir is None:
         parser.error(f"--name {options.name} reads your copy: give its --data_dir")
     else:
-        leaks = leak_of_copy(survey(options.name, options.data_dir, seed=SEED), seed=SEED)
+        try:
+            leaks = leak_of_copy(survey(options.name, options.data_dir, seed=SEED), seed=SEED)
+        except DataError as error:
+            sys.exit(f"measure_leak.py: {error}")
     for scheme, leak in leaks.items():
         figures = ", ".join(f"{name} {accuracy:.3f}" for name, accuracy in leak.items()) if leak else "no questions"
         print(f"{scheme}: {figures}")

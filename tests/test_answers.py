@@ -13,6 +13,7 @@ from partkit.metrics import evaluate_predictions
 from partkit.predictions import append_predictions
 from partkit.schema import PartMask, Question
 from partkit.scoring import leave_out
+from partkit.tasks import FIELDS as TASK_FIELDS
 
 SIZE = (4, 5)
 FULL = encode(np.ones(SIZE, bool))
@@ -150,6 +151,7 @@ def test_the_json_schema_names_the_fields_that_are_read():
     schema = json.loads((Path(__file__).parents[1] / "docs" / "predictions.schema.json").read_text())
     assert tuple(schema["properties"]) == FIELDS
     assert tuple(schema["properties"]["masks"]["items"]["properties"]) == MASK_FIELDS
+    assert tuple(schema["$defs"]["task_answer"]["properties"]) == TASK_FIELDS
 
 
 # ---------------------------------------------------------------- baselines

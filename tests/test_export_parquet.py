@@ -17,7 +17,9 @@ import partonomy_dataset
 from partkit.schema import as_row
 from partkit.sources.official import read_questions
 from partkit.statistics import Statistics
+from tests.test_mixture_configs import FOLDERS
 from tests.test_question_builds import IMAGES, PARTS, bad_descriptor, small_descriptor
+from tests.test_sources_own_parts import coco_folder, varied_content
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL_SHARD = 30_000
@@ -122,6 +124,21 @@ def test_the_card_of_an_export_states_what_is_in_it(export, monkeypatch, tmp_pat
     graphs = json.loads((tmp_path / "out" / "graphs" / "descriptor.json").read_text())
     assert graphs["part_graph"] == PARTS
     assert str(tmp_path) not in card.content
+
+
+@pytest.mark.parametrize(
+    ("name", "make_folder", "rule"),
+    [
+        ("own_parts", lambda folder: coco_folder(folder, varied_content(10)), "A tenth of the images, drawn by seed"),
+        ("llava_instruct_150k", FOLDERS["llava_instruct_150k"], "The splits are those of the published files."),
+    ],
+)
+def test_the_card_says_where_the_splits_of_any_source_come_from(
+    export, monkeypatch, tmp_path, name, make_folder, rule
+):
+    folder = make_folder(tmp_path / "data")
+    run(export, monkeypatch, "--name", name, "--data_dir", folder, "--output_dir", tmp_path / "out")
+    assert f"\n{rule}" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_a_failed_export_leaves_what_was_there_and_reported_records_are_counted(export, monkeypatch, tmp_path):
