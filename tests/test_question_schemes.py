@@ -1,6 +1,7 @@
 """Both schemes of distractors, all ten question types, on small made-up data sets and on the miniature."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -210,5 +211,6 @@ def test_the_bag_of_parts_learns_which_parts_are_never_right():
         example("car", "car", graph["car"])
     ]
     questions = [q for record in examples[:30] for q in maker_for(examples, scheme="official").questions(record)]
-    weights = fit_bag_of_parts(questions)
+    questions[0] = replace(questions[0], choice_parts=questions[0].choice_parts[: questions[0].correct + 1])
+    weights = fit_bag_of_parts(questions)  # not all of them have equally many choices
     assert weights["arm"] > max((weights[part] for part in graph["car"] if part in weights), default=-np.inf)
