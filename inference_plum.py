@@ -26,7 +26,7 @@ from checkpoint_plum import open_checkpoint
 from configuration_plum import PlumConfig
 from modeling_plum import PlumForConditionalGeneration
 from partkit.masks import DataError, area, encode
-from partkit.report import overlay
+from partkit.overlays import overlay
 from partkit.schema import as_chat, escape_tags
 from partkit.spans import join_parts
 from partkit.wording import official_answer, official_question

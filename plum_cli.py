@@ -159,7 +159,7 @@ def open_both(options: argparse.Namespace):
 def show(plum, reply, options: argparse.Namespace, *, folder: Path | None = None) -> None:
     """Prints an answer, its spans in the colours of their masks, and saves it where that is asked for."""
     from inference_plum import as_json, finish, save
-    from partkit.report import COLOURS, highlight
+    from partkit.overlays import COLOURS, highlight
 
     answer = finish(plum, reply)
     folder = folder or options.save
@@ -240,7 +240,7 @@ def count(options: argparse.Namespace, rest: Sequence[str]) -> None:
 
 def preview(options: argparse.Namespace, rest: Sequence[str]) -> None:
     from partkit.masks import decode
-    from partkit.report import overlay
+    from partkit.overlays import overlay
 
     rows = open_split(options)
     options.save.mkdir(parents=True, exist_ok=True)

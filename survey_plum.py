@@ -18,8 +18,9 @@ from datasets import Dataset, IterableDataset
 from data_plum import Collator, ConversationDataset, cut_turns, stream_examples
 from mixture_plum import Source
 from partkit.masks import encode
+from partkit.overlays import COLOURS, highlight, panel
+from partkit.pages import render_page
 from partkit.predictions import SpanMask, write_whole
-from partkit.report import COLOURS, highlight, panel, render_page
 from partkit.schema import check_turns, tagged_phrases
 from partkit.seeding import seeded_generator
 from processing_plum import PlumProcessor, parse_span_tags
@@ -126,7 +127,7 @@ def write_samples(path: Path, rows: list[dict[str, str]], examples: torch.utils.
 
 
 def _drawn(example: dict) -> Iterator[dict]:
-    """For each conversation its turns in pieces (see `partkit.report.highlight`) and its image with the masks."""
+    """For each conversation its turns in pieces (see `partkit.overlays.highlight`) and its image with the masks."""
     for conversation in example["conversations"]:
         rles = [encode(conversation["masks"][i]) for i in conversation["chosen"]]
         colours = {span: COLOURS[i % len(COLOURS)] for i, span in enumerate(conversation["chosen"].tolist())}
@@ -171,10 +172,7 @@ colour of its mask.</p>
 <div>
 {% for turn in conversation.turns %}
 <p{% if loop.index is odd %} class="quiet"{% endif %}>
-{% for text, colour in turn %}
-{% if colour %}<mark style="background: {{ colour }}">{{ text }}</mark>{% else %}{{ text }}{% endif %}
-{% endfor %}
-</p>
+{{ show_pieces(turn) }}</p>
 {% endfor %}
 </div>
 </div>

@@ -15,8 +15,8 @@ from PIL import Image, ImageColor
 from partkit.mask_metrics import normalise
 from partkit.masks import encode
 from partkit.metrics import true_masks
+from partkit.overlays import COLOURS, highlight, mask_opacity, panel
 from partkit.predictions import Prediction
-from partkit.report import COLOURS, highlight, mask_opacity, panel
 from partkit.schema import Question
 from processing_plum import PlumAnswer, PlumSpan
 

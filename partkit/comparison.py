@@ -10,8 +10,10 @@ from PIL import Image
 
 from partkit.mask_metrics import normalise
 from partkit.metrics import MaskSource, pair_by_id, question_ious, scored_spans, tally, true_masks
+from partkit.overlays import COLOURS, panel
+from partkit.pages import render_page
 from partkit.predictions import Prediction, SpanMask, write_whole
-from partkit.report import COLOURS, FIGURES, panel, render_page
+from partkit.report import FIGURES
 from partkit.schema import Question
 from partkit.tallies import Tally, interval, resample, summarise
 
@@ -185,11 +187,7 @@ the interval of its difference to {{ names[0] }} on the same draws of images, in
 <p class="quiet">{{ question.question_type | replace("_", " ") }} · {{ question.image_label }} · {{ question.id }}</p>
 <p>{% for part, colour in example.parts %}<mark style="background: {{ colour }}">{{ part }}</mark>
 {% endfor %}</p>
-<div class="panels">
-{% for caption, address in example.panels %}
-<figure><img src="{{ address }}" alt="{{ caption }}"><figcaption>{{ caption }}</figcaption></figure>
-{% endfor %}
-</div>
+{{ show_panels(example.panels) }}
 </div>
 {% endfor %}
 <script>

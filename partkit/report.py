@@ -1,10 +1,8 @@
 """One self-contained HTML page about an evaluation: figures, training curve, parts, and answers drawn on their images.
 
-`overlay` draws masks on one image and `highlight` cuts an answer at its spans; the page uses one colour for a part in
-both. Nothing is loaded from elsewhere, all text is escaped by the template engine.
+A part has one colour in the masks and in the text of an answer.
 """
 
-import base64
 import csv
 import io
 from collections.abc import Callable, Iterable, Sequence
@@ -12,34 +10,20 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import jinja2
 import numpy as np
 from matplotlib.figure import Figure
-from PIL import Image, ImageFilter
+from PIL import Image
 
-from partkit.images import to_rgb
 from partkit.mask_metrics import normalise
-from partkit.masks import RLE, DataError, decode
+from partkit.masks import DataError
 from partkit.metrics import Pair, pair_by_id, question_ious, true_masks, true_parts
-from partkit.predictions import Prediction, SpanMask, write_whole
+from partkit.overlays import COLOURS, data_address, highlight, panel
+from partkit.pages import render_page
+from partkit.predictions import Prediction, write_whole
 from partkit.schema import Question
 
-__all__ = ["COLOURS", "FIGURES", "highlight", "mask_opacity", "overlay", "panel", "render_page", "write_report"]
+__all__ = ["FIGURES", "write_report"]
 
-# Told apart on photographs and by colour-blind readers (after Okabe and Ito), all dark enough for white text.
-COLOURS = (
-    "#0072b2",
-    "#c44e00",
-    "#00815e",
-    "#b8378a",
-    "#6a51a3",
-    "#8c6d00",
-    "#b2182b",
-    "#3f6f8c",
-    "#4d7c0f",
-    "#7b4b2a",
-)
-PANEL_SIZE = 288  # longest side of an image on the page, in pixels
 EXAMPLES = 24
 
 # What the tables show: key in the figures, name on the page.
@@ -76,72 +60,6 @@ FIGURES_BY_TYPE = (
 )
 
 
-# ---------------------------------------------------------------- drawing
-
-
-def overlay(image: Image.Image, masks: Sequence[np.ndarray], *, colours: Sequence[str] = COLOURS) -> Image.Image:
-    """The image with every mask filled translucently and outlined.
-
-    Args:
-        image: PIL image of any mode; left unchanged.
-        masks: bool arrays of the image's (height, width), drawn in order.
-        colours: "#rrggbb" per mask, repeated from the start when there are more masks.
-
-    Returns:
-        A new RGB image of the same size.
-
-    Raises:
-        ValueError: a mask is not of the image's size.
-    """
-    drawn = to_rgb(image, where="image")
-    for index, mask in enumerate(masks):
-        if mask.shape != (image.height, image.width):
-            raise ValueError(
-                f"Expected masks of the image's (height, width) {(image.height, image.width)}, found {mask.shape} "
-                f"for mask {index}: resize the mask to the image."
-            )
-        drawn.paste(colours[index % len(colours)], mask=Image.fromarray(mask_opacity(mask)))
-    return drawn
-
-
-def mask_opacity(mask: np.ndarray) -> np.ndarray:
-    """Opacity 0..255, uint8, of a mask as it is drawn: translucent inside, opaque along its edge."""
-    area = Image.fromarray(mask.astype(np.uint8) * 255)
-    inside = area.filter(ImageFilter.MinFilter(3))
-    edge = np.asarray(area) > np.asarray(inside)
-    return np.where(edge, 255, np.where(mask, 140, 0)).astype(np.uint8)
-
-
-def highlight(
-    text: str, spans: Sequence[SpanMask], *, colours: Sequence[str] = COLOURS
-) -> list[tuple[str, str | None]]:
-    """Cuts a text at its spans: (piece, colour of its mask or None), in order; the pieces joined are the text."""
-    pieces, position = [], 0
-    for index in sorted(range(len(spans)), key=lambda index: spans[index].start):
-        span = spans[index]
-        pieces.append((text[position : span.start], None))
-        pieces.append((text[span.start : span.end], colours[index % len(colours)]))
-        position = span.end
-    pieces.append((text[position:], None))
-    return [piece for piece in pieces if piece[0]]
-
-
-def panel(image: Image.Image, rles: Iterable[RLE], colours: Sequence[str]) -> str:
-    """Address (data:) of the overlay at page size, for an HTML page."""
-    scale = PANEL_SIZE / max(image.size)
-    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-    masks = [Image.fromarray(decode(rle, expected_size=(image.height, image.width))) for rle in rles]
-    masks = [np.asarray(mask.convert("L").resize(size, Image.Resampling.BILINEAR)) > 127 for mask in masks]
-    drawn = overlay(to_rgb(image, where="image").resize(size, Image.Resampling.BICUBIC), masks, colours=colours)
-    return _data_address(drawn, format="JPEG", quality=82)
-
-
-def _data_address(image: Image.Image, *, format: str, **options: Any) -> str:
-    buffer = io.BytesIO()
-    image.save(buffer, format=format, **options)
-    return f"data:image/{format.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
 def _read_curves(path: Path) -> dict[str, tuple[list[float], list[float]]]:
     """Columns of a curves file: name -> (steps, values); an empty cell means not measured at that step."""
     curves: dict[str, tuple[list[float], list[float]]] = {}
@@ -176,9 +94,9 @@ def _draw_curves(path: Path) -> str:
         axis.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=3)
         if group is losses and all(value > 0 for name in losses for value in curves[name][1]):
             axis.set_yscale("log")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130)
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=130)
+    return data_address(content, kind="png")
 
 
 # ---------------------------------------------------------------- page
@@ -291,75 +209,8 @@ def write_report(
     write_whole(path, [page])
 
 
-def render_page(body: str, *, title: str, **values: Any) -> str:
-    """A whole HTML page in the style of the reports; `body` is a template of its content, filled with `values`."""
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(START + body + END).render(title=title, style=STYLE, **values)
-
-
-STYLE = """
-:root { --ink: #1d2430; --quiet: #667085; --line: #e4e7ec; --paper: #ffffff; --ground: #f6f7f9; --accent: #0072b2 }
-* { box-sizing: border-box }
-body { margin: 0; background: var(--ground); color: var(--ink);
-  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif }
-main { max-width: 1060px; margin: 0 auto; padding: 24px 16px 64px }
-h1 { font-size: 1.7rem; margin: 8px 0 4px }
-h2 { font-size: 1.2rem; margin: 40px 0 8px }
-p { margin: 4px 0 12px } .quiet { color: var(--quiet); font-size: .88rem }
-.box { background: var(--paper); border: 1px solid var(--line); border-radius: 10px; padding: 16px; margin: 12px 0;
-  overflow-x: auto }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
-th, td { padding: 7px 12px; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap }
-th { font-weight: 600; font-size: .85rem; color: var(--quiet); vertical-align: bottom }
-td:first-child, th { white-space: normal } .wide th, .wide td { padding: 7px } .wide td:first-child { min-width: 9em }
-tr:last-child td { border-bottom: 0 } th:first-child, td:first-child { text-align: left }
-td b { font-weight: 650 } td small { display: block; color: var(--quiet); font-size: .72rem; line-height: 1.35 }
-details dl { margin-top: 10px }
-dl { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: 3px 16px; margin: 0; font-size: .88rem }
-dt { color: var(--quiet) } dd { margin: 0; overflow-wrap: anywhere }
-.bars { columns: 2 380px; column-gap: 32px }
-.bar { display: grid; grid-template-columns: 9.5em 1fr 5.6em; gap: 10px; align-items: center; break-inside: avoid;
-  font-size: .85rem; line-height: 1.7 }
-.bar i { display: block; height: 10px; border-radius: 5px; background: #e9edf2 }
-.bar i i { background: var(--accent) } .bar span:last-child { font-variant-numeric: tabular-nums }
-.bar span:first-child { text-align: right }
-figure { margin: 0; flex: 1 1 200px; max-width: 300px }
-figure img { width: 100%; border-radius: 8px; display: block } figcaption { color: var(--quiet); font-size: .8rem }
-.panels { display: flex; flex-wrap: wrap; gap: 12px; margin: 10px 0 }
-@media (max-width: 600px) { th, td { padding: 6px } .box { padding: 12px } }
-.curves { width: 100% } h3 { font-size: 1rem; margin: 0 }
-mark { color: #fff; border-radius: 4px; padding: 0 4px }
-ol { margin: 6px 0 0; padding-left: 1.6em; font-size: .85rem } li { margin: 2px 0 }
-.tag { border-radius: 4px; padding: 0 6px; font-size: .75rem; font-weight: 600; white-space: nowrap }
-.correct { background: #d7f0e2; color: #05603a } .chosen { background: #dbeaf7; color: #004a77 }
-summary { cursor: pointer; font-size: .88rem; color: var(--quiet) }
-"""
-
-START = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ title }}</title>
-<style>
-{{ style | safe }}
-</style>
-</head>
-<body><main>
-<h1>{{ title }}</h1>
-"""
-END = """</main></body>
-</html>
-"""
-
-LEFT_OUT = """{% if run.left_out or run.records_left_out %}
-<p><b>Left out: {{ run.left_out }} questions, {{ run.records_left_out }} records of the data set</b>, which could not
-be used; errors.jsonl says why.</p>
-{% endif %}
-"""
-PAGE = (
-    LEFT_OUT
-    + """<p class="quiet">{{ n }} questions. Figures are shares between 0 and 1, larger is better. The wrong-image
+PAGE = """{{ show_left_out(run) }}
+<p class="quiet">{{ n }} questions. Figures are shares between 0 and 1, larger is better. The wrong-image
 column asks the same questions of another record's image; what remains there is not read from the image.</p>
 <details class="box">
 <summary>What was run{% if run.protocol %}; protocol {{ run.protocol.name }}{% endif %}</summary><dl>
@@ -407,23 +258,14 @@ column asks the same questions of another record's image; what remains there is 
 <h2>Answers</h2>
 <p class="quiet">{{ examples | length }} questions at even distances from the best to the worst masks. A
 part has one colour in text and masks.</p>
-{% macro coloured(pieces) %}
-{% for text, colour in pieces %}
-{% if colour %}<mark style="background: {{ colour }}">{{ text }}</mark>{% else %}{{ text }}{% endif %}
-{% endfor %}
-{% endmacro %}
 {% for example in examples %}
 <div class="box">
 <h3>{{ example.question }}</h3>
 <p class="quiet">{{ example.about }} · mean IoU {{ example.iou }}</p>
-<div class="panels">
-{% for caption, address in example.panels %}
-<figure><img src="{{ address }}" alt="{{ caption }}"><figcaption>{{ caption }}</figcaption></figure>
-{% endfor %}
-</div>
-<p><span class="quiet">correct answer</span> {{ coloured(example.given) }}</p>
+{{ show_panels(example.panels) }}
+<p><span class="quiet">correct answer</span> {{ show_pieces(example.given) }}</p>
 {% if example.generated is not none %}
-<p><span class="quiet">own answer</span> {{ coloured(example.generated) or "(empty)" }}</p>
+<p><span class="quiet">own answer</span> {{ show_pieces(example.generated) or "(empty)" }}</p>
 {% endif %}
 <details open><summary>choices (smaller score is likelier)</summary><ol>
 {% for choice in example.choices %}
@@ -435,4 +277,3 @@ part has one colour in text and masks.</p>
 </div>
 {% endfor %}
 """
-)

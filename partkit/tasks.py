@@ -25,8 +25,9 @@ from partkit.answers import LineReader, check_fields, collect_answers, read_span
 from partkit.benchmark import load_rows
 from partkit.images import to_rgb
 from partkit.masks import DataError
+from partkit.overlays import COLOURS, panel
+from partkit.pages import render_page
 from partkit.predictions import Prediction, write_whole
-from partkit.report import COLOURS, LEFT_OUT, panel, render_page
 from partkit.schema import PartMask, tagged_phrases
 from partkit.scoring import describe_left_out
 from partkit.tallies import Tally
@@ -272,9 +273,8 @@ def format_task_table(metrics: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-PAGE = (
-    LEFT_OUT
-    + """<p class="quiet">{{ metrics.overall.n }} questions. Below each figure its 95 % bootstrap interval over the
+PAGE = """{{ show_left_out(run) }}
+<p class="quiet">{{ metrics.overall.n }} questions. Below each figure its 95 % bootstrap interval over the
 images.</p>
 <div class="box"><table>
 {% for name in names %}
@@ -295,12 +295,7 @@ images.</p>
 <p><span class="quiet">right</span> {{ example.answers | join(" / ") }}</p>
 <p><span class="quiet">answered</span> {{ example.answer }}</p>
 {% endif %}
-<div class="panels">
-{% for caption, address in example.panels %}
-<figure><img src="{{ address }}" alt="{{ caption }}"><figcaption>{{ caption }}</figcaption></figure>
-{% endfor %}
-</div>
+{{ show_panels(example.panels) }}
 </div>
 {% endfor %}
 """
-)

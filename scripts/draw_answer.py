@@ -15,7 +15,7 @@ from transformers import AutoModel, AutoProcessor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import partonomy_dataset  # noqa: F401  (makes load_dataset("partonomy", ...) work)
-from partkit.report import COLOURS, highlight, overlay
+from partkit.overlays import COLOURS, highlight, overlay
 
 LINE_LENGTH = 58
 """Characters of the answer on one line of the picture."""

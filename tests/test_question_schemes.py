@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from partkit import synthesis
 from partkit.distractors import DISTRACTORS, MAX_EDITS, TOGGLES
 from partkit.knowledge import PartKnowledge, collect_knowledge, embedding_similarity, even_presence
-from partkit.leak import fit_bag_of_parts, measure_leak
+from partkit.leak import compare_schemes, fit_bag_of_parts
 from partkit.masks import encode
 from partkit.questions import SCHEMES, QuestionMaker
 from partkit.schema import QUESTION_TYPES, DataError, PartExample, PartMask
@@ -194,12 +194,7 @@ def test_blind_heuristics_tell_nothing_from_balanced_questions_and_the_middle_of
         [(record.image_label, [mask.label for mask in record.masks]) for record in train + test], **graphs
     )
     even = PartKnowledge(**graphs, presence=even_presence(synthesis.required_parts(), part_graph=graphs["part_graph"]))
-    leak = {}
-    for scheme, knowledge in (("official", counted), ("balanced", even)):
-        maker = QuestionMaker(knowledge, scheme=scheme, seed=0)
-        leak[scheme] = measure_leak(
-            *([q for record in half for q in maker.questions(record)] for half in (train, test))
-        )
+    leak = compare_schemes(train, test, knowledge={"official": counted, "balanced": even}, seed=0)
     for name, accuracy in leak["balanced"].items():
         assert accuracy == pytest.approx(0.2, abs=0.05), name
     assert leak["official"]["middle"] > 0.5

@@ -10,8 +10,9 @@ from PIL import Image
 
 from partkit.masks import encode
 from partkit.metrics import evaluate_predictions, iou_per_part
+from partkit.overlays import COLOURS, highlight, overlay
 from partkit.predictions import Prediction, SpanMask
-from partkit.report import COLOURS, highlight, overlay, write_report
+from partkit.report import write_report
 from partkit.schema import PartMask, Question
 
 HEIGHT, WIDTH = 24, 32
