@@ -53,6 +53,7 @@ from partkit.predictions import (
     write_predictions,
     write_whole,
 )
+from partkit.problems import ERRORS_FILE, write_problems
 from partkit.schema import Question
 from partkit.scoring import (
     describe_command,
@@ -63,7 +64,6 @@ from partkit.scoring import (
     leave_out,
     match_names,
     score,
-    write_problems,
 )
 from predictor_plum import Predictor
 
@@ -310,7 +310,7 @@ def evaluate_answers(arguments: EvaluationArguments) -> None:
         settings["predictions_fingerprint"] = fingerprint_files(answer_files(path, format=form))
     output_dir = Path(arguments.output_dir)
     check_run(output_dir, settings)
-    report_to = output_dir / "errors.jsonl" if arguments.on_error == "report" else None
+    report_to = output_dir / ERRORS_FILE if arguments.on_error == "report" else None
     scored = leave_out(questions, predictions, unusable + problems, report_to=report_to)
     pair_by_id(scored, predictions)
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -343,7 +343,7 @@ def evaluate(arguments: EvaluationArguments) -> None:
         output_dir.mkdir(parents=True, exist_ok=True)
         write_whole(output_dir / "run.json", [json.dumps(settings, indent=2), "\n"])
         if unusable:
-            write_problems(output_dir / "errors.jsonl", unusable)
+            write_problems(output_dir / ERRORS_FILE, unusable)
 
     embedding_cache = None
     if arguments.cache_image_embeddings is not None:

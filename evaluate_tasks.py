@@ -16,6 +16,7 @@ from inference_plum import Plum, ask, finish, load_model
 from partkit.answers import answer_files
 from partkit.masks import DataError, encode
 from partkit.predictions import check_run, write_whole
+from partkit.problems import ERRORS_FILE
 from partkit.scoring import describe_command, fingerprint_files, fingerprint_model, leave_out
 from partkit.tasks import (
     TaskQuestion,
@@ -85,7 +86,7 @@ def evaluate_task(arguments: Any, **options: Any) -> None:
         settings["predictions_fingerprint"] = fingerprint_files(answer_files(path))
         check_run(output_dir, settings)
     predictions, problems = read_task_answers(path, questions, task=arguments.task)
-    report_to = output_dir / "errors.jsonl" if arguments.on_error == "report" else None
+    report_to = output_dir / ERRORS_FILE if arguments.on_error == "report" else None
     scored = leave_out(questions, predictions, unusable + problems, report_to=report_to)
     output_dir.mkdir(parents=True, exist_ok=True)
     write_whole(output_dir / "run.json", [json.dumps(settings, indent=2), "\n"])

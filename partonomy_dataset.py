@@ -29,7 +29,6 @@ there, every one of them is a warning. A file that was cut short is refused in a
 """
 
 import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -45,6 +44,7 @@ import partkit
 from partkit import schema, synthesis
 from partkit.conversations import converse, converse_about_instances
 from partkit.knowledge import PartKnowledge
+from partkit.problems import ERRORS_FILE, read_problems, write_problems
 from partkit.questions import SCHEMES, QuestionMaker, make_questions
 from partkit.sources.catalogue import SOURCES
 from partkit.sources.descriptor import DESCRIPTOR_FILE
@@ -61,7 +61,6 @@ MINI_QUESTIONS_SIZES = {"train": 200, "validation": 100, "test": 150}
 DRAWING_SIZES = {"mini": MINI_SIZES, "mini_instances": MINI_INSTANCES_SIZES, "mini_questions": MINI_QUESTIONS_SIZES}
 EXAMPLES_PER_SHARD = 50
 SEED = synthesis.DEFAULT_SEED
-ERRORS_FILE = "errors.jsonl"
 
 Shards = list[list[int]]
 
@@ -161,8 +160,7 @@ class Partonomy(datasets.GeneratorBasedBuilder):
                 _logger.warning(f"left out: {problem}")
             return
         # a folder that becomes the cache folder once all is prepared
-        lines = (json.dumps({"problem": str(problem)}, ensure_ascii=False) + "\n" for problem in problems)
-        Path(self._output_dir, ERRORS_FILE).write_text("".join(lines), encoding="utf-8")
+        write_problems(Path(self._output_dir, ERRORS_FILE), problems)
         _logger.warning(f"{len(problems)} bad records were left out: see {Path(self.cache_dir, ERRORS_FILE)}")
 
     def _generate_examples(
@@ -221,8 +219,7 @@ def left_out(rows: datasets.Dataset) -> list[str]:
     folder = Path(rows.cache_files[0]["filename"]).parent if rows.cache_files else None
     if folder is None or not (folder / ERRORS_FILE).is_file():
         return []
-    lines = (folder / ERRORS_FILE).read_text(encoding="utf-8").splitlines()
-    return [json.loads(line)["problem"] for line in lines]
+    return read_problems(folder / ERRORS_FILE)
 
 
 @lru_cache(maxsize=32)

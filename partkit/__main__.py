@@ -6,10 +6,10 @@ there is one, else with 0.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
+from partkit.problems import write_problems
 from partkit.validate import CHECKS, validate
 
 LISTED_PROBLEMS = 20
@@ -26,8 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     report = validate(options.source, options.folder)
     if options.errors is not None:
-        lines = [json.dumps({"problem": problem}) + "\n" for problem in report.problems]
-        options.errors.write_text("".join(lines), encoding="utf-8")
+        write_problems(options.errors, report.problems)
     for note in report.notes:
         print(note)
     for problem in report.problems[:LISTED_PROBLEMS]:

@@ -18,6 +18,7 @@ from partkit.masks import DataError
 from partkit.metrics import MaskSource, evaluate_predictions, iou_per_part
 from partkit.name_matching import by_embedding, by_key, embed_names, generated_names, rename_generated
 from partkit.predictions import Prediction, write_whole
+from partkit.problems import write_problems
 from partkit.report import FIGURES, write_report
 from partkit.schema import Question
 from partkit.synonyms import lemmatised
@@ -34,7 +35,6 @@ __all__ = [
     "leave_out",
     "match_names",
     "score",
-    "write_problems",
 ]
 
 
@@ -138,11 +138,6 @@ def match_names(
         return rename_generated(questions, predictions, by_key(lemmatised))
     embeddings = embed_names(generated_names(questions, predictions), model)
     return rename_generated(questions, predictions, by_embedding(embeddings))
-
-
-def write_problems(path: Path, problems: Sequence[str]) -> None:
-    """One JSON object per line."""
-    write_whole(path, (json.dumps({"problem": problem}, ensure_ascii=False) + "\n" for problem in problems))
 
 
 def score(

@@ -28,6 +28,7 @@ from cards_plum import CITATION  # noqa: E402
 from partkit import synthesis  # noqa: E402
 from partkit.dataset_card import ConfigFacts, make_card  # noqa: E402
 from partkit.leak import leak_of_copy, leak_of_drawings, leak_of_published  # noqa: E402
+from partkit.problems import ERRORS_FILE, write_problems  # noqa: E402
 from partkit.questions import SCHEMES  # noqa: E402
 from partkit.schema import DataError, Question  # noqa: E402
 from partkit.shards import MAX_SHARD_BYTES, write_checksums, write_shards  # noqa: E402
@@ -82,6 +83,7 @@ def write_folder(folder: Path, write: Callable[[Path], None], *, overwrite: bool
 
 def export(folder: Path, options: argparse.Namespace) -> None:
     configs, problems = [], []
+    surveys: dict[str, Survey | None] = {}
     with tempfile.TemporaryDirectory() as cache_dir:
         for name in options.name:
             splits = load(name, options, cache_dir)
@@ -89,14 +91,16 @@ def export(folder: Path, options: argparse.Namespace) -> None:
                 write_shards(rows, folder / name, split=split, max_shard_bytes=options.max_shard_bytes)
             first = next(iter(splits.values()))
             problems = max(problems, partonomy_dataset.left_out(first), key=len)
-            configs.append(describe(name, splits, options))
-    for source in dict.fromkeys(config.source for config in configs):
-        if (graphs := graphs_of(source, options)) is not None:
+            source = "mini" if name in partonomy_dataset.DRAWING_SIZES else name.removesuffix("_questions")
+            if source not in surveys:
+                surveys[source] = look_at(source, options) if source in PART_SOURCES else None
+            configs.append(describe(name, splits, source=source, found=surveys[source], scheme=options.scheme))
+    for source, found in surveys.items():
+        if (graphs := graphs_of(source, found)) is not None:
             (folder / "graphs").mkdir(exist_ok=True)
             (folder / "graphs" / f"{source}.json").write_text(json.dumps(graphs, indent=1) + "\n", encoding="utf-8")
     if problems:
-        lines = (json.dumps({"problem": problem}, ensure_ascii=False) + "\n" for problem in problems)
-        (folder / partonomy_dataset.ERRORS_FILE).write_text("".join(lines), encoding="utf-8")
+        write_problems(folder / ERRORS_FILE, problems)
     card = make_card(
         configs,
         folder=options.output_dir.name,
@@ -118,18 +122,20 @@ def load(name: str, options: argparse.Namespace, cache_dir: str) -> datasets.Dat
     return datasets.load_dataset(partonomy_dataset.DATASET_NAME, name, **asked)
 
 
-def describe(name: str, splits: datasets.DatasetDict, options: argparse.Namespace) -> ConfigFacts:
+def describe(
+    name: str, splits: datasets.DatasetDict, *, source: str, found: Survey | None, scheme: str | None
+) -> ConfigFacts:
     first = next(iter(splits.values()))
     facts = ConfigFacts(
         name=name,
-        source="mini" if name in partonomy_dataset.DRAWING_SIZES else name.removesuffix("_questions"),
+        source=source,
         rows_are=first.info.description,
         features=first.features,
         splits={split: count(rows) for split, rows in splits.items()},
         left_out=len(partonomy_dataset.left_out(first)),
     )
     if "question_type" in first.features:
-        facts.made_with, facts.leaks = measure(facts, splits, options)
+        facts.made_with, facts.leaks = measure(splits, source=source, found=found, scheme=scheme)
     return facts
 
 
@@ -141,35 +147,34 @@ def count(rows: datasets.Dataset) -> Statistics:
 
 
 def measure(
-    facts: ConfigFacts, splits: datasets.DatasetDict, options: argparse.Namespace
+    splits: datasets.DatasetDict, *, source: str, found: Survey | None, scheme: str | None
 ) -> tuple[str, dict[str, Any]]:
     """The scheme of the questions, and the leak of this scheme and of the others that can be made."""
-    if facts.source == "mini":
-        return "balanced", leak_of_drawings(partonomy_dataset.MINI_QUESTIONS_SIZES, seed=partonomy_dataset.SEED)
-    if facts.source in PART_SOURCES:
-        return options.scheme or SCHEMES[0], leak_of_copy(look_at(facts.source, options), seed=partonomy_dataset.SEED)
+    seed = partonomy_dataset.SEED
+    if source == "mini":
+        return "balanced", leak_of_drawings(partonomy_dataset.MINI_QUESTIONS_SIZES, seed=seed)
+    if found is not None:
+        return scheme or SCHEMES[0], leak_of_copy(found, seed=seed)
     rows = splits["test"].remove_columns(["image", "masks"])
     questions = [Question(image=None, masks=[], **row) for row in rows]
-    return "official", {"official": leak_of_published(questions, seed=partonomy_dataset.SEED)}
+    return "official", {"official": leak_of_published(questions, seed=seed)}
 
 
 def look_at(source: str, options: argparse.Namespace) -> Survey:
-    found = Path(options.data_dir).expanduser()
     ignored: list[DataError] = []
     on_error = {"on_error": ignored.append} if options.on_error == "report" else {}
-    return survey(source, found, seed=partonomy_dataset.SEED, **on_error)
+    return survey(source, Path(options.data_dir).expanduser(), seed=partonomy_dataset.SEED, **on_error)
 
 
-def graphs_of(source: str, options: argparse.Namespace) -> dict[str, Any] | None:
+def graphs_of(source: str, found: Survey | None) -> dict[str, Any] | None:
     if source == "mini":
         return {
             "part_graph": synthesis.part_graph(),
             "required_parts": synthesis.required_parts(),
             "instance_graph": synthesis.instance_graph(),
         }
-    if source not in PART_SOURCES:
+    if found is None or not found.part_graph:
         return None
-    found = look_at(source, options)
     return {"part_graph": found.part_graph, "instance_graph": found.instance_graph}
 
 

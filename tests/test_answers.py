@@ -11,6 +11,7 @@ from partkit.baselines import BASELINES, answer_without_model
 from partkit.masks import DataError, encode
 from partkit.metrics import evaluate_predictions
 from partkit.predictions import append_predictions
+from partkit.problems import read_problems
 from partkit.schema import PartMask, Question
 from partkit.scoring import leave_out
 from partkit.tasks import FIELDS as TASK_FIELDS
@@ -135,8 +136,7 @@ def test_what_cannot_be_used_is_left_out_and_listed_when_asked_for(tmp_path):
     predictions, problems = read_answers(path, QUESTIONS)
     scored = leave_out(QUESTIONS, predictions, problems, report_to=tmp_path / "out" / "errors.jsonl")
     assert [question.id for question in scored] == ["q2"]
-    listed = [json.loads(line)["problem"] for line in (tmp_path / "out" / "errors.jsonl").read_text().splitlines()]
-    assert listed == problems and len(problems) == 3
+    assert read_problems(tmp_path / "out" / "errors.jsonl") == problems and len(problems) == 3
 
 
 def test_a_file_without_any_usable_line_is_refused_however_errors_are_handled(tmp_path):

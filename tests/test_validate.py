@@ -96,6 +96,7 @@ def test_the_command_prints_the_first_problems_and_exits_with_one(tmp_path, caps
 def test_the_command_runs_as_a_module(tmp_path, monkeypatch, capsys):
     folder = official_folder(tmp_path / "data", official_record())
     monkeypatch.setattr(sys, "argv", ["partkit", "validate", "core", str(folder)])
+    monkeypatch.delitem(sys.modules, "partkit.__main__")
     with pytest.raises(SystemExit) as done:
         runpy.run_module("partkit", run_name="__main__")
     assert (done.value.code, capsys.readouterr().out.splitlines()[-1]) == (0, f"{folder} is complete")
