@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("--name", default="mini_questions", help="its configuration; it must hold questions")
     parser.add_argument("--split", default="test", help="its split")
     parser.add_argument("--data_dir", help="folder of raw data")
+    parser.add_argument("--scheme", help="how the wrong choices of questions about --data_dir are made")
     parser.add_argument("--limit", type=int, help="only the first questions of the split")
     parser.add_argument("--mask_source", default="gt_answer", choices=("gt_answer", "predicted_answer", "generated"))
     parser.add_argument("--output", type=Path, required=True, help="the HTML file")
@@ -47,6 +48,8 @@ def main() -> None:
     try:
         files = parse_models(options.predictions)
         place = {"name": options.name, "split": options.split, "data_dir": options.data_dir, "limit": options.limit}
+        if options.scheme is not None:
+            place["scheme"] = options.scheme
         rows, questions = load_questions(options.dataset, **place)
         models = {}
         for name, path in files.items():

@@ -1,8 +1,6 @@
 import re
-import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +10,7 @@ from partkit.baselines import answer_without_model
 from partkit.comparison import compare, write_comparison
 from partkit.metrics import evaluate_predictions
 from partkit.predictions import write_predictions
+from scripts import compare_predictions
 from tests.test_answers import QUESTIONS, make_question
 from tests.test_benchmark import save
 
@@ -74,12 +73,12 @@ def test_of_each_type_the_questions_on_which_the_models_differ_most_are_shown(tm
     assert "two: mean IoU 0.00, choice right" in text
 
 
-def run_script(*options):
-    script = str(Path(__file__).parents[1] / "scripts" / "compare_predictions.py")
-    return subprocess.run([sys.executable, script, *map(str, options)], capture_output=True, text=True, timeout=120)
+def run_script(monkeypatch, *options):
+    monkeypatch.setattr(sys, "argv", ["compare_predictions.py", *map(str, options)])
+    compare_predictions.main()
 
 
-def test_the_script_compares_files_and_refuses_one_that_lacks_an_answer(tmp_path):
+def test_the_script_compares_files_and_refuses_one_that_lacks_an_answer(tmp_path, monkeypatch):
     grey = Image.fromarray(np.full((4, 5, 3), 128, np.uint8))
     questions = [replace(question, image=grey) for question in QUESTIONS]
     dataset = save(questions, tmp_path)
@@ -87,15 +86,13 @@ def test_the_script_compares_files_and_refuses_one_that_lacks_an_answer(tmp_path
         write_predictions(tmp_path / f"{name}.jsonl", answer_without_model(name, questions))
     options = ["--dataset", dataset, "--name", "default", "--output", tmp_path / "c.html"]
     files = [f"one={tmp_path / 'full_image.jsonl'}", tmp_path / "ground_truth.jsonl"]
-    done = run_script(*files, *options)
-    assert done.returncode == 0, done.stderr
+    run_script(monkeypatch, *files, *options)
     assert "<th>one</th><th>" in (tmp_path / "c.html").read_text()
     write_predictions(tmp_path / "full_image.jsonl", answer_without_model("full_image", questions[1:]))
-    done = run_script(*files, *options)
-    assert done.returncode == 1
-    assert done.stderr.strip().endswith("full_image.jsonl: question 'q0' has no answer.")
+    with pytest.raises(SystemExit, match="full_image.jsonl: question 'q0' has no answer.$"):
+        run_script(monkeypatch, *files, *options)
 
 
-def test_two_models_of_one_name_are_refused(tmp_path):
-    done = run_script("same=a.jsonl", "same=b.jsonl", "--output", tmp_path / "c.html")
-    assert done.stderr.strip().endswith("Two models are called 'same': give each its own name, as NAME=FILE.")
+def test_two_models_of_one_name_are_refused(tmp_path, monkeypatch):
+    with pytest.raises(SystemExit, match="Two models are called 'same': give each its own name, as NAME=FILE.$"):
+        run_script(monkeypatch, "same=a.jsonl", "same=b.jsonl", "--output", tmp_path / "c.html")

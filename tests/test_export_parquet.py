@@ -15,8 +15,10 @@ from pyarrow import parquet
 
 import partonomy_dataset
 from partkit.schema import as_row
+from partkit.shards import write_shards
 from partkit.sources.official import read_questions
 from partkit.statistics import Statistics
+from scripts import export_parquet
 from tests.test_mixture_configs import FOLDERS
 from tests.test_question_builds import IMAGES, PARTS, bad_descriptor, small_descriptor
 from tests.test_sources_own_parts import coco_folder, varied_content
@@ -25,18 +27,9 @@ ROOT = Path(__file__).resolve().parent.parent
 SMALL_SHARD = 30_000
 
 
-@pytest.fixture(scope="module")
-def export():
-    sys.path.insert(0, str(ROOT / "scripts"))
-    import export_parquet
-
-    sys.path.pop(0)
-    return export_parquet
-
-
-def run(export, monkeypatch, *options) -> None:
+def run(monkeypatch, *options) -> None:
     monkeypatch.setattr(sys, "argv", ["export_parquet.py", *map(str, options)])
-    export.main()
+    export_parquet.main()
 
 
 def table_row(card: str, *cells: str | int) -> bool:
@@ -62,11 +55,11 @@ def test_the_statistics_of_the_official_sample_are_those_of_the_annotations_it_w
     assert found.questions == {kind: 42 for kind in {record["question_type"] for record in asked}}
 
 
-def test_an_export_serves_the_rows_of_the_builder_from_small_shards_with_checksums(export, monkeypatch, tmp_path):
+def test_an_export_serves_the_rows_of_the_builder_from_small_shards_with_checksums(monkeypatch, tmp_path):
     folder, names = small_descriptor(tmp_path / "data"), ["descriptor_questions", "descriptor"]
     options = ["--name", *names, "--data_dir", folder, "--scheme", "balanced", "--max_shard_bytes", SMALL_SHARD]
     for output in ("one", "two"):
-        run(export, monkeypatch, *options, "--output_dir", tmp_path / output / "exported")
+        run(monkeypatch, *options, "--output_dir", tmp_path / output / "exported")
     exported = tmp_path / "one" / "exported"
     for name in names:
         asked = {"scheme": "balanced"} if name == "descriptor_questions" else {}
@@ -96,17 +89,15 @@ def test_an_image_that_rows_share_is_stored_once(tmp_path):
     image = {"bytes": np.random.default_rng(0).bytes(50_000), "path": None}
     rows = partonomy_dataset.datasets.Dataset.from_dict({"id": list(range(20)), "image": [image] * 20})
     rows = rows.cast_column("image", partonomy_dataset.datasets.Image(decode=False))
-    from partkit.shards import write_shards
-
     write_shards(rows, tmp_path, split="test")
     (path,) = tmp_path.iterdir()
     assert path.stat().st_size < 70_000
     assert parquet.read_table(path)["image"].to_pylist() == [image] * 20
 
 
-def test_the_card_of_an_export_states_what_is_in_it(export, monkeypatch, tmp_path):
+def test_the_card_of_an_export_states_what_is_in_it(monkeypatch, tmp_path):
     folder = small_descriptor(tmp_path / "data")
-    run(export, monkeypatch, "--name", "descriptor_questions", "--data_dir", folder, "--output_dir", tmp_path / "out")
+    run(monkeypatch, "--name", "descriptor_questions", "--data_dir", folder, "--output_dir", tmp_path / "out")
     card = DatasetCard.load(tmp_path / "out" / "README.md")
     assert [config["config_name"] for config in card.data.configs] == ["descriptor_questions"]
     assert [files["split"] for files in card.data.configs[0]["data_files"]] == ["train", "validation"]
@@ -133,29 +124,27 @@ def test_the_card_of_an_export_states_what_is_in_it(export, monkeypatch, tmp_pat
         ("llava_instruct_150k", FOLDERS["llava_instruct_150k"], "The splits are those of the published files."),
     ],
 )
-def test_the_card_says_where_the_splits_of_any_source_come_from(
-    export, monkeypatch, tmp_path, name, make_folder, rule
-):
+def test_the_card_says_where_the_splits_of_any_source_come_from(monkeypatch, tmp_path, name, make_folder, rule):
     folder = make_folder(tmp_path / "data")
-    run(export, monkeypatch, "--name", name, "--data_dir", folder, "--output_dir", tmp_path / "out")
+    run(monkeypatch, "--name", name, "--data_dir", folder, "--output_dir", tmp_path / "out")
     assert f"\n{rule}" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_a_failed_export_leaves_what_was_there_and_reported_records_are_counted(export, monkeypatch, tmp_path):
+def test_a_failed_export_leaves_what_was_there_and_reported_records_are_counted(monkeypatch, tmp_path):
     folder, problems = bad_descriptor(tmp_path)
     output = tmp_path / "here" / "exported"
     options = ["--name", "descriptor", "--data_dir", folder, "--output_dir", output]
     with pytest.raises(SystemExit, match="record 6: has the image and the label of record 5"):
-        run(export, monkeypatch, *options)
+        run(monkeypatch, *options)
     assert list(output.parent.iterdir()) == []
-    run(export, monkeypatch, *options, "--on_error", "report")
+    run(monkeypatch, *options, "--on_error", "report")
     assert len((output / "errors.jsonl").read_text().splitlines()) == len(problems)
     card = (output / "README.md").read_text()
     assert f"{len(problems)} records of the source could not be used" in card
     with pytest.raises(SystemExit, match="already exists; name a new folder, or give --overwrite"):
-        run(export, monkeypatch, *options)
+        run(monkeypatch, *options)
     with pytest.raises(SystemExit, match="record 6"):
-        run(export, monkeypatch, *options, "--overwrite")
+        run(monkeypatch, *options, "--overwrite")
     assert (output / "README.md").read_text() == card
     assert list(output.parent.iterdir()) == [output]
 
