@@ -1,6 +1,6 @@
 """
-Whether a folder holds a PLUM checkpoint that is safe and sensible to load, found out from its small files and the
-headers of its weights: nothing of it is executed, and no memory is spent on its tensors.
+Loading of checkpoints, once it is known that a folder holds one that is safe and sensible to load. That is found out
+from its small files and the headers of its weights: nothing of it is executed, and no memory is spent on its tensors.
 """
 
 import json
@@ -10,15 +10,59 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, PreTrainedConfig
 
 from configuration_plum import PlumConfig
 from modeling_plum import PlumForConditionalGeneration
+from processing_plum import PlumProcessor
+
+# A checkpoint is read by the code of this folder, so nobody is asked whether to trust the copy saved with it.
+AutoConfig.register("plum", PlumConfig, exist_ok=True)
 
 INDEX_FILE, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 JSON_BYTES_LIMIT = 32 * 1024**2
 # A quantised checkpoint holds up to two parameters in a byte, stored as elements of up to four bytes.
 PARAMETERS_PER_QUANTISED_ELEMENT = 8
+
+
+def load_checkpoint(
+    name: str | Path, changes: dict | None = None, *, dtype: str | torch.dtype = "auto"
+) -> tuple[PlumForConditionalGeneration, PlumProcessor]:
+    """
+    A checkpoint, in evaluation mode, and its processor; `name_or_path` of the model is the folder it was read from.
+
+    Args:
+        name: A folder, or a name on the Hub.
+        changes: Fields of its config to overwrite.
+        dtype: Precision of all weights; `"auto"` takes that of the checkpoint.
+
+    Raises:
+        ValueError: As [`open_checkpoint`]; a change of an unknown field; a processor of another model.
+    """
+    folder = open_checkpoint(name)
+    config = PlumConfig.from_pretrained(folder, **(changes or {}))
+    check_config_fields(changes or {}, config)
+    model = PlumForConditionalGeneration.from_pretrained(folder, config=config, use_safetensors=True, dtype=dtype)
+    processor = PlumProcessor.from_pretrained(folder)
+    expected, found = config.vlm_config.image_token_id, processor.image_token_id
+    if found != expected:
+        raise ValueError(
+            f"{folder}: the processor's image token {processor.image_token!r} has id {found}, the model expects "
+            f"{expected}; save the processor that the model was trained with."
+        )
+    return model, processor
+
+
+def check_config_fields(given: dict, config: PreTrainedConfig, where: str = "model_config"):
+    """`ValueError` on a field that `config` does not have: transformers would keep it and never read it."""
+    known = {*type(config)().to_dict(), *config.attribute_map}
+    unknown = sorted(set(given) - known)
+    if unknown:
+        raise ValueError(f"{where} has fields {unknown}, which {type(config).__name__} does not know.")
+    for name, value in given.items():
+        if isinstance(getattr(config, name), PreTrainedConfig):
+            check_config_fields(value, getattr(config, name), f"{where}.{name}")
 
 
 def open_checkpoint(name: str | Path) -> Path:

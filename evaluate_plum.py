@@ -382,17 +382,18 @@ def evaluate(arguments: EvaluationArguments) -> None:
 
 
 def main(options: list[str] | None = None) -> None:
-    try:
-        (arguments,) = HfArgumentParser(EvaluationArguments).parse_args_into_dataclasses(options)
-        if arguments.task != "partonomy":
-            evaluate_task(arguments, **dataset_options(arguments))
-        elif arguments.model is not None:
-            evaluate(arguments)
-        else:
-            evaluate_answers(arguments)
-    except DataError as error:
-        sys.exit(f"evaluate_plum.py: {error}")
+    """The run that a command line asks for; raises DataError if it cannot be done."""
+    (arguments,) = HfArgumentParser(EvaluationArguments).parse_args_into_dataclasses(options)
+    if arguments.task != "partonomy":
+        evaluate_task(arguments, **dataset_options(arguments))
+    elif arguments.model is not None:
+        evaluate(arguments)
+    else:
+        evaluate_answers(arguments)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except DataError as error:
+        sys.exit(f"evaluate_plum.py: {error}")

@@ -20,11 +20,9 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
-from transformers import AutoConfig, TextIteratorStreamer
+from transformers import TextIteratorStreamer
 
-from checkpoint_plum import open_checkpoint
-from configuration_plum import PlumConfig
-from modeling_plum import PlumForConditionalGeneration
+from checkpoint_plum import load_checkpoint
 from partkit.masks import DataError, area, encode
 from partkit.overlays import overlay
 from partkit.schema import as_chat, escape_tags
@@ -32,9 +30,6 @@ from partkit.spans import join_parts
 from partkit.wording import official_answer, official_question
 from predictor_plum import keep_last_answer
 from processing_plum import PlumAnswer, PlumProcessor, parse_span_tags
-
-# A checkpoint is read by the code of this folder, so nobody is asked whether to trust the copy saved with it.
-AutoConfig.register("plum", PlumConfig, exist_ok=True)
 
 MAX_IMAGE_BYTES = 10_000_000
 MAX_IMAGE_PIXELS = 40_000_000
@@ -88,18 +83,10 @@ def load_model(name: str | Path, *, dtype: str = "float32", device: str | torch.
         ModelError: it is not safe to load, holds no PLUM, or its processor does not belong to its model.
     """
     try:
-        folder = open_checkpoint(name)
+        model, processor = load_checkpoint(name, dtype=getattr(torch, dtype))
     except ValueError as error:
         raise ModelError(str(error)) from error
-    model = PlumForConditionalGeneration.from_pretrained(folder, dtype=getattr(torch, dtype), use_safetensors=True)
-    processor = PlumProcessor.from_pretrained(folder)
-    expected, found = model.config.vlm_config.image_token_id, processor.image_token_id
-    if found != expected:
-        raise ModelError(
-            f"{folder}: the processor's image token {processor.image_token!r} has id {found}, the model expects "
-            f"{expected}: save the processor that the model was trained with."
-        )
-    return folder, Plum(model.to(device).eval(), processor)
+    return Path(model.name_or_path), Plum(model.to(device).eval(), processor)
 
 
 def read_image(source: str | Path | BinaryIO) -> Image.Image:

@@ -4,7 +4,7 @@
     plum segment IMAGE --spans "left wing, tail" --json           # masks of parts that you name
     plum chat IMAGE                                               # question after question, until the input ends
     plum eval --model MODEL --output_dir DIR ...                  # evaluate_plum.py with its options
-    plum data validate SOURCE FOLDER                              # and stats, preview
+    plum data validate [SOURCE] FOLDER                            # and stats, preview
 
 IMAGE is a file, or - for the standard input. Answers go to the standard output and are plain text unless that is a
 terminal; problems go to the standard error, one sentence each. Exit codes: 0 done, 1 the input cannot be used,
@@ -17,6 +17,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
@@ -73,11 +74,11 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def add_data_commands(parser: argparse.ArgumentParser) -> None:
-    from partkit.validate import SOURCES
+    from partkit.validate import CHECKS
 
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     command = commands.add_parser("validate", help="check your copy of a data set before a long build")
-    command.add_argument("source", choices=SOURCES)
+    command.add_argument("source", nargs="?", choices=CHECKS, default="own_parts", help="default: own_parts")
     command.add_argument("folder")
     command.add_argument("--errors", metavar="FILE.jsonl", help="write every problem to this file")
     command.set_defaults(run=validate)
@@ -144,16 +145,25 @@ def open_both(options: argparse.Namespace):
     """The image first, which is read in no time, then the model."""
     from transformers.utils.logging import disable_progress_bar
 
-    from inference_plum import ModelError, load_model, read_image
+    from inference_plum import load_model, read_image
 
     disable_progress_bar()
     image = read_image(sys.stdin.buffer if options.image == "-" else options.image)
-    try:
+    with model_problems_named():
         _, plum = load_model(options.model)
+    return plum, image
+
+
+@contextmanager
+def model_problems_named() -> Iterator[None]:
+    """A model that cannot be loaded ends the command with an exit code of its own."""
+    from inference_plum import ModelError
+
+    try:
+        yield
     except ModelError as error:
         print(f"plum: {error}", file=sys.stderr)
         sys.exit(NO_MODEL)
-    return plum, image
 
 
 def show(plum, reply, options: argparse.Namespace, *, folder: Path | None = None) -> None:
@@ -183,7 +193,8 @@ def show(plum, reply, options: argparse.Namespace, *, folder: Path | None = None
 def evaluate(options: argparse.Namespace, rest: Sequence[str]) -> None:
     import evaluate_plum
 
-    evaluate_plum.main(list(rest))
+    with model_problems_named():
+        evaluate_plum.main(list(rest))
 
 
 def validate(options: argparse.Namespace, rest: Sequence[str]) -> int:

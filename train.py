@@ -23,9 +23,7 @@ from datasets import Dataset, IterableDataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import (
-    AutoConfig,
     HfArgumentParser,
-    PreTrainedConfig,
     PreTrainedTokenizerFast,
     SamImageProcessor,
     TrainingArguments,
@@ -35,7 +33,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from cards_plum import make_model_card, write_recipe
-from checkpoint_plum import open_checkpoint
+from checkpoint_plum import check_config_fields, load_checkpoint
 from configuration_plum import PlumConfig
 from data_plum import Collator, ConversationDataset, stream_examples
 from embedding_cache import EmbeddingCache
@@ -44,9 +42,6 @@ from modeling_plum import PlumForConditionalGeneration
 from processing_plum import PlumProcessor, parse_span_tags
 from survey_plum import format_table, survey, write_samples
 from trainer_plum import PlumTrainer, TrainingCurves
-
-# A checkpoint is read by the code of this folder, so nobody is asked whether to trust the copy saved with it.
-AutoConfig.register("plum", PlumConfig, exist_ok=True)
 
 # What a model from scratch writes after each grounded phrase if its span_source is "seg_token".
 SEG_TOKEN = "[SEG]"
@@ -240,21 +235,6 @@ def _as_words(value) -> list[str]:
 # ------------------------------------------------------------------------------------------------ model
 
 
-def load_checkpoint(name: str, changes: dict | None, **kwargs) -> tuple[PlumForConditionalGeneration, PlumProcessor]:
-    """A PLUM checkpoint, by folder or Hub name, and its processor; `changes` are fields of its config to overwrite."""
-    folder = open_checkpoint(name)
-    config = PlumConfig.from_pretrained(folder, **(changes or {}))
-    check_config_fields(changes or {}, config)
-    model = PlumForConditionalGeneration.from_pretrained(folder, config=config, use_safetensors=True, **kwargs)
-    processor = PlumProcessor.from_pretrained(folder)
-    if processor.image_token_id != config.vlm_config.image_token_id:
-        raise ValueError(
-            f"The processor of {folder} has image token id {processor.image_token_id}, the model "
-            f"{config.vlm_config.image_token_id}; use the processor that was saved with the model."
-        )
-    return model, processor
-
-
 def compose_backbones(vlm: str, sam: str, options: dict) -> tuple[PlumForConditionalGeneration, PlumProcessor]:
     """Pretrained backbones with fresh modules of PLUM, in float32, and their processor; `options` are its config's."""
     backbones = sorted({"vlm_config", "sam_config"} & set(options))
@@ -316,17 +296,6 @@ def check_span_source(config: PlumConfig, processor: PlumProcessor):
             f"The model has span_source {config.span_source!r} and seg_token_id {config.seg_token_id}, the processor "
             f"seg_token {processor.seg_token!r} of id {written}; a model keeps the span source it was built with."
         )
-
-
-def check_config_fields(given: dict, config: PreTrainedConfig, where: str = "model_config"):
-    """`ValueError` on a field that `config` does not have: transformers would keep it and never read it."""
-    known = {*type(config)().to_dict(), *config.attribute_map}
-    unknown = sorted(set(given) - known)
-    if unknown:
-        raise ValueError(f"{where} has fields {unknown}, which {type(config).__name__} does not know.")
-    for name, value in given.items():
-        if isinstance(getattr(config, name), PreTrainedConfig):
-            check_config_fields(value, getattr(config, name), f"{where}.{name}")
 
 
 def train_tokenizer(texts: list[str], vocab_size: int, seg_token: str | None = None) -> PreTrainedTokenizerFast:

@@ -162,7 +162,7 @@ def main() -> None:
     tokens = {"max_new_tokens": 4 if options.tiny else NEW_TOKENS, "do_sample": False}
     measure("segment eight images", lambda: model.segment(**prompts, **tokens), **shared)
 
-    recipe = yaml.safe_load((ROOT / "recipes" / "plum_7b.yaml").read_text())
+    recipe = yaml.safe_load((ROOT / "recipes" / "stage2_partonomy_7b.yaml").read_text())
     names = ("lora_r", "lora_alpha", "lora_dropout", "lora_trained_whole")
     arguments = ModelArguments(model="unused", **{name: recipe[name] for name in names if name in recipe})
     model.requires_grad_(False)

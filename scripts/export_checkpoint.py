@@ -19,7 +19,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cards_plum import CURVES_FILE, RECIPE_FILE, TRAINER_STATE_FILE, make_model_card
-from train import load_checkpoint
+from checkpoint_plum import load_checkpoint
 
 
 def main():
@@ -31,7 +31,7 @@ def main():
     if output_dir.exists():
         sys.exit(f"{output_dir} exists; remove it or name another --output_dir.")
 
-    model, processor = load_checkpoint(str(arguments.folder), None)
+    model, processor = load_checkpoint(arguments.folder)
     model.to(torch.bfloat16).save_pretrained(output_dir)
     processor.save_pretrained(output_dir)
     for name in (RECIPE_FILE, TRAINER_STATE_FILE, CURVES_FILE):

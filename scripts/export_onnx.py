@@ -21,8 +21,8 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from checkpoint_plum import load_checkpoint
 from modeling_plum import PlumForConditionalGeneration
-from train import load_checkpoint
 
 STEP_OUTPUTS = ["mask", "iou", "key", "value"]
 TOLERANCE = 1e-3
@@ -158,7 +158,7 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="folder of a PLUM checkpoint")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder for the three files")
     arguments = parser.parse_args()
-    model, _ = load_checkpoint(arguments.model, None)
+    model, _ = load_checkpoint(arguments.model)
     export(model, arguments.output_dir)
     difference = largest_difference(model, arguments.output_dir)
     print(f"largest difference of a mask logit from torch: {difference:.1e}")

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from checkpoint_plum import load_checkpoint
 from modeling_plum import PlumForConditionalGeneration
-from train import load_checkpoint
 
 TOPICS = ("assignment", "calls", "comparisons", "debugger", "execmodel", "import", "objects", "strings")
 NUM_TOKENS = 512
@@ -44,7 +44,7 @@ def main():
     arguments = parser.parse_args()
     figures = []
     for folder in (arguments.before, arguments.after):
-        model, processor = load_checkpoint(folder, None)
+        model, processor = load_checkpoint(folder)
         figures.append(measure_perplexity(model.eval(), processor.tokenizer, [topics[name] for name in TOPICS]))
     print(f"perplexity of {len(TOPICS)} texts of the documentation of Python {platform.python_version()}:")
     print(f"before {figures[0]:.3f}, after {figures[1]:.3f}, ratio {figures[1] / figures[0]:.4f}")

@@ -32,12 +32,12 @@ from datasets import Dataset, load_dataset
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import partonomy_dataset  # noqa: F401  (makes load_dataset("partonomy") work)
+from checkpoint_plum import load_checkpoint
 from data_plum import Collator, ConversationDataset
 from modeling_plum import PlumForConditionalGeneration
 from partkit.predictions import write_whole
 from partkit.schema import escape_tags
 from processing_plum import PlumProcessor, parse_span_tags
-from train import load_checkpoint
 
 ROOT = Path(__file__).parents[1]
 DATASETS = ("mini", "mini_instances")
@@ -159,7 +159,7 @@ def run(folder: Path, recipe: Path, *, dataset: str) -> dict[str, float]:
         overall = json.loads((evaluation / "metrics.json").read_text())["overall"]
         metrics = {name: overall[name] for name in ("choice_accuracy", "end_to_end_giou")}
     if not figures_file.is_file():
-        model, processor = load_checkpoint(str(model_dir), None)
+        model, processor = load_checkpoint(model_dir)
         records = load_dataset("partonomy", dataset, split="test")
         figures = measure_masks(model.eval(), processor, records)
         figures["perplexity"] = measure_perplexity(model, processor, records)

@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 
 import evaluate_plum
 import plum_cli
-from checkpoint_plum import check_checkpoint, open_checkpoint
+from checkpoint_plum import check_checkpoint, load_checkpoint, open_checkpoint
+from partkit.masks import DataError
 from tests.tiny import random_image, tiny_model, tiny_processor
-from train import load_checkpoint
 
 ROOT = Path(__file__).parents[1]
 
@@ -143,10 +143,10 @@ def test_the_shell_the_evaluation_and_the_training_refuse_a_hostile_folder(
     with pytest.raises(SystemExit, match=f"^{plum_cli.NO_MODEL}$"):
         plum_cli.main(["ask", "image.png", "Which parts?", "--model", str(folder)])
     assert message in capsys.readouterr().err
-    with pytest.raises(SystemExit, match=message):
+    with pytest.raises(DataError, match=message):
         evaluate_plum.main(["--model", str(folder), *questions, "--device", "cpu", "--output_dir", "run"])
     with pytest.raises(ValueError, match=message):
-        load_checkpoint(str(folder), None)
+        load_checkpoint(folder)
     assert not Path("executed").exists() and not Path("run").exists()
 
 

@@ -100,7 +100,8 @@ def test_a_chat_answers_every_line_and_goes_on_after_a_bad_one(checkpoint, image
         (["ask", "IMAGE"], 2, "required: question"),
         (["segment", "IMAGE", "--spans", "tail", "--jsno"], 2, "unrecognized arguments: --jsno"),
         (["data", "validate", "descriptor", "absent"], 1, ""),
-        (["eval", "--output_dir", "absent"], 1, ""),
+        (["eval", "--output_dir", "absent"], 1, "plum: Expected one of --model, --predictions and --baseline"),
+        (["eval", "--output_dir", "absent", "--model", "no/such-model"], 3, "neither a folder nor to be had"),
     ],
 )
 def test_each_kind_of_problem_has_its_exit_code(arguments, code, message, image_file, capsys, monkeypatch):

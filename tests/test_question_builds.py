@@ -300,7 +300,7 @@ def test_the_command_scores_questions_about_a_folder_and_says_what_was_left_out_
     folder, expected = bad_descriptor(tmp_path)
     options = ["--name", "descriptor_questions", "--data_dir", folder, "--split", "validation"]
     options += ["--scheme", "official", "--output_dir", tmp_path / "run"]
-    with pytest.raises(SystemExit, match="record 6: has the image and the label of record 5"):
+    with pytest.raises(DataError, match="record 6: has the image and the label of record 5"):
         score(monkeypatch, *options)
     assert not (tmp_path / "run").exists()
     score(monkeypatch, *options, "--on_error", "report")

@@ -9,6 +9,7 @@ import torch
 import transformers
 
 import train
+from checkpoint_plum import load_checkpoint
 from configuration_plum import PlumConfig
 from partonomy_dataset import Partonomy
 from scripts.count_parameters import count_parameters, format_table
@@ -110,7 +111,7 @@ def test_training_starts_from_pretrained_backbones_and_leaves_the_frozen_ones_al
         "--report_to": "none",
     }
     train.main([str(word) for option in options.items() for word in option])
-    model, processor = train.load_checkpoint(str(output), None)
+    model, processor = load_checkpoint(output)
     assert processor.vlm_processor_class == "LlavaProcessor"
     before = transformers.AutoModelForImageTextToText.from_pretrained(vlm)
     for part in ("vision_tower", "multi_modal_projector"):

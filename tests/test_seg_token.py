@@ -11,6 +11,7 @@ from torch.testing import assert_close
 
 import train
 from chat_plum import PlainChat, find_last_phrase, insert_seg_tokens
+from checkpoint_plum import load_checkpoint
 from evaluate_plum import evaluate
 from modeling_plum import PlumForConditionalGeneration, dice_loss, upscale_masks
 from partkit.predictions import read_predictions
@@ -244,7 +245,7 @@ def trained(data_folder, tmp_path_factory):  # noqa: F811
 
 
 def test_a_model_trained_from_scratch_has_the_token_and_no_tagger(trained):
-    model, processor = train.load_checkpoint(str(trained), None)
+    model, processor = load_checkpoint(trained)
     assert model.span_tagger is None and processor.seg_token == train.SEG_TOKEN
     assert model.config.seg_token_id == processor.tokenizer.convert_tokens_to_ids(train.SEG_TOKEN)
     assert model.config.vlm_config.text_config.vocab_size == len(processor.tokenizer) == 301
@@ -292,6 +293,6 @@ def test_lora_refuses_a_token_whose_two_embeddings_are_one():
 
 
 def test_another_span_source_than_the_checkpoints_is_refused(trained):
-    model, _ = train.load_checkpoint(str(trained), None)
+    model, _ = load_checkpoint(trained)
     with pytest.raises(ValueError, match="the processor seg_token None of id None"):
         train.check_span_source(model.config, tiny_processor())

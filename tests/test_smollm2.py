@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import train
+from checkpoint_plum import load_checkpoint
 from scripts.build_smollm2 import IMAGE_TOKEN, build, load_smollm2
 from tests.tiny import conversation, random_image, random_mask
 
@@ -35,7 +36,7 @@ def base(smollm2, tmp_path_factory):
     model, processor = build(*smollm2)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
-    return train.load_checkpoint(str(folder), None)
+    return load_checkpoint(folder)
 
 
 def encode(processor, chats, **options):

@@ -28,6 +28,7 @@ from transformers import AutoModel, AutoProcessor, LlamaConfig, TrainerCallback
 
 import train
 import trainer_plum
+from checkpoint_plum import load_checkpoint
 from data_plum import stream_examples
 from mixture_plum import mix
 from modeling_plum import PlumForConditionalGeneration
@@ -935,7 +936,7 @@ def test_an_empty_split_and_a_split_of_other_records_are_errors_before_any_train
 def test_a_checkpoint_of_another_architecture_is_refused(tmp_path):
     LlamaConfig().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="holds a 'llama' model, expected 'plum'"):
-        train.load_checkpoint(str(tmp_path), None)
+        load_checkpoint(tmp_path)
 
 
 def test_a_processor_with_another_image_token_than_its_model_is_refused(trained, tmp_path):
@@ -943,8 +944,8 @@ def test_a_processor_with_another_image_token_than_its_model_is_refused(trained,
     processor = PlumProcessor.from_pretrained(trained)
     processor.image_token = "</s>"
     processor.save_pretrained(tmp_path / "model")
-    with pytest.raises(ValueError, match="has image token id 2, the model 3; use the processor that was saved"):
-        train.load_checkpoint(str(tmp_path / "model"), None)
+    with pytest.raises(ValueError, match="has id 2, the model expects 3; save the processor that"):
+        load_checkpoint(tmp_path / "model")
 
 
 if __name__ == "__main__":
