@@ -4,7 +4,9 @@ import pytest
 import torch
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from tests.tiny import tiny_model
+from inference_plum import Plum, segment_words
+from scripts.measure_int8 import quantise, weigh
+from tests.tiny import random_image, tiny_model, tiny_processor
 
 
 @pytest.mark.parametrize("shared_vision", [True, False])
@@ -16,6 +18,26 @@ def test_few_bit_weights_are_those_of_the_vision_language_model_alone(shared_vis
     assert converted == [name for name in linear if name.startswith("vlm.model.")]
     assert any("language_model" in name for name in converted)
     assert not [name for name in skipped if name not in dict(model.named_modules())]
+
+
+@pytest.mark.parametrize("encoder", [False, True])
+def test_int8_weights_are_those_of_the_language_model_and_if_asked_of_the_encoder(encoder):
+    model = tiny_model()
+    smaller = quantise(model, encoder=encoder)
+    linear, kept = (
+        {name for name, module in each.named_modules() if isinstance(module, torch.nn.Linear)}
+        for each in (model, smaller)
+    )
+    quantised = ("vlm.model.language_model.", "sam.vision_encoder.") if encoder else ("vlm.model.language_model.",)
+    assert linear - kept == {name for name in linear if name.startswith(quantised)}
+    assert weigh(smaller) < weigh(model)
+    question = [{"role": "user", "content": "Which parts?"}]
+    expected, found = (
+        segment_words(Plum(each, tiny_processor()), random_image(), question, "A wing.", [(2, 6)]).outputs.pred_masks
+        for each in (model, smaller)
+    )
+    assert not torch.equal(found, expected)
+    assert torch.allclose(found, expected, atol=0.1 * expected.abs().max().item())
 
 
 @pytest.mark.slow

@@ -1,0 +1,100 @@
+"""
+Prints what int8 weights cost and gain on a CPU: gIoU of the masks of the right answers, seconds per question, size.
+
+    python scripts/measure_int8.py --model checkpoints/plum-tiny --limit 100
+
+Linear layers of the language model, and of SAM's image encoder too, keep their weights in int8 and quantise what comes
+in as it comes (torch.ao.quantization.quantize_dynamic). The mask decoder and PLUM's heads stay in float32.
+"""
+
+import argparse
+import copy
+import io
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch.ao.quantization import quantize_dynamic
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import partonomy_dataset
+from inference_plum import Plum, load_model
+from partkit.benchmark import load_image, load_questions, make_batches
+from partkit.metrics import evaluate_predictions
+from partkit.schema import Question
+from predictor_plum import Predictor
+
+BATCH_SIZE, NEW_TOKENS, ROUNDS = 8, 48, 2
+
+
+def quantise(model, *, encoder: bool):
+    """A copy of a float32 model with the language model's linear layers, and those of SAM's encoder, in int8."""
+    model = copy.deepcopy(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch announces that torchao will take its place
+        quantize_dynamic(model.vlm.get_decoder(), {torch.nn.Linear}, inplace=True)
+        if encoder:
+            quantize_dynamic(model.sam.vision_encoder, {torch.nn.Linear}, inplace=True)
+    return model
+
+
+def measure(plum: Plum, questions: Sequence[Question], images: dict[str, Image.Image]) -> tuple[float, float]:
+    """Strict macro gIoU of the masks of the right answers, and seconds per question with its generated answer."""
+    predictor = Predictor(
+        plum.model,
+        plum.processor,
+        max_new_tokens=NEW_TOKENS,
+        choice_reduction="answer_mean",
+        mask_source="gt_answer",
+    )
+    started = time.perf_counter()
+    predictions = []
+    for batch in make_batches(questions, BATCH_SIZE):
+        asked = [questions[index] for index in batch]
+        names = [question.image_id for question in asked]
+        predictions += predictor.predict(asked, [images[name] for name in names], names)
+    seconds = (time.perf_counter() - started) / len(questions)
+    figures = evaluate_predictions(questions, predictions, mask_source="gt_answer")
+    return figures["overall"]["strict_macro_giou"], seconds
+
+
+def weigh(model) -> int:
+    """Bytes of the model's weights in a file."""
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    return file.tell()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="folder or Hub name of a PLUM checkpoint")
+    parser.add_argument(
+        "--limit", type=int, default=100, help="questions, the first of the test split of mini_questions"
+    )
+    arguments = parser.parse_args()
+    _, plum = load_model(arguments.model)
+    name = partonomy_dataset.DATASET_NAME
+    rows, questions = load_questions(name, name="mini_questions", split="test", limit=arguments.limit)
+    images = {question.image_id: load_image(rows, index, question) for index, question in enumerate(questions)}
+    variants = {
+        "float32": plum.model,
+        "int8: language model": quantise(plum.model, encoder=False),
+        "int8: language model and SAM's encoder": quantise(plum.model, encoder=True),
+    }
+    measured = {name: [] for name in variants}
+    for _ in range(ROUNDS):  # in turns, so that other load on the machine meets all of them alike
+        for name, model in variants.items():
+            measured[name].append(measure(Plum(model, plum.processor), questions, images))
+    print("| weights | gIoU | seconds per question | MB |\n|---|---:|---:|---:|")
+    for name, figures in measured.items():
+        giou, seconds = figures[0][0], min(seconds for _, seconds in figures)
+        print(f"| {name} | {giou:.4f} | {seconds:.3f} | {weigh(variants[name]) / 1e6:.1f} |")
+
+
+if __name__ == "__main__":
+    main()
