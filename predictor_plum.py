@@ -51,11 +51,13 @@ class ImageCache:
         self.uses, self.encoded = 0, 0
 
     def look_up(self, image_ids: Sequence[str], images: Sequence[Image.Image]) -> dict[str, ImageFeatures]:
-        """Features by image id; those that are not kept are computed, all in one batch."""
+        """
+        Features by image id; those that are not kept are computed, each image by itself, so that what a model says
+        does not depend on which images a resumed run no longer has.
+        """
         wanted = dict(zip(image_ids, images, strict=True))
         absent = {name: image for name, image in wanted.items() if name not in self._features}
-        if absent:
-            self._features |= dict(zip(absent, self._encode(list(absent.values())), strict=True))
+        self._features |= {name: self._encode(image) for name, image in absent.items()}
         self.uses += len(image_ids)
         self.encoded += len(absent)
         for name in wanted:
@@ -66,16 +68,17 @@ class ImageCache:
         return found
 
     @torch.no_grad()
-    def _encode(self, images: list[Image.Image]) -> list[ImageFeatures]:
+    def _encode(self, image: Image.Image) -> ImageFeatures:
         device = self.model.device
-        prepared, sam_inputs, vlm_inputs = self.processor.prepare_images(images)
+        (prepared,), sam_inputs, vlm_inputs = self.processor.prepare_images([image])
         embeddings = self.embed(sam_inputs["sam_pixel_values"].to(device))
         vlm_inputs = {name: value.to(device) for name, value in vlm_inputs.items() if isinstance(value, torch.Tensor)}
-        counts = [image.num_image_tokens for image in prepared]
-        features = self.model.get_vlm_image_features(counts, sam_image_embeddings=embeddings, **vlm_inputs)
+        features = self.model.get_vlm_image_features(
+            [prepared.num_image_tokens], sam_image_embeddings=embeddings, **vlm_inputs
+        )
         if features is None:
-            return [ImageFeatures(*pair, None) for pair in zip(images, embeddings, strict=True)]
-        return [ImageFeatures(*kept) for kept in zip(prepared, embeddings, features, strict=True)]
+            return ImageFeatures(image, embeddings[0], None)
+        return ImageFeatures(prepared, embeddings[0], features[0])
 
     def summary(self) -> dict[str, Any]:
         """How often a question found its image encoded."""
