@@ -1,5 +1,5 @@
 """
-Runs every benchmark of this folder, each in a process of its own, and writes perf/results.json.
+Runs every benchmark of this folder but that for a GPU, each in a process of its own, and writes perf/results.json.
 
     python perf/all.py
 """
@@ -15,6 +15,7 @@ SCRIPTS = [
     "masks",
     "segmentation",
     "training",
+    "training_step",
     "evaluation",
     "pipeline",
     "metrics",

@@ -15,7 +15,7 @@ from partkit.masks import decode
 from partkit.schema import as_chat
 from predictor_plum import Predictor, ask, choose, keep_last_answer, write_choice
 
-QUESTIONS, BATCH, NEW_TOKENS = 24, 16, 24
+QUESTIONS, BATCH, NEW_TOKENS = 16, 16, 24
 
 
 class OneByOne:
@@ -67,9 +67,9 @@ def main() -> list[dict]:
     shown = [question.image_id for question in questions] + [wrong[question.image_id] for question in questions]
     batches = [batch + [index + len(questions) for index in batch] for batch in make_batches(questions, BATCH)]
 
-    def one_by_one():
+    def one_by_one(count):
         one = OneByOne(model, processor)
-        return [one.predict(question, images[name]) for question, name in zip(asked, shown, strict=True)]
+        return [one.predict(asked[i], images[shown[i]]) for i in range(count)]
 
     def together():
         predictor = Predictor(
@@ -95,8 +95,9 @@ def main() -> list[dict]:
 
     return compare(
         "evaluation of mini_questions with plum-tiny, and its wrong-image control",
-        old=one_by_one,
+        old=lambda: one_by_one(len(asked)),
         new=together,
+        old_part=lambda: one_by_one(1),
         target=3.0,
         rounds=1,
         questions=QUESTIONS,

@@ -163,8 +163,8 @@ def main() -> None:
     measure("segment eight images", lambda: model.segment(**prompts, **tokens), **shared)
 
     recipe = yaml.safe_load((ROOT / "recipes" / "stage2_partonomy_7b.yaml").read_text())
-    names = ("lora_r", "lora_alpha", "lora_dropout", "lora_trained_whole")
-    arguments = ModelArguments(model="unused", **{name: recipe[name] for name in names if name in recipe})
+    lora = {name: recipe[name] for name in ("lora_r", "lora_alpha", "lora_dropout")}
+    arguments = ModelArguments(model="unused", **lora)
     model.requires_grad_(False)
     trained = add_lora(model, arguments).train()
     trained.gradient_checkpointing_enable()

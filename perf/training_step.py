@@ -92,8 +92,7 @@ def step(model: PlumForConditionalGeneration, **inputs) -> torch.Tensor:
     return loss.detach()
 
 
-def measure(rounds: int = 3) -> list[dict]:
-    """The results, printed as json."""
+def main() -> list[dict]:
     model, batch = build_model(), draw_batch()
     pixels = torch.randn(1, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
     with tempfile.TemporaryDirectory() as folder:
@@ -104,7 +103,7 @@ def measure(rounds: int = 3) -> list[dict]:
             new=lambda: step(model, **batch, sam_image_embeddings=cache.embed(pixels)),
             target=4.0,
             tolerance=1e-2,
-            rounds=rounds,
+            rounds=2,
             image_pixels=SIDE,
             spans=len(SPANS),
             tokens=IMAGE_TOKENS + TEXT_TOKENS,
@@ -112,4 +111,4 @@ def measure(rounds: int = 3) -> list[dict]:
 
 
 if __name__ == "__main__":
-    measure()
+    main()
