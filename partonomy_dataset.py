@@ -205,6 +205,21 @@ class Partonomy(datasets.GeneratorBasedBuilder):
                         _drawn(split, index), part_graph=graph, required_parts=required, seed=SEED
                     )
 
+    def as_dataset(self, split: Any = None, in_memory: bool = False) -> datasets.Dataset | datasets.DatasetDict:
+        """As every builder; raises DataError for a split without a record, which `datasets` has no table for."""
+        empty = [name for name, info in self.info.splits.items() if not info.num_examples]
+        asked = empty if split is None else [name for name in empty if str(split) == name]
+        if asked:
+            reason = "its records give nothing to ask or to talk about"
+            if self.config.scheme == "balanced":
+                reason = 'scheme="balanced" finds too few parts that objects may have or lack; "official" needs none'
+            others = "".join(f", or load the split {name} alone" for name in self.info.splits if name not in empty)
+            raise schema.DataError(
+                f'the config "{self.config.name}" makes no record of the split {asked[0]} ({reason}); use a larger '
+                f"copy{others}"
+            )
+        return super().as_dataset(split, in_memory=in_memory)
+
     def _data_dir(self) -> Path:
         if self.config.data_dir is None:
             raise schema.DataError(

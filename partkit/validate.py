@@ -5,8 +5,7 @@
 Problems are what a build would refuse, and counts or versions other than the published ones; notes say what was read.
 """
 
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,10 +14,11 @@ from tqdm import tqdm
 from partkit.schema import DataError, as_row
 from partkit.sources.catalogue import SOURCES, Source
 from partkit.sources.coco import CocoParts
+from partkit.sources.conversation_file import ConversationFile
 from partkit.sources.descriptor import HELD_OUT, Descriptor
 from partkit.sources.official import read_questions
 from partkit.sources.own_parts import OwnParts, open_own_parts
-from partkit.sources.survey import open_source
+from partkit.sources.survey import Opened, open_source
 from partkit.statistics import Statistics
 from partkit.synthesis import DEFAULT_SEED
 
@@ -75,34 +75,13 @@ def _check_source(kind: type[Source]) -> Callable[[Path, Report], None]:
 
 
 def _check_conversations(source: Source, report: Report) -> None:
-    found = Counter(dict.fromkeys(("conversations", "questions", "masks"), 0))
-    for index in tqdm(range(len(source)), desc=source.split, unit=" records"):
-        try:
-            for conversation in source.conversations(index, seed=0):
-                found["conversations"] += 1
-                found["questions"] += len(conversation.messages) // 2
-                found["masks"] += len(conversation.masks or [])
-        except DataError as error:
-            report.refuse(error)
-    held, made = (", ".join(f"{count} {what}" for what, count in counts.items()) for counts in (source.counts, found))
+    made = _read_conversations(source, range(len(source)), split=source.split, report=report)
+    held = ", ".join(f"{count} {what}" for what, count in source.counts.items())
     report.notes.append(f"{source.split}: {held}, of which {source.blank} give nothing to talk about; {made}")
 
 
 def _check_descriptor(folder: Path, report: Report) -> None:
-    source = Descriptor(folder, on_error=report.refuse)
-    labels, images, masks = set(), set(), 0
-    for index in tqdm(range(len(source)), desc="examples", unit=" examples"):
-        try:
-            example = source.example(index)
-        except DataError as error:
-            report.refuse(error)
-            continue
-        labels.add(example.image_label)
-        images.add(source.image_path(index))
-        masks += len(example.masks)
-    report.notes.append(
-        f"examples: {len(source)} examples, {masks} masks, {len(images)} images, {len(labels)} objects"
-    )
+    _check_drawn_splits(Descriptor(folder, on_error=report.refuse), report)
 
 
 def _check_own_parts(folder: Path, report: Report) -> None:
@@ -113,23 +92,31 @@ def _check_own_parts(folder: Path, report: Report) -> None:
         if source.unannotated:
             shown = ", ".join(source.unannotated[:3])
             report.notes.append(f"{len(source.unannotated)} images show no part and are left out, such as {shown}")
-    splits = source.splits(seed=DEFAULT_SEED)
-    for split, indices in splits.items():
-        images, spans, turns, masks = set(), 0, 0, set()
-        for index in tqdm(indices, desc=split, unit=" records"):
-            try:
-                (conversation,) = source.conversations(index, seed=DEFAULT_SEED)
-            except DataError as error:
-                report.refuse(error)
-                continue
-            images.add(source.image_path(index))
-            turns += len(conversation.messages) // 2
-            spans += len(conversation.masks)
-            masks |= {(index, mask.label, mask.rle["counts"]) for mask in conversation.masks}
-        counts = f"{len(images - {None})} images, {len(indices)} conversations, {turns} questions"
-        report.notes.append(f"{split}: {counts}, {spans} spans of {len(masks)} masks")
-    if not splits["validation"]:
+    _check_drawn_splits(source, report)
+    if not source.splits(seed=DEFAULT_SEED)["validation"]:
         report.problems.append(f"{folder}: at least {HELD_OUT} images are needed, one in {HELD_OUT} is held out")
+
+
+def _check_drawn_splits(source: Descriptor | OwnParts | ConversationFile, report: Report) -> None:
+    for split, indices in source.splits(seed=DEFAULT_SEED).items():
+        images = {source.image_path(index) for index in indices} - {None}
+        made = _read_conversations(source, indices, split=split, report=report)
+        report.notes.append(f"{split}: {len(images)} images, {made}")
+
+
+def _read_conversations(source: Opened, indices: Sequence[int], *, split: str, report: Report) -> str:
+    """What the conversations of these records hold; bad ones are reported."""
+    conversations, questions, spans, masks = 0, 0, 0, set()
+    for index in tqdm(indices, desc=split, unit=" records"):
+        try:
+            for conversation in source.conversations(index, seed=DEFAULT_SEED):
+                conversations += 1
+                questions += len(conversation.messages) // 2
+                spans += len(conversation.masks or [])
+                masks |= {(index, mask.label, mask.rle["counts"]) for mask in conversation.masks or []}
+        except DataError as error:
+            report.refuse(error)
+    return f"{conversations} conversations, {questions} questions, {spans} spans of {len(masks)} masks"
 
 
 def _differences_from_published(source: Source) -> Iterator[str]:

@@ -151,5 +151,6 @@ def test_a_metric_loads_by_the_name_of_its_space(folder, tmp_path):
 
 
 def test_the_file_beside_the_mask_metric_is_that_of_partkit():
+    assert len({path.read_bytes() for path in (ROOT / "metrics").glob("*/app.py")}) == 1
     copy = ROOT / "metrics" / "partonomy_masks" / "mask_metrics.py"
     assert copy.read_bytes() == (ROOT / "partkit" / "mask_metrics.py").read_bytes()

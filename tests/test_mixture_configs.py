@@ -118,7 +118,7 @@ def test_an_empty_folder_is_refused_by_the_build(tmp_path, name):
 def test_the_check_counts_what_a_copy_gives_and_compares_it_with_what_was_published(tmp_path):
     report = validate("ade20k", ade20k_folder(tmp_path / "ade20k"))
     assert report.notes == [
-        f"{split}: 2 images, of which 0 give nothing to talk about; 2 conversations, 3 questions, 3 masks"
+        f"{split}: 2 images, of which 0 give nothing to talk about; 2 conversations, 3 questions, 3 spans of 3 masks"
         for split in ("train", "validation")
     ]
     assert len(report.problems) == 2
@@ -126,7 +126,7 @@ def test_the_check_counts_what_a_copy_gives_and_compares_it_with_what_was_publis
     report = validate("llava_v1_5_mix665k", llava_folder(tmp_path / "llava", MIXTURE))
     assert report.problems == []
     assert report.notes == [
-        "train: 4 chats, of which 1 give nothing to talk about; 3 conversations, 3 questions, 0 masks"
+        "train: 4 chats, of which 1 give nothing to talk about; 3 conversations, 3 questions, 0 spans of 0 masks"
     ]
 
 

@@ -158,6 +158,19 @@ def test_an_option_that_is_unknown_or_of_no_use_is_refused(folder, name, options
         load(name, folder, **options)
 
 
+def test_a_split_about_which_nothing_can_be_asked_is_one_clear_error(tmp_path):
+    """A part of every image shows; none of them may be missing, and so no balanced question can be made."""
+    whole = {n: {"segmentations": {"door": [mask(0)]}, "segmentation_labels": ["door"]} for n in range(IMAGES)}
+    whole = {n: record | {"image_label": "car"} for n, record in whole.items()}
+    options = {"scheme": "balanced", "cache_dir": tmp_path / "cache"}
+    folder = small_descriptor(tmp_path / "data", bad=whole)
+    for split in (None, "validation"):
+        with pytest.raises(
+            DataError, match=r'makes no record of the split (train|validation) \(scheme="balanced" finds'
+        ):
+            load("descriptor_questions", folder, split=split, **options)
+
+
 # ---------------------------------------------------------------- bad records
 
 
