@@ -23,6 +23,7 @@ __all__ = [
     "load_rows",
     "make_batches",
     "pick_wrong_images",
+    "read_image",
 ]
 
 CONTROL_SEED = 0
@@ -80,14 +81,19 @@ def _describe(dataset: str, name: str, split: str) -> str:
 
 def load_image(rows: datasets.Dataset, index: int, question: Question) -> Image.Image:
     """The image of one record as RGB; raises DataError if it cannot be read or is not of its masks' size."""
-    try:
-        image = to_rgb(rows[index]["image"], where=f"Question {question.id!r}, image {question.image_id!r}")
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"Question {question.id!r}: image {question.image_id!r} cannot be read: {error}") from error
+    image = read_image(rows, index, where=f"Question {question.id!r}, image {question.image_id!r}")
     size, expected = [image.height, image.width], list(question.masks[0].rle["size"])
     if size != expected:
         raise DataError(f"Question {question.id!r}: its image has [height, width] {size}, its masks {expected}.")
     return image
+
+
+def read_image(rows: datasets.Dataset, index: int, *, where: str) -> Image.Image:
+    """The image of one record as RGB; raises DataError, opening with `where`, if it cannot be read."""
+    try:
+        return to_rgb(rows[index]["image"], where=where)
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"{where}: cannot be read: {error}") from error
 
 
 def fingerprint(questions: Sequence[Question]) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from partkit.mask_metrics import normalise
-from partkit.metrics import MaskSource, pair_by_id, question_ious, scored_spans, tally, true_masks
+from partkit.metrics import MaskSource, mean_iou, pair_by_id, scored_spans, tally, true_masks
 from partkit.overlays import COLOURS, panel
 from partkit.pages import render_page
 from partkit.predictions import Prediction, SpanMask, write_whole
@@ -90,7 +90,10 @@ def write_comparison(
     """
     answers = {name: [p for _, p in pair_by_id(questions, predictions)] for name, predictions in models.items()}
     ious = np.array(
-        [[_mean_iou(q, p, mask_source) for q, p in zip(questions, given, strict=True)] for given in answers.values()]
+        [
+            [mean_iou(q, scored_spans(p, mask_source) or ()) for q, p in zip(questions, given, strict=True)]
+            for given in answers.values()
+        ]
     )
     examples = []
     for index in _most_differing(questions, ious):
@@ -113,11 +116,6 @@ def write_comparison(
         examples_per_type=EXAMPLES_PER_TYPE,
     )
     write_whole(path, [page])
-
-
-def _mean_iou(question: Question, prediction: Prediction, mask_source: MaskSource) -> float:
-    ious = question_ious(question, scored_spans(prediction, mask_source) or ())
-    return float(np.mean(list(ious.values()))) if ious else 0.0
 
 
 def _most_differing(questions: Sequence[Question], ious: np.ndarray) -> list[int]:

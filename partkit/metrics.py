@@ -36,6 +36,7 @@ __all__ = [
     "check_fit",
     "evaluate_predictions",
     "iou_per_part",
+    "mean_iou",
     "part_counts",
     "question_ious",
     "tally",
@@ -128,6 +129,12 @@ def _named_truth(question: Question) -> list[tuple[str, RLE]]:
 def question_ious(question: Question, spans: Iterable[SpanMask]) -> dict[str, float]:
     """Strict IoU of every part of the correct answer and of the spans, by normalised name."""
     return strict_ious(_named_masks(spans), _named_truth(question))
+
+
+def mean_iou(question: Question, spans: Iterable[SpanMask]) -> float:
+    """Mean of `question_ious`; 0 where there is nothing to compare."""
+    ious = question_ious(question, spans)
+    return fmean(ious.values()) if ious else 0.0
 
 
 def scored_spans(prediction: Prediction, mask_source: MaskSource) -> list[SpanMask] | None:

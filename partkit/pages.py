@@ -1,10 +1,19 @@
 """HTML pages in one style that load nothing from elsewhere; all text is escaped by the template engine."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jinja2
 
-__all__ = ["render_page"]
+__all__ = ["pick_evenly", "render_page"]
+
+EXAMPLES = 24
+
+
+def pick_evenly(ordered: Sequence[Any]) -> list[Any]:
+    """At most EXAMPLES of the items at even distances, the first and the last among them: no choice of ours."""
+    count = min(EXAMPLES, len(ordered))
+    return [ordered[round(number * (len(ordered) - 1) / max(count - 1, 1))] for number in range(count)]
 
 
 def render_page(body: str, *, title: str, **values: Any) -> str:

@@ -7,7 +7,6 @@ import csv
 import io
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -16,15 +15,13 @@ from PIL import Image
 
 from partkit.mask_metrics import normalise
 from partkit.masks import DataError
-from partkit.metrics import Pair, pair_by_id, question_ious, true_masks, true_parts
+from partkit.metrics import Pair, mean_iou, pair_by_id, true_masks, true_parts
 from partkit.overlays import COLOURS, data_address, highlight, panel
-from partkit.pages import render_page
+from partkit.pages import pick_evenly, render_page
 from partkit.predictions import Prediction, write_whole
 from partkit.schema import Question
 
 __all__ = ["FIGURES", "write_report"]
-
-EXAMPLES = 24
 
 # What the tables show: key in the figures, name on the page.
 FIGURES = {
@@ -119,14 +116,12 @@ def _shown_iou(pair: Pair) -> float:
     """Mean IoU of the model's own answer or, where it wrote none, of the given one."""
     question, prediction = pair
     own = prediction.generated_spans
-    ious = question_ious(question, (prediction.given_spans or ()) if own is None else own)
-    return fmean(ious.values()) if ious else 0.0
+    return mean_iou(question, (prediction.given_spans or ()) if own is None else own)
 
 
 def _spread(pairs: Sequence[Pair]) -> list[Pair]:
-    """Pairs at even distances from the best to the worst masks: no choice of ours."""
-    ordered = sorted(pairs, key=lambda pair: (-_shown_iou(pair), pair[0].id))
-    return [ordered[round(index)] for index in np.linspace(0, len(ordered) - 1, min(EXAMPLES, len(ordered)))]
+    """Pairs from the best to the worst masks."""
+    return pick_evenly(sorted(pairs, key=lambda pair: (-_shown_iou(pair), pair[0].id)))
 
 
 def _example(pair: Pair, load_image: Callable[[Question], Image.Image]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The records every source is turned into, as dataclasses and as `datasets.Features`.
+"""The records every source is turned into, as dataclasses; what is stored also as `datasets.Features`.
 
     source files --> PartExample --> GroundedConversation   (training)
                                \\--> Question               (benchmark)
@@ -19,7 +19,6 @@ from partkit.masks import RLE, DataError
 
 __all__ = [
     "GROUNDED_CONVERSATION_FEATURES",
-    "PART_EXAMPLE_FEATURES",
     "QUESTION_FEATURES",
     "QUESTION_TYPES",
     "UNNAMED_OBJECT",
@@ -183,7 +182,7 @@ def check_turns(messages: list[dict[str, str]], masks: int, *, where: str) -> No
         raise DataError(f"{where}, field 'masks': {tags} span tags, but {masks} masks; give each tag one mask")
 
 
-def as_row(record: PartExample | GroundedConversation | Question) -> dict[str, Any]:
+def as_row(record: GroundedConversation | Question) -> dict[str, Any]:
     """The record as plain dictionaries and lists, for `datasets`; the image is passed on as it is."""
     row = {item.name: getattr(record, item.name) for item in dataclasses.fields(record)}
     row["masks"] = record.masks and [{"label": mask.label, "rle": mask.rle} for mask in record.masks]
@@ -219,17 +218,6 @@ def _check_choices(choices: list[str], *, correct: int, where: str, field: str) 
 
 
 _MASKS = List({"label": Value("string"), "rle": {"size": List(Value("int32")), "counts": Value("string")}})
-
-PART_EXAMPLE_FEATURES = Features(
-    {
-        "image": Image(),
-        "image_id": Value("string"),
-        "image_label": Value("string"),
-        "masks": _MASKS,
-        "source": Value("string"),
-        "licence": Value("string"),
-    }
-)
 
 GROUNDED_CONVERSATION_FEATURES = Features(
     {

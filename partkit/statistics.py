@@ -1,9 +1,11 @@
 """What a data set holds: objects, parts, object-part pairs, images, masks and questions, as the paper counts them.
 
-statistics = Statistics()
-for row in rows:
-    statistics.add(row)
-statistics.as_row()
+Rows are counted one by one:
+
+    statistics = Statistics()
+    for row in rows:
+        statistics.add(row)
+    statistics.as_row()
 """
 
 from collections import Counter

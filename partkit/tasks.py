@@ -18,15 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 from PIL import Image
 
 from partkit.answers import LineReader, check_fields, collect_answers, read_span
-from partkit.benchmark import load_rows
-from partkit.images import to_rgb
+from partkit.benchmark import load_rows, read_image
 from partkit.masks import DataError
 from partkit.overlays import COLOURS, panel
-from partkit.pages import render_page
+from partkit.pages import pick_evenly, render_page
 from partkit.predictions import Prediction, write_whole
 from partkit.schema import PartMask, tagged_phrases
 from partkit.scoring import describe_left_out
@@ -44,7 +42,6 @@ __all__ = [
 ]
 
 FIELDS = ("id", "answer", "masks")
-EXAMPLES = 24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,10 +126,7 @@ def load_task_image(rows: datasets.Dataset, question: TaskQuestion) -> Image.Ima
     where = f"Question {question.id!r}, image {question.image_id!r}"
     if "image" not in rows.column_names:
         raise DataError(f"{where}: the records have no field 'image'; a model needs one.")
-    try:
-        return to_rgb(rows[question.row]["image"], where=where)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{where}: cannot be read: {error}") from error
+    return read_image(rows, question.row, where=where)
 
 
 # ---------------------------------------------------------------- answers
@@ -214,7 +208,7 @@ def score_task(
     metrics = {"overall": {"n": len(pairs), **figures}, "intervals": {"overall": intervals}, "run": run}
     write_whole(output_dir / "metrics.json", [json.dumps(metrics, indent=2, allow_nan=False), "\n"])
     order = sorted(range(len(pairs)), key=lambda index: (-_shown_score(tallies[index]), questions[index].id))
-    shown = [order[round(index)] for index in np.linspace(0, len(order) - 1, min(EXAMPLES, len(order)))]
+    shown = pick_evenly(order)
     page = render_page(
         PAGE,
         title=f"Evaluation: {task.replace('_', ' ')}",

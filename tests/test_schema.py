@@ -8,12 +8,10 @@ from datasets import Dataset
 from partkit.masks import encode
 from partkit.schema import (
     GROUNDED_CONVERSATION_FEATURES,
-    PART_EXAMPLE_FEATURES,
     QUESTION_FEATURES,
     QUESTION_TYPES,
     DataError,
     GroundedConversation,
-    PartExample,
     PartMask,
     Question,
     as_row,
@@ -68,9 +66,7 @@ OBJECT_FIELDS = {
 
 
 def test_good_records_pass_and_survive_the_features_unchanged():
-    example = PartExample(None, "image", "bus", [PartMask("door", RLE)], "test", "none")
     records = [
-        (example, PART_EXAMPLE_FEATURES),
         (conversation(), GROUNDED_CONVERSATION_FEATURES),
         (question(), QUESTION_FEATURES),
         (question(**OBJECT_FIELDS), QUESTION_FEATURES),
