@@ -17,9 +17,7 @@ from partkit.metrics import MaskSource
 from partkit.predictions import Prediction, SpanMask
 from partkit.schema import Question, as_chat, escape_tags
 from partkit.spans import tag_phrases
-from processing_plum import PlumProcessor, PreparedImage, parse_span_tags
-
-IGNORE_INDEX = -100
+from processing_plum import IGNORE_INDEX, PlumProcessor, PreparedImage, parse_span_tags
 
 Message = dict[str, Any]
 Row = tuple[str, list[Message]]  # the id of an image and a conversation whose first message is about it

@@ -71,14 +71,14 @@ def _count(records: Dataset) -> dict[str, str]:
 
 def _measure(records, processor, max_length, turns_per_record) -> dict[str, str]:
     """Lengths of conversations in tokens, how many of them lose turns, and sizes of images, of some records."""
-    collate, lengths, sizes, cut = Collator(processor), [], set(), 0
+    collate, lengths, sizes = Collator(processor), [], set()
     for example in _samples(records, turns_per_record):
         if example["image"] is not None:
             sizes.add(example["image"].size)
         batch = collate([example])
         lengths += batch["attention_mask"].sum(1).tolist()
-        if max_length is not None and max(lengths) > max_length:
-            cut_turns(batch, max_length, pad_token_id=0)
+        if max_length is not None and batch["attention_mask"].shape[1] > max_length:
+            cut_turns(batch, max_length, pad_token_id=0)  # raises for a turn that is too long by itself
     cut = 0 if max_length is None else sum(length > max_length for length in lengths)
     ordered = sorted(sizes, key=lambda size: (size[0] * size[1], size))
     ends = dict.fromkeys(f"{width} x {height}" for width, height in (ordered[:1] + ordered[-1:]))
