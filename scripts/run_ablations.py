@@ -13,8 +13,8 @@ What is measured on the test split, turn by turn:
 - gIoU: the mean IoU of a record's masks, the correct answer being given, averaged over records; with the model's own
   earlier masks, and with the true ones given in their place (for the second and later spans of a turn these differ).
 - choice accuracy and gIoU of the generated answer, by evaluate_plum.py (for `mini`, which has questions).
-- perplexity of the plain answers without an image: what training leaves of plain text. The model starts from random
-  weights, so there is none from before to compare with; span tags are compared with special tokens.
+- perplexity of the plain answers without an image, of new random weights and after the training: what it leaves of
+  plain text, with span tags and with special tokens.
 """
 
 import argparse
@@ -50,7 +50,8 @@ FIGURES = {
     "later_iou_given": "IoU, later spans, earlier masks given",
     "choice_accuracy": "choice accuracy",
     "end_to_end_giou": "gIoU, generated answer",
-    "perplexity": "perplexity, plain answers",
+    "perplexity_before": "perplexity, plain answers, before",
+    "perplexity": "after",
 }
 BATCH_SIZE = 8
 
@@ -163,6 +164,8 @@ def run(folder: Path, recipe: Path, *, dataset: str) -> dict[str, float]:
         records = load_dataset("partonomy", dataset, split="test")
         figures = measure_masks(model.eval(), processor, records)
         figures["perplexity"] = measure_perplexity(model, processor, records)
+        untrained = PlumForConditionalGeneration(model.config).eval()
+        figures["perplexity_before"] = measure_perplexity(untrained, processor, records)
         write_whole(figures_file, [json.dumps(figures, indent=2), "\n"])
     return json.loads(figures_file.read_text()) | metrics
 
