@@ -35,9 +35,6 @@ from tqdm import tqdm
 from transformers import HfArgumentParser
 
 import partonomy_dataset
-from embedding_cache import EmbeddingCache
-from evaluate_tasks import evaluate_task
-from inference_plum import load_model
 from partkit.answers import answer_files, read_answers
 from partkit.baselines import SEED as BASELINE_SEED
 from partkit.baselines import answer_without_model
@@ -65,7 +62,10 @@ from partkit.scoring import (
     match_names,
     score,
 )
-from predictor_plum import Predictor
+from plumkit.embedding_cache import EmbeddingCache
+from plumkit.inference import load_model
+from plumkit.predictor import Predictor
+from plumkit.tasks import evaluate_task
 
 
 @dataclass

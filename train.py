@@ -32,16 +32,16 @@ from transformers import (
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from cards_plum import make_model_card, write_recipe
-from checkpoint_plum import check_config_fields, load_checkpoint
 from configuration_plum import PlumConfig
-from data_plum import Collator, ConversationDataset, stream_examples
-from embedding_cache import EmbeddingCache
-from mixture_plum import Source, load_eval_records, load_records, mix, parse_source
 from modeling_plum import PlumForConditionalGeneration
+from plumkit.cards import make_model_card, write_recipe
+from plumkit.checkpoint import check_config_fields, load_checkpoint
+from plumkit.data import Collator, ConversationDataset, stream_examples
+from plumkit.embedding_cache import EmbeddingCache
+from plumkit.mixture import Source, load_eval_records, load_records, mix, parse_source
+from plumkit.survey import format_table, survey, write_samples
+from plumkit.trainer import PlumTrainer, TrainingCurves
 from processing_plum import PlumProcessor, parse_span_tags
-from survey_plum import format_table, survey, write_samples
-from trainer_plum import PlumTrainer, TrainingCurves
 
 # What a model from scratch writes after each grounded phrase if its span_source is "seg_token".
 SEG_TOKEN = "[SEG]"

@@ -26,7 +26,10 @@ from PIL import Image
 
 import partonomy_dataset  # noqa: F401  (makes load_dataset("partonomy", ...) work)
 from demo import pages
-from inference_plum import (
+from partkit.benchmark import load_image, load_questions
+from partkit.masks import DataError
+from partkit.schema import Question
+from plumkit.inference import (
     MAX_IMAGE_BYTES,
     MAX_NEW_TOKENS,
     MAX_TEXT_CHARACTERS,
@@ -44,10 +47,7 @@ from inference_plum import (
     segment_words,
     stream,
 )
-from partkit.benchmark import load_image, load_questions
-from partkit.masks import DataError
-from partkit.schema import Question
-from predictor_plum import Predictor
+from plumkit.predictor import Predictor
 from processing_plum import PlumAnswer
 
 HERE = Path(__file__).resolve().parent

@@ -13,7 +13,7 @@ from plum_tiny import build_plum_tiny
 from partkit.benchmark import load_image, load_questions, make_batches, pick_wrong_images
 from partkit.masks import decode
 from partkit.schema import as_chat
-from predictor_plum import Predictor, ask, choose, keep_last_answer, write_choice
+from plumkit.predictor import Predictor, ask, choose, keep_last_answer, write_choice
 
 QUESTIONS, BATCH, NEW_TOKENS = 16, 16, 24
 

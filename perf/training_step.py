@@ -14,8 +14,8 @@ import torch
 from measure import compare
 
 from configuration_plum import PlumConfig
-from embedding_cache import EmbeddingCache
 from modeling_plum import PlumForConditionalGeneration
+from plumkit.embedding_cache import EmbeddingCache
 
 SIDE, HEIGHT, WIDTH = 1024, 768, 1024
 IMAGE_TOKENS, TEXT_TOKENS = 256, 64

@@ -18,8 +18,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cards_plum import CURVES_FILE, RECIPE_FILE, TRAINER_STATE_FILE, make_model_card
-from checkpoint_plum import load_checkpoint
+from plumkit.cards import CURVES_FILE, RECIPE_FILE, TRAINER_STATE_FILE, make_model_card
+from plumkit.checkpoint import load_checkpoint
 
 
 def main():

@@ -21,8 +21,8 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from checkpoint_plum import load_checkpoint
 from modeling_plum import PlumForConditionalGeneration
+from plumkit.checkpoint import load_checkpoint
 
 STEP_OUTPUTS = ["mask", "iou", "key", "value"]
 TOLERANCE = 1e-3

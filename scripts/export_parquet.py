@@ -24,7 +24,6 @@ import datasets
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import partonomy_dataset  # noqa: E402
-from cards_plum import CITATION  # noqa: E402
 from partkit import synthesis  # noqa: E402
 from partkit.dataset_card import ConfigFacts, make_card  # noqa: E402
 from partkit.leak import leak_of_copy, leak_of_drawings, leak_of_published  # noqa: E402
@@ -34,6 +33,7 @@ from partkit.schema import DataError, Question  # noqa: E402
 from partkit.shards import MAX_SHARD_BYTES, write_checksums, write_shards  # noqa: E402
 from partkit.sources.survey import PART_SOURCES, Survey, survey  # noqa: E402
 from partkit.statistics import Statistics  # noqa: E402
+from plumkit.cards import CITATION  # noqa: E402
 
 
 def main() -> None:

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from checkpoint_plum import load_checkpoint
 from modeling_plum import PlumForConditionalGeneration
+from plumkit.checkpoint import load_checkpoint
 
 TOPICS = ("assignment", "calls", "comparisons", "debugger", "execmodel", "import", "objects", "strings")
 NUM_TOKENS = 512

@@ -23,11 +23,11 @@ from torch.ao.quantization import quantize_dynamic
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import partonomy_dataset
-from inference_plum import Plum, load_model
 from partkit.benchmark import load_image, load_questions, make_batches
 from partkit.metrics import evaluate_predictions
 from partkit.schema import Question
-from predictor_plum import Predictor
+from plumkit.inference import Plum, load_model
+from plumkit.predictor import Predictor
 
 BATCH_SIZE, NEW_TOKENS, ROUNDS = 8, 48, 2
 

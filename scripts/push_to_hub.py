@@ -26,9 +26,9 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import filter_repo_objects
 from transformers import AutoModel, AutoProcessor
 
-from cards_plum import CURVES_FILE, RECIPE_FILE, make_model_card
-from checkpoint_plum import check_checkpoint
 from evaluate_plum import fingerprint_model
+from plumkit.cards import CURVES_FILE, RECIPE_FILE, make_model_card
+from plumkit.checkpoint import check_checkpoint
 
 # What a repository holds of a folder. Optimizer states and pickled arguments stay at home.
 MODEL_FILES = ["config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json"]

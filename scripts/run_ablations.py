@@ -32,11 +32,11 @@ from datasets import Dataset, load_dataset
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import partonomy_dataset  # noqa: F401  (makes load_dataset("partonomy") work)
-from checkpoint_plum import load_checkpoint
-from data_plum import Collator, ConversationDataset
 from modeling_plum import PlumForConditionalGeneration
 from partkit.predictions import write_whole
 from partkit.schema import escape_tags
+from plumkit.checkpoint import load_checkpoint
+from plumkit.data import Collator, ConversationDataset
 from processing_plum import PlumProcessor, parse_span_tags
 
 ROOT = Path(__file__).parents[1]

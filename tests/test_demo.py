@@ -14,8 +14,8 @@ from PIL import Image
 
 from demo import pages
 from demo.app import CANVAS, LAUNCH, Demo, make_app
-from inference_plum import Plum, finish, segment_words
 from partkit.benchmark import load_questions
+from plumkit.inference import Plum, finish, segment_words
 from tests.tiny import random_image, random_mask, tiny_model, tiny_processor
 
 ROOT = Path(__file__).parents[1]

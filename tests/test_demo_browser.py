@@ -16,8 +16,8 @@ import pytest
 from PIL import Image, ImageColor
 
 from demo.app import BRUSH_COLOUR, DEFAULT_MODEL, LAUNCH, make_app
-from inference_plum import load_model
 from partkit.benchmark import load_questions
+from plumkit.inference import load_model
 
 pytestmark = pytest.mark.slow
 sync_api = pytest.importorskip("playwright.sync_api", reason="pip install plum-partonomy[browser]")

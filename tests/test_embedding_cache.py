@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file
 
 import train
-from data_plum import Collator, ConversationDataset
-from embedding_cache import EmbeddingCache
 from partkit.masks import DataError, encode
 from partkit.schema import PartMask, Question
-from predictor_plum import Predictor
+from plumkit.data import Collator, ConversationDataset
+from plumkit.embedding_cache import EmbeddingCache
+from plumkit.predictor import Predictor
 from tests.test_train import base_options, data_folder, make_records, record, run_main  # noqa: F401
 from tests.tiny import IMAGE_SIZE, random_image, random_mask, tiny_model, tiny_processor
 

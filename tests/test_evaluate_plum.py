@@ -21,7 +21,7 @@ from partkit.masks import DataError, encode
 from partkit.metrics import evaluate_predictions, true_masks
 from partkit.predictions import read_predictions
 from partkit.schema import QUESTION_FEATURES, PartMask, Question, as_row
-from predictor_plum import Predictor, keep_last_answer
+from plumkit.predictor import Predictor, keep_last_answer
 from tests.tiny import random_image, random_mask, tiny_model, tiny_processor
 
 ROOT = Path(__file__).parent.parent

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from inference_plum import Plum, segment_words
+from plumkit.inference import Plum, segment_words
 from scripts.measure_int8 import quantise, weigh
 from tests.tiny import random_image, tiny_model, tiny_processor
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_plum import ConversationDataset
 from partkit.images import to_rgb
 from partkit.masks import DataError, encode
 from partkit.schema import GROUNDED_CONVERSATION_FEATURES
 from partkit.sources.files import ImageFiles
+from plumkit.data import ConversationDataset
 
 HEIGHT, WIDTH = 4, 6
 RAMP = np.arange(HEIGHT * WIDTH, dtype=np.uint8).reshape(HEIGHT, WIDTH) * 10

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from cards_plum import write_recipe
+from plumkit.cards import write_recipe
 from scripts.push_to_hub import main
 from tests.hub_stub import HubStub
 from tests.tiny import tiny_model, tiny_processor
@@ -21,7 +21,7 @@ TOKEN = "hf_SecretOfTheTests"
 PUSH = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
-from cards_plum import write_recipe
+from plumkit.cards import write_recipe
 from scripts.push_to_hub import main
 
 for command in json.loads(sys.argv[2]):

@@ -9,9 +9,9 @@ import torch
 import transformers
 
 import train
-from checkpoint_plum import load_checkpoint
 from configuration_plum import PlumConfig
 from partonomy_dataset import Partonomy
+from plumkit.checkpoint import load_checkpoint
 from scripts.count_parameters import count_parameters, format_table
 from tests.tiny_backbones import llava_clip, tiny_sam
 

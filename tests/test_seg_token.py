@@ -11,10 +11,10 @@ from torch.testing import assert_close
 
 import train
 from chat_plum import PlainChat, find_last_phrase, insert_seg_tokens
-from checkpoint_plum import load_checkpoint
 from evaluate_plum import evaluate
 from modeling_plum import PlumForConditionalGeneration, dice_loss, upscale_masks
 from partkit.predictions import read_predictions
+from plumkit.checkpoint import load_checkpoint
 from processing_plum import PlumProcessor
 from tests.test_evaluate_plum import arguments, question_set  # noqa: F401
 from tests.test_train import base_options, data_folder  # noqa: F401

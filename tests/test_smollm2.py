@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import train
-from checkpoint_plum import load_checkpoint
+from plumkit.checkpoint import load_checkpoint
 from scripts.build_smollm2 import IMAGE_TOKEN, build, load_smollm2
 from tests.tiny import conversation, random_image, random_mask
 

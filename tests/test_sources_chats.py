@@ -8,12 +8,12 @@ import pytest
 from datasets import Dataset
 from PIL import Image
 
-from data_plum import Collator, ConversationDataset
 from partkit.masks import DataError, decode
 from partkit.schema import GROUNDED_CONVERSATION_FEATURES, as_row, tagged_phrases
 from partkit.sources.llava import LlavaInstruct, LlavaMixture
 from partkit.sources.question_chats import CoreConversations, CoreStage2
 from partkit.sources.reasonseg import ANSWERS, ASKING_WHY, EXPLANATIONS_FILE, WORDS_FOR_THE_ANSWER, ReasonSeg
+from plumkit.data import Collator, ConversationDataset
 from tests.test_sources import official_folder, official_record
 from tests.tiny import tiny_model, tiny_processor
 

@@ -26,14 +26,14 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformers import AutoModel, AutoProcessor, LlamaConfig, TrainerCallback
 
+import plumkit.trainer
 import train
-import trainer_plum
-from checkpoint_plum import load_checkpoint
-from data_plum import stream_examples
-from mixture_plum import mix
 from modeling_plum import PlumForConditionalGeneration
 from partkit.masks import DataError, encode
 from partkit.schema import GROUNDED_CONVERSATION_FEATURES
+from plumkit.checkpoint import load_checkpoint
+from plumkit.data import stream_examples
+from plumkit.mixture import mix
 from processing_plum import PlumProcessor
 from tests.tiny import CORPUS, random_image, random_mask, tiny_config, tiny_model, tiny_processor
 from tests.tiny_backbones import idefics3, tiny_sam
@@ -528,14 +528,14 @@ def test_with_lora_only_its_matrices_and_the_modules_trained_whole_have_gradient
 
 def test_the_teacher_under_lora_gives_the_loss_and_gradients_of_an_explicit_frozen_copy():
     plain = tiny_model(teacher_kl_loss_weight=1.0)
-    copied_teacher = trainer_plum.build_teacher(plain)
+    copied_teacher = plumkit.trainer.build_teacher(plain)
     batch = batch_of([record(0, 3), record(1, 2)], tiny_processor())
     wrapped = train.add_lora(copy.deepcopy(plain), lora_arguments(lora_dropout=0.0))
     for name, parameter in wrapped.named_parameters():
         if "lora_B" in name or name.endswith("embed_tokens.modules_to_save.default.weight"):
             torch.nn.init.normal_(parameter, std=0.5)
     found = {}
-    for name, teacher in (("adapter off", trainer_plum.build_teacher(wrapped)), ("copy", copied_teacher)):
+    for name, teacher in (("adapter off", plumkit.trainer.build_teacher(wrapped)), ("copy", copied_teacher)):
         wrapped.zero_grad()
         outputs = wrapped(**batch, teacher=teacher)
         outputs.loss.backward()
@@ -547,7 +547,7 @@ def test_the_teacher_under_lora_gives_the_loss_and_gradients_of_an_explicit_froz
 
 
 def test_without_its_loss_there_is_no_teacher():
-    assert trainer_plum.build_teacher(tiny_model(teacher_kl_loss_weight=0.0)) is None
+    assert plumkit.trainer.build_teacher(tiny_model(teacher_kl_loss_weight=0.0)) is None
 
 
 def test_a_model_wrapped_for_lora_computes_and_segments_as_the_model_itself():
@@ -764,8 +764,8 @@ def test_a_split_without_masks_has_no_macro_giou(tmp_path):
 # ------------------------------------------------------------------------------------------------ optimizer
 
 
-def muon_with_adamw(model) -> trainer_plum.MuonWithAdamW:
-    return trainer_plum.MuonWithAdamW(model, 0.02, 0.001, 0.05, (0.9, 0.98))
+def muon_with_adamw(model) -> plumkit.trainer.MuonWithAdamW:
+    return plumkit.trainer.MuonWithAdamW(model, 0.02, 0.001, 0.05, (0.9, 0.98))
 
 
 def test_muon_gets_the_matrices_of_layers_and_adamw_embeddings_head_and_the_rest():

@@ -10,11 +10,11 @@ from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader
 
 import train
-from data_plum import Collator, ConversationDataset, stream_examples
-from mixture_plum import Source, load_eval_records, load_records, mix, parse_source
 from partkit.masks import DataError, encode
 from partkit.schema import GROUNDED_CONVERSATION_FEATURES
-from survey_plum import SHOWN, format_table, survey, write_samples
+from plumkit.data import Collator, ConversationDataset, stream_examples
+from plumkit.mixture import Source, load_eval_records, load_records, mix, parse_source
+from plumkit.survey import SHOWN, format_table, survey, write_samples
 from tests.tiny import random_image, random_mask, tiny_model, tiny_processor
 
 DEFAULTS = {"dataset": "partonomy", "name": "mini", "data_dir": "data", "train_split": "train", "eval_split": "test"}

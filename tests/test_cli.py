@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import plum_cli
+import plumkit.cli
 from partkit.masks import encode
 from tests.tiny import random_image, random_mask, tiny_model, tiny_processor
 
@@ -55,9 +55,9 @@ def raw_data(tmp_path, image_file):
 
 
 def test_an_image_from_a_pipe_is_segmented_and_nothing_but_the_answer_comes_out(checkpoint, image_file):
-    command = [sys.executable, ROOT / "plum_cli.py", "segment", "-", "--spans", "left wing, tail", "--json"]
+    command = [sys.executable, "-m", "plumkit.cli", "segment", "-", "--spans", "left wing, tail", "--json"]
     done = subprocess.run(
-        [*command, "--model", checkpoint], input=image_file.read_bytes(), capture_output=True, timeout=120
+        [*command, "--model", checkpoint], input=image_file.read_bytes(), capture_output=True, timeout=120, cwd=ROOT
     )
     assert (done.returncode, done.stderr) == (0, b"")
     (line,) = done.stdout.decode().splitlines()
@@ -67,7 +67,7 @@ def test_an_image_from_a_pipe_is_segmented_and_nothing_but_the_answer_comes_out(
 
 
 def test_a_problem_is_one_sentence_on_the_standard_error(tmp_path, capfd):
-    assert plum_cli.main(["data", "stats", "descriptor", "--data_dir", str(tmp_path), "--split", "train"]) == 1
+    assert plumkit.cli.main(["data", "stats", "descriptor", "--data_dir", str(tmp_path), "--split", "train"]) == 1
     out, err = capfd.readouterr()
     assert out == "" and err.startswith("plum: Cannot load 'descriptor'") and len(err.splitlines()) == 1
 
@@ -75,7 +75,7 @@ def test_a_problem_is_one_sentence_on_the_standard_error(tmp_path, capfd):
 def test_an_answer_off_the_terminal_is_plain_and_its_files_are_named(checkpoint, image_file, tmp_path, capsys):
     folder = tmp_path / "answer"
     options = ["--spans", "tail", "--model", str(checkpoint), "--save", str(folder)]
-    assert plum_cli.main(["segment", str(image_file), *options]) == 0
+    assert plumkit.cli.main(["segment", str(image_file), *options]) == 0
     out = capsys.readouterr().out
     assert out.startswith("The object in the image has the following visible parts: tail.\n  tail  score 0.")
     assert "\x1b" not in out and str(folder / "overlay.png") in out
@@ -85,7 +85,7 @@ def test_an_answer_off_the_terminal_is_plain_and_its_files_are_named(checkpoint,
 
 def test_a_chat_answers_every_line_and_goes_on_after_a_bad_one(checkpoint, image_file, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"Which parts?\n\n{'long ' * 200}\nIs it red?\n"))
-    assert plum_cli.main(["chat", str(image_file), "--model", str(checkpoint), "--json"]) == 0
+    assert plumkit.cli.main(["chat", str(image_file), "--model", str(checkpoint), "--json"]) == 0
     captured = capsys.readouterr()
     assert [sorted(json.loads(line)) for line in captured.out.splitlines()] == [["spans", "text"]] * 2
     assert captured.err == "plum: Expected a question of 1 to 500 characters, found 999.\n"
@@ -108,28 +108,28 @@ def test_each_kind_of_problem_has_its_exit_code(arguments, code, message, image_
     monkeypatch.chdir(image_file.parent)
     arguments = [str(image_file) if argument == "IMAGE" else argument for argument in arguments]
     try:
-        found = plum_cli.main(arguments)
+        found = plumkit.cli.main(arguments)
     except SystemExit as error:
         found = error.code if isinstance(error.code, int) else 1  # a text is printed and counts as 1
     assert found == code and message in capsys.readouterr().err
 
 
 def test_a_reader_that_leaves_early_is_no_problem(raw_data):
-    command = [sys.executable, ROOT / "plum_cli.py", "data", "stats", "descriptor", "--data_dir", raw_data]
+    command = [sys.executable, "-m", "plumkit.cli", "data", "stats", "descriptor", "--data_dir", raw_data]
     process = subprocess.Popen(
-        [*command, "--split", "train"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*command, "--split", "train"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
     )
     process.stdout.close()
     assert (process.stderr.read(), process.wait(timeout=120)) == ("", 0)
 
 
 def test_data_is_validated_counted_and_drawn(raw_data, capsys):
-    assert plum_cli.main(["data", "validate", "descriptor", str(raw_data)]) == 0
+    assert plumkit.cli.main(["data", "validate", "descriptor", str(raw_data)]) == 0
     assert "is complete" in capsys.readouterr().out
     of_train = ["descriptor", "--data_dir", str(raw_data), "--split", "train"]
-    assert plum_cli.main(["data", "stats", *of_train, "--json"]) == 0
+    assert plumkit.cli.main(["data", "stats", *of_train, "--json"]) == 0
     counts = json.loads(capsys.readouterr().out)
     assert (counts["images"], counts["objects"], counts["parts"], counts["masks"]) == (9, 1, 2, 18)
     assert counts["masks by part"] == {"door": 9, "wheel": 9}
-    assert plum_cli.main(["data", "preview", *of_train, "--save", str(raw_data / "drawn"), "--count", "3"]) == 0
+    assert plumkit.cli.main(["data", "preview", *of_train, "--save", str(raw_data / "drawn"), "--count", "3"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == len(list((raw_data / "drawn").iterdir())) == 3

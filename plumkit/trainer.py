@@ -17,8 +17,8 @@ from transformers import Trainer, TrainerCallback
 from transformers.utils import ModelOutput
 
 from configuration_plum import PlumConfig
-from embedding_cache import EmbeddingCache
 from modeling_plum import IGNORE_INDEX, decode_spans, upscale_masks
+from plumkit.embedding_cache import EmbeddingCache
 
 
 class MuonWithAdamW(torch.optim.Optimizer):

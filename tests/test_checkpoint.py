@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import save_file
 
 import evaluate_plum
-import plum_cli
-from checkpoint_plum import check_checkpoint, load_checkpoint, open_checkpoint
+import plumkit.cli
 from partkit.masks import DataError
+from plumkit.checkpoint import check_checkpoint, load_checkpoint, open_checkpoint
 from tests.tiny import random_image, tiny_model, tiny_processor
 
 ROOT = Path(__file__).parents[1]
@@ -140,8 +140,8 @@ def test_the_shell_the_evaluation_and_the_training_refuse_a_hostile_folder(
         "--control",
         "none",
     ]
-    with pytest.raises(SystemExit, match=f"^{plum_cli.NO_MODEL}$"):
-        plum_cli.main(["ask", "image.png", "Which parts?", "--model", str(folder)])
+    with pytest.raises(SystemExit, match=f"^{plumkit.cli.NO_MODEL}$"):
+        plumkit.cli.main(["ask", "image.png", "Which parts?", "--model", str(folder)])
     assert message in capsys.readouterr().err
     with pytest.raises(DataError, match=message):
         evaluate_plum.main(["--model", str(folder), *questions, "--device", "cpu", "--output_dir", "run"])

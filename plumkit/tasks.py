@@ -12,7 +12,6 @@ from PIL import Image
 from tqdm import tqdm
 
 import partonomy_dataset
-from inference_plum import Plum, ask, finish, load_model
 from partkit.answers import answer_files
 from partkit.masks import DataError, encode
 from partkit.predictions import check_run, write_whole
@@ -27,6 +26,7 @@ from partkit.tasks import (
     read_task_answers,
     score_task,
 )
+from plumkit.inference import Plum, ask, finish, load_model
 
 
 def answer_line(plum: Plum, image: Image.Image, question: str, *, max_new_tokens: int) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from rich.text import Text
 
 from partkit.masks import DataError
 
-DEFAULT_MODEL = Path(__file__).resolve().parent / "checkpoints" / "plum-tiny"
+DEFAULT_MODEL = Path(__file__).resolve().parents[1] / "checkpoints" / "plum-tiny"
 BAD_INPUT, NO_MODEL, INTERRUPTED = 1, 3, 130
 
 
@@ -100,21 +100,21 @@ def add_data_commands(parser: argparse.ArgumentParser) -> None:
 
 
 def ask(options: argparse.Namespace, rest: Sequence[str]) -> None:
-    from inference_plum import ask
+    from plumkit.inference import ask
 
     plum, image = open_both(options)
     show(plum, ask(plum, image, options.question), options)
 
 
 def segment(options: argparse.Namespace, rest: Sequence[str]) -> None:
-    from inference_plum import segment_phrases
+    from plumkit.inference import segment_phrases
 
     plum, image = open_both(options)
     show(plum, segment_phrases(plum, image, options.spans.split(",")), options)
 
 
 def chat(options: argparse.Namespace, rest: Sequence[str]) -> None:
-    from inference_plum import ask, remember
+    from plumkit.inference import ask, remember
 
     if options.image == "-":
         raise DataError("The questions come from the standard input: give the image as a file.")
@@ -145,7 +145,7 @@ def open_both(options: argparse.Namespace):
     """The image first, which is read in no time, then the model."""
     from transformers.utils.logging import disable_progress_bar
 
-    from inference_plum import load_model, read_image
+    from plumkit.inference import load_model, read_image
 
     disable_progress_bar()
     image = read_image(sys.stdin.buffer if options.image == "-" else options.image)
@@ -157,7 +157,7 @@ def open_both(options: argparse.Namespace):
 @contextmanager
 def model_problems_named() -> Iterator[None]:
     """A model that cannot be loaded ends the command with an exit code of its own."""
-    from inference_plum import ModelError
+    from plumkit.inference import ModelError
 
     try:
         yield
@@ -168,8 +168,8 @@ def model_problems_named() -> Iterator[None]:
 
 def show(plum, reply, options: argparse.Namespace, *, folder: Path | None = None) -> None:
     """Prints an answer, its spans in the colours of their masks, and saves it where that is asked for."""
-    from inference_plum import as_json, finish, save
     from partkit.overlays import COLOURS, highlight
+    from plumkit.inference import as_json, finish, save
 
     answer = finish(plum, reply)
     folder = folder or options.save

@@ -11,7 +11,7 @@ from pathlib import Path
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from checkpoint_plum import count_stored, weight_files
+from plumkit.checkpoint import count_stored, weight_files
 
 RECIPE_FILE, TRAINER_STATE_FILE, CURVES_FILE = "recipe.yaml", "trainer_state.json", "training_curves.png"
 PRIVATE_OPTIONS = ("output_dir", "data_dir", "logging_dir", "resume_from_checkpoint", "hub_token")

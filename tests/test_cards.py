@@ -7,7 +7,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from cards_plum import FIGURES, make_model_card, write_recipe
+from plumkit.cards import FIGURES, make_model_card, write_recipe
 from tests.tiny import tiny_model
 from train import parse_arguments, read_options
 

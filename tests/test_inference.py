@@ -7,7 +7,8 @@ import torch
 from PIL import Image
 from pycocotools.coco import COCO
 
-from inference_plum import (
+from partkit.masks import DataError, decode
+from plumkit.inference import (
     MAX_IMAGE_BYTES,
     MAX_TEXT_CHARACTERS,
     Plum,
@@ -25,7 +26,6 @@ from inference_plum import (
     segment_words,
     stream,
 )
-from partkit.masks import DataError, decode
 from tests.tiny import conversation, random_image, random_mask, tiny_model, tiny_processor
 
 TEXT = "A wheel, another wheel and a left wing."

@@ -3,7 +3,7 @@
     load_model ──> Plum ──ask, segment_words, correct_mask──> Reply ──finish, thresholds──> PlumAnswer ──save──> files
 
 A [`Reply`] keeps the model's own output, so that a threshold can be moved without asking again. The shell
-(plum_cli.py) and the demonstration (demo/app.py) stand on these functions; predictor_plum.py works in batches.
+(plumkit/cli.py) and the demonstration (demo/app.py) stand on these functions; plumkit/predictor.py works in batches.
 """
 
 import io
@@ -22,13 +22,13 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers import TextIteratorStreamer
 
-from checkpoint_plum import load_checkpoint
 from partkit.masks import DataError, area, encode
 from partkit.overlays import overlay
 from partkit.schema import as_chat, escape_tags
 from partkit.spans import join_parts
 from partkit.wording import official_answer, official_question
-from predictor_plum import keep_last_answer
+from plumkit.checkpoint import load_checkpoint
+from plumkit.predictor import keep_last_answer
 from processing_plum import PlumAnswer, PlumProcessor, parse_span_tags
 
 MAX_IMAGE_BYTES = 10_000_000

@@ -15,14 +15,14 @@ import pyarrow.compute as pc
 import torch
 from datasets import Dataset, IterableDataset
 
-from data_plum import Collator, ConversationDataset, cut_turns, stream_examples
-from mixture_plum import Source
 from partkit.masks import encode
 from partkit.overlays import COLOURS, highlight, panel
 from partkit.pages import render_page
 from partkit.predictions import SpanMask, write_whole
 from partkit.schema import check_turns, tagged_phrases
 from partkit.seeding import seeded_generator
+from plumkit.data import Collator, ConversationDataset, cut_turns, stream_examples
+from plumkit.mixture import Source
 from processing_plum import PlumProcessor, parse_span_tags
 
 MEASURED = 100
