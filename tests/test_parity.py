@@ -116,7 +116,8 @@ def test_the_mask_decoder_equals_the_recorded_one(model, pieces, multimask):
 def test_a_mask_conditioned_on_two_earlier_masks_equals_the_recorded_one(model, pieces):
     masks, scores = model._decode_step(
         pieces["prompt_encoder.sparse"][0],
-        pieces["sam_image_encoder.out"][:1],
+        torch.zeros(1, dtype=torch.long),
+        pieces["sam_image_encoder.out"],
         pieces["prompt_encoder.dense_pe"],
         pieces["pooler.out.2"][None],
     )
