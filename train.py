@@ -154,6 +154,10 @@ class PlumTrainingArguments(TrainingArguments):
         default=None, metadata={"help": "Train weight matrices with Muon at this rate, the rest with AdamW."}
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Keep False: images are read when batched."})
+    metric_for_best_model: str = field(
+        default="strict_macro_giou",
+        metadata={"help": "What the best checkpoint is best by; a figure of the evaluation."},
+    )
     # Rows without images or spans leave parameters unused, on some ranks and not on others.
     ddp_find_unused_parameters: bool | None = field(default=True, metadata={"help": "Needed with text-only rows."})
 

@@ -215,7 +215,7 @@ def _describe_training(folder: Path) -> str:
     if not path.is_file():
         return f"By `train.py` with the options below (`{RECIPE_FILE}`)."
     state = json.loads(path.read_text())
-    last = next((entry for entry in reversed(state["log_history"]) if "eval_loss" in entry), {})
+    last = next((entry for entry in reversed(state["log_history"]) if "eval_span_f1" in entry), {})
     seconds = next((entry["train_runtime"] for entry in state["log_history"] if "train_runtime" in entry), 0.0)
     parts = [f"{state['global_step']} steps ({state['epoch']:.2f} epochs)"]
     parts += [f"{seconds / 60:.0f} minutes"] if seconds >= 60 else []

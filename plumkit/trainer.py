@@ -278,7 +278,7 @@ class TrainingCurves(TrainerCallback):
             (losses if "loss" in name else metrics).plot(steps, values, label=name)
         losses.set(yscale="log", xlabel="step", title="losses")
         metrics.set(ylim=(0, 1), xlabel="step", title="validation")
-        losses.legend(fontsize="small")
-        if metrics.lines:
-            metrics.legend(fontsize="small")
+        for axes in (losses, metrics):
+            if axes.lines:
+                axes.legend(fontsize="small")
         figure.savefig(path, dpi=110)

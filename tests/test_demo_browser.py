@@ -19,10 +19,12 @@ from demo.app import BRUSH_COLOUR, DEFAULT_MODEL, LAUNCH, make_app
 from partkit.benchmark import load_questions
 from plumkit.inference import load_model
 
-pytestmark = pytest.mark.slow
-sync_api = pytest.importorskip("playwright.sync_api", reason="pip install plum-partonomy[browser]")
+try:
+    from playwright import sync_api
+except ImportError:
+    sync_api = None
 
-sync_api.expect.set_options(timeout=120_000)
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
 CHROMIUM = shutil.which("chromium")
@@ -31,8 +33,9 @@ EXAMPLE = 8
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory):
-    if CHROMIUM is None:
-        pytest.skip("apt-get install chromium")
+    if CHROMIUM is None or sync_api is None:
+        pytest.skip("apt-get install chromium; pip install plum-partonomy[browser]")
+    sync_api.expect.set_options(timeout=120_000)
     _, plum = load_model(os.environ.get("PLUM_DEMO_MODEL", DEFAULT_MODEL))
     data_dir = str(ROOT / "partonomy" / "mini_questions")
     rows, questions = load_questions("parquet", name="default", split="test", data_dir=data_dir)

@@ -144,7 +144,7 @@ def frozen_run(output_dir: Path, *, cache: Path | None = None, round_embeddings:
         embedding_cache=cache and EmbeddingCache(cache, model),
     )
     trainer.train()
-    metrics = {name: value for name, value in trainer.evaluate().items() if "giou" in name or name == "eval_loss"}
+    metrics = {name: value for name, value in trainer.evaluate().items() if name.endswith(("giou", "loss"))}
     return model.state_dict(), metrics
 
 
