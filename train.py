@@ -123,6 +123,9 @@ class DataArguments:
         default=False, metadata={"help": "Survey the data, write samples.html to the output folder, and stop."}
     )
     color_jitter: float = field(default=0.0, metadata={"help": "Largest relative change of each colour channel."})
+    random_crop: float = field(
+        default=0.0, metadata={"help": "Largest share of each side of an image that is cut off; below 1."}
+    )
     turns_per_record: int | None = field(
         default=None,
         metadata={
@@ -143,6 +146,8 @@ class DataArguments:
     sources: list[Source] = field(init=False)
 
     def __post_init__(self):
+        if not 0 <= self.random_crop < 1:
+            raise ValueError(f"random_crop must be at least 0 and below 1, found {self.random_crop}.")
         defaults = {name: getattr(self, name) for name in ("dataset", "name", "data_dir", "train_split", "eval_split")}
         entries = [_parse_mapping(entry, "an entry of mixture") for entry in self.mixture]
         self.sources = [parse_source(entry, defaults) for entry in entries]
@@ -391,10 +396,10 @@ def open_embedding_cache(model: nn.Module, arguments: DataArguments) -> Embeddin
             "cache_image_embeddings needs an image encoder that is not trained; add sam.vision_encoder to "
             "frozen_modules, or leave it out of lora_trained_whole."
         )
-    if arguments.color_jitter:
+    if arguments.color_jitter or arguments.random_crop:
         raise ValueError(
-            "cache_image_embeddings needs images that stay the same; set color_jitter to 0, found "
-            f"{arguments.color_jitter}."
+            "cache_image_embeddings needs images that stay the same; set color_jitter and random_crop to 0, found "
+            f"{arguments.color_jitter} and {arguments.random_crop}."
         )
     return EmbeddingCache(arguments.cache_image_embeddings, model)
 
@@ -477,6 +482,7 @@ def main(argv: list[str]):
         train_records,
         seed=args.seed,
         jitter=data_arguments.color_jitter,
+        crop=data_arguments.random_crop,
         turns_per_record=turns_per_record,
         max_spans=data_arguments.max_spans,
     )

