@@ -81,7 +81,7 @@ def random_crop(
 ) -> tuple[Image.Image, list[np.ndarray]]:
     """
     A random box of the image, and the masks in it: at most `largest` of each side is cut off, and each mask keeps half
-    of its area, so that what the conversation calls visible is. After `attempts` boxes that would lose more, the whole.
+    of its area, so that what the conversation calls visible is. After `attempts` boxes that would lose more, all of it.
     """
     areas = [mask.sum() for mask in masks]
     for _ in range(attempts):
