@@ -80,8 +80,8 @@ def random_crop(
     image: Image.Image, masks: list[np.ndarray], largest: float, generator: np.random.Generator, attempts: int = 10
 ) -> tuple[Image.Image, list[np.ndarray]]:
     """
-    A random box of the image, and the masks in it: at most `largest` of each side is cut off, and each mask keeps half
-    of its area, so that what the conversation calls visible is. After `attempts` boxes that would lose more, all of it.
+    A random box of the image, and the masks in it. At most `largest` of each side is cut off, and each mask keeps half
+    of its area, so that what the conversation calls visible still is; where `attempts` boxes lose more, all is kept.
     """
     areas = [mask.sum() for mask in masks]
     for _ in range(attempts):
