@@ -126,3 +126,12 @@ def decode_spans(tags: torch.LongTensor, answer_mask: torch.BoolTensor | None = 
     not_inside = F.pad(tags != TAG_INSIDE, (0, 1), value=True)
     is_end = not_inside[rows] & (position[None] > starts[:, None])
     return torch.stack([rows, starts, is_end.int().argmax(dim=1)], dim=1)
+
+
+def mean_over_spans(states: torch.Tensor, spans: torch.LongTensor) -> torch.Tensor:
+    """`(B, L, D)` token states to `(S, D)` means over the tokens of each span `[row, start, end)`."""
+    rows, starts, ends = spans.unbind(dim=1)
+    position = torch.arange(states.shape[1], device=states.device)
+    inside = (position >= starts[:, None]) & (position < ends[:, None])  # (S, L)
+    weights = inside / (ends - starts)[:, None]
+    return torch.einsum("sl,sld->sd", weights.to(states.dtype), states[rows])

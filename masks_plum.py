@@ -1,5 +1,5 @@
 """
-Masks of PLUM between their forms and frames, and the losses between them.
+Masks of PLUM between their forms and frames.
 
 A *low-res mask* has 4G x 4G logits in the frame of SAM's padded square input (G: side of SAM's image embedding in
 cells). Shapes: S masks, H/W pixels.
@@ -90,36 +90,3 @@ def downscale_mask(
     mask = F.pad(mask, (0, sam_image_size - reshaped_size[1], 0, sam_image_size - reshaped_size[0]))
     mask = F.interpolate(mask, (low_res_size,) * 2, mode="area")[0, 0]
     return (2 * mask - 1) * GIVEN_MASK_LOGIT
-
-
-def focal_tversky_loss(
-    logits: torch.Tensor,
-    targets: torch.Tensor,
-    false_negative_weight: float,
-    false_positive_weight: float,
-    gamma: float,
-) -> torch.Tensor:
-    """
-    `(1 - T) ** gamma`, `T = TP / (TP + a FN + b FP)` over soft probabilities (Abraham and Khan, arXiv 1810.07842).
-
-    Args:
-        logits, targets: `(S, H, W)`, targets 0/1.
-
-    Returns:
-        `(S,)` losses. The base of the power is kept above zero, where its gradient is infinite.
-    """
-    probabilities, targets = logits.sigmoid().flatten(1), targets.flatten(1)
-    true_positive = (probabilities * targets).sum(1)
-    false_negative = ((1 - probabilities) * targets).sum(1)
-    false_positive = (probabilities * (1 - targets)).sum(1)
-    weighted = true_positive + false_negative_weight * false_negative + false_positive_weight * false_positive
-    tversky_index = (true_positive + 1e-6) / (weighted + 1e-6)
-    return (1 - tversky_index).clamp(min=1e-7) ** gamma
-
-
-def dice_loss(logits: torch.Tensor, targets: torch.Tensor, scale: float = 1000.0) -> torch.Tensor:
-    """Soft dice loss `(S,)` of `(S, H, W)` logits and 0/1 targets; sums are divided by `scale` before adding 1e-6."""
-    probabilities, targets = logits.sigmoid().flatten(1), targets.flatten(1)
-    intersection = 2 * (probabilities * targets).sum(1) / scale
-    total = (probabilities.sum(1) + targets.sum(1)) / scale
-    return 1 - (intersection + 1e-6) / (total + 1e-6)

@@ -48,20 +48,49 @@ from transformers.utils import ModelOutput
 
 try:
     from .configuration_plum import PlumConfig
-    from .heads_plum import TAG_BEGIN, TAG_OUTSIDE, PlumMaskFeedback, PlumSpanTagger, decode_spans
-    from .masks_plum import dice_loss, downscale_mask, focal_tversky_loss, upscale_masks
+    from .heads_plum import (
+        TAG_BEGIN,
+        TAG_OUTSIDE,
+        PlumMaskFeedback,
+        PlumSpanTagger,
+        decode_spans,
+        mean_over_spans,
+    )
+    from .losses_plum import (
+        IGNORE_INDEX,
+        count_loss_items,
+        language_modeling_loss,
+        mask_losses,
+        span_tagging_loss,
+        teacher_kl_loss,
+    )
+    from .masks_plum import downscale_mask
     from .pipeline_plum import CUSTOM_PIPELINES
     from .sharing_plum import GeneratedStates, pack_rows, recorded_inputs, shared_beginnings
 except ImportError:
     if __package__:
         raise
     from configuration_plum import PlumConfig
-    from heads_plum import TAG_BEGIN, TAG_OUTSIDE, PlumMaskFeedback, PlumSpanTagger, decode_spans
-    from masks_plum import dice_loss, downscale_mask, focal_tversky_loss, upscale_masks
+    from heads_plum import (
+        TAG_BEGIN,
+        TAG_OUTSIDE,
+        PlumMaskFeedback,
+        PlumSpanTagger,
+        decode_spans,
+        mean_over_spans,
+    )
+    from losses_plum import (
+        IGNORE_INDEX,
+        count_loss_items,
+        language_modeling_loss,
+        mask_losses,
+        span_tagging_loss,
+        teacher_kl_loss,
+    )
+    from masks_plum import downscale_mask
     from pipeline_plum import CUSTOM_PIPELINES
     from sharing_plum import GeneratedStates, pack_rows, recorded_inputs, shared_beginnings
 
-IGNORE_INDEX = -100
 # Positions whose logits over the vocabulary are held at once where only their loss is asked for.
 LOGIT_ROWS = 64
 # Mask prompts that are decoded at once: on a CPU so many that their image cells number these, elsewhere these.
@@ -408,16 +437,17 @@ class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
         if spans is not None and len(spans):
             pred_masks, iou_scores = self.decode_masks(hidden_states, spans, sam_image_embeddings, sam_image_index)
 
-        counts = loss_counts or self.count_loss_items(labels, span_labels, spans, mask_labels)
-        losses = {}
+        config, losses = self.config, {}
+        counts = loss_counts or count_loss_items(config, labels, span_labels, spans, mask_labels)
         if labels is not None:
-            losses["language_modeling"] = self._language_modeling_loss(logits, labels, counts["tokens"])
+            losses["language_modeling"] = language_modeling_loss(logits, labels, counts["tokens"])
         if span_labels is not None and self.span_tagger is not None:
-            losses["span_tagging"] = self._span_tagging_loss(span_logits, span_labels, counts["tag_weight"])
-        if mask_labels is not None:
-            image_of_span = sam_image_index[spans[:, 0]] if len(mask_labels) else None
-            sizes = (original_sizes, reshaped_input_sizes)
-            losses |= self._mask_losses(pred_masks, iou_scores, mask_labels, image_of_span, sizes, counts["masks"])
+            losses["span_tagging"] = span_tagging_loss(config, span_logits, span_labels, counts["tag_weight"])
+        if mask_labels:
+            sizes = torch.cat([original_sizes, reshaped_input_sizes], dim=1)[sam_image_index[spans[:, 0]]]
+            losses |= mask_losses(config, pred_masks, iou_scores, mask_labels, sizes, counts["masks"])
+        elif mask_labels is not None:
+            losses |= dict.fromkeys(("mask_overlap", "mask_bce", "mask_iou"), torch.zeros((), device=logits.device))
         if teacher is not None:
             losses["teacher_kl"] = self._teacher_loss(hidden_states, teacher, language_inputs, spans, counts["spans"])
         weights = self.loss_weights
@@ -442,30 +472,6 @@ class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
             "mask_iou": self.config.mask_iou_loss_weight,
             "teacher_kl": self.config.teacher_kl_loss_weight,
         }
-
-    def count_loss_items(self, labels=None, span_labels=None, spans=None, mask_labels=None) -> dict[str, torch.Tensor]:
-        """
-        What each loss of a batch is divided by: target tokens, summed class weight of the supervised tags, masks,
-        spans. The counts of several batches may be added and given to [`forward`] as `loss_counts`.
-        """
-        counts = {
-            "tokens": torch.zeros(()) if labels is None else (labels[:, 1:] != IGNORE_INDEX).sum(),
-            "tag_weight": torch.zeros(()),
-            "masks": torch.tensor(float(len(mask_labels or []))),
-            "spans": torch.tensor(0.0 if spans is None else float(len(spans))),
-        }
-        if span_labels is not None:
-            targets = self._span_targets(span_labels)
-            class_weights = torch.tensor([*self.config.span_class_weights, 0.0], device=targets.device)
-            counts["tag_weight"] = class_weights[targets].sum()  # index -1 is the zero that stands for "ignored"
-        return {name: value.float() for name, value in counts.items()}
-
-    def _span_targets(self, span_labels: torch.Tensor) -> torch.Tensor:
-        """Targets 0/1/2 or -1 (ignored) according to `span_loss_scope`."""
-        if self.config.span_loss_scope == "answer":
-            return span_labels.clamp(min=-1)
-        has_span = (span_labels > TAG_OUTSIDE).any(dim=1, keepdim=True)
-        return torch.where(has_span, span_labels.clamp(min=TAG_OUTSIDE), -1)
 
     def _run_language_model(self, input_ids, attention_mask, **vlm_inputs) -> torch.Tensor:
         """Hidden states `(B, L, D)` after the language model's final norm; they line up with `input_ids`."""
@@ -492,86 +498,14 @@ class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
         tags = torch.where(input_ids == self.config.seg_token_id, TAG_BEGIN, TAG_OUTSIDE)
         return F.one_hot(tags, num_classes=3).to(hidden_states.dtype).log()
 
-    def _language_modeling_loss(self, logits, labels, count) -> torch.Tensor:
-        loss = F.cross_entropy(
-            logits[:, :-1].flatten(0, 1).float(),
-            labels[:, 1:].flatten(),
-            ignore_index=IGNORE_INDEX,
-            reduction="sum",
-        )
-        return loss / count.to(loss).clamp(min=1)
-
-    def _span_tagging_loss(self, span_logits, span_labels, count) -> torch.Tensor:
-        loss = F.cross_entropy(
-            span_logits.flatten(0, 1).float(),
-            self._span_targets(span_labels).flatten(),
-            weight=torch.tensor(self.config.span_class_weights, device=span_logits.device),
-            ignore_index=-1,
-            reduction="sum",
-        )
-        return loss / count.to(loss).clamp(min=1e-6)
-
-    def _mask_losses(self, pred_masks, iou_scores, mask_labels, image_of_span, sizes, count):
-        """Overlap, cross-entropy and IoU-prediction losses at the original resolution, sums divided by `count`."""
-        names = ("mask_overlap", "mask_bce", "mask_iou")
-        if not mask_labels:
-            return dict.fromkeys(names, torch.zeros((), device=self.device))
-        if len(mask_labels) != len(pred_masks):
-            raise ValueError(f"Found {len(mask_labels)} mask_labels for {len(pred_masks)} spans; give one mask each.")
-        config = self.config
-        totals = dict.fromkeys(names, 0.0)
-        # Spans of images that share their sizes are taken together: one group for a data set of one size.
-        size_of_span = torch.cat(sizes, dim=1)[image_of_span]
-        for size in size_of_span.unique(dim=0):
-            members = (size_of_span == size).all(dim=1).nonzero()[:, 0]
-            original, reshaped = size[:2].tolist(), size[2:].tolist()
-            logits = upscale_masks(
-                pred_masks[members].float(), config.sam_config.vision_config.image_size, reshaped, original
-            )
-            targets = [mask_labels[i] for i in members.tolist()]
-            wrong = next((t for t in targets if list(t.shape) != original), None)
-            if wrong is not None:
-                raise ValueError(f"A mask label is {tuple(wrong.shape)} pixels but its image is {tuple(original)}.")
-            targets = torch.stack(targets).to(logits)
-            if config.mask_overlap_loss == "dice":
-                overlap = dice_loss(logits, targets)
-            else:
-                overlap = focal_tversky_loss(
-                    logits,
-                    targets,
-                    config.tversky_false_negative_weight,
-                    config.tversky_false_positive_weight,
-                    config.tversky_focal_exponent,
-                )
-            bce = F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(dim=(1, 2))
-            predicted, actual = logits.detach() > 0, targets > 0.5
-            union = (predicted | actual).sum(dim=(1, 2)).clamp(min=1)
-            iou = (predicted & actual).sum(dim=(1, 2)) / union
-            totals["mask_overlap"] += overlap.sum()
-            totals["mask_bce"] += bce.sum()
-            totals["mask_iou"] += (iou_scores[members].float() - iou).square().sum()
-        return {name: total / count.to(total).clamp(min=1) for name, total in totals.items()}
-
     def _teacher_loss(self, hidden_states, teacher, language_inputs, spans, count) -> torch.Tensor:
-        """KL of two Gaussians of equal variance around the hidden states, averaged over each span, then over spans."""
         if spans is None or not len(spans):
             return hidden_states.new_zeros(())
         with torch.no_grad():
             teacher_hidden_states = teacher(**language_inputs).last_hidden_state
-        squared = (hidden_states.float() - teacher_hidden_states.float()).square().mean(dim=-1, keepdim=True)
-        loss = 0.5 / self.config.teacher_kl_sigma**2 * self._mean_over_spans(squared, spans).sum()
-        return loss / count.to(loss).clamp(min=1)
+        return teacher_kl_loss(hidden_states, teacher_hidden_states, spans, self.config.teacher_kl_sigma, count)
 
     # ------------------------------------------------------------------- masks
-
-    @staticmethod
-    def _mean_over_spans(states: torch.Tensor, spans: torch.LongTensor) -> torch.Tensor:
-        """`(B, L, D)` token states to `(S, D)` means over each span's tokens."""
-        rows, starts, ends = spans.unbind(dim=1)
-        position = torch.arange(states.shape[1], device=states.device)
-        inside = (position >= starts[:, None]) & (position < ends[:, None])  # (S, L)
-        weights = inside / (ends - starts)[:, None]
-        return torch.einsum("sl,sld->sd", weights.to(states.dtype), states[rows])
 
     def decode_masks(
         self,
@@ -600,7 +534,7 @@ class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
         with torch.autocast(hidden_states.device.type, enabled=False):
             dtype = self.sam.mask_decoder.iou_token.weight.dtype
             projected = self.span_projector(hidden_states.to(next(self.span_projector.parameters()).dtype))
-            queries = self._mean_over_spans(projected, spans).to(dtype)  # (S, C)
+            queries = mean_over_spans(projected, spans).to(dtype)  # (S, C)
             embeddings = sam_image_embeddings.to(dtype)
             positions = self.sam.get_image_wide_positional_embeddings().to(dtype)  # (1, C, G, G)
             if self.mask_feedback is None and not given_masks:
@@ -780,7 +714,7 @@ class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
             visible = answer_mask & (sam_image_index >= 0)[:, None]
             spans = decode_spans(span_logits.argmax(dim=-1), visible)
         tag_scores = 1 - span_logits.float().softmax(dim=-1)[..., TAG_OUTSIDE, None]
-        tag_scores = self._mean_over_spans(tag_scores, spans)[:, 0]
+        tag_scores = mean_over_spans(tag_scores, spans)[:, 0]
 
         size = self.config.low_res_mask_size
         pred_masks, iou_scores = hidden_states.new_zeros((0, size, size)), hidden_states.new_zeros(0)

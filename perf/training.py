@@ -8,6 +8,7 @@ import torch
 from measure import compare
 from plum_tiny import build_plum_tiny, draw_images
 
+from losses_plum import count_loss_items, mask_losses
 from partkit.schema import as_chat
 from partkit.seeding import seeded_generator
 
@@ -40,12 +41,12 @@ def loop_over_rows(model, batch: dict, counts: dict, rows: int = ROWS) -> None:
         for last in range(SPANS):
             # The loss of one mask: the earlier ones are decoded anew, as its feedback.
             outputs = model(**inputs, spans=spans[: last + 1])
-            losses = model._mask_losses(
+            losses = mask_losses(
+                model.config,
                 outputs.pred_masks[last:],
                 outputs.iou_scores[last:],
                 [batch["mask_labels"][members[last]]],
-                torch.zeros(1, dtype=torch.long),
-                tuple(inputs[name] for name in sizes),
+                torch.cat([inputs[name] for name in sizes], dim=1),
                 counts["masks"],
             )
             weights = model.loss_weights
@@ -55,8 +56,8 @@ def loop_over_rows(model, batch: dict, counts: dict, rows: int = ROWS) -> None:
 def main() -> list[dict]:
     model, processor = build_plum_tiny()
     batch = build_batch(processor)
-    counts = model.count_loss_items(
-        **{name: batch[name] for name in ("labels", "span_labels", "spans", "mask_labels")}
+    counts = count_loss_items(
+        model.config, **{name: batch[name] for name in ("labels", "span_labels", "spans", "mask_labels")}
     )
 
     def gradients(step) -> dict[str, torch.Tensor]:

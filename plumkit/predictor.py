@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from modeling_plum import decode_spans
+from heads_plum import decode_spans
 from partkit.masks import encode
 from partkit.metrics import MaskSource
 from partkit.predictions import Prediction, SpanMask

@@ -17,7 +17,9 @@ from transformers import Trainer, TrainerCallback
 from transformers.utils import ModelOutput
 
 from configuration_plum import PlumConfig
-from modeling_plum import IGNORE_INDEX, decode_spans, upscale_masks
+from heads_plum import decode_spans
+from losses_plum import IGNORE_INDEX, count_loss_items
+from masks_plum import upscale_masks
 from plumkit.embedding_cache import EmbeddingCache
 
 
@@ -101,9 +103,9 @@ class PlumTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._steps_summed += 1
-        model = self.accelerator.unwrap_model(self.model)
+        config = self.accelerator.unwrap_model(self.model).config
         names = ("labels", "span_labels", "spans", "mask_labels")
-        counts = [model.count_loss_items(**{name: batch[name] for name in names}) for batch in batches]
+        counts = [count_loss_items(config, **{name: batch[name] for name in names}) for batch in batches]
         total = {name: sum(count[name] for count in counts).to(device) for name in counts[0]} if counts else None
         return batches, self.accelerator.reduce(total, "sum")
 

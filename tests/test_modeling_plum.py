@@ -14,14 +14,10 @@ from torch import nn
 from torch.testing import assert_close
 from transformers.utils import ModelOutput
 
-from modeling_plum import (
-    PlumForConditionalGeneration,
-    decode_spans,
-    dice_loss,
-    downscale_mask,
-    focal_tversky_loss,
-    upscale_masks,
-)
+from heads_plum import decode_spans
+from losses_plum import count_loss_items, dice_loss, focal_tversky_loss
+from masks_plum import downscale_mask, upscale_masks
+from modeling_plum import PlumForConditionalGeneration
 from tests.tiny import (
     conversation,
     mixed_conversations,
@@ -198,8 +194,8 @@ def test_losses_over_parts_of_a_batch_add_up_to_those_of_the_whole(model_and_pro
     expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
 
-    counts = model.count_loss_items(
-        **{name: whole[name] for name in ("labels", "span_labels", "spans", "mask_labels")}
+    counts = count_loss_items(
+        model.config, **{name: whole[name] for name in ("labels", "span_labels", "spans", "mask_labels")}
     )
     total = 0.0
     for rows, members in (([0], slice(0, 3)), ([1, 2, 3], slice(3, 4))):
@@ -232,9 +228,9 @@ def test_the_span_loss_counts_the_positions_of_its_scope():
     answer, sequence = (tiny_model(span_loss_scope=scope) for scope in ("answer", "sequence"))
     weights = torch.tensor([0.1, 1.0, 1.0])
     expected = weights[labels[labels >= 0]].sum()  # rows 0..2, answers only
-    assert_close(answer.count_loss_items(span_labels=labels)["tag_weight"], expected)
+    assert_close(count_loss_items(answer.config, span_labels=labels)["tag_weight"], expected)
     expected = weights[labels[:2].clamp(min=0)].sum()  # the two rows with a span, all positions
-    assert_close(sequence.count_loss_items(span_labels=labels)["tag_weight"], expected)
+    assert_close(count_loss_items(sequence.config, span_labels=labels)["tag_weight"], expected)
 
     with torch.no_grad():
         outputs = sequence(**batch)

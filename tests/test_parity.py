@@ -12,7 +12,10 @@ from torch.testing import assert_close
 from transformers import SamImageProcessor
 from transformers.utils import ModelOutput
 
-from modeling_plum import PlumForConditionalGeneration, decode_spans, dice_loss, focal_tversky_loss, upscale_masks
+from heads_plum import decode_spans, mean_over_spans
+from losses_plum import dice_loss, focal_tversky_loss
+from masks_plum import upscale_masks
+from modeling_plum import PlumForConditionalGeneration
 from tests.recording import original_gradients
 
 CLOSE = {"atol": 2e-4, "rtol": 1e-4}
@@ -227,7 +230,7 @@ def test_the_training_forward_equals_the_recorded_one(recording, training_run):
     case, model, batch, outputs = training_run
     expected = recording.load(case)
     projected = model.span_projector(outputs.last_hidden_state)
-    queries = model._mean_over_spans(projected, batch["spans"])
+    queries = mean_over_spans(projected, batch["spans"])
     starts = [start for row in recording.description["train"]["mask_positions_in_input_ids"] for start in row]
     assert (batch["spans"][:, 1] - recording.options["image_tokens_offset"]).tolist() == starts
     assert_close(outputs.span_logits, expected["seg_logits"], **CLOSE)

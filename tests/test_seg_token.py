@@ -12,7 +12,9 @@ from torch.testing import assert_close
 import train
 from chat_plum import PlainChat, find_last_phrase, insert_seg_tokens
 from evaluate_plum import evaluate
-from modeling_plum import PlumForConditionalGeneration, dice_loss, upscale_masks
+from losses_plum import dice_loss
+from masks_plum import upscale_masks
+from modeling_plum import PlumForConditionalGeneration
 from partkit.predictions import read_predictions
 from plumkit.checkpoint import load_checkpoint
 from processing_plum import PlumProcessor

@@ -1,0 +1,183 @@
+"""
+The losses that PLUM is trained with.
+
+Each is a sum over its items divided by `count`, a scalar tensor: the number of items of the batch, or of the larger
+batch of which it is a part (gradient accumulation, several processes), see [`count_loss_items`].
+
+Shapes. B rows, L tokens, S spans of the whole batch, D language width, G grid side, H/W pixels.
+"""
+
+import torch
+import torch.nn.functional as F
+
+try:
+    from .configuration_plum import PlumConfig
+    from .heads_plum import TAG_OUTSIDE, mean_over_spans
+    from .masks_plum import upscale_masks
+except ImportError:
+    if __package__:
+        raise
+    from configuration_plum import PlumConfig
+    from heads_plum import TAG_OUTSIDE, mean_over_spans
+    from masks_plum import upscale_masks
+
+IGNORE_INDEX = -100
+
+
+def count_loss_items(
+    config: PlumConfig, labels=None, span_labels=None, spans=None, mask_labels=None
+) -> dict[str, torch.Tensor]:
+    """
+    What each loss of a batch is divided by: target tokens, summed class weight of the supervised tags, masks, spans.
+    Arguments as in `PlumForConditionalGeneration.forward`; the counts of several batches may be added.
+    """
+    counts = {
+        "tokens": torch.zeros(()) if labels is None else (labels[:, 1:] != IGNORE_INDEX).sum(),
+        "tag_weight": torch.zeros(()),
+        "masks": torch.tensor(float(len(mask_labels or []))),
+        "spans": torch.tensor(0.0 if spans is None else float(len(spans))),
+    }
+    if span_labels is not None:
+        targets = span_targets(span_labels, config.span_loss_scope)
+        class_weights = torch.tensor([*config.span_class_weights, 0.0], device=targets.device)
+        counts["tag_weight"] = class_weights[targets].sum()  # index -1 is the zero that stands for "ignored"
+    return {name: value.float() for name, value in counts.items()}
+
+
+def span_targets(span_labels: torch.Tensor, scope: str) -> torch.Tensor:
+    """Targets 0/1/2 or -1 (ignored) of `span_labels` `(B, L)`, according to `span_loss_scope`."""
+    if scope == "answer":
+        return span_labels.clamp(min=-1)
+    has_span = (span_labels > TAG_OUTSIDE).any(dim=1, keepdim=True)
+    return torch.where(has_span, span_labels.clamp(min=TAG_OUTSIDE), -1)
+
+
+def language_modeling_loss(logits: torch.Tensor, labels: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of `logits` `(B, L, vocab_size)` with the next token of `labels` `(B, L)`, -100 where ignored."""
+    loss = F.cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(),
+        labels[:, 1:].flatten(),
+        ignore_index=IGNORE_INDEX,
+        reduction="sum",
+    )
+    return loss / count.to(loss).clamp(min=1)
+
+
+def span_tagging_loss(
+    config: PlumConfig, span_logits: torch.Tensor, span_labels: torch.Tensor, count: torch.Tensor
+) -> torch.Tensor:
+    """Weighted cross-entropy of `span_logits` `(B, L, 3)` with `span_labels` `(B, L)`."""
+    loss = F.cross_entropy(
+        span_logits.flatten(0, 1).float(),
+        span_targets(span_labels, config.span_loss_scope).flatten(),
+        weight=torch.tensor(config.span_class_weights, device=span_logits.device),
+        ignore_index=-1,
+        reduction="sum",
+    )
+    return loss / count.to(loss).clamp(min=1e-6)
+
+
+def mask_losses(
+    config: PlumConfig,
+    pred_masks: torch.Tensor,
+    iou_scores: torch.Tensor,
+    mask_labels: list[torch.Tensor],
+    sizes: torch.LongTensor,
+    count: torch.Tensor,
+) -> dict[str, torch.Tensor]:
+    """
+    Overlap, cross-entropy and IoU-prediction losses at the original resolution.
+
+    Args:
+        pred_masks, iou_scores: `(S, 4G, 4G)` low-res logits and `(S,)` predicted IoUs.
+        mask_labels: S masks `(H, W)`, 0/1.
+        sizes: `(S, 4)`, (height, width) in pixels of each span's image as given and as resized for SAM.
+
+    Raises:
+        ValueError: Another number of masks than spans, or a mask of another size than its image.
+    """
+    if len(mask_labels) != len(pred_masks):
+        raise ValueError(f"Found {len(mask_labels)} mask_labels for {len(pred_masks)} spans; give one mask each.")
+    totals = dict.fromkeys(("mask_overlap", "mask_bce", "mask_iou"), 0.0)
+    # Spans of images that share their sizes are taken together: one group for a data set of one size.
+    for size in sizes.unique(dim=0):
+        members = (sizes == size).all(dim=1).nonzero()[:, 0]
+        original, reshaped = size[:2].tolist(), size[2:].tolist()
+        logits = upscale_masks(
+            pred_masks[members].float(), config.sam_config.vision_config.image_size, reshaped, original
+        )
+        targets = [mask_labels[i] for i in members.tolist()]
+        wrong = next((t for t in targets if list(t.shape) != original), None)
+        if wrong is not None:
+            raise ValueError(f"A mask label is {tuple(wrong.shape)} pixels but its image is {tuple(original)}.")
+        targets = torch.stack(targets).to(logits)
+        bce = F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(dim=(1, 2))
+        totals["mask_overlap"] += overlap_loss(config, logits, targets).sum()
+        totals["mask_bce"] += bce.sum()
+        predicted, actual = logits.detach() > 0, targets > 0.5
+        union = (predicted | actual).sum(dim=(1, 2)).clamp(min=1)
+        iou = (predicted & actual).sum(dim=(1, 2)) / union
+        totals["mask_iou"] += (iou_scores[members].float() - iou).square().sum()
+    return {name: total / count.to(total).clamp(min=1) for name, total in totals.items()}
+
+
+def overlap_loss(config: PlumConfig, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The overlap loss `(S,)` that the config names, of `(S, H, W)` logits and 0/1 targets."""
+    if config.mask_overlap_loss == "dice":
+        return dice_loss(logits, targets)
+    return focal_tversky_loss(
+        logits,
+        targets,
+        config.tversky_false_negative_weight,
+        config.tversky_false_positive_weight,
+        config.tversky_focal_exponent,
+    )
+
+
+def focal_tversky_loss(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    false_negative_weight: float,
+    false_positive_weight: float,
+    gamma: float,
+) -> torch.Tensor:
+    """
+    `(1 - T) ** gamma`, `T = TP / (TP + a FN + b FP)` over soft probabilities (Abraham and Khan, arXiv 1810.07842).
+
+    Args:
+        logits, targets: `(S, H, W)`, targets 0/1.
+
+    Returns:
+        `(S,)` losses. The base of the power is kept above zero, where its gradient is infinite.
+    """
+    probabilities, targets = logits.sigmoid().flatten(1), targets.flatten(1)
+    true_positive = (probabilities * targets).sum(1)
+    false_negative = ((1 - probabilities) * targets).sum(1)
+    false_positive = (probabilities * (1 - targets)).sum(1)
+    weighted = true_positive + false_negative_weight * false_negative + false_positive_weight * false_positive
+    tversky_index = (true_positive + 1e-6) / (weighted + 1e-6)
+    return (1 - tversky_index).clamp(min=1e-7) ** gamma
+
+
+def dice_loss(logits: torch.Tensor, targets: torch.Tensor, scale: float = 1000.0) -> torch.Tensor:
+    """Soft dice loss `(S,)` of `(S, H, W)` logits and 0/1 targets; sums are divided by `scale` before adding 1e-6."""
+    probabilities, targets = logits.sigmoid().flatten(1), targets.flatten(1)
+    intersection = 2 * (probabilities * targets).sum(1) / scale
+    total = (probabilities.sum(1) + targets.sum(1)) / scale
+    return 1 - (intersection + 1e-6) / (total + 1e-6)
+
+
+def teacher_kl_loss(
+    hidden_states: torch.Tensor,
+    teacher_hidden_states: torch.Tensor,
+    spans: torch.LongTensor,
+    sigma: float,
+    count: torch.Tensor,
+) -> torch.Tensor:
+    """
+    KL of two Gaussians of standard deviation `sigma` around the hidden states `(B, L, D)` of student and teacher,
+    averaged over the tokens of each span `(S, 3)`.
+    """
+    squared = (hidden_states.float() - teacher_hidden_states.float()).square().mean(dim=-1, keepdim=True)
+    loss = 0.5 / sigma**2 * mean_over_spans(squared, spans).sum()
+    return loss / count.to(loss).clamp(min=1)
