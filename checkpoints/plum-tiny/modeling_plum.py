@@ -688,7 +688,6 @@ class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
             input_ids, pixel_values, sam_pixel_values, sam_image_embeddings, sam_image_index, vlm_image_features
         )
         further_inputs, generate_kwargs = self._split_inputs(kwargs)
-        vlm_inputs = image_inputs | further_inputs
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         if labels is None:
@@ -696,17 +695,14 @@ class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
                 raise ValueError(
                     "spans, given_masks and hidden_states belong to a given answer; pass its labels as well."
                 )
-            prompt = input_ids
-            with GeneratedStates(self.vlm.get_decoder()) as generated:
-                input_ids = self._generate_answers(prompt, attention_mask, **vlm_inputs, **generate_kwargs)
-            hidden_states = generated.finish(input_ids)
-            attention_mask, answer_mask = self._mask_answers(input_ids, attention_mask, prompt.shape[1])
-            vlm_inputs = self._extend_to_answers(vlm_inputs, prompt, input_ids)
+            input_ids, attention_mask, answer_mask, hidden_states = self._answer(
+                input_ids, attention_mask, image_inputs | further_inputs, generate_kwargs
+            )
         else:
             answer_mask = (labels != IGNORE_INDEX) & ~torch.isin(labels, self._stop_tokens)
+            if hidden_states is None:
+                hidden_states = self._run_language_model(input_ids, attention_mask, **image_inputs, **further_inputs)
 
-        if hidden_states is None:
-            hidden_states = self._run_language_model(input_ids, attention_mask, **vlm_inputs)
         span_logits = self.tag_tokens(input_ids, hidden_states, attention_mask)
         forced = spans is not None
         if not forced:
@@ -742,6 +738,17 @@ class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
         stop = self.generation_config.eos_token_id
         stop = [] if stop is None else [stop] if isinstance(stop, int) else stop
         return torch.tensor(stop, device=self.device, dtype=torch.long)
+
+    def _answer(self, prompt, attention_mask, vlm_inputs, generate_kwargs) -> tuple[torch.Tensor, ...]:
+        """Generated sequences with their attention mask, answer mask and hidden states, those of `generate` itself."""
+        with GeneratedStates(self.vlm.get_decoder()) as generated:
+            sequences = self._generate_answers(prompt, attention_mask, **vlm_inputs, **generate_kwargs)
+        attention_mask, answer_mask = self._mask_answers(sequences, attention_mask, prompt.shape[1])
+        hidden_states = generated.finish(sequences)
+        if hidden_states is None:
+            vlm_inputs = self._extend_to_answers(vlm_inputs, prompt, sequences)
+            hidden_states = self._run_language_model(sequences, attention_mask, **vlm_inputs)
+        return sequences, attention_mask, answer_mask, hidden_states
 
     def _generate_answers(self, input_ids, attention_mask, **generate_kwargs) -> torch.LongTensor:
         if (attention_mask[:, -1] == 0).any():
