@@ -1,9 +1,10 @@
 # make demo: evaluate plum-tiny, train such a model from scratch on the drawn miniature, evaluate it, write the report.
-# make test: the test suite.   make docs: the site.   make perf: the benchmarks.   make fuzz: hostile files.
+# make test: the test suite.   make slow: the tests that take minutes.   make fuzz: hostile files.
+# make docs: the site.   make perf: the benchmarks.
 PYTHON := .venv/bin/python
 INSTALLED := .venv/installed
 
-.PHONY: demo test lint docs fuzz perf
+.PHONY: demo test slow lint docs fuzz perf
 
 demo: $(INSTALLED)
 	rm -rf runs/demo
@@ -14,6 +15,10 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(PYTHON) -m pytest
+
+slow: $(INSTALLED)
+	.venv/bin/pip install --quiet --constraint constraints.txt --editable ".[browser,notebook,onnx]"
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m slow
 
 perf: $(INSTALLED)
 	HF_HUB_OFFLINE=1 HF_DATASETS_DISABLE_PROGRESS_BARS=1 $(PYTHON) perf/all.py
