@@ -36,15 +36,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rest and options.run is not evaluate:
         make_parser().parse_args(arguments)  # says which argument is unknown
     try:
-        return options.run(options, rest) or 0
+        code = options.run(options, rest) or 0
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
         # The reader has seen enough. Without this Python complains once more when it closes the output.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (DataError, OSError) as error:
+    except DataError as error:
         print(f"plum: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except OSError as error:
+        print(f"plum: {error.filename}: {error.strerror}" if error.filename else f"plum: {error}", file=sys.stderr)
         return BAD_INPUT
 
 
@@ -73,6 +78,12 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"expected a number from 1, found {text!r}")
+    return int(text)
+
+
 def add_data_commands(parser: argparse.ArgumentParser) -> None:
     from partkit.validate import CHECKS
 
@@ -92,7 +103,7 @@ def add_data_commands(parser: argparse.ArgumentParser) -> None:
     command.set_defaults(run=count)
     command = commands.add_parser("preview", parents=[of_a_split], help="draw the masks of the first records")
     command.add_argument("--save", type=Path, required=True, metavar="DIR", help="folder for a PNG a record")
-    command.add_argument("--count", type=int, default=8, help="how many records; default: 8")
+    command.add_argument("--count", type=positive, default=8, help="how many records; default: 8")
     command.set_defaults(run=preview)
 
 
@@ -113,21 +124,25 @@ def segment(options: argparse.Namespace, rest: Sequence[str]) -> None:
     show(plum, segment_phrases(plum, image, options.spans.split(",")), options)
 
 
-def chat(options: argparse.Namespace, rest: Sequence[str]) -> None:
+def chat(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    """Goes on after a question that cannot be answered, and counts as failed in the end."""
     from plumkit.inference import ask, remember
 
     if options.image == "-":
         raise DataError("The questions come from the standard input: give the image as a file.")
     plum, image = open_both(options)
     history: list[dict[str, str]] = []
+    code = 0
     for number, question in enumerate(read_questions(), start=1):
         try:
             reply = ask(plum, image, question, history=history)
         except DataError as error:
             print(f"plum: {error}", file=sys.stderr)
+            code = BAD_INPUT
             continue
         history = remember(reply)
         show(plum, reply, options, folder=options.save and options.save / f"{number:02}")
+    return code
 
 
 def read_questions() -> Iterator[str]:
@@ -137,6 +152,8 @@ def read_questions() -> Iterator[str]:
             line = input("> ") if sys.stdin.isatty() and sys.stdout.isatty() else input()
         except EOFError:
             return
+        except UnicodeDecodeError as error:
+            raise DataError(f"The questions are not text in UTF-8: {error}.") from error
         if line.strip():
             yield line
 

@@ -110,13 +110,17 @@ def read_image(source: str | Path | BinaryIO) -> Image.Image:
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         if isinstance(error, DataError):
             raise
-        reason = "no image format that is known here" if isinstance(error, UnidentifiedImageError) else error
+        reason = getattr(error, "strerror", None) or error
+        if isinstance(error, UnidentifiedImageError):
+            reason = "no image format that is known here"
         raise DataError(f"{name} cannot be read as an image: {reason}.") from error
 
 
 def check_text(text: str, *, what: str) -> str:
-    """The text without outer spaces; raises DataError if it is empty or longer than MAX_TEXT_CHARACTERS."""
+    """The text without outer spaces; raises DataError if that is empty, too long or not UTF-8."""
     text = text.strip()
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise DataError(f"Expected {what} in UTF-8, found {text!r}.")
     if not 0 < len(text) <= MAX_TEXT_CHARACTERS:
         raise DataError(f"Expected {what} of 1 to {MAX_TEXT_CHARACTERS} characters, found {len(text)}.")
     return text

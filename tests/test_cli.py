@@ -83,9 +83,9 @@ def test_an_answer_off_the_terminal_is_plain_and_its_files_are_named(checkpoint,
     assert np.asarray(Image.open(folder / "01_tail.png")).shape == (50, 70)
 
 
-def test_a_chat_answers_every_line_and_goes_on_after_a_bad_one(checkpoint, image_file, capsys, monkeypatch):
+def test_a_chat_goes_on_after_a_bad_line_and_has_failed_in_the_end(checkpoint, image_file, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"Which parts?\n\n{'long ' * 200}\nIs it red?\n"))
-    assert plumkit.cli.main(["chat", str(image_file), "--model", str(checkpoint), "--json"]) == 0
+    assert plumkit.cli.main(["chat", str(image_file), "--model", str(checkpoint), "--json"]) == 1
     captured = capsys.readouterr()
     assert [sorted(json.loads(line)) for line in captured.out.splitlines()] == [["spans", "text"]] * 2
     assert captured.err == "plum: Expected a question of 1 to 500 characters, found 999.\n"
@@ -99,6 +99,8 @@ def test_a_chat_answers_every_line_and_goes_on_after_a_bad_one(checkpoint, image
         (["chat", "-"], 1, "give the image as a file"),
         (["ask", "IMAGE"], 2, "required: question"),
         (["segment", "IMAGE", "--spans", "tail", "--jsno"], 2, "unrecognized arguments: --jsno"),
+        (["segment", "IMAGE", "--spans", "tail", "--save", "IMAGE"], 1, "image.png: File exists"),
+        (["data", "preview", "mini", "--save", "absent", "--count", "0"], 2, "expected a number from 1, found '0'"),
         (["data", "validate", "descriptor", "absent"], 1, ""),
         (["eval", "--output_dir", "absent"], 1, "plum: Expected one of --model, --predictions and --baseline"),
         (["eval", "--output_dir", "absent", "--model", "no/such-model"], 3, "neither a folder nor to be had"),
@@ -112,6 +114,12 @@ def test_each_kind_of_problem_has_its_exit_code(arguments, code, message, image_
     except SystemExit as error:
         found = error.code if isinstance(error.code, int) else 1  # a text is printed and counts as 1
     assert found == code and message in capsys.readouterr().err
+
+
+def test_questions_that_are_no_text_end_the_chat_with_one_sentence(checkpoint, image_file, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\n"), encoding="utf-8"))
+    assert plumkit.cli.main(["chat", str(image_file), "--model", str(checkpoint)]) == 1
+    assert capsys.readouterr().err.startswith("plum: The questions are not text in UTF-8")
 
 
 def test_a_reader_that_leaves_early_is_no_problem(raw_data):

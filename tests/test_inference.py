@@ -168,9 +168,12 @@ def test_an_image_is_turned_upright():
     assert read_image(io.BytesIO(file.getvalue())).size == (20, 30)
 
 
-@pytest.mark.parametrize("question", ["  ", "a" * (MAX_TEXT_CHARACTERS + 1)])
-def test_questions_of_no_or_too_great_length_are_refused(plum, question):
-    with pytest.raises(DataError, match="1 to 500 characters"):
+@pytest.mark.parametrize(
+    ("question", "message"),
+    [("  ", "1 to 500 characters"), ("a" * (MAX_TEXT_CHARACTERS + 1), "1 to 500 characters"), ("a \udcff", "UTF-8")],
+)
+def test_questions_of_no_or_too_great_length_or_of_broken_text_are_refused(plum, question, message):
+    with pytest.raises(DataError, match=message):
         ask(plum, random_image(), question)
 
 
