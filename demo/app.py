@@ -8,6 +8,7 @@ What a person asks and sees is kept in that person's session; uploads and files 
 
 import argparse
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -79,9 +80,15 @@ def problems_shown():
 
 
 def need(reply: Reply | None) -> Reply:
+    """The reply of this session; there is none before the first question, nor once it has expired."""
     if reply is None:
         raise DataError("Ask a question first.")
     return reply
+
+
+def path_of(upload: gr.FileData | None) -> str | None:
+    """An uploaded file, unread. Gradio's own components open it, and say no more than "Error" where it is no image."""
+    return None if upload is None else upload.path
 
 
 class Demo:
@@ -120,7 +127,8 @@ class Demo:
 
     def pick_words(self, reply: Reply | None, event: gr.EventData) -> tuple[str, Range]:
         """Words selected in the answer, widened to whole words."""
-        text = need(reply).text
+        with problems_shown():
+            text = need(reply).text
         start, end = sorted(min(max(int(place), 0), len(text)) for place in (event.start, event.end))
         while start < end and not text[start].isalnum():
             start += 1
@@ -147,9 +155,12 @@ class Demo:
     def ranges(self, reply: Reply, *thresholds: float) -> list[Range]:
         return [(span.start, span.end) for span in self.finish(reply, *thresholds).spans]
 
-    def open_editor(self, reply: Reply, index: int, *thresholds: float) -> dict[str, Any]:
+    def open_editor(self, reply: Reply | None, index: int | None, *thresholds: float) -> dict[str, Any] | None:
         """The image with one mask as a layer to paint on, both at the top left of a square canvas."""
-        size = pages.shown_size(reply.image)
+        if index is None:
+            return None
+        with problems_shown():
+            size = pages.shown_size(need(reply).image)
         mask = self.finish(reply, *thresholds).spans[index].mask
         layer, background = Image.new("RGBA", CANVAS), Image.new("RGBA", CANVAS)
         layer.paste(BRUSH_COLOUR, mask=Image.fromarray(mask).convert("L").resize(size, Image.Resampling.NEAREST))
@@ -236,6 +247,7 @@ def add_ask_tab(demo: Demo, examples: list[str]) -> None:
                 sources=["upload", "webcam", "clipboard"],
                 height=320,
             )
+            image.preprocess = path_of
             question = gr.Textbox(QUESTION, label="Question", max_length=MAX_TEXT_CHARACTERS, lines=2, max_lines=4)
             ask = gr.Button("Ask", variant="primary")
             gr.Examples(examples, image, label="Examples", cache_examples=False)
@@ -332,6 +344,7 @@ def main() -> None:
         rows, questions = load_questions("partonomy", name="mini_questions", split="test")
     except DataError as error:
         sys.exit(f"app.py: {error}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the folder goes as well when a service is stopped
     with tempfile.TemporaryDirectory(prefix="plum-demo-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder  # uploads and files; nothing of it stays
         app = make_app(plum, rows, questions, examples=Path(folder))

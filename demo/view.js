@@ -39,8 +39,10 @@ function spanOf(event) {
 element.addEventListener("mousemove", (event) => isolate(spanOf(event) ?? pinned));
 element.addEventListener("mouseleave", () => isolate(pinned));
 element.addEventListener("click", (event) => pin(spanOf(event)));
+document.addEventListener("keydown", (event) => {
+  if (event.key === "Escape") pin(pinned);  // wherever the focus is: a click on the picture moves it away from here
+});
 element.addEventListener("keydown", (event) => {
-  if (event.key === "Escape") pin(pinned);
   if (event.target.matches(".plum-span") && (event.key === "Enter" || event.key === " ")) {
     event.preventDefault();
     pin(event.target.dataset.span);
@@ -54,7 +56,7 @@ document.addEventListener("selectionchange", () => {
   clearTimeout(waiting);
   waiting = setTimeout(() => {
     const selection = document.getSelection();
-    const answer = element.querySelector(".plum-answer");
+    const answer = element.querySelector(".plum-answer:not([aria-busy])");
     if (!answer || selection.isCollapsed || !selection.rangeCount) return;
     const range = selection.getRangeAt(0);
     if (!answer.contains(range.startContainer) || !answer.contains(range.endContainer)) return;

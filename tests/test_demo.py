@@ -1,8 +1,15 @@
 """The demonstration without a browser: its functions, and a round trip through its server."""
 
 import concurrent.futures
+import html
+import itertools
 import json
+import os
 import re
+import signal
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import gradio as gr
@@ -102,10 +109,29 @@ def test_steps_and_benchmark_questions_become_pages(demo, reply):
     assert demo.benchmark(99) == demo.benchmark(3)
 
 
+def test_an_answer_is_shown_while_it_is_written(demo, tmp_path, monkeypatch):
+    random_image().save(tmp_path / "image.png")
+    monkeypatch.setattr("demo.app.SECONDS_BETWEEN_UPDATES", -1)
+    *growing, (_, reply, *_) = demo.ask(str(tmp_path / "image.png"), "Which parts?", *THRESHOLDS)
+    shown = [
+        re.fullmatch(r'<p class="plum-answer" aria-busy="true">(.*)</p>', page, re.DOTALL)[1] for page, *_ in growing
+    ]
+    assert len(shown) > 3 and all(late.startswith(early) for early, late in itertools.pairwise(shown))
+    assert html.unescape(shown[-1]).strip() == reply.text.strip()
+
+
 def test_nothing_can_be_done_before_a_question_is_asked(demo):
-    for action in (demo.steps, lambda *a: next(demo.files(*a)), lambda *a: demo.segment(a[0], "wheel", None, *a[1:])):
+    actions = [
+        lambda: demo.steps(None, *THRESHOLDS),
+        lambda: next(demo.files(None, *THRESHOLDS)),
+        lambda: demo.segment(None, "wheel", None, *THRESHOLDS),
+        lambda: demo.pick_words(None, Selection(0, 3)),
+        lambda: demo.open_editor(None, 0, *THRESHOLDS),
+    ]
+    for action in actions:
         with pytest.raises(gr.Error, match="Ask a question first"):
-            action(None, *THRESHOLDS)
+            action()
+    assert demo.open_editor(None, None, *THRESHOLDS) is None
     with pytest.raises(gr.Error, match="Choose an image"):
         next(demo.ask(None, "Which parts?", *THRESHOLDS))
 
@@ -140,6 +166,9 @@ def test_the_server_refuses_what_is_too_large_or_no_image(server, tmp_path):
     Image.new("1", (8000, 5001)).save(tmp_path / "wide.png")
     with pytest.raises(gradio_client.exceptions.AppError, match="more than 40 megapixels"):
         client.predict(gradio_client.handle_file(tmp_path / "wide.png"), "Which?", 0, 0.5, api_name="/ask")
+    (tmp_path / "text.png").write_text("no image")
+    with pytest.raises(gradio_client.exceptions.AppError, match="cannot be read as an image"):
+        client.predict(gradio_client.handle_file(tmp_path / "text.png"), "Which?", 0, 0.5, api_name="/ask")
     (tmp_path / "large.png").write_bytes(bytes(10_000_001))
     with pytest.raises(Exception, match="413|size"):
         client.predict(gradio_client.handle_file(tmp_path / "large.png"), "Which?", 0, 0.5, api_name="/ask")
@@ -160,6 +189,30 @@ def test_people_at_once_each_get_the_answer_to_their_own_question(demo, server, 
         *_, (expected, *_) = demo.ask(str(path), f"Part {number}?", *THRESHOLDS)
         assert page == expected
     assert len({page for _, page in visits}) == people
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_the_command_serves_the_released_model_and_leaves_no_file_when_it_is_stopped(tmp_path, stop):
+    random_image().save(tmp_path / "image.png")
+    (tmp_path / "temporary").mkdir()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-u", str(ROOT / "demo" / "app.py"), "--port", str(port)]
+    environment = {**os.environ, "TMPDIR": str(tmp_path / "temporary")}
+    with subprocess.Popen(command, env=environment, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert any("Running on local URL" in line for line in process.stdout)
+            client = gradio_client.Client(f"http://127.0.0.1:{port}", verbose=False)
+            page, *_ = client.predict(
+                gradio_client.handle_file(tmp_path / "image.png"), "Which?", 0, 0.5, api_name="/ask"
+            )
+            assert "plum-stage" in page and list((tmp_path / "temporary").rglob("image.png"))
+        finally:
+            process.send_signal(stop)
+        process.communicate(timeout=60)
+    assert process.returncode == 0 and list((tmp_path / "temporary").iterdir()) == []
 
 
 @pytest.mark.slow
