@@ -1,10 +1,12 @@
 """Keeps every test offline and its caches apart; the environment is set before any Hugging Face import."""
 
+import json
 import os
 import tempfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 _CACHE = tempfile.TemporaryDirectory(prefix="plum-tests-")
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -36,3 +38,32 @@ def recording(request, tmp_path_factory):
     if request.param == "all of it in PLUM_FIXTURES":
         return request.getfixturevalue("whole_recording")
     return Recording(PUBLIC_FOLDER, tmp_path_factory.mktemp("recording"))
+
+
+@pytest.fixture(scope="session")
+def data_folder(tmp_path_factory) -> Path:
+    """Grounded conversations for `load_dataset`, in the splits train and validation."""
+    from tests.training import make_records, record
+
+    folder = tmp_path_factory.mktemp("data")
+    rows = [record(number, number % 4, number % 8 != 0) for number in range(24)]
+    make_records(rows).to_parquet(folder / "train.parquet")
+    make_records([record(number, number % 4) for number in range(30, 37)]).to_parquet(folder / "validation.parquet")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trained(data_folder, tmp_path_factory) -> Path:
+    """The output folder of a model trained from scratch by a recipe."""
+    import train
+    from tests.tiny import tiny_config
+    from tests.training import base_options
+
+    folder = tmp_path_factory.mktemp("trained")
+    config = tiny_config().to_dict()
+    evaluated = {"eval_strategy": "steps", "eval_steps": 2, "save_steps": 2, "save_total_limit": 2}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "strict_macro_giou"}
+    recipe = base_options(data_folder, folder / "out") | {"model_config": config, "tokenizer_vocab_size": 300}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(json.loads(json.dumps({**recipe, **evaluated, **best}))))
+    train.main([str(folder / "recipe.yaml"), "--max_steps", "8"])
+    return folder / "out"

@@ -17,8 +17,8 @@ from partkit.schema import PartMask, Question
 from plumkit.data import Collator, ConversationDataset
 from plumkit.embedding_cache import EmbeddingCache
 from plumkit.predictor import Predictor
-from tests.test_train import base_options, data_folder, make_records, record, run_main  # noqa: F401
 from tests.tiny import IMAGE_SIZE, random_image, random_mask, tiny_model, tiny_processor
+from tests.training import base_options, make_records, record, run_main
 
 IMAGES = 12
 
@@ -192,7 +192,7 @@ def checkpoint(tmp_path_factory) -> Path:
     return folder
 
 
-def test_the_option_of_train_fills_the_folder_that_it_announced(checkpoint, data_folder, tmp_path, capsys):  # noqa: F811
+def test_the_option_of_train_fills_the_folder_that_it_announced(checkpoint, data_folder, tmp_path, capsys):
     options = base_options(data_folder, tmp_path / "out") | {"model": checkpoint, "max_steps": 2, "color_jitter": 0}
     options |= {"frozen_modules": "sam.vision_encoder", "cache_image_embeddings": tmp_path / "cache"}
     run_main(options)
@@ -214,7 +214,7 @@ def test_the_option_of_train_fills_the_folder_that_it_announced(checkpoint, data
         ),
     ],
 )
-def test_a_run_whose_embeddings_change_is_refused(checkpoint, data_folder, tmp_path, changes, message):  # noqa: F811
+def test_a_run_whose_embeddings_change_is_refused(checkpoint, data_folder, tmp_path, changes, message):
     options = base_options(data_folder, tmp_path / "out") | {"cache_image_embeddings": tmp_path / "cache"}
     with pytest.raises(ValueError, match=message):
         run_main(options | {"model": checkpoint} | changes)

@@ -12,8 +12,8 @@ import yaml
 
 from partkit.masks import decode
 from scripts.run_ablations import FIGURES, VARIANTS, format_table, measure_masks, measure_perplexity, run, write_recipe
-from tests.test_train import make_records, record
 from tests.tiny import conversation, tiny_model, tiny_processor
+from tests.training import make_records, record
 from train import build_from_scratch
 
 RECIPE = yaml.safe_load((Path(__file__).parents[1] / "recipes" / "plum_tiny.yaml").read_text())

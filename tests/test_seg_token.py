@@ -19,8 +19,8 @@ from partkit.predictions import read_predictions
 from plumkit.checkpoint import load_checkpoint
 from processing_plum import PlumProcessor
 from tests.test_evaluate_plum import arguments, question_set  # noqa: F401
-from tests.test_train import base_options, data_folder  # noqa: F401
 from tests.tiny import conversation, random_image, random_mask, tiny_config, tiny_model, tiny_processor
+from tests.training import base_options
 
 ANSWER = "It has a <p>left wing</p>, a <p>tail</p> and a <p>wheel</p>."
 PLAIN_ANSWER = "It has a left wing, a tail and a wheel."
@@ -236,7 +236,7 @@ def test_a_token_that_does_not_fit_the_span_source_is_refused(options, message):
 
 
 @pytest.fixture(scope="module")
-def trained(data_folder, tmp_path_factory):  # noqa: F811
+def trained(data_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("seg") / "out"
     config = tiny_config().to_dict() | {"span_source": "seg_token", "seg_token_id": None}
     options = base_options(data_folder, folder) | {"tokenizer_vocab_size": 300, "max_steps": 4, "save_strategy": "no"}

@@ -19,8 +19,8 @@ from torch.testing import assert_close
 from transformers import AutoModel
 
 import train
-from tests.test_train import make_records, record, uneven_records
 from tests.tiny import tiny_model, tiny_processor
+from tests.training import make_records, record, uneven_records
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))
