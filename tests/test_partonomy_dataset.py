@@ -2,6 +2,7 @@ import dataclasses
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -221,6 +222,53 @@ def test_a_bad_record_is_named_in_the_chain_of_causes_and_leaves_no_data_set_beh
             load_dataset(**load)
         assert isinstance(caught.value.__cause__, DataError)
         assert re.search(r"record 0, field 'image_path': there is no image", str(caught.value.__cause__))
+
+
+INTERRUPTED = """
+import os, resource, signal, sys
+from datasets import load_dataset
+from datasets.arrow_writer import ArrowWriter
+import partonomy_dataset
+
+finalize, begun = ArrowWriter.finalize, []
+
+def stop_in_the_second_split(writer, *arguments):
+    begun.append(writer)
+    if len(begun) == 2 and how == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if len(begun) == 2:  # the system refuses to write on, as on a disk without room
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+    return finalize(writer, *arguments)
+
+how, data_dir, cache_dir = sys.argv[1:]
+ArrowWriter.finalize = stop_in_the_second_split
+load_dataset("partonomy", "partimagenet", data_dir=data_dir, cache_dir=cache_dir)
+"""
+
+
+@pytest.mark.parametrize("how", ["killed", "full disk"])
+def test_what_an_interrupted_preparation_leaves_is_not_taken_for_a_data_set(tmp_path, how):
+    for split in ("train", "val"):
+        write(
+            tmp_path / "data",
+            f"{split}.json",
+            partimagenet_content(),
+            f"{split}/n02071294_1.JPEG",
+            f"{split}/n01440764_2.JPEG",
+        )
+    command = [sys.executable, "-c", INTERRUPTED, how, str(tmp_path / "data"), str(tmp_path / "cache")]
+    stopped = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    if how == "killed":
+        assert stopped.returncode == -signal.SIGKILL, stopped.stderr
+        assert list(tmp_path.glob("cache/**/*train*.arrow"))
+    else:
+        assert stopped.returncode == 1 and "OSError: [Errno 27] File too large" in stopped.stderr
+        assert not list(tmp_path.glob("cache/**/*.arrow"))
+    load = {"path": "partonomy", "name": "partimagenet", "data_dir": str(tmp_path / "data")}
+    found, unbroken = (load_dataset(**load, cache_dir=tmp_path / name) for name in ("cache", "other"))
+    assert {split: len(rows) for split, rows in found.items()} == {"train": 2, "validation": 2}
+    for split, rows in found.items():
+        assert rows.remove_columns("image")[:] == unbroken[split].remove_columns("image")[:]
 
 
 @pytest.mark.parametrize("name", ["core", "descriptor", "pascal_part", "paco_lvis", "partimagenet"])
