@@ -17,6 +17,7 @@ from datasets import Dataset
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModel, AutoProcessor, LlamaConfig
 
 import train
@@ -215,6 +216,22 @@ def test_the_curves_hold_every_named_loss_and_metric_of_the_log(trained):
         assert float(row["loss"]) == pytest.approx(total, rel=1e-4)
     with Image.open(trained / "training_curves.png") as image:
         assert image.format == "PNG" and image.width > image.height > 100
+
+
+def test_tensorboard_shows_every_figure_of_the_log(data_folder, trained, tmp_path):
+    options = base_options(data_folder, tmp_path) | {"model": trained, "max_steps": 4, "report_to": "tensorboard"}
+    run_main(options | {"save_strategy": "no", "eval_strategy": "steps", "eval_steps": 2})
+    (events,) = tmp_path.glob("runs/*/events.*")
+    shown = EventAccumulator(str(events)).Reload()
+    found = {(tag, event.step): event.value for tag in shown.Tags()["scalars"] for event in shown.Scalars(tag)}
+    expected = {}
+    for entry in log_history(tmp_path):
+        step = entry.pop("step")
+        for name, value in entry.items():
+            tag = name.replace("eval_", "eval/", 1) if name.startswith("eval_") else f"train/{name}"
+            expected[tag, step] = value
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert {"train/mask_bce_loss", "eval/strict_macro_giou"} <= {tag for tag, _ in found}
 
 
 def test_few_checkpoints_are_kept_and_the_best_one_is_the_result(trained):
