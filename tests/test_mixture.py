@@ -1,6 +1,7 @@
 """Several sources as one: rates, order, shards, and what a training run says about them before it starts."""
 
 import json
+import pickle
 import re
 from collections import Counter
 from itertools import islice
@@ -134,6 +135,19 @@ def folders(tmp_path_factory) -> list[Source]:
             make_records(rows).to_parquet(folder / name / f"{split}.parquet")
     return [Source(str(folder / name), "default", eval_split="validation", rate=rate) for name, rate in
             (("parts", 3), ("text", 1))]  # fmt: skip
+
+
+@pytest.mark.parametrize("sources, bytes_per_record", [(1, 0), (2, 8)])
+def test_a_worker_is_sent_where_the_records_lie_and_their_order_but_no_records(tmp_path, sources, bytes_per_record):
+    sent, lengths = [], []
+    for count in (10, 200):
+        make_records([record(f"r{number}") for number in range(count)]).to_parquet(tmp_path / f"{count}/train.parquet")
+        part = load_records(Source(str(tmp_path / str(count)), "default"), "train")
+        dataset = ConversationDataset(mix([part] * sources, [1.0] * sources, seed=0))
+        sent.append(pickle.dumps(dataset))
+        lengths.append(len(dataset))
+        assert pickle.loads(sent[-1])[7]["id"] == dataset[7]["id"]
+    assert len(sent[1]) - len(sent[0]) == pytest.approx(bytes_per_record * (lengths[1] - lengths[0]), abs=200)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
