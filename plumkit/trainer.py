@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate.utils import DynamoBackend
 from peft import PeftModel
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
@@ -94,11 +95,22 @@ class PlumTrainer(Trainer):
         self.embedding_cache = embedding_cache
         self.teacher = build_teacher(self.model)
         self.add_callback(EpochSetter)
+        if self.args.torch_compile:
+            self._compile_layers()
         if self.is_fsdp_enabled:
             self.model.register_forward_hook(_use_every_parameter)
         # The losses come divided by the counts of the whole batch; the Trainer must not divide them again.
         self.model_accepts_loss_kwargs = True
         self._named_losses, self._steps_summed = {}, 0
+
+    def _compile_layers(self):
+        """
+        `torch_compile` for the layers of SAM's encoder and of the language model. The whole model, which the Trainer
+        would compile, does other work for every number of spans and every size of images.
+        """
+        self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
+        for layer in [*self.model.sam.vision_encoder.layers, *self.model.vlm.get_decoder().layers]:
+            layer.compile(backend=self.args.torch_compile_backend, mode=self.args.torch_compile_mode)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)

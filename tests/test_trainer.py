@@ -212,6 +212,18 @@ def test_bfloat16_computes_nearly_the_same_losses_and_keeps_the_weights_in_float
         assert found["loss"] == pytest.approx(expected["loss"], rel=0.03) and found["loss"] != expected["loss"]
 
 
+@pytest.mark.slow
+def test_compiled_layers_give_the_gradients_weights_and_losses_of_the_model_as_it_is(
+    whole_batches, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "no")  # the options set it for the rest of the process
+    torch._dynamo.reset()
+    compiled = run_trainer(tmp_path, torch_compile_backend="aot_eager")
+    assert_same_run(compiled, whole_batches)
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] > 0 and not counters["graph_break"]
+
+
 def test_a_loss_that_is_no_number_stops_the_run_and_names_its_records(tmp_path):
     trainer = make_trainer(tmp_path, [record(number, 1) for number in range(3)], per_device_train_batch_size=3)
     torch.nn.init.constant_(trainer.model.span_projector[0].bias, float("nan"))
