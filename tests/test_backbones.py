@@ -1,6 +1,7 @@
 """PLUM around pretrained backbones of several families: what is theirs stays theirs, and every path runs."""
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -31,10 +32,7 @@ def sam_folder(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=FAMILIES, ids=lambda family: family.__name__)
 def vlm_folder(request, tmp_path_factory):
-    try:
-        return str(request.param(tmp_path_factory.mktemp(request.param.__name__)))
-    except ImportError as error:  # some image processors of older versions of transformers
-        pytest.skip(f"needs a library that is not installed: {' '.join(str(error).split())}")
+    return str(request.param(tmp_path_factory.mktemp(request.param.__name__)))
 
 
 @pytest.fixture(scope="module")
@@ -196,6 +194,9 @@ def test_prepared_images_give_what_their_pixels_give(plum):
     counts = [image.num_image_tokens for image in prepared]
     with torch.no_grad():
         features = model.get_vlm_image_features(counts, **vlm_inputs)
+        if features is None:  # this family takes none, in this release of transformers: its images are given whole
+            assert "mm_encoder_outputs" not in inspect.signature(model.vlm.model.forward).parameters
+            return
         embeddings = model.get_image_embeddings(sam_inputs["sam_pixel_values"])
     kept = {"vlm_image_features": features, "sam_image_embeddings": embeddings}
     answers, questions = ["A <p>wing</p>.", "No.", "A <p>tail</p>."], [WIDE, WIDE, TALL]
