@@ -262,8 +262,8 @@ def test_selected_words_become_a_span(page):
     assert page.locator(".plum-answer").inner_text() == before
 
 
-@pytest.mark.parametrize(("tool", "above_the_middle"), [("Brush", 110), ("Erase", 0)])
-def test_a_painted_mask_replaces_that_of_the_span_and_those_after_it_follow(page, tool, above_the_middle):
+@pytest.mark.parametrize(("tool", "heights"), [("Brush", (0.15, 0.25, 0.35)), ("Erase", (0.5,))])
+def test_a_painted_mask_replaces_that_of_the_span_and_those_after_it_follow(page, tool, heights):
     """The first mask of this drawing covers the middle of it, and nothing near the upper edge."""
     before, sources = masks_of(page)[0], addresses_of(page)
     open_tab(page, "Correct a mask")
@@ -274,11 +274,12 @@ def test_a_painted_mask_replaces_that_of_the_span_and_those_after_it_follow(page
     wait_for_colour(canvas, BRUSH_COLOUR)
     page.get_by_label(tool, exact=True).click()
     box = canvas.bounding_box()
-    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2 - above_the_middle
-    page.mouse.move(x - 40, y)
-    page.mouse.down()
-    page.mouse.move(x + 40, y, steps=8)
-    page.mouse.up()
+    for height in heights:
+        y = box["y"] + height * box["height"]
+        page.mouse.move(box["x"] + 0.3 * box["width"], y)
+        page.mouse.down()
+        page.mouse.move(box["x"] + 0.7 * box["width"], y, steps=8)
+        page.mouse.up()
     keep(page, tool.lower())
     page.get_by_role("button", name="Use this mask").click()
     sync_api.expect(page.locator(".plum-mask").first).not_to_have_attribute("src", sources[0])
