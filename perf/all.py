@@ -20,6 +20,7 @@ SCRIPTS = [
     "pipeline",
     "metrics",
     "build_questions",
+    "growth",
 ]
 
 

@@ -22,8 +22,10 @@ QUESTIONS_AT_ONCE = 2  # memory grows with the rows at once
 IMAGE_TOKEN, VOCABULARY = 31_999, 32_000
 
 
-def build_model(layers: int = 4, width: int = 512) -> PlumForConditionalGeneration:
-    """Llava with a small CLIP of 224 px and 256 patches, and SAM ViT-B at 256 px; random weights."""
+def build_model(
+    layers: int = 4, width: int = 512, side: int = 256, sam_vision: dict | None = None
+) -> PlumForConditionalGeneration:
+    """Llava with a small CLIP of 224 px and 256 patches, and SAM ViT-B at 256 px or what is given; random weights."""
     text_config = {
         "model_type": "llama",
         "hidden_size": width,
@@ -43,7 +45,7 @@ def build_model(layers: int = 4, width: int = 512) -> PlumForConditionalGenerati
         "image_size": 224,
         "patch_size": 14,
     }
-    sizes = {"image_size": 256, "patch_size": 16}
+    sizes = {"image_size": side, "patch_size": 16}
     config = PlumConfig(
         vlm_config={
             "model_type": "llava",
@@ -53,7 +55,7 @@ def build_model(layers: int = 4, width: int = 512) -> PlumForConditionalGenerati
         },
         sam_config={
             "initializer_range": 0.05,
-            "vision_config": {**sizes, "initializer_range": 0.02},
+            "vision_config": {**sizes, "initializer_range": 0.02, **(sam_vision or {})},
             "prompt_encoder_config": sizes,
         },
         span_tagger_intermediate_size=width,
@@ -62,8 +64,8 @@ def build_model(layers: int = 4, width: int = 512) -> PlumForConditionalGenerati
     return PlumForConditionalGeneration(config).eval()
 
 
-def draw_questions(questions: int) -> dict[str, torch.Tensor]:
-    """Rows of `questions` x CHOICES token ids, their labels, and spans of the first choice of each."""
+def draw_questions(questions: int, choices: int = CHOICES) -> dict:
+    """Rows of `questions` x `choices` token ids, their labels, and spans of the first choice of each question."""
     generator = torch.Generator().manual_seed(0)
 
     def words(*shape):
@@ -74,14 +76,14 @@ def draw_questions(questions: int) -> dict[str, torch.Tensor]:
     rows = [
         torch.cat([start, image, question, common, words(ANSWER_TOKENS - COMMON_ANSWER_TOKENS)])
         for question in words(questions, QUESTION_TOKENS)
-        for _ in range(CHOICES)
+        for _ in range(choices)
     ]
     input_ids = torch.stack(rows)
     labels = input_ids.clone()
     labels[:, :-ANSWER_TOKENS] = -100
     first = input_ids.shape[1] - ANSWER_TOKENS + COMMON_ANSWER_TOKENS
     spans = [[q, first + 4 * i, first + 4 * i + 2] for q in range(questions) for i in range(SPANS)]
-    return {"input_ids": input_ids, "labels": labels, "spans": torch.tensor(spans)}
+    return {"input_ids": input_ids, "labels": labels, "spans": torch.tensor(spans), "choices": choices}
 
 
 def score_one_by_one(model, batch, pixels) -> torch.Tensor:
@@ -90,7 +92,7 @@ def score_one_by_one(model, batch, pixels) -> torch.Tensor:
     for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
         outputs = model.vlm(input_ids=ids[None], pixel_values=pixels, use_cache=False)
         scores.append(F.cross_entropy(outputs.logits[0, :-1].float(), labels[1:]))
-    return torch.stack(scores).view(-1, CHOICES)
+    return torch.stack(scores).view(-1, batch["choices"])
 
 
 def score_and_segment_one_by_one(model, batch, pixels, sam_pixels):
@@ -98,7 +100,7 @@ def score_and_segment_one_by_one(model, batch, pixels, sam_pixels):
     scores, masks = score_one_by_one(model, batch, pixels), []
     for question in range(len(scores)):
         embeddings = model.get_image_embeddings(sam_pixels)
-        ids = batch["input_ids"][question * CHOICES, None]
+        ids = batch["input_ids"][question * batch["choices"], None]
         states = model.vlm.model(input_ids=ids, pixel_values=pixels, use_cache=False).last_hidden_state
         masks += segment_span_by_span(model, states[0], batch["spans"][batch["spans"][:, 0] == question], embeddings)
     return scores, torch.stack(masks)
@@ -135,18 +137,18 @@ def score_and_segment(model, batch, pixels, sam_pixels, *, masks: bool = True):
     """Image, question and choices as one tree, of a few questions; the true answers' masks from the same states."""
     (features,) = model.get_vlm_image_features([IMAGE_TOKENS], pixel_values=pixels)
     embeddings = model.get_image_embeddings(sam_pixels) if masks else None
-    scores, decoded = [], []
-    for start in range(0, len(batch["input_ids"]) // CHOICES, QUESTIONS_AT_ONCE):
-        rows = slice(start * CHOICES, (start + QUESTIONS_AT_ONCE) * CHOICES)
+    scores, decoded, choices = [], [], batch["choices"]
+    for start in range(0, len(batch["input_ids"]) // choices, QUESTIONS_AT_ONCE):
+        rows = slice(start * choices, (start + QUESTIONS_AT_ONCE) * choices)
         ids, labels = batch["input_ids"][rows], batch["labels"][rows]
         images = torch.zeros(len(ids), dtype=torch.long)
         states = model.encode_conversations(ids, vlm_image_features=[features], sam_image_index=images)
-        scores.append(model.score_choices(ids, labels, CHOICES, hidden_states=states))
+        scores.append(model.score_choices(ids, labels, choices, hidden_states=states))
         if masks:
             question = batch["spans"][:, 0]
             spans = batch["spans"][(question >= start) & (question < start + QUESTIONS_AT_ONCE)]
             spans = spans - torch.tensor([start, 0, 0])
-            decoded.append(model.decode_masks(states[::CHOICES], spans, embeddings, images[::CHOICES])[0])
+            decoded.append(model.decode_masks(states[::choices], spans, embeddings, images[::choices])[0])
     return (torch.cat(scores), torch.cat(decoded)) if masks else torch.cat(scores)
 
 

@@ -4,6 +4,8 @@ A training step of plum-tiny on eight conversations: as one batch, against a loo
     python perf/training.py
 """
 
+from collections.abc import Callable
+
 import torch
 from measure import compare
 from plum_tiny import build_plum_tiny, draw_images
@@ -16,10 +18,10 @@ ROWS, SPANS = 8, 4
 ANSWER = "I can see a <p>wing</p>, a <p>tail</p>, a <p>wheel</p> and a <p>hull</p>."
 
 
-def build_batch(processor) -> dict:
-    """Eight images, each with a question, an answer of four tagged parts and their masks."""
+def build_batch(processor, rows: int = ROWS) -> dict:
+    """As many images, each with a question, an answer of four tagged parts and their masks."""
     generator = seeded_generator(0, "benchmark masks")
-    images = draw_images(ROWS)
+    images = draw_images(rows)
     chats = [
         as_chat([{"role": "user", "content": "Which parts?"}, {"role": "assistant", "content": ANSWER}], image)
         for image in images
@@ -28,7 +30,7 @@ def build_batch(processor) -> dict:
     return dict(processor.apply_chat_template(chats, masks=masks, tokenize=True, return_dict=True))
 
 
-def loop_over_rows(model, batch: dict, counts: dict, rows: int = ROWS) -> None:
+def loop_over_rows(model, batch: dict, counts: dict, rows: int) -> None:
     """Gradients of the batch, row by row; the masks of a row span by span, each with a pass of its own."""
     shared = ("input_ids", "attention_mask", "labels", "span_labels", "sam_pixel_values")
     sizes = ("original_sizes", "reshaped_input_sizes")
@@ -53,23 +55,32 @@ def loop_over_rows(model, batch: dict, counts: dict, rows: int = ROWS) -> None:
             sum(weights[name] * value for name, value in losses.items()).backward()
 
 
+@torch.enable_grad()
+def gradients(model, step: Callable[[], None]) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    step()
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def step_by_rows(model, batch: dict, rows: int | None = None) -> dict[str, torch.Tensor]:
+    """Gradients that [`loop_over_rows`] leaves, of all rows or of the first few."""
+    items = {name: batch[name] for name in ("labels", "span_labels", "spans", "mask_labels")}
+    counts = count_loss_items(model.config, **items)
+    return gradients(model, lambda: loop_over_rows(model, batch, counts, rows or len(batch["input_ids"])))
+
+
+def step_at_once(model, batch: dict) -> dict[str, torch.Tensor]:
+    return gradients(model, lambda: model(**batch).loss.backward())
+
+
 def main() -> list[dict]:
     model, processor = build_plum_tiny()
     batch = build_batch(processor)
-    counts = count_loss_items(
-        model.config, **{name: batch[name] for name in ("labels", "span_labels", "spans", "mask_labels")}
-    )
-
-    def gradients(step) -> dict[str, torch.Tensor]:
-        model.zero_grad()
-        step()
-        return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
-
     return compare(
         "training step, plum-tiny, batch 8, against a loop over rows and spans",
-        old=lambda: gradients(lambda: loop_over_rows(model, batch, counts)),
-        new=lambda: gradients(lambda: model(**batch).loss.backward()),
-        old_part=lambda: gradients(lambda: loop_over_rows(model, batch, counts, rows=1)),
+        old=lambda: step_by_rows(model, batch),
+        new=lambda: step_at_once(model, batch),
+        old_part=lambda: step_by_rows(model, batch, rows=1),
         target=2.0,
         rounds=2,
         tolerance=1e-3,
