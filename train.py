@@ -379,14 +379,6 @@ def add_lora(model: PlumForConditionalGeneration, arguments: ModelArguments) -> 
     )
 
 
-def merge_lora(model: nn.Module) -> PlumForConditionalGeneration:
-    """The model with its adapter merged into its weights; embeddings and head that were tied are so no longer."""
-    model = model.merge_and_unload()
-    if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
-        model.config.vlm_config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
-    return model
-
-
 def open_embedding_cache(model: nn.Module, arguments: DataArguments) -> EmbeddingCache | None:
     """The cache that the options ask for; `ValueError` if the embedding of an image changes during the training."""
     if arguments.cache_image_embeddings is None:
@@ -524,7 +516,7 @@ def main(argv: list[str]):
 
     # Output
     if model_arguments.lora_r:
-        trainer.model = merge_lora(trainer.accelerator.unwrap_model(trainer.model))
+        trainer.merge_adapter()
     trainer.save_model()
     trainer.save_state()
     if trainer.is_world_process_zero():

@@ -84,6 +84,20 @@ def build_teacher(model: nn.Module) -> Callable[..., ModelOutput] | None:
     return without_adapter
 
 
+def merge_lora(model: PeftModel) -> nn.Module:
+    """The model with its adapter merged into its weights; embeddings and head that were tied are so no longer."""
+    model = model.merge_and_unload()
+    if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
+        model.config.vlm_config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
+    return model
+
+
+def copy_model(model: nn.Module, new_weight: Callable[[str, torch.Tensor], torch.Tensor]) -> nn.Module:
+    """A copy with other weights, `new_weight(name, weight)`; those that are shared within the model stay so."""
+    weights = {id(p): nn.Parameter(new_weight(name, p.data), p.requires_grad) for name, p in model.named_parameters()}
+    return copy.deepcopy(model, weights)
+
+
 class PlumTrainer(Trainer):
     """
     The Trainer with losses that are normalised by the counts of the whole batch (over accumulation steps and
@@ -95,13 +109,24 @@ class PlumTrainer(Trainer):
         self.embedding_cache = embedding_cache
         self.teacher = build_teacher(self.model)
         self.add_callback(EpochSetter)
+        self._outline = self._prepare_for_fsdp() if self.is_fsdp_enabled else None
         if self.args.torch_compile:
             self._compile_layers()
-        if self.is_fsdp_enabled:
-            self.model.register_forward_hook(_use_every_parameter)
         # The losses come divided by the counts of the whole batch; the Trainer must not divide them again.
         self.model_accepts_loss_kwargs = True
         self._named_losses, self._steps_summed = {}, 0
+
+    def _prepare_for_fsdp(self) -> nn.Module | None:
+        """The model without its weights if it has an adapter: what FSDP2 has shared out is merged in a new copy."""
+        self.model.register_forward_hook(_use_every_parameter, with_kwargs=True)
+        if not isinstance(self.model, PeftModel):
+            return None
+        if self.model.config.get_text_config().tie_word_embeddings:
+            raise ValueError(
+                "LoRA with FSDP2 needs a language model with embeddings of its own for input and output, and this one "
+                "ties them; train it with recipes/accelerate/ddp.yaml."
+            )
+        return copy_model(self.model, lambda _, weight: weight.to("meta"))
 
     def _compile_layers(self):
         """
@@ -147,7 +172,7 @@ class PlumTrainer(Trainer):
 
     def _save(self, output_dir=None, state_dict=None):
         found = type(self.model)
-        if isinstance(self.model, FSDPModule):
+        if self.args.should_save and isinstance(self.model, FSDPModule):
             # FSDP2 puts a class of its own over the model's, whose code would be saved as the model's; and it gathers
             # tied weights under each of their names.
             self.model.__class__ = found.__bases__[1]
@@ -157,6 +182,20 @@ class PlumTrainer(Trainer):
             super()._save(output_dir, state_dict)
         finally:
             self.model.__class__ = found
+
+    def merge_adapter(self):
+        """
+        Merges LoRA into the weights of the model, after the training. What FSDP2 has shared out among processes is
+        whole from then on, on the process that saves it; the others have nothing to save.
+        """
+        model = self.accelerator.unwrap_model(self.model)
+        if self._outline is not None:
+            weights = self.accelerator.get_state_dict(self.model)
+            model = copy_model(self._outline, lambda name, _: weights[name]) if self.args.should_save else None
+        # What is saved from here on is whole.
+        self.is_fsdp_enabled = self.is_deepspeed_enabled = False
+        if model is not None:
+            self.model = merge_lora(model)
 
     def _issue_warnings_after_load(self, load_result):
         # Tied weights are saved under one of their names; the others are not missing.
@@ -199,14 +238,20 @@ class PlumTrainer(Trainer):
         return inputs
 
 
-def _use_every_parameter(model: nn.Module, _, outputs: ModelOutput):
+def _use_every_parameter(model: nn.Module, _, inputs: dict, outputs: ModelOutput):
     """
-    FSDP2 needs a gradient of the same parameters on every rank, be it zero: a rank whose rows have no image or no span
-    would leave some out, and the ranks would wait for each other. Layers sharded on their own are in use by all ranks.
+    FSDP2 needs a gradient of the same parameters on every rank, be it zero, and the same layers to run: a rank whose
+    rows have no image or no span would leave some out, and the ranks would wait for each other.
     """
-    if outputs.loss is not None and model.training:
-        whole = [p for p in model.parameters() if p.requires_grad and not isinstance(p, DTensor)]
-        outputs["loss"] = outputs.loss + 0.0 * sum(parameter.sum() for parameter in whole)
+    if outputs.loss is None or not model.training:
+        return
+    # Layers that are sharded on their own are in use by all ranks.
+    whole = [p for p in model.parameters() if p.requires_grad and not isinstance(p, DTensor)]
+    outputs["loss"] = outputs.loss + 0.0 * sum(parameter.sum() for parameter in whole)
+    if isinstance(model, PeftModel) and inputs["teacher"] is not None and not len(inputs["spans"]):
+        # Without spans nobody has asked the teacher, which is the same layers once more.
+        with torch.no_grad():
+            inputs["teacher"](inputs_embeds=outputs.loss.new_zeros(1, 1, model.config.get_text_config().hidden_size))
 
 
 def _count_record_results(inputs: dict, outputs: dict, config: PlumConfig) -> torch.Tensor:

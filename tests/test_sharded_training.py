@@ -1,9 +1,11 @@
 """
-FSDP2 as recipes/accelerate/fsdp2.yaml asks for it, in two processes on CPU: the same training as in one process.
+FSDP2 as recipes/accelerate/fsdp2.yaml asks for it, in two processes on CPU: the same training as in one process, of
+all weights and with LoRA.
 
 Run as a script by `accelerate launch` the module makes the sharded runs.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -20,13 +22,12 @@ from transformers import AutoModel
 
 import train
 from tests.tiny import tiny_model, tiny_processor
-from tests.training import make_records, record, uneven_records
+from tests.training import ROOT, make_records, record, uneven_records
 
-ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))
 
 
-def run(folder: Path, *, processes: int, resume: Path | None = None) -> dict:
+def run(folder: Path, *, processes: int, lora_r: int, resume: Path | None = None, tied: bool = False) -> dict:
     """Three steps of four uneven rows each, in which ranks differ in images and spans; the figures at the end."""
     args = train.PlumTrainingArguments(
         str(folder),
@@ -48,6 +49,9 @@ def run(folder: Path, *, processes: int, resume: Path | None = None) -> dict:
     model = tiny_model()
     for parameter in model.mask_feedback.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
+    model.config.get_text_config().tie_word_embeddings = tied
+    if lora_r:
+        model = train.add_lora(model, train.ModelArguments(model="unused", lora_r=lora_r, lora_dropout=0.0))
     trainer = train.PlumTrainer(
         model=model,
         args=args,
@@ -58,16 +62,21 @@ def run(folder: Path, *, processes: int, resume: Path | None = None) -> dict:
     )
     trainer.train(resume_from_checkpoint=resume and str(resume))
     assert trainer.is_fsdp_enabled == sharded
-    trainer.save_model()
     figures = trainer.evaluate()
+    if lora_r:
+        trainer.merge_adapter()
+    trainer.save_model()
     return {name: value for name, value in figures.items() if "runtime" not in name and "second" not in name}
 
 
-def run_sharded(folder: Path):
-    figures = run(folder / "whole", processes=2)
-    resumed = run(folder / "resumed", processes=2, resume=folder / "whole" / "checkpoint-2")
+def run_sharded(folder: Path, lora_r: int):
+    whole = run(folder / "whole", processes=2, lora_r=lora_r)
+    resumed = run(folder / "resumed", processes=2, lora_r=lora_r, resume=folder / "whole" / "checkpoint-2")
+    if lora_r:
+        with pytest.raises(ValueError, match="LoRA with FSDP2 needs a language model with embeddings of its own"):
+            run(folder / "tied", processes=2, lora_r=lora_r, tied=True)
     if PartialState().is_main_process:
-        torch.save([figures, resumed], folder / "figures.pt")
+        (folder / "figures.json").write_text(json.dumps([whole, resumed]))
     torch.distributed.destroy_process_group()
 
 
@@ -82,20 +91,21 @@ def test_every_launch_configuration_is_one_that_accelerate_knows(path):
 
 
 @pytest.mark.slow
-def test_two_sharded_processes_train_save_and_resume_as_one_process(tmp_path):
+@pytest.mark.parametrize("lora_r", [0, 2], ids=["all_weights", "lora"])
+def test_two_sharded_processes_train_save_and_resume_as_one_process(tmp_path, lora_r):
     config = yaml.safe_load((ROOT / "recipes" / "accelerate" / "fsdp2.yaml").read_text())
     (tmp_path / "fsdp2.yaml").write_text(yaml.safe_dump({**config, "num_processes": 2, "mixed_precision": "no"}))
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(tmp_path / "fsdp2.yaml")]
     sharded = subprocess.run(
-        [*launcher, "-m", "tests.test_sharded_training", str(tmp_path)],
+        [*launcher, "-m", "tests.test_sharded_training", str(tmp_path), str(lora_r)],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )
     assert sharded.returncode == 0, sharded.stderr
-    expected = run(tmp_path / "one", processes=1)
-    figures, resumed = torch.load(tmp_path / "figures.pt", weights_only=False)
+    expected = run(tmp_path / "one", processes=1, lora_r=lora_r)
+    figures, resumed = json.loads((tmp_path / "figures.json").read_text())
     assert figures == pytest.approx(expected, rel=1e-3, abs=1e-4) and resumed == pytest.approx(figures)
 
     one, whole, again = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "whole", "resumed"))
@@ -110,4 +120,4 @@ def test_two_sharded_processes_train_save_and_resume_as_one_process(tmp_path):
 
 
 if __name__ == "__main__":
-    run_sharded(Path(sys.argv[1]))
+    run_sharded(Path(sys.argv[1]), lora_r=int(sys.argv[2]))
