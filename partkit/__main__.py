@@ -34,7 +34,8 @@ def main(arguments: list[str] | None = None) -> int:
     if len(report.problems) > LISTED_PROBLEMS:
         print(f"and {len(report.problems) - LISTED_PROBLEMS} more problems")
     if report.problems:
-        print(f"{options.folder} is not fit for a build: {len(report.problems)} problems")
+        count = "1 problem" if len(report.problems) == 1 else f"{len(report.problems)} problems"
+        print(f"{options.folder} is not fit for a build: {count}")
         return 1
     print(f"{options.folder} is complete")
     return 0

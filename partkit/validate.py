@@ -48,9 +48,9 @@ def validate(source: str, folder: str | Path) -> Report:
 
 
 def _check_core(folder: Path, report: Report) -> None:
-    questions = tqdm(read_questions(folder, on_error=report.refuse), desc="questions", unit=" questions")
+    questions = read_questions(folder, on_error=report.refuse)
     statistics = Statistics()
-    for question in questions:
+    for question in tqdm(questions, desc="questions", unit=" questions", disable=None):  # none off a terminal
         statistics.add(as_row(question))
     by_type = ", ".join(f"{count} {name}" for name, count in sorted(statistics.questions.items()))
     counts = statistics.as_row()
@@ -107,7 +107,7 @@ def _check_drawn_splits(source: Descriptor | OwnParts | ConversationFile, report
 def _read_conversations(source: Opened, indices: Sequence[int], *, split: str, report: Report) -> str:
     """What the conversations of these records hold; bad ones are reported."""
     conversations, questions, spans, masks = 0, 0, 0, set()
-    for index in tqdm(indices, desc=split, unit=" records"):
+    for index in tqdm(indices, desc=split, unit=" records", disable=None):
         try:
             for conversation in source.conversations(index, seed=DEFAULT_SEED):
                 conversations += 1

@@ -133,7 +133,8 @@ def test_a_reader_that_leaves_early_is_no_problem(raw_data):
 
 def test_data_is_validated_counted_and_drawn(raw_data, capsys):
     assert plumkit.cli.main(["data", "validate", "descriptor", str(raw_data)]) == 0
-    assert "is complete" in capsys.readouterr().out
+    captured = capsys.readouterr()
+    assert "is complete" in captured.out and captured.err == ""
     of_train = ["descriptor", "--data_dir", str(raw_data), "--split", "train"]
     assert plumkit.cli.main(["data", "stats", *of_train, "--json"]) == 0
     counts = json.loads(capsys.readouterr().out)
