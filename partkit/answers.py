@@ -116,7 +116,8 @@ def answer_files(path: Path, *, format: AnswerFormat = "jsonl") -> list[Path]:
         files = sorted(path.glob("*.json"))
     if not files or not all(file.is_file() for file in files):
         expected = "a predictions json, or a folder of them" if format == "official" else "a file of one object a line"
-        raise DataError(f"{path} holds no answers: expected {expected}.")
+        problem = "holds no answers" if path.exists() else "does not exist"
+        raise DataError(f"{path} {problem}: expected {expected}.")
     return files
 
 

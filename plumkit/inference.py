@@ -95,7 +95,7 @@ def read_image(source: str | Path | BinaryIO) -> Image.Image:
     Raises:
         DataError: no image, or one of more than MAX_IMAGE_BYTES or MAX_IMAGE_PIXELS.
     """
-    name = "the image" if hasattr(source, "read") else str(source)
+    name = getattr(source, "name", "the file") if hasattr(source, "read") else str(source)
     try:
         content = (source if hasattr(source, "read") else Path(source).open("rb")).read(MAX_IMAGE_BYTES + 1)
         if len(content) > MAX_IMAGE_BYTES:

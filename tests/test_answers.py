@@ -143,7 +143,7 @@ def test_a_file_without_any_usable_line_is_refused_however_errors_are_handled(tm
     predictions, problems = read_answers(write(tmp_path / "a.jsonl", ["x"]), QUESTIONS)
     with pytest.raises(DataError, match="None of 3 questions"):
         leave_out(QUESTIONS, predictions, problems, report_to=tmp_path / "errors.jsonl")
-    with pytest.raises(DataError, match="absent.jsonl holds no answers"):
+    with pytest.raises(DataError, match="absent.jsonl does not exist"):
         read_answers(tmp_path / "absent.jsonl", QUESTIONS)
 
 
