@@ -40,7 +40,7 @@ def draw_mask(mask: np.ndarray, colour: str, size: tuple[int, int]) -> Image.Ima
 
 def _address(image: Image.Image, *, format: str) -> str:
     buffer = io.BytesIO()
-    image.save(buffer, format=format)
+    image.save(buffer, format=format, compress_level=1)  # of PNG: masks are small at any level
     return f"data:image/{format.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 

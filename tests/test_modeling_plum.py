@@ -468,6 +468,22 @@ def test_a_processor_with_another_count_of_image_tokens_is_refused_by_the_model(
         model(**batch)
 
 
+@torch.no_grad()
+def test_image_tokens_without_an_image_are_refused_instead_of_being_read_as_words(model_and_processor):
+    model, processor = model_and_processor
+    chats = [conversation(random_image(), "Yes."), conversation(random_image(), "No.")]
+    batch = dict(processor.apply_chat_template(chats, tokenize=True, return_dict=True))
+    for name in ("pixel_values", "sam_pixel_values"):
+        batch.pop(name, None)
+    for run in (model, model.segment, lambda **inputs: model.score_choices(**inputs, num_choices=2)):
+        with pytest.raises(ValueError, match="hold image tokens, but no image comes with them"):
+            run(**batch)
+    prompts = processor.apply_chat_template([conversation(random_image(), None)], add_generation_prompt=True,
+                                            tokenize=True, return_dict=True)  # fmt: skip
+    with pytest.raises(ValueError, match="hold image tokens, but no image comes with them"):
+        model.generate(input_ids=prompts["input_ids"], attention_mask=prompts["attention_mask"], max_new_tokens=2)
+
+
 @pytest.mark.parametrize(
     "options, words",
     [

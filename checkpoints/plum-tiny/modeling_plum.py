@@ -361,6 +361,15 @@ class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
             vlm_inputs["pixel_values"] = pixel_values.to(self.vlm.dtype)
         return vlm_inputs, sam_image_embeddings, sam_image_index
 
+    def _check_image_tokens(self, input_ids, vlm_inputs: dict):
+        """`ValueError` where the vision-language model would take image tokens for words."""
+        given = vlm_inputs.keys() & {"inputs_embeds", "pixel_values", "mm_encoder_outputs"}
+        if not given and (input_ids == self.config.vlm_config.image_token_id).any():
+            raise ValueError(
+                "input_ids hold image tokens, but no image comes with them; pass pixel_values, or what "
+                "get_vlm_image_features returned as vlm_image_features."
+            )
+
     @staticmethod
     def _repeat_for_rows(vlm_image_features, sam_image_index) -> BaseModelOutputWithPooling:
         """Features of each row's image, in the form in which the vision-language model takes them ready-made."""
@@ -475,6 +484,7 @@ class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
 
     def _run_language_model(self, input_ids, attention_mask, **vlm_inputs) -> torch.Tensor:
         """Hidden states `(B, L, D)` after the language model's final norm; they line up with `input_ids`."""
+        self._check_image_tokens(input_ids, vlm_inputs)
         if "inputs_embeds" not in vlm_inputs:
             vlm_inputs["input_ids"] = input_ids
         outputs = self.vlm.model(attention_mask=attention_mask, use_cache=False, **vlm_inputs)
@@ -638,6 +648,7 @@ class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
         return self._generate(input_ids, attention_mask, **image_inputs, **kwargs)
 
     def _generate(self, input_ids, attention_mask, **kwargs) -> torch.LongTensor:
+        self._check_image_tokens(input_ids, kwargs)
         # The settings that were loaded with this model, or changed on it by the caller, are those of the whole.
         self.vlm.generation_config = self.generation_config
         return self.vlm.generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
