@@ -48,6 +48,7 @@ def main() -> list[dict]:
             old=partial(decode_span_by_span, *inputs),
             new=partial(decode_in_step, *inputs),
             target=target,
+            rounds=10,
             conversations=CONVERSATIONS,
             spans=count,
             grid="16 x 16",
