@@ -498,8 +498,10 @@ def test_peak_memory_stays_under_a_third_above_the_checkpoint(tmp_path, options,
     (tmp_path / "options.json").write_text(json.dumps(options))
     script = convert_original_plum.__file__
     command = [sys.executable, script, "--checkpoint", tmp_path, "--output_dir", tmp_path / "converted"]
+    # Linux counts the peak of the process that starts another as the other's own: a small one starts it.
+    starter = [sys.executable, "-c", "import subprocess, sys; subprocess.run(sys.argv[1:], check=True)"]
     result = subprocess.run(
-        [*command, "--config", tmp_path / "options.json"], capture_output=True, text=True, check=True
+        [*starter, *command, "--config", tmp_path / "options.json"], capture_output=True, text=True, check=True
     )
     ratio = float(re.search(r"([\d.]+)x", result.stdout)[1])
     assert ratio < 1.3
