@@ -12,16 +12,16 @@ import torch.nn.functional as F
 
 try:
     from .configuration_plum import PlumConfig
-    from .heads_plum import TAG_OUTSIDE, mean_over_spans
+    from .heads_plum import IGNORE_INDEX, TAG_OUTSIDE, mean_over_spans
     from .masks_plum import upscale_masks
 except ImportError:
     if __package__:
         raise
     from configuration_plum import PlumConfig
-    from heads_plum import TAG_OUTSIDE, mean_over_spans
+    from heads_plum import IGNORE_INDEX, TAG_OUTSIDE, mean_over_spans
     from masks_plum import upscale_masks
 
-IGNORE_INDEX = -100
+MASK_LOSSES = ("mask_overlap", "mask_bce", "mask_iou")
 
 
 def count_loss_items(
@@ -98,7 +98,7 @@ def mask_losses(
     """
     if len(mask_labels) != len(pred_masks):
         raise ValueError(f"Found {len(mask_labels)} mask_labels for {len(pred_masks)} spans; give one mask each.")
-    totals = dict.fromkeys(("mask_overlap", "mask_bce", "mask_iou"), 0.0)
+    totals = dict.fromkeys(MASK_LOSSES, 0.0)
     # Spans of images that share their sizes are taken together: one group for a data set of one size.
     for size in sizes.unique(dim=0):
         members = (sizes == size).all(dim=1).nonzero()[:, 0]

@@ -49,6 +49,7 @@ from transformers.utils import ModelOutput
 try:
     from .configuration_plum import PlumConfig
     from .heads_plum import (
+        IGNORE_INDEX,
         TAG_BEGIN,
         TAG_OUTSIDE,
         PlumMaskFeedback,
@@ -57,7 +58,7 @@ try:
         mean_over_spans,
     )
     from .losses_plum import (
-        IGNORE_INDEX,
+        MASK_LOSSES,
         count_loss_items,
         language_modeling_loss,
         mask_losses,
@@ -72,6 +73,7 @@ except ImportError:
         raise
     from configuration_plum import PlumConfig
     from heads_plum import (
+        IGNORE_INDEX,
         TAG_BEGIN,
         TAG_OUTSIDE,
         PlumMaskFeedback,
@@ -80,7 +82,7 @@ except ImportError:
         mean_over_spans,
     )
     from losses_plum import (
-        IGNORE_INDEX,
+        MASK_LOSSES,
         count_loss_items,
         language_modeling_loss,
         mask_losses,
@@ -456,7 +458,7 @@ class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
             sizes = torch.cat([original_sizes, reshaped_input_sizes], dim=1)[sam_image_index[spans[:, 0]]]
             losses |= mask_losses(config, pred_masks, iou_scores, mask_labels, sizes, counts["masks"])
         elif mask_labels is not None:
-            losses |= dict.fromkeys(("mask_overlap", "mask_bce", "mask_iou"), torch.zeros((), device=logits.device))
+            losses |= dict.fromkeys(MASK_LOSSES, torch.zeros((), device=logits.device))
         if teacher is not None:
             losses["teacher_kl"] = self._teacher_loss(hidden_states, teacher, language_inputs, spans, counts["spans"])
         weights = self.loss_weights

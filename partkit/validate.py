@@ -81,7 +81,8 @@ def _check_conversations(source: Source, report: Report) -> None:
 
 
 def _check_descriptor(folder: Path, report: Report) -> None:
-    _check_drawn_splits(Descriptor(folder, on_error=report.refuse), report)
+    source = Descriptor(folder, on_error=report.refuse)
+    _check_drawn_splits(source, source.splits(seed=DEFAULT_SEED), report)
 
 
 def _check_own_parts(folder: Path, report: Report) -> None:
@@ -92,13 +93,16 @@ def _check_own_parts(folder: Path, report: Report) -> None:
         if source.unannotated:
             shown = ", ".join(source.unannotated[:3])
             report.notes.append(f"{len(source.unannotated)} images show no part and are left out, such as {shown}")
-    _check_drawn_splits(source, report)
-    if not source.splits(seed=DEFAULT_SEED)["validation"]:
+    splits = source.splits(seed=DEFAULT_SEED)
+    _check_drawn_splits(source, splits, report)
+    if not splits["validation"]:
         report.problems.append(f"{folder}: at least {HELD_OUT} images are needed, one in {HELD_OUT} is held out")
 
 
-def _check_drawn_splits(source: Descriptor | OwnParts | ConversationFile, report: Report) -> None:
-    for split, indices in source.splits(seed=DEFAULT_SEED).items():
+def _check_drawn_splits(
+    source: Descriptor | OwnParts | ConversationFile, splits: dict[str, list[int]], report: Report
+) -> None:
+    for split, indices in splits.items():
         images = {source.image_path(index) for index in indices} - {None}
         made = _read_conversations(source, indices, split=split, report=report)
         report.notes.append(f"{split}: {len(images)} images, {made}")

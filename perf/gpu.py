@@ -22,7 +22,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, SamConfig
 
 from configuration_plum import PlumConfig
-from losses_plum import IGNORE_INDEX, count_loss_items
+from heads_plum import IGNORE_INDEX
+from losses_plum import count_loss_items
 from modeling_plum import PlumForConditionalGeneration
 from train import ModelArguments, add_lora
 

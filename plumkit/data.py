@@ -9,11 +9,12 @@ import torch
 from datasets import Dataset, IterableDataset
 from PIL import Image
 
+from heads_plum import IGNORE_INDEX
 from partkit.images import to_rgb
 from partkit.masks import decode as decode_rle
 from partkit.schema import DataError, as_chat, check_turns, tagged_phrases
 from partkit.seeding import seeded_generator
-from processing_plum import IGNORE_INDEX, PlumProcessor
+from processing_plum import PlumProcessor
 
 
 class ExampleMaker:
@@ -83,11 +84,11 @@ def random_crop(
     A random box of the image, and the masks in it. At most `largest` of each side is cut off, and each mask keeps half
     of its area, so that what the conversation calls visible still is; where `attempts` boxes lose more, all is kept.
     """
-    areas = [mask.sum() for mask in masks]
+    frame, areas = np.array([image.height, image.width]), [mask.sum() for mask in masks]
     for _ in range(attempts):
         share, place = 1 - generator.uniform(0, largest, 2), generator.uniform(0, 1, 2)
-        size = np.maximum(1, (share * (image.height, image.width)).astype(int))
-        top, left = (place * ((image.height, image.width) - size)).astype(int).tolist()
+        size = np.maximum(1, (share * frame).astype(int))
+        top, left = (place * (frame - size)).astype(int).tolist()
         bottom, right = (size + (top, left)).tolist()
         cropped = [mask[top:bottom, left:right] for mask in masks]
         if all(2 * inside.sum() >= area for inside, area in zip(cropped, areas, strict=True)):

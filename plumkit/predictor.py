@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from heads_plum import decode_spans
+from heads_plum import IGNORE_INDEX, decode_spans
 from partkit.masks import encode
 from partkit.metrics import MaskSource
 from partkit.predictions import Prediction, SpanMask
 from partkit.schema import Question, as_chat, escape_tags
 from partkit.spans import tag_phrases
 from plumkit.embedding_cache import EmbeddingCache
-from processing_plum import IGNORE_INDEX, PlumProcessor, PreparedImage, parse_span_tags
+from processing_plum import PlumProcessor, PreparedImage, parse_span_tags
 
 Message = dict[str, Any]
 Row = tuple[str, list[Message]]  # the id of an image and a conversation whose first message is about it

@@ -18,8 +18,8 @@ from transformers import Trainer, TrainerCallback
 from transformers.utils import ModelOutput
 
 from configuration_plum import PlumConfig
-from heads_plum import decode_spans
-from losses_plum import IGNORE_INDEX, count_loss_items
+from heads_plum import IGNORE_INDEX, decode_spans
+from losses_plum import count_loss_items
 from masks_plum import upscale_masks
 from plumkit.embedding_cache import EmbeddingCache
 

@@ -17,7 +17,9 @@ except ImportError:
         raise
     from configuration_plum import PlumConfig
 
+# What a token is labelled with: the classes of the span tagger, and what no loss looks at.
 TAG_OUTSIDE, TAG_BEGIN, TAG_INSIDE = 0, 1, 2
+IGNORE_INDEX = -100
 
 
 class PlumSpanTagger(nn.Module):

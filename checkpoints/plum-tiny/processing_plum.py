@@ -39,6 +39,7 @@ try:
         strip_span_tags,
         without_images,
     )
+    from .heads_plum import IGNORE_INDEX, TAG_BEGIN, TAG_INSIDE, TAG_OUTSIDE
     from .masks_plum import to_binary_mask
 except ImportError:
     if __package__:
@@ -56,10 +57,8 @@ except ImportError:
         strip_span_tags,
         without_images,
     )
+    from heads_plum import IGNORE_INDEX, TAG_BEGIN, TAG_INSIDE, TAG_OUTSIDE
     from masks_plum import to_binary_mask
-
-TAG_OUTSIDE, TAG_BEGIN, TAG_INSIDE = 0, 1, 2
-IGNORE_INDEX = -100
 
 
 @dataclass(frozen=True)
