@@ -16,6 +16,7 @@ SCRIPTS = [
     "segmentation",
     "training",
     "training_step",
+    "photographs",
     "evaluation",
     "pipeline",
     "metrics",

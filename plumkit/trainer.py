@@ -262,8 +262,8 @@ def _count_record_results(inputs: dict, outputs: dict, config: PlumConfig) -> to
     for i, mask in enumerate(inputs["mask_labels"]):
         row = int(inputs["spans"][i, 0])
         image = inputs["sam_image_index"][row]
-        sizes = (inputs[name][image].tolist() for name in ("reshaped_input_sizes", "original_sizes"))
-        predicted = upscale_masks(outputs["pred_masks"][i, None].float(), size, *sizes)[0] > 0
+        reshaped = inputs["reshaped_input_sizes"][image].tolist()
+        predicted = upscale_masks(outputs["pred_masks"][i, None].float(), size, reshaped, mask.shape)[0] > 0
         union = (predicted | mask).sum()
         counts[record_of_row[row], 0] += (predicted & mask).sum() / union if union else 1.0
         counts[record_of_row[row], 1] += 1

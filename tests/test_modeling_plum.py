@@ -10,13 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from torch.testing import assert_close
 from transformers.utils import ModelOutput
 
+import losses_plum
 from heads_plum import decode_spans
 from losses_plum import count_loss_items, dice_loss, focal_tversky_loss
-from masks_plum import downscale_mask, upscale_masks
+from masks_plum import downscale_mask, label_frame, shrink_mask, upscale_masks
 from modeling_plum import PlumForConditionalGeneration
 from tests.tiny import (
     conversation,
@@ -185,6 +187,47 @@ def test_the_focal_tversky_loss_of_a_perfect_mask_has_finite_gradients():
     logits = ((targets * 2 - 1) * 200).requires_grad_()
     focal_tversky_loss(logits, targets, 0.7, 0.3, 0.75).sum().backward()
     assert logits.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("size, frame", [((50, 60), (50, 60)), ((50, 70), (46, 64)), ((3000, 4000), (48, 64))])
+def test_mask_labels_are_compared_at_the_size_of_the_image_or_in_sams_input_if_it_is_larger(size, frame):
+    model, processor = tiny_model(), tiny_processor()
+    mask = np.zeros(size, dtype=bool)
+    mask[size[0] // 4 :, : size[1] // 2] = True
+    chat = conversation(Image.new("RGB", size[::-1]), "A <p>wheel</p>.")
+    batch = processor.apply_chat_template([chat], masks=[[mask]], tokenize=True, return_dict=True)
+    (label,) = batch["mask_labels"]
+    assert label.dtype == torch.bool and tuple(label.shape) == frame
+    assert float(label.float().mean()) == pytest.approx(mask.mean(), abs=0.01)
+    with torch.no_grad():
+        found = model(**batch)
+        whole = model(**{**batch, "mask_labels": [torch.from_numpy(mask)]})
+    assert_close(whole.losses, found.losses, rtol=0, atol=0)
+    logits = upscale_masks(found.pred_masks, 64, batch["reshaped_input_sizes"][0].tolist(), frame)
+    expected = nn.functional.binary_cross_entropy_with_logits(logits[0], label.float())
+    assert_close(found.losses["mask_bce"], expected)
+
+
+def test_a_thin_mask_does_not_vanish_when_it_is_made_small():
+    mask = torch.zeros(400, 600, dtype=torch.bool)
+    mask[:, 100] = True  # a tenth of a pixel wide
+    small = shrink_mask(mask, label_frame((400, 600), (40, 60)))
+    assert small[:, 10].all() and small.sum() == 40
+    assert not shrink_mask(torch.zeros(400, 600), (40, 60)).any()
+
+
+def test_mask_losses_computed_in_parts_are_those_of_all_masks_at_once(model_and_processor, monkeypatch):
+    model, processor = copy.deepcopy(model_and_processor[0]), model_and_processor[1]
+    batch, results = mixed_batch(processor), []
+    for pixels in (2**22, 1):
+        monkeypatch.setattr(losses_plum, "MASK_PIXELS_AT_ONCE", pixels)
+        model.zero_grad()
+        outputs = model(**batch)
+        outputs.loss.backward()
+        results.append((outputs.losses, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
+    assert_close(results[1][0], results[0][0], **EXACT)
+    assert results[1][1].keys() == results[0][1].keys()
+    assert_close(results[1][1], results[0][1], **EXACT)
 
 
 def test_losses_over_parts_of_a_batch_add_up_to_those_of_the_whole(model_and_processor):

@@ -261,7 +261,7 @@ def naive_metrics(model, rows) -> dict:
         row_ious = []
         for i, target in enumerate(batch["mask_labels"]):
             mask = processor.sam_image_processor.post_process_masks(
-                [outputs.pred_masks[i][None, None]], batch["original_sizes"], batch["reshaped_input_sizes"]
+                [outputs.pred_masks[i][None, None]], [target.shape], batch["reshaped_input_sizes"]
             )[0][0, 0]
             row_ious.append(float((mask & target).sum() / (mask | target).sum()))
         ious.append(row_ious)

@@ -9,19 +9,23 @@ Shapes. B rows, L tokens, S spans of the whole batch, D language width, G grid s
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 try:
     from .configuration_plum import PlumConfig
     from .heads_plum import IGNORE_INDEX, TAG_OUTSIDE, mean_over_spans
-    from .masks_plum import upscale_masks
+    from .masks_plum import label_frame, shrink_mask, upscale_masks
 except ImportError:
     if __package__:
         raise
     from configuration_plum import PlumConfig
     from heads_plum import IGNORE_INDEX, TAG_OUTSIDE, mean_over_spans
-    from masks_plum import upscale_masks
+    from masks_plum import label_frame, shrink_mask, upscale_masks
 
 MASK_LOSSES = ("mask_overlap", "mask_bce", "mask_iou")
+# Pixels of masks whose losses are computed at once. What more masks need for their gradients is computed again in the
+# backward pass instead of being kept.
+MASK_PIXELS_AT_ONCE = 2**22
 
 
 def count_loss_items(
@@ -86,11 +90,11 @@ def mask_losses(
     count: torch.Tensor,
 ) -> dict[str, torch.Tensor]:
     """
-    Overlap, cross-entropy and IoU-prediction losses at the original resolution.
+    Overlap, cross-entropy and IoU-prediction losses, at the size of each image or, if it is larger, in SAM's input.
 
     Args:
         pred_masks, iou_scores: `(S, 4G, 4G)` low-res logits and `(S,)` predicted IoUs.
-        mask_labels: S masks `(H, W)`, 0/1.
+        mask_labels: S masks `(H, W)`, 0/1, of the size of their image or of [`label_frame`].
         sizes: `(S, 4)`, (height, width) in pixels of each span's image as given and as resized for SAM.
 
     Raises:
@@ -98,27 +102,41 @@ def mask_losses(
     """
     if len(mask_labels) != len(pred_masks):
         raise ValueError(f"Found {len(mask_labels)} mask_labels for {len(pred_masks)} spans; give one mask each.")
-    totals = dict.fromkeys(MASK_LOSSES, 0.0)
+    totals = torch.zeros(len(MASK_LOSSES), device=pred_masks.device)
     # Spans of images that share their sizes are taken together: one group for a data set of one size.
     for size in sizes.unique(dim=0):
         members = (sizes == size).all(dim=1).nonzero()[:, 0]
-        original, reshaped = size[:2].tolist(), size[2:].tolist()
-        logits = upscale_masks(
-            pred_masks[members].float(), config.sam_config.vision_config.image_size, reshaped, original
-        )
-        targets = [mask_labels[i] for i in members.tolist()]
-        wrong = next((t for t in targets if list(t.shape) != original), None)
-        if wrong is not None:
-            raise ValueError(f"A mask label is {tuple(wrong.shape)} pixels but its image is {tuple(original)}.")
-        targets = torch.stack(targets).to(logits)
-        bce = F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(dim=(1, 2))
-        totals["mask_overlap"] += overlap_loss(config, logits, targets).sum()
-        totals["mask_bce"] += bce.sum()
-        predicted, actual = logits.detach() > 0, targets > 0.5
-        union = (predicted | actual).sum(dim=(1, 2)).clamp(min=1)
-        iou = (predicted & actual).sum(dim=(1, 2)) / union
-        totals["mask_iou"] += (iou_scores[members].float() - iou).square().sum()
-    return {name: total / count.to(total).clamp(min=1) for name, total in totals.items()}
+        original, reshaped = tuple(size[:2].tolist()), tuple(size[2:].tolist())
+        frame = label_frame(original, reshaped)
+        parts = members.split(max(1, MASK_PIXELS_AT_ONCE // (frame[0] * frame[1])))
+        for part in parts:
+            targets = torch.stack([_label_in_frame(mask_labels[i], original, frame) for i in part.tolist()])
+            inputs = (config, pred_masks[part], iou_scores[part], targets.to(pred_masks.device), reshaped)
+            if len(parts) == 1:
+                totals = totals + _sum_mask_losses(*inputs)
+            else:
+                totals = totals + checkpoint(_sum_mask_losses, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return dict(zip(MASK_LOSSES, totals / count.to(totals).clamp(min=1), strict=True))
+
+
+def _label_in_frame(mask: torch.Tensor, original: tuple[int, int], frame: tuple[int, int]) -> torch.Tensor:
+    found = tuple(mask.shape)
+    if found not in (original, frame):
+        raise ValueError(f"A mask label is {found} pixels but its image is {original}; resize the mask.")
+    return mask if found == frame else shrink_mask(mask, frame)
+
+
+def _sum_mask_losses(config: PlumConfig, pred_masks, iou_scores, targets, reshaped) -> torch.Tensor:
+    """The losses of MASK_LOSSES, each summed over masks whose labels `(n, H, W)` have one size."""
+    side = config.sam_config.vision_config.image_size
+    logits = upscale_masks(pred_masks.float(), side, reshaped, tuple(targets.shape[1:]))
+    targets = targets.to(logits)
+    bce = F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(dim=(1, 2))
+    predicted, actual = logits.detach() > 0, targets > 0.5
+    union = (predicted | actual).sum(dim=(1, 2)).clamp(min=1)
+    iou = (predicted & actual).sum(dim=(1, 2)) / union
+    squared_error = (iou_scores.float() - iou).square()
+    return torch.stack([overlap_loss(config, logits, targets).sum(), bce.sum(), squared_error.sum()])
 
 
 def overlap_loss(config: PlumConfig, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -69,7 +69,29 @@ def upscale_masks(
     """
     masks = F.interpolate(low_res_masks[:, None], (sam_image_size,) * 2, mode="bilinear", align_corners=False)
     masks = masks[..., : reshaped_size[0], : reshaped_size[1]]
-    return F.interpolate(masks, tuple(original_size), mode="bilinear", align_corners=False)[:, 0]
+    if tuple(original_size) != tuple(reshaped_size):
+        masks = F.interpolate(masks, tuple(original_size), mode="bilinear", align_corners=False)
+    return masks[:, 0]
+
+
+def label_frame(original_size: tuple[int, int], reshaped_size: tuple[int, int]) -> tuple[int, int]:
+    """
+    (height, width) at which mask labels are compared with predictions: the size of the image, or its size in SAM's
+    input if the image is larger. A photograph of 12 megapixels would cost 300 MB a span, and SAM sees no more of it.
+
+    >>> label_frame((48, 64), (768, 1024)), label_frame((3000, 4000), (768, 1024))
+    ((48, 64), (768, 1024))
+    """
+    return tuple(reshaped_size if max(original_size) > max(reshaped_size) else original_size)
+
+
+def shrink_mask(mask: torch.Tensor, size: tuple[int, int]) -> torch.BoolTensor:
+    """
+    A mask `(H, W)` at a smaller size: a pixel is inside if half of its area is, or, in a mask too thin for that, as
+    much of its area as of any other pixel.
+    """
+    share = F.interpolate(mask[None, None].float(), tuple(size), mode="area")[0, 0]
+    return (share > 0) & (share >= share.max().clamp(max=0.5))
 
 
 def downscale_mask(

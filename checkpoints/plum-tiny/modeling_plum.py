@@ -429,7 +429,7 @@ class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
             sam_image_embeddings (`(N, C, G, G)`): Given instead of `sam_pixel_values`.
             sam_image_index (`(B,)`): The image of each row, -1 for none. Default: image i belongs to row i.
             spans (`(S, 3)`): Spans `[row, start, end)` to segment, rows ascending, in the order of the conversation.
-            mask_labels (S tensors `(H, W)`, 0/1): The mask of each span, at the original size of its image.
+            mask_labels (S tensors `(H, W)`, 0/1): The mask of each span, at the size of its image or of `label_frame`.
             original_sizes, reshaped_input_sizes (`(N, 2)`): (height, width) in pixels, as the processor returns them.
             teacher: The frozen language model that the span tokens are held to. Called, without gradients, with the
                 inputs that the language model of this model gets, its input embeddings among them.

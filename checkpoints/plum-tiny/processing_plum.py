@@ -40,7 +40,7 @@ try:
         without_images,
     )
     from .heads_plum import IGNORE_INDEX, TAG_BEGIN, TAG_INSIDE, TAG_OUTSIDE
-    from .masks_plum import to_binary_mask
+    from .masks_plum import label_frame, shrink_mask, to_binary_mask, upscale_masks
 except ImportError:
     if __package__:
         raise
@@ -58,7 +58,7 @@ except ImportError:
         without_images,
     )
     from heads_plum import IGNORE_INDEX, TAG_BEGIN, TAG_INSIDE, TAG_OUTSIDE
-    from masks_plum import to_binary_mask
+    from masks_plum import label_frame, shrink_mask, to_binary_mask, upscale_masks
 
 
 @dataclass(frozen=True)
@@ -244,9 +244,10 @@ class PlumProcessor(ProcessorMixin):
             The rendered text with its tags; or a `BatchFeature` of tensors: `input_ids`, `attention_mask` `(B, L)`;
             `labels` `(B, L)` where a conversation has answers (-100 elsewhere); `spans` `(S, 3)` `[row, start, end)`
             in tokens where an answer is tagged; `span_labels` `(B, L)` (O/B/I as 0/1/2, -100 where unsupervised) and
-            `mask_labels` (S bool tensors `(height, width)`) with `masks`; `sam_image_index` `(B,)`, and where there
-            are images `sam_pixel_values` `(N, 3, h, w)`, `original_sizes` and `reshaped_input_sizes` `(N, 2)`
-            (height, width), and `pixel_values` and whatever else the vision-language model takes with an image.
+            `mask_labels` (S bool tensors of the size of [`label_frame`]) with `masks`; `sam_image_index` `(B,)`, and
+            where there are images `sam_pixel_values` `(N, 3, h, w)`, `original_sizes` and `reshaped_input_sizes`
+            `(N, 2)` (height, width), and `pixel_values` and whatever else the vision-language model takes with an
+            image.
 
         Raises:
             ValueError: Unbalanced, nested or empty tags; a count of tags that differs from the count of masks; a mask
@@ -307,7 +308,7 @@ class PlumProcessor(ProcessorMixin):
             batch["spans"] = self._locate_spans(texts, offsets)
         if masks is not None:
             batch["span_labels"] = self._label_spans(batch, masks)
-            batch["mask_labels"] = self._prepare_masks(texts, images, masks)
+            batch["mask_labels"] = self._prepare_masks(texts, image_inputs, masks)
         batch.update(image_inputs)
         return batch
 
@@ -372,19 +373,24 @@ class PlumProcessor(ProcessorMixin):
                 span_labels[row, start] = TAG_BEGIN
         return span_labels
 
-    def _prepare_masks(self, texts, images, masks) -> list[torch.Tensor]:
+    def _prepare_masks(self, texts, image_inputs, masks) -> list[torch.Tensor]:
         prepared = []
-        for text, image, row in zip(texts, images, masks, strict=True):
+        for text, image, row in zip(texts, image_inputs["sam_image_index"].tolist(), masks, strict=True):
             count = len(row or [])
             if count != len(text.spans):
                 answers = " ".join(text.text[start:end].strip() for start, end in text.answers)
                 raise ValueError(f"Found {len(text.spans)} span tags but {count} masks for the text {answers!r}.")
             if not count:
                 continue
-            if image is None:
+            if image < 0:
                 raise ValueError(f"Found {count} masks for a conversation without an image.")
-            size = (image.height, image.width)
-            prepared += [torch.from_numpy(to_binary_mask(mask, size)) for mask in row]
+            original, reshaped = (
+                image_inputs[f"{name}_sizes"][image].tolist() for name in ("original", "reshaped_input")
+            )
+            frame = label_frame(original, reshaped)
+            for mask in row:
+                whole = torch.from_numpy(to_binary_mask(mask, tuple(original)))
+                prepared.append(whole if tuple(whole.shape) == frame else shrink_mask(whole, frame))
         return prepared
 
     def _encode_images(self, images) -> tuple[dict, list[dict[str, list[int]] | None]]:
@@ -470,7 +476,8 @@ class PlumProcessor(ProcessorMixin):
 
     def post_process_segmentation(self, outputs, mask_threshold: float = 0.0) -> list[PlumAnswer]:
         """
-        Typed results of [`PlumForConditionalGeneration.segment`] at the size of the images as given.
+        Typed results of [`PlumForConditionalGeneration.segment`] at the size of the images as given: one byte for each
+        pixel of each span, and while they are made eight more for each pixel of the largest image.
 
         Args:
             outputs: What `segment` returned.
@@ -487,9 +494,9 @@ class PlumProcessor(ProcessorMixin):
             text = self._decode(answer_ids)
             lead = len(text) - len(text.lstrip())
             members = [i for i, span_row in enumerate(rows) if span_row == row]
-            masks = self._upscale(outputs, row, members, mask_threshold)
             spans, last_end = [], 0
-            for i, mask in zip(members, masks, strict=True):
+            for i in members:
+                mask = self._upscale(outputs, row, i, mask_threshold)
                 start, end = self._character_range(answer_ids, outputs.answer_mask[row], outputs.spans[i, 1:].tolist())
                 if self.seg_token is not None:
                     start, last_end = last_end + find_last_phrase(text[last_end:end]), end
@@ -509,17 +516,14 @@ class PlumProcessor(ProcessorMixin):
         before, until = (int(answer_mask[:position].sum()) for position in token_range)
         return len(self._decode(answer_ids[:before])), len(self._decode(answer_ids[:until]))
 
-    def _upscale(self, outputs, row: int, members: list[int], mask_threshold: float) -> list[np.ndarray]:
-        if not members:
-            return []
+    def _upscale(self, outputs, row: int, index: int, mask_threshold: float) -> np.ndarray:
+        """One mask at the size of its image, in bool; the logits of one span at a time are held at that size."""
         image = int(outputs.sam_image_index[row])
-        masks = self.sam_image_processor.post_process_masks(
-            [outputs.pred_masks[members][:, None].float()],
-            outputs.original_sizes[image : image + 1].tolist(),
-            outputs.reshaped_input_sizes[image : image + 1].tolist(),
-            mask_threshold=mask_threshold,
-        )[0]
-        return list(masks[:, 0].cpu().numpy())
+        sizes = (getattr(outputs, f"{name}_sizes")[image].tolist() for name in ("reshaped_input", "original"))
+        logits = upscale_masks(
+            outputs.pred_masks[index, None].float(), self.sam_image_processor.pad_size["height"], *sizes
+        )
+        return (logits[0] > mask_threshold).cpu().numpy()
 
 
 def _find_processor_class(name: str | None) -> type[ProcessorMixin]:
