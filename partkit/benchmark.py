@@ -10,7 +10,7 @@ from typing import Any
 import datasets
 from PIL import Image
 
-from partkit.images import to_rgb
+from partkit import images
 from partkit.masks import DataError
 from partkit.schema import PartMask, Question, as_row
 from partkit.seeding import seeded_generator
@@ -62,7 +62,8 @@ def load_questions(
 
 
 def load_rows(dataset: str, *, name: str, split: str, limit: int | None = None, **options: Any) -> datasets.Dataset:
-    """The records of a split, or the first of them; arguments and errors as for `load_questions`."""
+    """The records of a split, or the first of them, with images as they are stored; arguments and errors as for
+    `load_questions`."""
     try:
         rows = datasets.load_dataset(dataset, name, split=split, **options)
     except (ValueError, OSError, datasets.exceptions.DatasetGenerationError) as error:
@@ -72,7 +73,7 @@ def load_rows(dataset: str, *, name: str, split: str, limit: int | None = None, 
         raise DataError(f"Cannot load {_describe(dataset, name, split)}: {cause}") from error
     if limit is not None:
         rows = rows.select(range(min(limit, len(rows))))
-    return rows
+    return images.undecoded(rows)
 
 
 def _describe(dataset: str, name: str, split: str) -> str:
@@ -90,10 +91,7 @@ def load_image(rows: datasets.Dataset, index: int, question: Question) -> Image.
 
 def read_image(rows: datasets.Dataset, index: int, *, where: str) -> Image.Image:
     """The image of one record as RGB; raises DataError, opening with `where`, if it cannot be read."""
-    try:
-        return to_rgb(rows[index]["image"], where=where)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{where}: cannot be read: {error}") from error
+    return images.read_image(rows[index]["image"], where=where)
 
 
 def fingerprint(questions: Sequence[Question]) -> str:

@@ -267,13 +267,14 @@ def count(options: argparse.Namespace, rest: Sequence[str]) -> None:
 
 
 def preview(options: argparse.Namespace, rest: Sequence[str]) -> None:
+    from partkit.images import read_image, undecoded
     from partkit.masks import decode
     from partkit.overlays import overlay
 
-    rows = open_split(options)
+    rows = undecoded(open_split(options))
     options.save.mkdir(parents=True, exist_ok=True)
     for index, row in enumerate(rows.select(range(min(options.count, len(rows))))):
-        image, masks = row["image"], distinct_masks(row)
+        image, masks = read_image(row["image"], where=f"record {row['id']}, field 'image'"), distinct_masks(row)
         drawn = overlay(image, [decode(mask["rle"], expected_size=(image.height, image.width)) for mask in masks])
         path = options.save / f"{index:04}.png"
         drawn.save(path)

@@ -10,7 +10,7 @@ from datasets import Dataset, IterableDataset
 from PIL import Image
 
 from heads_plum import IGNORE_INDEX
-from partkit.images import to_rgb
+from partkit.images import read_image, undecoded
 from partkit.masks import decode as decode_rle
 from partkit.schema import DataError, as_chat, check_turns, tagged_phrases
 from partkit.seeding import seeded_generator
@@ -48,9 +48,11 @@ class ExampleMaker:
         Raises:
             DataError: The turns, tags, masks and image do not fit together; the message names record and field.
         """
-        masks, image = decode_masks(record), record["image"]
+        image = record["image"]
         if image is not None:
-            image = to_rgb(image, where=f"record {record['id']}, field 'image'")
+            image = read_image(image, where=f"record {record['id']}, field 'image'")
+        masks = decode_masks(record, image)
+        if image is not None:
             if self.jitter:
                 gain, offset = generator.uniform(-self.jitter, self.jitter, (2, 3))
                 pixels = np.asarray(image, dtype=np.float32) * (1 + gain) + 128 * offset
@@ -103,7 +105,7 @@ class ConversationDataset(torch.utils.data.Dataset):
     """
 
     def __init__(self, records: Dataset, seed: int = 0, **options):
-        self.records, self.seed, self.epoch = records, seed, 0
+        self.records, self.seed, self.epoch = undecoded(records), seed, 0
         self.make_example = ExampleMaker(**options)
 
     def set_epoch(self, epoch: int):
@@ -113,12 +115,7 @@ class ConversationDataset(torch.utils.data.Dataset):
         return len(self.records)
 
     def __getitem__(self, index: int) -> dict:
-        try:
-            record = self.records[index]
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-            identity = self.records.select_columns("id")[index]["id"]
-            raise DataError(f"record {identity}, field 'image': the image cannot be read: {error}") from error
-        return self.make_example(record, np.random.default_rng([self.seed, self.epoch, index]))
+        return self.make_example(self.records[index], np.random.default_rng([self.seed, self.epoch, index]))
 
 
 def stream_examples(records: IterableDataset, seed: int = 0, **options) -> IterableDataset:
@@ -131,12 +128,12 @@ def stream_examples(records: IterableDataset, seed: int = 0, **options) -> Itera
     def make(record: dict, position: int) -> dict:
         return make_example(record, seeded_generator(seed, record["id"], position))
 
-    return records.map(make, with_indices=True, remove_columns=["messages", "masks"])
+    return undecoded(records).map(make, with_indices=True, remove_columns=["messages", "masks"])
 
 
-def decode_masks(record: dict) -> list[np.ndarray]:
+def decode_masks(record: dict, image: Image.Image | None) -> list[np.ndarray]:
     """The masks of a record; `DataError` naming the record and the field if they do not fit the rest of it."""
-    where, image = f"record {record['id']}", record["image"]
+    where = f"record {record['id']}"
     masks = record["masks"] or []
     check_turns(record["messages"], len(masks), where=where)
     if image is None and masks:

@@ -6,7 +6,6 @@ A [`Reply`] keeps the model's own output, so that a threshold can be moved witho
 (plumkit/cli.py) and the demonstration (demo/app.py) stand on these functions; plumkit/predictor.py works in batches.
 """
 
-import io
 import json
 import math
 import re
@@ -19,9 +18,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from transformers import TextIteratorStreamer
 
+import images_plum
 from partkit.masks import DataError, area, encode
 from partkit.overlays import overlay
 from partkit.schema import as_chat, escape_tags
@@ -90,30 +90,13 @@ def load_model(name: str | Path, *, dtype: str = "float32", device: str | torch.
 
 
 def read_image(source: str | Path | BinaryIO) -> Image.Image:
-    """An image file as RGB, upright. Its size is checked before it is decoded.
+    """An image file as RGB, upright, as training reads it. Its size is checked before it is decoded.
 
     Raises:
         DataError: no image, or one of more than MAX_IMAGE_BYTES or MAX_IMAGE_PIXELS.
     """
     name = getattr(source, "name", "the file") if hasattr(source, "read") else str(source)
-    try:
-        content = (source if hasattr(source, "read") else Path(source).open("rb")).read(MAX_IMAGE_BYTES + 1)
-        if len(content) > MAX_IMAGE_BYTES:
-            raise DataError(f"{name} has more than {MAX_IMAGE_BYTES // 10**6} MB: save it smaller.")
-        image = Image.open(io.BytesIO(content))
-        if image.width * image.height > MAX_IMAGE_PIXELS:
-            raise DataError(
-                f"{name} has {image.width} x {image.height} pixels, more than {MAX_IMAGE_PIXELS // 10**6} megapixels: "
-                "make it smaller."
-            )
-        return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        if isinstance(error, DataError):
-            raise
-        reason = getattr(error, "strerror", None) or error
-        if isinstance(error, UnidentifiedImageError):
-            reason = "no image format that is known here"
-        raise DataError(f"{name} cannot be read as an image: {reason}.") from error
+    return images_plum.read_image(source, where=str(name), max_pixels=MAX_IMAGE_PIXELS, max_bytes=MAX_IMAGE_BYTES)
 
 
 def check_text(text: str, *, what: str) -> str:

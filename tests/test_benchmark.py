@@ -86,7 +86,7 @@ def test_an_image_that_is_damaged_or_not_of_its_masks_size_is_named(tmp_path):
     rows, loaded = load_questions(save(questions, tmp_path), name="default", split="test")
     with pytest.raises(DataError, match=r"'q0': its image has \[height, width\] \[6, 8\], its masks \[8, 6\]"):
         load_image(rows, 0, loaded[0])
-    with pytest.raises(DataError, match="'q1', image 'i0': cannot be read"):
+    with pytest.raises(DataError, match="'q1', image 'i0': no readable image"):
         load_image(rows, 1, loaded[1])
 
 

@@ -95,7 +95,7 @@ def test_a_chat_goes_on_after_a_bad_line_and_has_failed_in_the_end(checkpoint, i
     ("arguments", "code", "message"),
     [
         (["ask", "IMAGE", "Which parts?", "--model", "no/such-model"], 3, "neither a folder nor to be had"),
-        (["ask", "absent.png", "Which parts?"], 1, "cannot be read as an image"),
+        (["ask", "absent.png", "Which parts?"], 1, "there is no image file"),
         (["chat", "-"], 1, "give the image as a file"),
         (["ask", "IMAGE"], 2, "required: question"),
         (["segment", "IMAGE", "--spans", "tail", "--jsno"], 2, "unrecognized arguments: --jsno"),

@@ -91,7 +91,7 @@ def changed_record(**changes) -> dict:
         ({"image": None}, "record record-7, field 'image': expected an image for 2 masks, found none"),
         (
             {"image": {"bytes": b"no image", "path": None}},
-            "record record-7, field 'image': the image cannot be read",
+            "record record-7, field 'image': no readable image",
         ),
         (
             {"masks": [{"label": "wheel", "rle": {"size": [50, 60], "counts": "0"}}] * 2},

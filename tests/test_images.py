@@ -1,14 +1,20 @@
 """Image files of every kind on their way to the model: read as people see them, or refused by name."""
 
+import base64
+import io
 import struct
+import threading
 import zlib
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import datasets
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from partkit.images import to_rgb
+from images_plum import FORMATS, read_image
 from partkit.masks import DataError, encode
 from partkit.schema import GROUNDED_CONVERSATION_FEATURES
 from partkit.sources.files import ImageFiles
@@ -53,12 +59,18 @@ KINDS = {
 
 
 def as_read(path) -> np.ndarray:
-    """Size from the source's reader, pixels from `datasets`, colours from `to_rgb`, as in training and evaluation."""
-    size = ImageFiles(path.parent).size(path.name, where="record 0")
-    decoded = datasets.Image().decode_example({"path": str(path), "bytes": None})
-    pixels = np.asarray(to_rgb(decoded, where="record 0"))
-    assert pixels.shape == (*size, 3)
-    return pixels
+    """The pixels, which are the same in each form that a file can be given in, of the size that sources read."""
+    size, content = ImageFiles(path.parent).size(path.name, where="record 0"), path.read_bytes()
+    text = base64.b64encode(content).decode()
+    stored = ({"path": str(path), "bytes": None}, {"path": path.name, "bytes": content})
+    decoded = datasets.Image().decode_example(stored[0])
+    with Image.open(path) as opened:
+        forms = [path, str(path), content, io.BytesIO(content), text, f"data:image/png;base64,{text}", opened, decoded]
+        pixels = [np.asarray(read_image(form)) for form in (*forms, *stored)]
+    assert pixels[0].shape == (*size, 3)
+    for other in pixels[1:]:
+        np.testing.assert_array_equal(other, pixels[0])
+    return pixels[0]
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -77,6 +89,105 @@ def test_an_image_is_turned_upright_by_its_exif_orientation(tmp_path, orientatio
     exif[0x0112] = orientation
     Image.fromarray(np.ascontiguousarray(stored)).save(tmp_path / "image.png", exif=exif)
     np.testing.assert_array_equal(as_read(tmp_path / "image.png"), GREY_RGB)
+
+
+COLOURS = np.dstack([RAMP, RAMP[::-1], 255 - RAMP])
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        COLOURS,
+        COLOURS.transpose(2, 0, 1),
+        COLOURS.astype(np.int64),
+        COLOURS.astype(np.uint16) * 257,
+        COLOURS / 255,
+        COLOURS.astype(np.float32),
+        np.dstack([COLOURS, np.full_like(RAMP, 255)]),
+        torch.from_numpy(COLOURS),
+        torch.from_numpy(COLOURS).permute(2, 0, 1),
+        torch.from_numpy(COLOURS).permute(2, 0, 1) / 255,
+        Image.fromarray(COLOURS),
+    ],
+)
+def test_an_array_or_a_tensor_is_the_image_of_its_numbers(given):
+    np.testing.assert_array_equal(np.asarray(read_image(given)), COLOURS)
+
+
+@pytest.mark.parametrize("given", [RAMP, RAMP[..., None], RAMP[None], torch.from_numpy(RAMP)[None], RAMP / 255.0])
+def test_an_array_of_one_channel_is_grey(given):
+    np.testing.assert_array_equal(np.asarray(read_image(given)), GREY_RGB)
+
+
+def test_a_transparent_array_lies_on_white():
+    alpha = np.repeat((np.arange(WIDTH) < WIDTH // 2)[None] * np.uint8(255), HEIGHT, axis=0)
+    red = np.dstack([np.full_like(alpha, 255), np.zeros_like(alpha), np.zeros_like(alpha), alpha])
+    np.testing.assert_array_equal(np.asarray(read_image(red)), RED_AND_WHITE)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (np.full((4, 6, 3), np.nan), "found nan to nan"),
+        (COLOURS / 127.5 - 1.5, "an image that was normalised"),
+        (COLOURS.astype(int) * 2, "pixels of 0 to 255"),
+        (np.zeros((5, 6, 2)), r"found \(5, 6, 2\)"),
+        (np.zeros((1, 4, 6, 3)), r"found \(1, 4, 6, 3\)"),
+        (np.zeros((0, 6)), r"found \(0, 6\)"),
+        (np.full((4, 6), "a"), "array of numbers"),
+        (3, "found int"),
+        ("none.png", "there is no image file 'none.png'"),
+        ("a\0b", "the image cannot be read|there is no image file"),
+        ("data:image/png;base64,AAAA", "no readable image"),
+        ("/dev/zero", "'/dev/zero' is no regular file"),
+        ("http://127.0.0.1:9/a.png", "cannot be fetched"),
+        (Image.new("RGB", (257 * 4, 4)), "1028 x 4 pixels, and one side may be at most 256 times the other"),
+        (Image.new("1", (8001, 8000)), "more than 64 megapixels"),
+    ],
+)
+def test_what_is_no_image_is_refused_naming_what_was_found(given, message):
+    with pytest.raises(DataError, match=f"photo: .*({message})"):
+        read_image(given, where="photo")
+
+
+def test_an_image_is_fetched_from_its_url(tmp_path):
+    GREY.save(tmp_path / "grey.png")
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        image = read_image(f"http://127.0.0.1:{server.server_port}/grey.png")
+        with pytest.raises(DataError, match="more than 1e-05 MB"):
+            read_image(f"http://127.0.0.1:{server.server_port}/grey.png", max_bytes=10)
+        server.shutdown()
+    np.testing.assert_array_equal(np.asarray(image), GREY_RGB)
+
+
+@pytest.mark.parametrize("file_format", ["EPS", "PPM", "ICO", "TGA", "DDS", "AVIF"])
+def test_only_named_formats_are_opened_whatever_the_name_of_the_file(tmp_path, file_format):
+    path = tmp_path / "photo.png"
+    Image.fromarray(COLOURS).resize((32, 32)).save(path, format=file_format)
+    with Image.open(path) as opened:
+        for form in (path, path.read_bytes(), opened):
+            with pytest.raises(DataError, match="JPEG, PNG, WEBP, BMP, GIF, TIFF, found"):
+                read_image(form)
+    with pytest.raises(DataError, match="field 'image_path'.*photo.png: no readable image"):
+        ImageFiles(tmp_path).size("photo.png", where="record 0")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, about tags of TIFF
+@pytest.mark.parametrize("file_format", FORMATS)
+def test_a_damaged_file_of_every_format_is_read_or_refused_with_the_documented_error(file_format):
+    rng, content = np.random.default_rng(0), io.BytesIO()
+    Image.effect_mandelbrot((50, 40), (-2, -1, 1, 1), 20).convert("RGB").save(content, file_format)
+    whole, refused = np.frombuffer(content.getvalue(), dtype=np.uint8), 0
+    for _ in range(300):
+        damaged = whole.copy()
+        damaged[rng.integers(len(whole), size=2)] = rng.integers(256, size=2)
+        try:
+            read_image(damaged[: rng.integers(len(whole) // 2, len(whole) + 1)].tobytes())
+        except DataError:
+            refused += 1
+    assert refused > 0
 
 
 def zero_width_png() -> bytes:

@@ -7,6 +7,7 @@ from pycocotools import mask as coco
 
 from partkit import masks
 from partkit.masks import DataError
+from rle_plum import MAX_PERIMETER
 
 bool_masks = hnp.arrays(bool, hnp.array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=40))
 
@@ -99,13 +100,32 @@ def test_a_polygon_covers_the_pixels_inside_it():
         ([], "a list of polygons"),
         ([[0, 0, 1, 1]], "at least three"),
         ([[0, 0, 1, 1, 2]], "at least three"),
-        ([[0, 0, 1, 1, float("nan"), 2]], "at least three"),
+        ([[0, 0, 1, 1, True, 2]], "at least three"),
+        ([[0, 0, 1, 1, float("nan"), 2]], "near the image"),
+        ([[0, 0, 1, 1, float("-inf"), 2]], "near the image"),
         ([[0, 0, 1, 1, 10**9, 2]], "near the image"),
+        ([[0, 0, 1, 1, 10**400, 2]], "near the image"),
     ],
 )
 def test_malformed_polygons_are_refused_with_their_reason(polygons, message):
     with pytest.raises(DataError, match=message):
         masks.polygons_to_rle(polygons, size=(8, 8))
+
+
+def test_outlines_that_are_too_long_to_draw_are_refused_however_few_points_each_has():
+    zigzag = [value for y in range(3000) for value in (-4000 if y % 2 else 8000, y)]
+    with pytest.raises(DataError, match=f"more than {MAX_PERIMETER}; give it as an RLE"):
+        masks.polygons_to_rle([zigzag], size=(4000, 4000))
+    triangles = [[0, 0, 4000, 0, 4000, 4000]] * 400
+    with pytest.raises(DataError, match=f"more than {MAX_PERIMETER}"):
+        masks.polygons_to_rle(triangles, size=(4000, 4000))
+
+
+def test_a_fine_outline_of_thousands_of_points_is_drawn():
+    angles = np.linspace(0, 2 * np.pi, 20_000, endpoint=False)
+    circle = np.stack([500 + 400 * np.cos(angles), 500 + 400 * np.sin(angles)], axis=1).ravel().tolist()
+    rle = masks.polygons_to_rle([circle], size=(1000, 1000))
+    assert masks.area(rle) == pytest.approx(np.pi * 400**2, rel=1e-3)
 
 
 def test_only_boolean_masks_are_encoded():

@@ -136,6 +136,15 @@ def test_masks_in_every_form_are_the_same_mask():
         {"size": [50, 70], "counts": compressed["counts"].decode()},
         {"size": [50, 70], "counts": runs},
         [[20, 10, 60, 10, 60, 30, 20, 30]],
+        [np.array([20, 10, 60, 10, 60, 30, 20, 30], dtype=np.float32)],
+        mask[None],
+        mask[..., None],
+        torch.from_numpy(mask)[None].to(torch.bfloat16),
+        Image.fromarray(mask).convert("L"),
+        mask.tolist(),
+        (255 * mask.astype(int)).tolist(),
+        [mask.tolist()],
+        [mask],
     ]
     for form in forms:
         assert np.array_equal(to_binary_mask(form, (50, 70)), mask), form
@@ -145,10 +154,21 @@ def test_masks_in_every_form_are_the_same_mask():
     "mask, words",
     [
         (np.zeros((9, 9)), r"A mask is \(9, 9\).*image is \(50, 70\)"),
-        ({"size": [9, 9], "counts": "0"}, r"size \[9, 9\].*image \[50, 70\]"),
-        ({"size": [50, 70], "counts": "0PPPPPPPPP7"}, "does not decode to 50 x 70"),
-        ({"size": [50, 70], "counts": [7]}, "do not add up to 50 x 70"),
-        ([[1, 2, 3, 4]], "at least three points"),
+        ({"size": [9, 9], "counts": "0"}, r"size \[9, 9\].*image has \[height, width\] \[50, 70\]"),
+        ({"size": [50, 70], "counts": "0PPPPPPPPP7"}, "'P', which no RLE has at this place"),
+        ({"size": [50, 70], "counts": ""}, r"decode to 0 pixels, but size \[50, 70\]"),
+        ({"size": [50, 70], "counts": b"\xff"}, "which no RLE has"),
+        ({"size": [50, 70], "counts": [7]}, r"decode to 7 pixels, but size \[50, 70\]"),
+        ({"size": [50, 70]}, "expected counts"),
+        ([[1, 2, 3, 4]], "at least three x, y pairs"),
+        ([[0, 0, 1e9, 0, 1e9, 1e9]], "near the image"),
+        ([[[0, 0], [9, 0], [9, 9]]], "at least three x, y pairs"),
+        (np.zeros((50, 70, 3)), r"A mask is \(50, 70, 3\)"),
+        (Image.new("RGB", (70, 50)), "one channel.*found mode 'RGB'"),
+        (Image.new("L", (50, 70)), r"\(50, 70\) \(height, width\), found mode 'L' of \(70, 50\)"),
+        (np.full((50, 70), np.nan), "finite numbers"),
+        (np.full((50, 70), "a"), "booleans or numbers"),
+        (None, r"A mask is \(\)"),
     ],
 )
 def test_a_damaged_mask_is_refused(mask, words):

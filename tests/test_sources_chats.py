@@ -175,7 +175,7 @@ def test_chats_without_an_image_hold_no_placeholder_and_unanswered_or_unasked_me
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        (chat("Hello!", "Hi.", image="none.jpg"), "record 0, field 'image_path': there is no image"),
+        (chat("Hello!", "Hi.", image="none.jpg"), "record 0, field 'image': there is no image"),
         (chat("Hello!", "Hi.", image="../outside.jpg"), "leads out of"),
         (chat("Hello!", "Hi.", image="a\0b"), "leads out of|there is no image"),
         (chat("Hello!", "Hi.", image=3), "record 0, field 'image': expected str"),

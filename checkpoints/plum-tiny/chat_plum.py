@@ -10,7 +10,6 @@ from bisect import bisect_right
 from dataclasses import dataclass
 
 from jinja2 import TemplateError
-from transformers.image_utils import load_image
 from transformers.utils.chat_template_utils import render_jinja_template
 
 DEFAULT_CHAT_TEMPLATE = """\
@@ -26,6 +25,10 @@ DEFAULT_CHAT_TEMPLATE = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- 'ASSISTANT:' -}}{%- endif -%}
 """
+
+
+IMAGE_KEYS = ("image", "url", "path", "base64")
+"""What an image may be given under in a part of a message, as in transformers."""
 
 
 @dataclass
@@ -183,16 +186,29 @@ def without_images(messages: list[dict]) -> list[dict]:
     for message in messages:
         parts = message["content"]
         parts = [{"type": "text", "text": parts}] if isinstance(parts, str) else parts
-        plain.append({**message, "content": [{"type": "image"} if p["type"] == "image" else p for p in parts]})
+        plain.append({**message, "content": [{"type": "image"} if _is_image(part) else part for part in parts]})
     return plain
 
 
 def find_image(messages: list[dict]):
-    """The one image of a conversation, loaded, or `None`."""
+    """What is given as the one image of a conversation, in whatever form, or `None`."""
     contents = [part for message in messages if not isinstance(message["content"], str) for part in message["content"]]
-    images = [part["image"] for part in contents if part["type"] == "image"]
+    images = [part for part in contents if _is_image(part)]
     if len(images) > 1:
         raise ValueError(f"PLUM segments one image per conversation, found {len(images)}.")
     if not images:
         return None
-    return load_image(images[0]) if isinstance(images[0], str) else images[0]
+    part = images[0]
+    if part["type"] == "image_url":
+        url = part.get("image_url")
+        part = {"url": url.get("url") if isinstance(url, dict) else url}
+    given = [part[key] for key in IMAGE_KEYS if part.get(key) is not None]
+    if len(given) != 1:
+        raise ValueError(
+            f"Expected the image of a part under one of the keys {', '.join(IMAGE_KEYS)}, found {sorted(part)}."
+        )
+    return given[0]
+
+
+def _is_image(part: dict) -> bool:
+    return part["type"] in ("image", "image_url")

@@ -5,9 +5,19 @@ A *low-res mask* has 4G x 4G logits in the frame of SAM's padded square input (G
 cells). Shapes: S masks, H/W pixels.
 """
 
+from numbers import Number
+
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
+
+try:
+    from .rle_plum import DataError, decode_rle, polygons_to_rle
+except ImportError:
+    if __package__:
+        raise
+    from rle_plum import DataError, decode_rle, polygons_to_rle
 
 # Logit that stands for "certain" where a caller's binary mask takes the place of a predicted one.
 GIVEN_MASK_LOGIT = 10.0
@@ -18,38 +28,61 @@ def to_binary_mask(mask, size: tuple[int, int]) -> np.ndarray:
     A mask in any of the usual forms as a boolean array.
 
     Args:
-        mask: Array, tensor or PIL image `(height, width)` (non-zero is inside); COCO RLE `{"size", "counts"}`; or a
-            list of polygons `[x0, y0, x1, y1, ...]` in pixels, united.
+        mask: Array, tensor, PIL image or nested list `(height, width)`, with or without one axis of length 1 for its
+            single channel (non-zero is inside); COCO RLE `{"size", "counts"}`; or a list of polygons
+            `[x0, y0, x1, y1, ...]` in pixels, united.
         size: (height, width) of the image the mask belongs to.
 
     Raises:
-        ValueError: The mask has another size than its image, or its RLE is damaged.
+        ValueError: The mask has another size than its image, or its RLE or its polygons are damaged. Nothing is
+            allocated before that is known.
     """
-    if isinstance(mask, (dict, list)):
-        mask = _decode_coco(mask, size)
-    mask = np.asarray(mask)
-    if mask.shape != tuple(size):
-        raise ValueError(f"A mask is {mask.shape} (height, width) but its image is {tuple(size)}; resize the mask.")
+    size = (int(size[0]), int(size[1]))
+    if isinstance(mask, dict):
+        counts = mask.get("counts")
+        counts = counts.decode("latin-1") if isinstance(counts, bytes) else counts
+        return decode_rle({**mask, "counts": counts}, expected_size=size)
+    if isinstance(mask, (list, tuple)):
+        mask = [item.tolist() if hasattr(item, "tolist") else item for item in mask]
+        if not _is_dense(mask, size):
+            return decode_rle(polygons_to_rle(mask, size=size, where="mask"))
+    mask = _as_array(mask, size)
+    if mask.shape in ((1, *size), (*size, 1)):
+        mask = mask.reshape(size)
+    if mask.shape != size:
+        raise DataError(f"A mask is {mask.shape} (height, width) but its image is {size}; resize the mask.")
+    if mask.dtype.kind not in "biuf":
+        raise DataError(f"Expected a mask of booleans or numbers, found an array of {mask.dtype}.")
+    if mask.dtype.kind == "f" and not np.isfinite(mask).all():
+        raise DataError("Expected a mask of finite numbers, found NaN or infinity.")
     return mask != 0
 
 
-def _decode_coco(mask: dict | list, size: tuple[int, int]) -> np.ndarray:
-    from pycocotools import mask as coco_mask
+def _as_array(mask, size: tuple[int, int]) -> np.ndarray:
+    if isinstance(mask, torch.Tensor):
+        mask = mask.detach().cpu()
+        return (mask.float() if mask.is_floating_point() else mask).numpy()
+    if not isinstance(mask, Image.Image):
+        return np.asarray(mask)
+    if mask.size != size[::-1] or len(mask.getbands()) != 1:  # known before the pixels are decoded
+        raise DataError(
+            f"Expected a mask picture of one channel of {size} (height, width), found mode {mask.mode!r} of "
+            f"{mask.size[::-1]}; convert it with .convert('L') or resize it."
+        )
+    try:
+        return np.asarray(mask)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise DataError(f"A mask picture cannot be decoded: {error}.") from error
 
-    if isinstance(mask, dict):
-        if list(mask["size"]) != list(size):
-            raise ValueError(f"An RLE mask has size {list(mask['size'])} (height, width) but its image {list(size)}.")
-        if isinstance(mask["counts"], list):
-            if any(run < 0 for run in mask["counts"]) or sum(mask["counts"]) != size[0] * size[1]:
-                raise ValueError(f"The runs of an RLE mask do not add up to {size[0]} x {size[1]} pixels.")
-            mask = coco_mask.frPyObjects(mask, *size)
-        try:
-            return coco_mask.decode(mask)
-        except ValueError as error:
-            raise ValueError(f"An RLE mask does not decode to {size[0]} x {size[1]} pixels: {error}") from error
-    if not mask or any(len(polygon) < 6 or len(polygon) % 2 for polygon in mask):
-        raise ValueError(f"A polygon needs at least three points, [x0, y0, x1, y1, x2, y2], found {mask}.")
-    return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(mask, *size)))
+
+def _is_dense(mask: list, size: tuple[int, int]) -> bool:
+    """Whether a nested list is pixels, 0 and one other value, and not polygons, whose coordinates differ."""
+    if len(mask) == 1 and isinstance(mask[0], (list, tuple)) and mask[0] and isinstance(mask[0][0], (list, tuple)):
+        mask = mask[0]
+    if len(mask) != size[0] or not all(isinstance(row, (list, tuple)) and len(row) == size[1] for row in mask):
+        return False
+    values = [value for row in mask for value in row]
+    return all(isinstance(value, (Number, np.bool_)) for value in values) and len({0, *values}) <= 2
 
 
 def upscale_masks(

@@ -15,13 +15,13 @@ the span in their place; it is no part of the texts that come back.
 
 import inspect
 from dataclasses import dataclass
+from pathlib import PurePath
 
 import numpy as np
 import torch
 import transformers
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoTokenizer, BatchFeature, LlavaImageProcessor, ProcessorMixin
-from transformers.image_utils import load_image
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
@@ -40,6 +40,7 @@ try:
         without_images,
     )
     from .heads_plum import IGNORE_INDEX, TAG_BEGIN, TAG_INSIDE, TAG_OUTSIDE
+    from .images_plum import read_image
     from .masks_plum import label_frame, shrink_mask, to_binary_mask, upscale_masks
 except ImportError:
     if __package__:
@@ -58,6 +59,7 @@ except ImportError:
         without_images,
     )
     from heads_plum import IGNORE_INDEX, TAG_BEGIN, TAG_INSIDE, TAG_OUTSIDE
+    from images_plum import read_image
     from masks_plum import label_frame, shrink_mask, to_binary_mask, upscale_masks
 
 
@@ -231,9 +233,11 @@ class PlumProcessor(ProcessorMixin):
 
         Args:
             conversation: One conversation or a list of them: messages `{"role", "content"}`, the content a string or
-                a list of `{"type": "text", "text"}` and `{"type": "image", "image"}` (PIL image, array, path, URL or
-                [`PreparedImage`]; either all images of a batch are prepared or none).
-                At most one image per conversation. One image object in several conversations is encoded once.
+                a list of `{"type": "text", "text"}` and `{"type": "image", "image"}` (in any form that
+                [`read_image`] takes, or a [`PreparedImage`]; either all images of a batch are prepared or none). As
+                in transformers, `"url"`, `"path"` or `"base64"` may be the key, or `{"type": "image_url",
+                "image_url": {"url"}}` the part. At most one image per conversation. One image object, path or URL in
+                several conversations is read and encoded once.
             add_generation_prompt: End with the words after which an assistant answers.
             masks: For each conversation (or for the only one) the masks of its span tags in order, in any form that
                 [`to_binary_mask`] takes, or `None` where the conversation does not supervise spans.
@@ -264,7 +268,7 @@ class PlumProcessor(ProcessorMixin):
         for messages, text in zip(conversations, rendered, strict=True):
             plain = strip_span_tags(text, find_answers(messages, text, template, variables))
             texts.append(plain if self.seg_token is None else insert_seg_tokens(plain, self.seg_token))
-        images = [find_image(messages) for messages in (conversation if is_batched else [conversation])]
+        images = _read_images([find_image(messages) for messages in (conversation if is_batched else [conversation])])
         if masks is not None and not is_batched:
             masks = [masks]
         batch = self._encode(texts, images, masks, padding_side)
@@ -278,7 +282,8 @@ class PlumProcessor(ProcessorMixin):
         conversations, answers and masks.
 
         Args:
-            images: An image or a list with one image for each text that has a placeholder, in order.
+            images: An image, in any form that [`read_image`] takes, or a list with one for each text that has a
+                placeholder, in order.
             text: A prompt or a list of prompts.
         """
         if text is None:
@@ -289,7 +294,7 @@ class PlumProcessor(ProcessorMixin):
         if sum(wanted) != len(images):
             raise ValueError(f"Found {len(images)} images for {sum(wanted)} texts with {self.image_token!r}.")
         remaining = iter(images)
-        images = [load_image(next(remaining)) if has_image else None for has_image in wanted]
+        images = _read_images([next(remaining) if has_image else None for has_image in wanted])
         return self._encode([PlainChat(text, [], []) for text in texts], images, None, padding_side)
 
     def _encode(self, texts, images, masks, padding_side) -> BatchFeature:
@@ -433,6 +438,7 @@ class PlumProcessor(ProcessorMixin):
             [`PlumForConditionalGeneration.get_vlm_image_features`]. Conversations with prepared images have no pixels:
             the model must be given `sam_image_embeddings` and `vlm_image_features` in their place.
         """
+        images = _read_images(images)
         sam_inputs = self._encode_for_sam(images)
         vlm_inputs, tokens = self._encode_for_vlm(images)
         of_rows = {
@@ -524,6 +530,17 @@ class PlumProcessor(ProcessorMixin):
             outputs.pred_masks[index, None].float(), self.sam_image_processor.pad_size["height"], *sizes
         )
         return (logits[0] > mask_threshold).cpu().numpy()
+
+
+def _read_images(sources: list) -> list:
+    """RGB images in the place of what was given; what was given several times is one object afterwards."""
+    images = {}
+    for i, source in enumerate(sources):
+        key = source if isinstance(source, (str, PurePath)) else id(source)
+        if key not in images:
+            kept = source is None or isinstance(source, PreparedImage)
+            images[key] = source if kept else read_image(source, where=f"Image {i}")
+    return [images[source if isinstance(source, (str, PurePath)) else id(source)] for source in sources]
 
 
 def _find_processor_class(name: str | None) -> type[ProcessorMixin]:

@@ -20,17 +20,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from PIL import Image, ImageDraw, ImageOps
+from PIL import ImageDraw
 from pycocotools import mask as coco
 
 from partkit.conversations import converse
-from partkit.images import to_rgb
+from partkit.images import read_image
 from partkit.masks import RLE, DataError, Size, area, union
 from partkit.schema import GroundedConversation, PartExample, PartMask
 from partkit.sources.files import (
     ImageFiles,
     OnError,
     check_labels,
+    find_file,
     known_id,
     list_records,
     read_segmentation,
@@ -100,7 +101,7 @@ class CocoParts:
         self._keys = sorted(key for key, group in self._groups.items() if any(item.part for item in group))
         if not self._keys:
             raise DataError(f"{self.path}: no image shows a part")
-        self._files = ImageFiles(self.folder)
+        self._files = ImageFiles(self.folder, field="file_name")
 
     @classmethod
     def splits(cls, folder: str | Path) -> list[str]:
@@ -146,8 +147,7 @@ class CocoParts:
         synset = Path(name).name.split("_")[0]
         folders = [folder.format(split=self.path.stem, synset=synset) for folder in self.image_folders]
         candidates = [f"{folder}/{name}" if folder else name for folder in folders]
-        found = (path for path in candidates if "\0" not in path and (self.folder / path).is_file())
-        if (path := next(found, None)) is None:
+        if (path := find_file(self.folder, candidates)) is None:
             raise DataError(
                 f"{where}, field 'file_name': there is no image {' nor '.join(candidates)} in {self.folder}"
             )
@@ -307,8 +307,7 @@ def _id(record: Any, field: str) -> int | None:
 def _with_box(file: Path, rle: RLE) -> bytes:
     """The upright image as JPEG, with a red box around the mask."""
     left, top, width, height = coco.toBbox({"size": rle["size"], "counts": rle["counts"].encode("ascii")}).tolist()
-    with Image.open(file) as image:
-        drawn = to_rgb(ImageOps.exif_transpose(image), where=str(file))
+    drawn = read_image(file, where=str(file))
     right, bottom = min(left + width + BOX_MARGIN, drawn.width - 1), min(top + height + BOX_MARGIN, drawn.height - 1)
     box = (max(left - BOX_MARGIN, 0), max(top - BOX_MARGIN, 0), right, bottom)
     ImageDraw.Draw(drawn).rectangle(box, outline="red", width=BOX_WIDTH)

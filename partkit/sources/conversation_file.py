@@ -34,7 +34,7 @@ class ConversationFile:
         self.path = path
         check_size(path, limit=MAX_JSON_BYTES)
         self._records: list[tuple[str, dict[str, Any]]] = []
-        self._images = ImageFiles(path.parent)
+        self._images = ImageFiles(path.parent, field="image")
         places: dict[str, str] = {}
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):

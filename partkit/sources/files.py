@@ -1,15 +1,17 @@
 """Reading untrusted files: bounded JSON, typed fields, images that stay inside their folder."""
 
+import posixpath
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
+from unicodedata import normalize
 
 import ijson
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags
 
-from partkit.images import check_mode
-from partkit.masks import MAX_PIXELS, RLE, DataError, Size, polygons_to_rle, union, validate_rle
+from partkit.images import check_shape, open_image
+from partkit.masks import RLE, DataError, Size, polygons_to_rle, union, validate_rle
 from partkit.schema import PartMask
 
 MAX_JSON_BYTES = 8 * 1024**3
@@ -55,10 +57,22 @@ def read_text(path: Path, *, encodings: Sequence[str] = ("utf-8",)) -> str:
 
 def find_existing(folder: Path, names: Sequence[str], *, what: str) -> Path:
     """The first of these files that the folder holds. Raises DataError, saying what is missing."""
+    if (name := find_file(folder, names)) is None:
+        raise DataError(f"{folder}: no such file for {what}; expected {' or '.join(names)}")
+    return folder / name
+
+
+def find_file(folder: Path, names: Iterable[str]) -> str | None:
+    """The first of these relative paths that is a file, as it is spelled on the disk: an accent may be a character of
+    its own there (NFD) and not in the records (NFC), or the other way round."""
     for name in names:
-        if "\0" not in name and (folder / name).is_file():
-            return folder / name
-    raise DataError(f"{folder}: no such file for {what}; expected {' or '.join(names)}")
+        for spelled in dict.fromkeys((name, normalize("NFC", name), normalize("NFD", name))):
+            try:
+                if (folder / spelled).is_file():
+                    return spelled
+            except (OSError, ValueError):  # too long, or with characters that no file name has
+                break
+    return None
 
 
 def stream_records(path: Path, *, field: str | None = None) -> Iterator[Any]:
@@ -188,34 +202,55 @@ def typed_list(record: Any, field: str, kind: type, *, where: str) -> list[Any]:
 
 
 class ImageFiles:
-    """The images of a folder, each opened and decoded once to learn its size."""
+    """The images of a folder, each opened and decoded once to learn its size; `field` is what records call them."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder.resolve()
+    def __init__(self, folder: Path, *, field: str = "image_path"):
+        self.folder, self.field = folder.resolve(), field
         self._sizes: dict[str, Size] = {}
         self._turned: set[str] = set()
 
+    def spell(self, image_path: str) -> str:
+        """The path as it is on the disk, without detours: one image has one such path; as given if it is no file."""
+        found = find_file(self.folder, [image_path])
+        path = (self.folder / (found or "")).resolve()
+        inside = found is not None and path.is_relative_to(self.folder)
+        return path.relative_to(self.folder).as_posix() if inside else posixpath.normpath(image_path)
+
     def locate(self, image_path: str, *, where: str) -> Path:
         """The file of a path relative to the folder. Raises DataError if that leads out of it or to no file."""
-        path = (self.folder / image_path).resolve() if "\0" not in image_path else self.folder
+        place = f"{where}, field {self.field!r}"
+        try:
+            image_path.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise DataError(f"{place}: {image_path!r} is not text in UTF-8; rename the file") from error
+        found = find_file(self.folder, [image_path])
+        try:
+            path = (self.folder / (found or image_path)).resolve()
+        except (OSError, ValueError):  # no file has such a name
+            path = self.folder
         if Path(image_path).is_absolute() or not path.is_relative_to(self.folder):
-            raise DataError(f"{where}, field 'image_path': {image_path!r} leads out of {self.folder}")
-        if not path.is_file():
-            raise DataError(f"{where}, field 'image_path': there is no image {image_path!r} in {self.folder}")
+            raise DataError(f"{place}: {image_path!r:.200} leads out of {self.folder}")
+        if found is None:
+            raise DataError(f"{place}: there is no image {image_path!r:.200} in {self.folder}")
         return path
 
     def size(self, image_path: str, *, where: str) -> Size:
-        """(height, width) in pixels as `datasets.Image` decodes it, turned upright. Raises DataError."""
+        """(height, width) in pixels as `images_plum` reads it, turned upright. Raises DataError."""
         if image_path not in self._sizes:
-            height, width, turned = _decoded_size(self.locate(image_path, where=where), where=where)
-            self._sizes[image_path] = (height, width)
+            path = self.locate(image_path, where=where)
+            place = f"{where}, field {self.field!r}: {path}"
+            image = open_image(path, where=place)
+            check_shape(image.size, where=place)
+            turned = image.getexif().get(ExifTags.Base.Orientation) in _ROTATED_ORIENTATIONS
+            self._sizes[image_path] = image.size if turned else image.size[::-1]
             if turned:
                 self._turned.add(image_path)
         return self._sizes[image_path]
 
     def label_map(self, image_path: str, *, where: str) -> np.ndarray:
         """The pixel values of an indexed or grey image, not its colours: uint8 (height, width). Raises DataError."""
-        image = _load_image(self.locate(image_path, where=where), where=where)
+        path = self.locate(image_path, where=where)
+        image = open_image(path, where=f"{where}, field {self.field!r}: {path}")
         if image.mode not in ("L", "P"):
             raise DataError(
                 f"{where}: expected a label map of 8 bits a pixel, found {image_path!r} in Pillow's mode "
@@ -237,36 +272,6 @@ class ImageFiles:
             f"{where}: the mask has size {list(annotated)}, but its image {image_path!r} has [height, width] "
             f"{list(size)}"
         )
-
-
-def _decoded_size(path: Path, *, where: str) -> tuple[int, int, bool]:
-    """(height, width) once upright, and whether the EXIF orientation swaps them."""
-    image = _load_image(path, where=where)
-    turned = image.getexif().get(ExifTags.Base.Orientation) in _ROTATED_ORIENTATIONS
-    return (image.width, image.height, True) if turned else (image.height, image.width, False)
-
-
-def _load_image(path: Path, *, where: str) -> Image.Image:
-    """The decoded image in its own mode; bounded before it is decoded. Raises DataError."""
-    try:
-        with Image.open(path) as image:
-            width, height = image.size
-            if width * height > MAX_PIXELS:
-                raise DataError(
-                    f"{where}, field 'image_path': {path} has {width * height} pixels; the limit is {MAX_PIXELS}"
-                )
-            if not width * height:
-                raise DataError(
-                    f"{where}, field 'image_path': {path} has no pixels, [height, width] {[height, width]}"
-                )
-            check_mode(image, where=f"{where}, field 'image_path', {path}")
-            image.load()
-            image.getexif()  # read while the file is open, kept by the image
-            return image
-    except DataError:
-        raise
-    except Exception as error:  # on corrupt files Pillow's decoders raise nearly anything
-        raise DataError(f"{where}, field 'image_path': {path} is no readable image ({error})") from error
 
 
 def read_part_masks(segmentations: dict[str, Any], *, where: str) -> list[PartMask]:

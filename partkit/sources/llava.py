@@ -24,7 +24,7 @@ from typing import Any, ClassVar
 
 from partkit.masks import DataError
 from partkit.schema import GroundedConversation, escape_tags
-from partkit.sources.files import ImageFiles, find_existing, stream_records, typed, typed_list
+from partkit.sources.files import ImageFiles, find_existing, find_file, stream_records, typed, typed_list
 
 PLACEHOLDER = "<image>"
 ROLES = {"human": "user", "gpt": "assistant"}
@@ -47,7 +47,7 @@ class LlavaChats:
         self._records = [json.dumps(record) for record in stream_records(self.path)]
         if not self._records:
             raise DataError(f"{self.path}: expected a non-empty list of chats, found none")
-        self._images = ImageFiles(self.folder)
+        self._images = ImageFiles(self.folder, field="image")
 
     @classmethod
     def splits(cls, folder: str | Path) -> list[str]:
@@ -96,7 +96,7 @@ class LlavaChats:
             return None
         name = typed(record, "image", str, where=where)
         names = [f"{folder}/{name}" if folder else name for folder in self.image_folders]
-        image_path = next((path for path in names if "\0" not in path and (self.folder / path).is_file()), names[0])
+        image_path = find_file(self.folder, names) or names[0]
         self._images.size(image_path, where=where)
         return {"bytes": None, "path": str(self._images.locate(image_path, where=where))}
 

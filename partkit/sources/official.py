@@ -14,7 +14,6 @@ One record of the JSON list, shortened (licence: that of the images, which the r
 `segmentations` holds all visible parts of the image. The object fields are filled for whole_to_part and part_to_whole.
 """
 
-import io
 import json
 import shutil
 from collections.abc import Iterable, Iterator
@@ -24,6 +23,7 @@ from typing import Any
 
 from PIL import Image
 
+from partkit.images import open_image
 from partkit.schema import DataError, Question
 from partkit.sources.files import (
     ImageFiles,
@@ -170,8 +170,8 @@ def _write_image(question: Question, folder: Path) -> str:
         content = Path(question.image["path"]).read_bytes()
     image_path = question.image_id
     if not image_path.startswith("images/") or Path(image_path).suffix.lower() not in Image.registered_extensions():
-        with Image.open(io.BytesIO(content)) as image:
-            image_path = f"images/{image_path}.{image.format.lower()}"
+        file_format = open_image(content, where=f"question {question.id}, field 'image'").format
+        image_path = f"images/{image_path}.{file_format.lower()}"
     target = folder / image_path
     if not target.resolve().is_relative_to(folder.resolve()):
         raise DataError(f"question {question.id}, field 'image_id': {question.image_id!r} leads out of the folder")
