@@ -127,21 +127,21 @@ def shrink_mask(mask: torch.Tensor, size: tuple[int, int]) -> torch.BoolTensor:
     return (share > 0) & (share >= share.max().clamp(max=0.5))
 
 
-def downscale_mask(
-    mask: torch.Tensor, sam_image_size: int, reshaped_size: tuple[int, int], low_res_size: int
+def downscale_masks(
+    masks: torch.Tensor, sam_image_size: int, reshaped_size: tuple[int, int], low_res_size: int
 ) -> torch.Tensor:
     """
-    A binary mask of an original image as low-res logits, the inverse of [`upscale_masks`].
+    Binary masks of an original image as low-res logits, the inverse of [`upscale_masks`].
 
     Args:
-        mask: `(height, width)` bool or 0/1.
+        masks: `(S, height, width)` bool or 0/1.
         sam_image_size, reshaped_size: As in [`upscale_masks`].
         low_res_size: Side 4G of the result.
 
     Returns:
-        `(4G, 4G)` logits between -10 and 10.
+        `(S, 4G, 4G)` logits between -10 and 10.
     """
-    mask = F.interpolate(mask[None, None].float(), tuple(reshaped_size), mode="bilinear", antialias=True)
-    mask = F.pad(mask, (0, sam_image_size - reshaped_size[1], 0, sam_image_size - reshaped_size[0]))
-    mask = F.interpolate(mask, (low_res_size,) * 2, mode="area")[0, 0]
-    return (2 * mask - 1) * GIVEN_MASK_LOGIT
+    masks = F.interpolate(masks[:, None].float(), tuple(reshaped_size), mode="bilinear", antialias=True)
+    masks = F.pad(masks, (0, sam_image_size - reshaped_size[1], 0, sam_image_size - reshaped_size[0]))
+    masks = F.interpolate(masks, (low_res_size,) * 2, mode="area")[:, 0]
+    return (2 * masks - 1) * GIVEN_MASK_LOGIT

@@ -59,13 +59,15 @@ try:
     )
     from .losses_plum import (
         MASK_LOSSES,
+        MaskTargets,
         count_loss_items,
         language_modeling_loss,
         mask_losses,
+        shrink_mask_labels,
         span_tagging_loss,
         teacher_kl_loss,
     )
-    from .masks_plum import downscale_mask
+    from .masks_plum import downscale_masks
     from .pipeline_plum import CUSTOM_PIPELINES
     from .sharing_plum import GeneratedStates, pack_rows, recorded_inputs, shared_beginnings
 except ImportError:
@@ -83,13 +85,15 @@ except ImportError:
     )
     from losses_plum import (
         MASK_LOSSES,
+        MaskTargets,
         count_loss_items,
         language_modeling_loss,
         mask_losses,
+        shrink_mask_labels,
         span_tagging_loss,
         teacher_kl_loss,
     )
-    from masks_plum import downscale_mask
+    from masks_plum import downscale_masks
     from pipeline_plum import CUSTOM_PIPELINES
     from sharing_plum import GeneratedStates, pack_rows, recorded_inputs, shared_beginnings
 
@@ -112,6 +116,7 @@ class PlumOutput(ModelOutput):
         span_logits (`torch.FloatTensor` of shape `(B, L, 3)`): Logits of O, B and I (see `tag_tokens`).
         pred_masks (`torch.FloatTensor` of shape `(S, 4G, 4G)`): Low-res mask logits, one per span of `spans`.
         iou_scores (`torch.FloatTensor` of shape `(S,)`): SAM's predicted IoU of each mask.
+        mask_targets (`torch.LongTensor` of shape `(S,)`): Index of each span's mask in `mask_labels`.
         last_hidden_state (`torch.FloatTensor` of shape `(B, L, D)`): The language model's output after its final norm.
     """
 
@@ -121,6 +126,7 @@ class PlumOutput(ModelOutput):
     span_logits: torch.FloatTensor | None = None
     pred_masks: torch.FloatTensor | None = None
     iou_scores: torch.FloatTensor | None = None
+    mask_targets: torch.LongTensor | None = None
     last_hidden_state: torch.FloatTensor | None = None
 
 
@@ -411,6 +417,9 @@ class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
         sam_image_index: torch.LongTensor | None = None,
         spans: torch.LongTensor | None = None,
         mask_labels: list[torch.Tensor] | None = None,
+        span_groups: torch.LongTensor | None = None,
+        mask_groups: torch.LongTensor | None = None,
+        teacher_forced: torch.BoolTensor | None = None,
         original_sizes: torch.LongTensor | None = None,
         reshaped_input_sizes: torch.LongTensor | None = None,
         teacher: Callable[..., ModelOutput] | None = None,
@@ -430,6 +439,9 @@ class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
             sam_image_index (`(B,)`): The image of each row, -1 for none. Default: image i belongs to row i.
             spans (`(S, 3)`): Spans `[row, start, end)` to segment, rows ascending, in the order of the conversation.
             mask_labels (S tensors `(H, W)`, 0/1): The mask of each span, at the size of its image or of `label_frame`.
+            span_groups, mask_groups (`(S,)`, `(M,)`): Group of each span and of each of then M `mask_labels`; spans of
+                a group may take its masks in any order (see [`MaskTargets`]). Default: mask i belongs to span i.
+            teacher_forced (`(S,)` bool): Spans whose true mask, not the predicted one, is fed back to later spans.
             original_sizes, reshaped_input_sizes (`(N, 2)`): (height, width) in pixels, as the processor returns them.
             teacher: The frozen language model that the span tokens are held to. Called, without gradients, with the
                 inputs that the language model of this model gets, its input embeddings among them.
@@ -444,9 +456,15 @@ class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
             hidden_states = self._run_language_model(input_ids, attention_mask, **image_inputs, **vlm_inputs)
         logits = self.get_output_embeddings()(hidden_states)
         span_logits = self.tag_tokens(input_ids, hidden_states, attention_mask)
-        pred_masks = iou_scores = None
+        pred_masks = iou_scores = targets = None
         if spans is not None and len(spans):
-            pred_masks, iou_scores = self.decode_masks(hidden_states, spans, sam_image_embeddings, sam_image_index)
+            sizes = None
+            if original_sizes is not None:
+                sizes = torch.cat([original_sizes, reshaped_input_sizes], dim=1)[sam_image_index[spans[:, 0]]]
+            targets = self._mask_targets(mask_labels, sizes, span_groups, mask_groups, teacher_forced)
+            pred_masks, iou_scores = self.decode_masks(
+                hidden_states, spans, sam_image_embeddings, sam_image_index, targets=targets
+            )
 
         config, losses = self.config, {}
         counts = loss_counts or count_loss_items(config, labels, span_labels, spans, mask_labels)
@@ -455,7 +473,8 @@ class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
         if span_labels is not None and self.span_tagger is not None:
             losses["span_tagging"] = span_tagging_loss(config, span_logits, span_labels, counts["tag_weight"])
         if mask_labels:
-            sizes = torch.cat([original_sizes, reshaped_input_sizes], dim=1)[sam_image_index[spans[:, 0]]]
+            if targets is not None:
+                mask_labels = [mask_labels[i] for i in targets.of_span.tolist()]
             losses |= mask_losses(config, pred_masks, iou_scores, mask_labels, sizes, counts["masks"])
         elif mask_labels is not None:
             losses |= dict.fromkeys(MASK_LOSSES, torch.zeros((), device=logits.device))
@@ -469,8 +488,36 @@ class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
             span_logits=span_logits,
             pred_masks=pred_masks,
             iou_scores=iou_scores,
+            mask_targets=None if targets is None else targets.of_span,
             last_hidden_state=hidden_states,
         )
+
+    def _mask_targets(self, mask_labels, sizes, span_groups, mask_groups, teacher_forced) -> MaskTargets | None:
+        """Targets that are chosen while decoding, from `(S, 4)` sizes of each span's image; None if none need be."""
+        if span_groups is None and teacher_forced is None:
+            return None
+        if not mask_labels or sizes is None:
+            raise ValueError(
+                "teacher_forced, span_groups and mask_groups need the true masks: pass mask_labels, original_sizes "
+                "and reshaped_input_sizes as well."
+            )
+        if span_groups is None:
+            span_groups = mask_groups = torch.arange(len(sizes), device=sizes.device)
+        if len(mask_groups) != len(mask_labels):
+            raise ValueError(
+                f"Found {len(mask_labels)} mask_labels and {len(mask_groups)} mask_groups; give one each."
+            )
+        if teacher_forced is None:
+            teacher_forced = torch.zeros_like(span_groups, dtype=torch.bool)
+        # All masks of a group are about one image, that of its first span.
+        first_span = (span_groups == mask_groups[:, None]).int().argmax(dim=1)
+        low_res_masks = shrink_mask_labels(
+            mask_labels,
+            sizes[first_span],
+            self.config.sam_config.vision_config.image_size,
+            self.config.low_res_mask_size,
+        )
+        return MaskTargets(low_res_masks, span_groups, mask_groups, teacher_forced)
 
     @property
     def loss_weights(self) -> dict[str, float]:
@@ -526,6 +573,7 @@ class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
         sam_image_embeddings: torch.Tensor,
         sam_image_index: torch.LongTensor,
         given_masks: dict[int, torch.Tensor] | None = None,
+        targets: MaskTargets | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Masks of spans, conversations in lock-step: step t decodes the t-th span of every row that has one.
@@ -535,6 +583,7 @@ class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
             spans: `(S, 3)` rows `[row, start, end)`, rows ascending.
             sam_image_embeddings, sam_image_index: As in [`forward`].
             given_masks: Low-res logits `(4G, 4G)` by span index, which stand in for the prediction of that span.
+            targets: In training, gets the prediction of each span as it is decoded, and says what is fed back.
 
         Returns:
             `(S, 4G, 4G)` low-res logits and `(S,)` predicted IoUs.
@@ -549,9 +598,9 @@ class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
             queries = mean_over_spans(projected, spans).to(dtype)  # (S, C)
             embeddings = sam_image_embeddings.to(dtype)
             positions = self.sam.get_image_wide_positional_embeddings().to(dtype)  # (1, C, G, G)
-            if self.mask_feedback is None and not given_masks:
+            if self.mask_feedback is None and not given_masks and targets is None:
                 return self._decode_step(queries, images, embeddings, positions, self._no_mask_prompt(len(spans)))
-            return self._decode_in_lock_step(queries, rows, images, embeddings, positions, given_masks or {})
+            return self._decode_in_lock_step(queries, rows, images, embeddings, positions, given_masks or {}, targets)
 
     def _check_spans(self, rows, images, sam_image_embeddings):
         if (rows[1:] < rows[:-1]).any():
@@ -584,7 +633,7 @@ class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
             iou_scores.append(scores[:, 0, 0])
         return torch.cat(masks), torch.cat(iou_scores)
 
-    def _decode_in_lock_step(self, queries, rows, images, embeddings, positions, given_masks):
+    def _decode_in_lock_step(self, queries, rows, images, embeddings, positions, given_masks, targets):
         first = torch.searchsorted(rows, rows)  # index of the first span of the same row
         step = torch.arange(len(rows), device=rows.device) - first
         last_step = step[torch.searchsorted(rows, rows, right=True) - 1]
@@ -597,13 +646,17 @@ class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
                 dense = self.mask_feedback(keys, values)
             decoded, scores = self._decode_step(queries[members], images[members], embeddings, positions, dense)
             decoded, scores = self._replace_given(members, decoded, scores, given_masks)
+            fed_back = decoded
+            if targets is not None:
+                targets.assign(members, decoded)
+                fed_back = targets.feed_back(members, decoded)
             masks.append(decoded)
             iou_scores.append(scores)
             members_of_step.append(members)
             goes_on = last_step[members] > t
             if self.mask_feedback is not None and goes_on.any():
                 new_keys, new_values = self.mask_feedback.embed(
-                    decoded[goes_on], queries[members[goes_on]], positions, self.sam.prompt_encoder.mask_embed
+                    fed_back[goes_on], queries[members[goes_on]], positions, self.sam.prompt_encoder.mask_embed
                 )
                 keys, values = (
                     new[:, None] if earlier is None else torch.cat([earlier[goes_on], new[:, None]], dim=1)
@@ -804,8 +857,8 @@ class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
             original, mask = tuple(original_sizes[images[i]].tolist()), torch.as_tensor(mask, device=self.device)
             if tuple(mask.shape) != original:
                 raise ValueError(f"The given mask of span {i} is {tuple(mask.shape)} but its image is {original}.")
-            given[i] = downscale_mask(
-                mask,
+            (given[i],) = downscale_masks(
+                mask[None],
                 self.config.sam_config.vision_config.image_size,
                 reshaped_input_sizes[images[i]].tolist(),
                 self.config.low_res_mask_size,

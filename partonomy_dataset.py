@@ -193,17 +193,17 @@ class Partonomy(datasets.GeneratorBasedBuilder):
     def _records_of_drawings(
         self, split: str, shards: Shards
     ) -> Iterator[schema.GroundedConversation | schema.Question]:
-        graph, required = synthesis.part_graph(), synthesis.required_parts()
         for index in _flat(shards):
-            match self.config.name:
-                case "mini":
-                    yield converse(_drawn(split, index), part_graph=graph, seed=SEED)
-                case "mini_instances":
-                    yield converse_about_instances(_drawn(split, index, instances=True), seed=SEED)
-                case "mini_questions":
-                    yield from make_questions(
-                        _drawn(split, index), part_graph=graph, required_parts=required, seed=SEED
-                    )
+            if self.config.asks:
+                yield from make_questions(
+                    _drawn(split, index),
+                    part_graph=synthesis.part_graph(),
+                    instance_graph=synthesis.instance_graph(),
+                    required_parts=synthesis.required_parts(),
+                    seed=SEED,
+                )
+            else:
+                yield converse_about_drawing(self.config.name, split, index)
 
     def as_dataset(self, split: Any = None, in_memory: bool = False) -> datasets.Dataset | datasets.DatasetDict:
         """As every builder; raises DataError for a split without a record, which `datasets` has no table for."""
@@ -248,6 +248,13 @@ def _opened(name: str, folder: Path, split: str, *, state: str) -> Opened:
 
 def _ignore(error: schema.DataError) -> None:
     """For what was refused or reported before."""
+
+
+def converse_about_drawing(name: str, split: str, index: int) -> schema.GroundedConversation:
+    """The conversation about one drawing of "mini" or "mini_instances"; an index may lie beyond the stored split."""
+    if name == "mini_instances":
+        return converse_about_instances(_drawn(split, index, instances=True), seed=SEED)
+    return converse(_drawn(split, index), part_graph=synthesis.part_graph(), seed=SEED)
 
 
 def _drawn(split: str, index: int, *, instances: bool = False) -> schema.PartExample:

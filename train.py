@@ -38,6 +38,7 @@ from plumkit.cards import make_model_card, write_recipe
 from plumkit.checkpoint import check_config_fields, load_checkpoint
 from plumkit.data import Collator, ConversationDataset, stream_examples
 from plumkit.embedding_cache import EmbeddingCache
+from plumkit.fresh import open_fresh
 from plumkit.mixture import Source, load_eval_records, load_records, mix, parse_source
 from plumkit.survey import format_table, survey, write_samples
 from plumkit.trainer import PlumTrainer, TrainingCurves
@@ -133,6 +134,29 @@ class DataArguments:
             "no answer is copied from another. Default: a record is one conversation."
         },
     )
+    follow_up_probability: float = field(
+        default=0.0,
+        metadata={"help": "With turns_per_record: how often a turn comes second, after another turn of its record."},
+    )
+    fresh_records: bool = field(
+        default=False,
+        metadata={
+            "help": "Instead of the stored records, train on new drawings of mini and mini_instances, and on new "
+            "conversations about photographs with part masks, in every epoch."
+        },
+    )
+    mirror: bool = field(
+        default=False,
+        metadata={"help": "With fresh_records: turn every second photograph over, left and right exchanged in names."},
+    )
+    teacher_forcing_probability: float = field(
+        default=0.0,
+        metadata={"help": "How often the true mask of a span is fed back to the later spans, instead of the model's."},
+    )
+    order_free_targets: bool = field(
+        default=False,
+        metadata={"help": "Spans of one answer with the same words may take their masks in any order."},
+    )
     max_spans: int | None = field(
         default=None, metadata={"help": "Masks per record that are supervised; a random choice beyond that."}
     )
@@ -148,6 +172,15 @@ class DataArguments:
     def __post_init__(self):
         if not 0 <= self.random_crop < 1:
             raise ValueError(f"random_crop must be at least 0 and below 1, found {self.random_crop}.")
+        for name in ("teacher_forcing_probability", "follow_up_probability"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be between 0 and 1, found {getattr(self, name)}.")
+        if self.follow_up_probability and self.turns_per_record is None:
+            raise ValueError("follow_up_probability needs turns_per_record: without it all turns follow each other.")
+        if self.mirror and not self.fresh_records:
+            raise ValueError("mirror needs fresh_records: true, which words its conversations anew.")
+        if self.fresh_records and self.streaming:
+            raise ValueError("fresh_records makes records by their number, which a stream has not; leave one out.")
         defaults = {name: getattr(self, name) for name in ("dataset", "name", "data_dir", "train_split", "eval_split")}
         entries = [_parse_mapping(entry, "an entry of mixture") for entry in self.mixture]
         self.sources = [parse_source(entry, defaults) for entry in entries]
@@ -470,14 +503,22 @@ def main(argv: list[str]):
     parts = [load_records(source, source.train_split, streaming) for source in sources]
     train_records = mix(parts, [source.rate for source in sources], args.seed)
     turns_per_record, max_length = data_arguments.turns_per_record, data_arguments.max_length
-    train_dataset = (stream_examples if streaming else ConversationDataset)(
-        train_records,
-        seed=args.seed,
-        jitter=data_arguments.color_jitter,
-        crop=data_arguments.random_crop,
-        turns_per_record=turns_per_record,
-        max_spans=data_arguments.max_spans,
-    )
+    example_options = {
+        "seed": args.seed,
+        "jitter": data_arguments.color_jitter,
+        "crop": data_arguments.random_crop,
+        "turns_per_record": turns_per_record,
+        "follow_up_probability": data_arguments.follow_up_probability,
+        "max_spans": data_arguments.max_spans,
+        "teacher_forcing_probability": data_arguments.teacher_forcing_probability,
+    }
+    if streaming:
+        train_dataset = stream_examples(train_records, **example_options)
+    else:
+        fresh = None
+        if data_arguments.fresh_records:
+            fresh = [open_fresh(source, mirror=data_arguments.mirror) for source in sources]
+        train_dataset = ConversationDataset(train_records, fresh=fresh, **example_options)
     eval_dataset = load_eval_records(sources, streaming)
     if eval_dataset is not None:
         eval_dataset = ConversationDataset(eval_dataset, turns_per_record=None if turns_per_record is None else 0)
@@ -504,7 +545,7 @@ def main(argv: list[str]):
         args=args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
-        data_collator=Collator(processor, max_length),
+        data_collator=Collator(processor, max_length, order_free_targets=data_arguments.order_free_targets),
         processing_class=processor,
         callbacks=[TrainingCurves()],
         embedding_cache=embedding_cache,

@@ -1,10 +1,11 @@
 """Training conversations about part examples, in wording that varies.
 
-Up to four question-and-answer turns about one image, in random order: which parts it shows, which of them another
-object shares, which it lacks, and one small question (where a part is, whether it is there, what the object is; some
-of these answers ground nothing). About half of the first three use the official wording of `questions`, the rest the
-phrasings below, so that a span tagger cannot rely on one template. The words of an answer follow from those of its
-question (the n-th answer belongs to the n-th question): what is left to find out is in the image.
+Up to six question-and-answer turns about one image, in random order: which parts it shows, which of them another
+object shares, which it lacks, which one other object shares and a second one lacks, what the object is, and where one
+part is or whether it is there (some of these answers ground nothing). With the object asked for before or after its
+parts, these are all ten question types of the benchmark. About half of the turns use its official wording, the rest
+the phrasings below, so that a span tagger cannot rely on one template. The words of an answer follow from those of
+its question (the n-th answer belongs to the n-th question): what is left to find out is in the image.
 
 In the templates {part} and the lists hold the span tags; a tag encloses the bare part name, never its article.
 """
@@ -19,12 +20,19 @@ from partkit.questions import filter_parts, possible_partners
 from partkit.schema import UNNAMED_OBJECT, GroundedConversation, PartExample, PartMask, Question, escape_tags
 from partkit.seeding import seeded_generator
 from partkit.spans import join_parts
-from partkit.wording import inflect_engine, official_answer, official_question, with_article
+from partkit.wording import (
+    OBJECT_QUESTION,
+    inflect_engine,
+    object_answer,
+    official_answer,
+    official_question,
+    with_article,
+)
 
 OFFICIAL_SHARE = 0.5
 
-# Fields: name ("object" or the label), partner ("a bus"), parts ("x, y, and z"), a_parts ("an x and a y"),
-# the_parts ("the x and the y"); a capital first letter of a field capitalises the text put there.
+# Fields: name ("object" or the label), partner ("a bus"), contrast ("a van"), parts ("x, y, and z"), a_parts ("an x
+# and a y"), the_parts ("the x and the y"); a capital first letter of a field capitalises the text put there.
 QUESTIONS = {
     "identification": (
         "Which parts can you see on the {name}?",
@@ -56,6 +64,16 @@ QUESTIONS = {
         "{Partner} would miss some parts of this {name}. Which ones do you see?",
         "List what you see on the {name} that is not part of {partner}.",
         "Think of {partner}. Which parts of the {name} does it not have?",
+    ),
+    "difference": (
+        "Which visible parts does the {name} share with {partner} but not with {contrast}?",
+        "What does the {name} have that {partner} has too, and {contrast} does not?",
+        "Compare the {name} with {partner} and {contrast}: which visible parts has the last one not?",
+        "Which visible parts of the {name} could belong to {partner}, but not to {contrast}?",
+        "Name the visible parts that the {name} has in common with {partner} and that {contrast} lacks.",
+        "{Partner} and this {name} against {contrast}: which visible parts do only the first two have?",
+        "List what you see on the {name} that {partner} also has and {contrast} never has.",
+        "Think of {partner} and {contrast}. Which parts of the {name} does only the first one have?",
     ),
     "location": (
         "Where is the {plain}?",
@@ -130,8 +148,18 @@ ANSWERS = {
         "It has {a_parts}, which {partner} does not.",
         "{The_parts} set it apart from {partner}.",
     ),
+    "difference": (
+        "Unlike {contrast}, {partner} has {the_parts} as well.",
+        "{A_parts}: {partner} has that too, {contrast} does not.",
+        "{Contrast} has no {parts}.",
+        "{A_parts} would suit {partner}, but not {contrast}.",
+        "In common with {partner} and not with {contrast}: {parts}.",
+        "{parts}.",
+        "Like {partner} and unlike {contrast}, the {name} has {a_parts}.",
+        "Only {partner} has {the_parts} too.",
+    ),
     "location": (
-        "The {part} {is} right here.",
+        "The {part} {is} over here.",
         "Here {is} the {part}.",
         "This marks the {part}.",
         "The {part} {is} highlighted.",
@@ -193,15 +221,16 @@ class _Turn:
 
 
 def converse(example: PartExample, *, part_graph: PartGraph, seed: int) -> GroundedConversation:
-    """Two to four turns about the example; every phrase that names a visible part is tagged.
+    """Two to six turns about the example; every phrase that names a visible part is tagged.
 
-    A comparison for which no other object fits is left out. Parts are listed alphabetically. Depends on (seed,
-    image_id) alone.
+    A comparison for which no other object fits is left out, and an object without a name is not asked for. Parts are
+    listed alphabetically. Depends on (seed, image_id) alone.
     """
     rng = seeded_generator(seed, "conversation", example.image_id)
-    kinds = ("identification", "positive", "negative")
+    kinds = ("identification", "positive", "negative", "difference")
     turns = [_benchmark_turn(kind, example, part_graph=part_graph, rng=rng) for kind in kinds]
-    turns.append(_other_turn(example, part_graph=part_graph, rng=rng))
+    turns.append(_object_turn(example, rng=rng) if example.image_label != UNNAMED_OBJECT else None)
+    turns.append(_part_turn(example, part_graph=part_graph, rng=rng))
     asked = [turn for turn in turns if turn is not None]
     shuffled = [asked[position] for position in rng.permutation(len(asked))]
     return _conversation(example, shuffled, {mask.label: [mask] for mask in example.masks})
@@ -259,23 +288,23 @@ def _conversation(example: PartExample, turns: list[_Turn], masks: dict[str, lis
 def _benchmark_turn(
     kind: str, example: PartExample, *, part_graph: PartGraph, rng: np.random.Generator
 ) -> _Turn | None:
-    """An identification, positive or negative turn, with or without the object's label; None if no partner fits."""
+    """A turn about the parts, with or without the object's label; None if no objects to compare with fit."""
     label = example.image_label
     visible = sorted(mask.label for mask in example.masks)
     question_type = str(rng.choice([kind, f"{kind}_with_label"]))
     named = {name: parts for name, parts in part_graph.items() if name != UNNAMED_OBJECT}
-    partners = possible_partners(kind, label=label, visible=visible, part_graph=named)
-    if not partners:
+    found = _draw_compared(kind, label=label, visible=visible, part_graph=named, rng=rng)
+    if found is None:
         return None
-    partner = partners[rng.integers(len(partners))]
-    parts = filter_parts(kind, visible, partner=partner, part_graph=part_graph)
+    compared, parts = found
     name = "object" if kind == question_type else escape_tags(label)
     if rng.random() < OFFICIAL_SHARE:
-        words = {"image_label": name, "partner": partner and escape_tags(partner)}
+        words = {"image_label": name, **{role: other and escape_tags(other) for role, other in compared.items()}}
         question = official_question(question_type, **words)
         answer = official_answer(question_type, join_parts([_tagged(part) for part in parts]), **words)
     else:
-        words = {"name": name, "partner": partner and with_article(escape_tags(partner))}
+        others = {role: other and with_article(escape_tags(other)) for role, other in compared.items()}
+        words = {"name": name, **others}
         style = _pick_style(kind, rng)
         question = fill_template(QUESTIONS[kind][style], **words)
         answer = fill_template(
@@ -288,15 +317,43 @@ def _benchmark_turn(
     return _Turn(question, answer, parts)
 
 
-def _other_turn(example: PartExample, *, part_graph: PartGraph, rng: np.random.Generator) -> _Turn:
-    """Where a part is, whether it is there, or what the object is."""
+def _draw_compared(
+    kind: str, *, label: str, visible: list[str], part_graph: PartGraph, rng: np.random.Generator
+) -> tuple[dict[str, str | None], list[str]] | None:
+    """The partner and the contrast of a turn, None where it has none, and the visible parts that answer it."""
+    if kind != "difference":
+        partners = possible_partners(kind, label=label, visible=visible, part_graph=part_graph)
+        if not partners:
+            return None
+        partner = partners[rng.integers(len(partners))]
+        parts = filter_parts(kind, visible, partner=partner, part_graph=part_graph)
+        return {"partner": partner, "contrast": None}, parts
+    partners = possible_partners("positive", label=label, visible=visible, part_graph=part_graph)
+    for position in rng.permutation(len(partners)):
+        shared = set(visible).intersection(part_graph[partners[position]])
+        contrasts = [name for name in sorted(part_graph) if not shared.issubset(part_graph[name])]
+        if contrasts:
+            contrast = contrasts[rng.integers(len(contrasts))]
+            parts = sorted(shared.difference(part_graph[contrast]))
+            return {"partner": partners[position], "contrast": contrast}, parts
+    return None
+
+
+def _object_turn(example: PartExample, *, rng: np.random.Generator) -> _Turn:
+    """What the object is, half of the time in the benchmark's words."""
     label = escape_tags(example.image_label)
-    named = example.image_label != UNNAMED_OBJECT
-    kind = str(rng.choice(["location", "presence", "object"], p=[0.4, 0.4, 0.2] if named else [0.5, 0.5, 0]))
+    if rng.random() < OFFICIAL_SHARE:
+        return _Turn(OBJECT_QUESTION, object_answer(label))
+    style = _pick_style("object", rng)
+    answer = fill_template(ANSWERS["object"][style], a_label=with_article(label))
+    return _Turn(fill_template(QUESTIONS["object"][style]), answer)
+
+
+def _part_turn(example: PartExample, *, part_graph: PartGraph, rng: np.random.Generator) -> _Turn:
+    """Where a part is, or whether it is there."""
+    label = escape_tags(example.image_label)
+    kind = str(rng.choice(["location", "presence"]))
     style = _pick_style(kind, rng)
-    if kind == "object":
-        question = fill_template(QUESTIONS[kind][style])
-        return _Turn(question, fill_template(ANSWERS[kind][style], a_label=with_article(label)))
     visible = sorted(mask.label for mask in example.masks)
     missing = sorted(set(part_graph[example.image_label]) - set(visible))
     present = kind == "location" or not missing or rng.random() < 0.5

@@ -15,7 +15,7 @@ from scipy.special import log_softmax, softmax
 from partkit import synthesis
 from partkit.knowledge import PartKnowledge, collect_knowledge, even_presence
 from partkit.masks import encode
-from partkit.questions import MADE_QUESTION_TYPES, SCHEMES, QuestionMaker
+from partkit.questions import SCHEMES, QuestionMaker
 from partkit.schema import QUESTION_TYPES, PartExample, PartMask, Question
 from partkit.seeding import seeded_generator
 from partkit.sources.survey import Survey
@@ -64,7 +64,7 @@ def leak_of_drawings(sizes: Mapping[str, int], *, seed: int) -> dict[str, Leak |
         "official": collect_knowledge(annotated, **graphs),
         "balanced": PartKnowledge(**graphs, presence=even),
     }
-    return compare_schemes(train, test, knowledge=knowledge, seed=seed, question_types=MADE_QUESTION_TYPES)
+    return compare_schemes(train, test, knowledge=knowledge, seed=seed, question_types=QUESTION_TYPES)
 
 
 def leak_of_copy(found: Survey, *, seed: int) -> dict[str, Leak | None]:

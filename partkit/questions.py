@@ -34,9 +34,6 @@ from partkit.wording import (
 )
 
 SCHEMES = ("official", "balanced")
-MADE_QUESTION_TYPES = QUESTION_TYPES[:6]
-"""Types the miniature asks: identification, positive, negative, each with and without the label."""
-
 Graph = Mapping[str, frozenset[str]]
 
 
@@ -262,8 +259,9 @@ def make_questions(
     example: PartExample,
     *,
     part_graph: PartGraph,
+    instance_graph: Mapping[str, Sequence[str]],
     required_parts: PartGraph,
-    question_types: Sequence[str] = MADE_QUESTION_TYPES,
+    question_types: Sequence[str] = QUESTION_TYPES,
     seed: int,
 ) -> list[Question]:
     """Balanced questions about an object whose optional parts are there every second time.
@@ -275,5 +273,5 @@ def make_questions(
         raise DataError(
             f"example {example.image_id}, field 'image_label': the part graphs do not know {example.image_label!r}"
         )
-    knowledge = PartKnowledge(part_graph, {}, even_presence(required_parts, part_graph=part_graph))
+    knowledge = PartKnowledge(part_graph, instance_graph, even_presence(required_parts, part_graph=part_graph))
     return QuestionMaker(knowledge, scheme="balanced", seed=seed).questions(example, question_types)

@@ -4,6 +4,8 @@ Training examples of PLUM: grounded conversations with random changes, and batch
     records of `partkit.schema` ──> ConversationDataset ──> Collator ──> model inputs
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from datasets import Dataset, IterableDataset
@@ -14,6 +16,7 @@ from partkit.images import read_image, undecoded
 from partkit.masks import decode as decode_rle
 from partkit.schema import DataError, as_chat, check_turns, tagged_phrases
 from partkit.seeding import seeded_generator
+from plumkit.fresh import FreshRecords
 from processing_plum import PlumProcessor
 
 
@@ -25,7 +28,9 @@ class ExampleMaker:
         jitter: Largest relative change of each colour channel.
         crop: Largest share of each side that is cut off; no box that loses more than half of a mask is taken.
         turns_per_record: So many random turns, 0 for all, each as a conversation of its own; None: one conversation.
+        follow_up_probability: How often such a turn comes second in its conversation, after another random turn.
         max_spans: Masks of a record that are supervised; a random choice beyond that.
+        teacher_forcing_probability: How often the true mask of a span is fed back instead of the predicted one.
     """
 
     def __init__(
@@ -33,17 +38,22 @@ class ExampleMaker:
         jitter: float = 0.0,
         crop: float = 0.0,
         turns_per_record: int | None = None,
+        follow_up_probability: float = 0.0,
         max_spans: int | None = None,
+        teacher_forcing_probability: float = 0.0,
     ):
         self.jitter, self.crop = jitter, crop
         self.turns_per_record, self.max_spans = turns_per_record, max_spans
+        self.follow_up_probability = follow_up_probability
+        self.teacher_forcing_probability = teacher_forcing_probability
 
     def __call__(self, record: dict, generator: np.random.Generator) -> dict:
         """
         Returns:
             `id`, `image` (RGB or None) and `conversations`, each with `messages`, `masks` (bool arrays
-            `(height, width)` of the image), `chosen`, the sorted indices of the masks that are supervised, and
-            `tagged`, whether answers tag what they name, so that tags can be learnt from them.
+            `(height, width)` of the image), `chosen`, the sorted indices of the masks that are supervised,
+            `teacher_forced` (bool `(masks,)`), and `tagged`, whether answers tag what they name, so that tags can be
+            learnt from them.
 
         Raises:
             DataError: The turns, tags, masks and image do not fit together; the message names record and field.
@@ -61,13 +71,25 @@ class ExampleMaker:
                 image, masks = random_crop(image, masks, self.crop, generator)
         conversations = [{"messages": record["messages"], "masks": masks}]
         if self.turns_per_record is not None:
-            conversations = split_into_turns(record["messages"], masks)
-            count = min(self.turns_per_record or len(conversations), len(conversations))
-            conversations = [conversations[i] for i in generator.permutation(len(conversations))[:count]]
+            conversations = self._draw_turns(split_into_turns(record["messages"], masks), generator)
         self._choose_spans(conversations, generator)
         for conversation in conversations:
             conversation["tagged"] = record["masks"] is not None
+            draws = generator.random(len(conversation["masks"]))
+            conversation["teacher_forced"] = draws < self.teacher_forcing_probability
         return {"id": record["id"], "image": image, "conversations": conversations}
+
+    def _draw_turns(self, turns: list[dict], generator: np.random.Generator) -> list[dict]:
+        """Some of the turns, each alone or as the follow-up of another one."""
+        count = min(self.turns_per_record or len(turns), len(turns))
+        conversations = []
+        for i in generator.permutation(len(turns))[:count].tolist():
+            conversation = turns[i]
+            if len(turns) > 1 and self.follow_up_probability and generator.random() < self.follow_up_probability:
+                before = turns[(i + generator.integers(1, len(turns))) % len(turns)]
+                conversation = {name: before[name] + conversation[name] for name in ("messages", "masks")}
+            conversations.append(dict(conversation))
+        return conversations
 
     def _choose_spans(self, conversations: list[dict], generator: np.random.Generator):
         """Sets which masks of each conversation are supervised: those of whole conversations while they fit."""
@@ -101,11 +123,18 @@ def random_crop(
 class ConversationDataset(torch.utils.data.Dataset):
     """
     Examples with random changes that depend on seed, epoch and index alone: the same for any number of processes and
-    workers, and after a resume. `options` are those of [`ExampleMaker`].
+    workers, and after a resume.
+
+    Args:
+        records: With the columns `part` and `row` where `fresh` is given, see [`plumkit.mixture.mix`].
+        fresh: By part, what makes its records anew (see `plumkit.fresh`). Default: the stored records are read.
+        options: Those of [`ExampleMaker`].
     """
 
-    def __init__(self, records: Dataset, seed: int = 0, **options):
+    def __init__(self, records: Dataset, seed: int = 0, fresh: Sequence[FreshRecords] | None = None, **options):
         self.records, self.seed, self.epoch = undecoded(records), seed, 0
+        self.fresh = fresh
+        self.places = None if fresh is None else records.select_columns(["part", "row"])
         self.make_example = ExampleMaker(**options)
 
     def set_epoch(self, epoch: int):
@@ -115,7 +144,13 @@ class ConversationDataset(torch.utils.data.Dataset):
         return len(self.records)
 
     def __getitem__(self, index: int) -> dict:
-        return self.make_example(self.records[index], np.random.default_rng([self.seed, self.epoch, index]))
+        return self.make_example(self._read(index), np.random.default_rng([self.seed, self.epoch, index]))
+
+    def _read(self, index: int) -> dict:
+        if self.fresh is None:
+            return self.records[index]
+        place = self.places[index]
+        return self.fresh[place["part"]](place["row"], self.epoch * len(self) + index)
 
 
 def stream_examples(records: IterableDataset, seed: int = 0, **options) -> IterableDataset:
@@ -162,10 +197,12 @@ class Collator:
     Args:
         processor: Of the model that is trained.
         max_length: Most tokens of a row, those of its image among them. A longer conversation loses its last turns.
+        order_free_targets: Spans of one answer with the same words may take their masks in any order.
     """
 
-    def __init__(self, processor: PlumProcessor, max_length: int | None = None):
+    def __init__(self, processor: PlumProcessor, max_length: int | None = None, *, order_free_targets: bool = False):
         self.processor, self.max_length = processor, max_length
+        self.order_free_targets = order_free_targets
 
     def __call__(self, examples: list[dict]) -> dict:
         rows = [(i, conversation) for i, example in enumerate(examples) for conversation in example["conversations"]]
@@ -181,13 +218,33 @@ class Collator:
             chosen += (start + conversation["chosen"]).tolist()
             start += len(conversation["masks"])
         batch["spans"] = batch["spans"][chosen]
-        batch["mask_labels"] = [batch["mask_labels"][i] for i in chosen]
+        forced = [conversation["teacher_forced"] for _, conversation in rows]
+        batch["teacher_forced"] = torch.from_numpy(np.concatenate(forced))[chosen]
+        groups = torch.arange(len(batch["mask_labels"]))
+        if self.order_free_targets:
+            groups = torch.tensor(group_masks([conversation["messages"] for _, conversation in rows]))
+        batch["span_groups"] = groups[chosen]
+        # An answer's unsupervised masks stay candidates for its supervised spans of the same words.
+        candidates = torch.isin(groups, batch["span_groups"]).nonzero()[:, 0].tolist()
+        batch["mask_groups"] = groups[candidates]
+        batch["mask_labels"] = [batch["mask_labels"][i] for i in candidates]
         batch["record_index"] = torch.tensor([i for i, _ in rows])
         batch["record_ids"] = [example["id"] for example in examples]
         batch = dict(batch)
         if self.max_length is not None and batch["input_ids"].shape[1] > self.max_length:
             cut_turns(batch, self.max_length, pad_token_id=self.processor.tokenizer.pad_token_id or 0)
         return batch
+
+
+def group_masks(conversations: list[list[dict]]) -> list[int]:
+    """For every mask of the conversations in turn, the number of its group: spans of one answer in the same words."""
+    numbers: dict[tuple, int] = {}
+    groups = []
+    for row, messages in enumerate(conversations):
+        for turn, answer in enumerate(messages[1::2]):
+            keys = [(row, turn, phrase) for phrase in tagged_phrases(answer["content"])]
+            groups += [numbers.setdefault(key, len(numbers)) for key in keys]
+    return groups
 
 
 def cut_turns(batch: dict, max_length: int, *, pad_token_id: int):
@@ -216,5 +273,8 @@ def cut_turns(batch: dict, max_length: int, *, pad_token_id: int):
         if isinstance(value, torch.Tensor) and value.shape == shape:
             batch[name] = value.masked_fill(cut, fills.get(name, 0))[:, : kept.max()]
     inside = batch["spans"][:, 2] <= kept[batch["spans"][:, 0]]
-    batch["spans"] = batch["spans"][inside]
-    batch["mask_labels"] = [mask for mask, keep in zip(batch["mask_labels"], inside.tolist(), strict=True) if keep]
+    for name in ("spans", "span_groups", "teacher_forced"):
+        batch[name] = batch[name][inside]
+    kept_masks = torch.isin(batch["mask_groups"], batch["span_groups"])
+    batch["mask_groups"] = batch["mask_groups"][kept_masks]
+    batch["mask_labels"] = [batch["mask_labels"][i] for i in kept_masks.nonzero()[:, 0].tolist()]

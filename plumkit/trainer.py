@@ -223,7 +223,9 @@ class PlumTrainer(Trainer):
         [`_summarise_counts`] sums up: counts travel, masks do not.
         """
         inputs = self._prepare_inputs(inputs)
-        unsupervised = {**self._model_inputs(inputs), "labels": None, "span_labels": None, "mask_labels": None}
+        # Masks are only there to say which of its words' masks each span found: all are the model's own.
+        unsupervised = {**self._model_inputs(inputs), "labels": None, "span_labels": None}
+        unsupervised["teacher_forced"] = None
         with self.compute_loss_context_manager():
             outputs = model(**unsupervised)
         counts = _count_record_results(inputs, outputs, self.accelerator.unwrap_model(self.model).config)
@@ -259,8 +261,9 @@ def _count_record_results(inputs: dict, outputs: dict, config: PlumConfig) -> to
     size = config.sam_config.vision_config.image_size
     record_of_row = inputs["record_index"].tolist()
     counts = torch.zeros(record_of_row[-1] + 1, 7, device=inputs["input_ids"].device)
-    for i, mask in enumerate(inputs["mask_labels"]):
-        row = int(inputs["spans"][i, 0])
+    targets = [] if outputs["mask_targets"] is None else outputs["mask_targets"].tolist()
+    for i, target in enumerate(targets):
+        mask, row = inputs["mask_labels"][target], int(inputs["spans"][i, 0])
         image = inputs["sam_image_index"][row]
         reshaped = inputs["reshaped_input_sizes"][image].tolist()
         predicted = upscale_masks(outputs["pred_masks"][i, None].float(), size, reshaped, mask.shape)[0] > 0

@@ -75,7 +75,9 @@ def test_parts_are_called_by_either_of_two_names():
 
 def test_questions_of_the_benchmark_are_answered_with_the_correct_choice_and_its_masks():
     example = draw_example("train", 3)
-    for question in make_questions(example, part_graph=part_graph(), required_parts=required_parts(), seed=0):
+    for question in make_questions(
+        example, part_graph=part_graph(), instance_graph={}, required_parts=required_parts(), seed=0
+    ):
         conversation = answer_question(question)
         assert conversation.id == question.id
         assert phrases(conversation) == question.choice_parts[question.correct]

@@ -18,7 +18,7 @@ from transformers.utils import ModelOutput
 import losses_plum
 from heads_plum import decode_spans
 from losses_plum import count_loss_items, dice_loss, focal_tversky_loss
-from masks_plum import downscale_mask, label_frame, shrink_mask, upscale_masks
+from masks_plum import downscale_masks, label_frame, shrink_mask, upscale_masks
 from modeling_plum import PlumForConditionalGeneration
 from tests.tiny import (
     conversation,
@@ -161,7 +161,7 @@ def test_upscaled_masks_equal_those_of_the_sam_image_processor():
 def test_a_mask_survives_the_low_res_frame_and_back():
     mask = torch.zeros(50, 70, dtype=torch.bool)
     mask[10:35, 20:60] = True
-    low_res = downscale_mask(mask, 64, (46, 64), 32)
+    (low_res,) = downscale_masks(mask[None], 64, (46, 64), 32)
     restored = upscale_masks(low_res[None], 64, (46, 64), (50, 70))[0] > 0
     assert (restored & mask).sum() / (restored | mask).sum() > 0.9
 

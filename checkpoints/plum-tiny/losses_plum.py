@@ -14,13 +14,13 @@ from torch.utils.checkpoint import checkpoint
 try:
     from .configuration_plum import PlumConfig
     from .heads_plum import IGNORE_INDEX, TAG_OUTSIDE, mean_over_spans
-    from .masks_plum import label_frame, shrink_mask, upscale_masks
+    from .masks_plum import downscale_masks, label_frame, shrink_mask, upscale_masks
 except ImportError:
     if __package__:
         raise
     from configuration_plum import PlumConfig
     from heads_plum import IGNORE_INDEX, TAG_OUTSIDE, mean_over_spans
-    from masks_plum import label_frame, shrink_mask, upscale_masks
+    from masks_plum import downscale_masks, label_frame, shrink_mask, upscale_masks
 
 MASK_LOSSES = ("mask_overlap", "mask_bce", "mask_iou")
 # Pixels of masks whose losses are computed at once. What more masks need for their gradients is computed again in the
@@ -38,7 +38,7 @@ def count_loss_items(
     counts = {
         "tokens": torch.zeros(()) if labels is None else (labels[:, 1:] != IGNORE_INDEX).sum(),
         "tag_weight": torch.zeros(()),
-        "masks": torch.tensor(float(len(mask_labels or []))),
+        "masks": torch.tensor(float(len(spans)) if mask_labels else 0.0),
         "spans": torch.tensor(0.0 if spans is None else float(len(spans))),
     }
     if span_labels is not None:
@@ -54,6 +54,79 @@ def span_targets(span_labels: torch.Tensor, scope: str) -> torch.Tensor:
         return span_labels.clamp(min=-1)
     has_span = (span_labels > TAG_OUTSIDE).any(dim=1, keepdim=True)
     return torch.where(has_span, span_labels.clamp(min=TAG_OUTSIDE), -1)
+
+
+class MaskTargets:
+    """
+    The true mask of each span, chosen while the spans are decoded, and the masks that are fed back in their place.
+
+    Spans of one answer with the same words are interchangeable: they form a group with the masks of these words. Each
+    span takes, in decoding order, the mask of its group that its own prediction overlaps best (soft dice), among those
+    that no earlier span took. A group of one span and one mask is the ordinary case.
+
+    Args:
+        low_res_masks: `(M, 4G, 4G)` true masks as low-res logits; M is at least S.
+        span_groups, mask_groups: `(S,)` and `(M,)` group of each span and of each mask.
+        forced: `(S,)` bool, the spans whose true mask is fed back instead of their own (teacher forcing).
+
+    Raises:
+        ValueError: A group has more spans than masks.
+    """
+
+    def __init__(
+        self,
+        low_res_masks: torch.Tensor,
+        span_groups: torch.LongTensor,
+        mask_groups: torch.LongTensor,
+        forced: torch.BoolTensor,
+    ):
+        self.low_res_masks, self.forced = low_res_masks, forced
+        self.span_groups, self.mask_groups = span_groups, mask_groups
+        self.free = torch.ones_like(mask_groups, dtype=torch.bool)
+        self.of_span = torch.full_like(span_groups, -1)  # (S,) index of the mask that each span took
+        groups = int(torch.cat([span_groups, mask_groups]).max()) + 1
+        lacking = span_groups.bincount(minlength=groups) - mask_groups.bincount(minlength=groups)
+        if (lacking > 0).any():
+            group = int(lacking.argmax())
+            raise ValueError(f"Group {group} has {int(lacking.max())} spans more than mask_labels; give each a mask.")
+
+    @torch.no_grad()
+    def assign(self, members: torch.LongTensor, logits: torch.Tensor):
+        """Gives each of the spans `members` `(n,)`, no two of a group, its mask; `logits` `(n, 4G, 4G)` are theirs."""
+        candidates = (self.span_groups[members, None] == self.mask_groups) & self.free  # (n, M)
+        place, mask = candidates.nonzero(as_tuple=True)
+        predicted = logits.float().sigmoid().flatten(1)[place]
+        target = self.low_res_masks.sigmoid().flatten(1)[mask]
+        overlap = 2 * (predicted * target).sum(1) / (predicted.sum(1) + target.sum(1)).clamp(min=1e-6)
+        scores = torch.full(candidates.shape, -1.0, device=logits.device)
+        scores[place, mask] = overlap
+        taken = scores.argmax(dim=1)
+        self.of_span[members], self.free[taken] = taken, False
+
+    def feed_back(self, members: torch.LongTensor, logits: torch.Tensor) -> torch.Tensor:
+        """`(n, 4G, 4G)` masks that the later spans are shown of the spans `members`, which have their masks."""
+        true = self.low_res_masks[self.of_span[members]].to(logits)
+        return torch.where(self.forced[members, None, None], true, logits)
+
+
+def shrink_mask_labels(
+    mask_labels: list[torch.Tensor], sizes: torch.LongTensor, sam_image_size: int, low_res_size: int
+) -> torch.Tensor:
+    """
+    True masks as low-res logits `(M, 4G, 4G)`.
+
+    Args:
+        mask_labels: M masks `(H, W)`, 0/1, at the size of their image or of `label_frame`.
+        sizes: `(M, 4)`, (height, width) in pixels of each mask's image as given and as resized for SAM.
+    """
+    shrunk = torch.empty(len(mask_labels), low_res_size, low_res_size, device=sizes.device)
+    for size in sizes.unique(dim=0):
+        members = (sizes == size).all(dim=1).nonzero()[:, 0]
+        original, reshaped = tuple(size[:2].tolist()), tuple(size[2:].tolist())
+        frame = label_frame(original, reshaped)
+        masks = torch.stack([_label_in_frame(mask_labels[i], original, frame) for i in members.tolist()])
+        shrunk[members] = downscale_masks(masks.to(sizes.device), sam_image_size, reshaped, low_res_size)
+    return shrunk
 
 
 def language_modeling_loss(logits: torch.Tensor, labels: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
