@@ -189,7 +189,9 @@ class PlumPreTrainedModel(PreTrainedModel):
 
 def _load_whole(auto_class, folder: str, config, dtype) -> PreTrainedModel:
     """A pretrained model; `ValueError` if any of its weights is not in the checkpoint."""
-    model, report = auto_class.from_pretrained(folder, config=config, dtype=dtype, output_loading_info=True)
+    model, report = auto_class.from_pretrained(
+        folder, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+    )
     absent = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
     if absent:
         raise ValueError(
@@ -211,7 +213,7 @@ class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
         super().__init__(config)
         text_width = config.vlm_config.get_text_config().hidden_size
         sam_width = config.sam_config.vision_config.output_channels
-        self.vlm = AutoModelForImageTextToText.from_config(config.vlm_config)
+        self.vlm = AutoModelForImageTextToText.from_config(config.vlm_config, trust_remote_code=False)
         if not isinstance(getattr(self.vlm, "model", None), PreTrainedModel):
             raise ValueError(
                 f"vlm_config is a {config.vlm_config.model_type!r} model, and {type(self.vlm).__name__} has no model "
@@ -243,7 +245,7 @@ class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
             ValueError: A backbone of another kind or that does not fit (before any weight is read), or that lacks
                 weights.
         """
-        vlm_config, sam_config = AutoConfig.from_pretrained(vlm), AutoConfig.from_pretrained(sam)
+        vlm_config, sam_config = (AutoConfig.from_pretrained(name, trust_remote_code=False) for name in (vlm, sam))
         if sam_config.model_type != "sam":
             raise ValueError(f"{sam} holds a {sam_config.model_type!r} model, expected 'sam'.")
         with torch.device("meta"):

@@ -35,7 +35,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from configuration_plum import PlumConfig
 from modeling_plum import PlumForConditionalGeneration
 from plumkit.cards import make_model_card, write_recipe
-from plumkit.checkpoint import check_config_fields, load_checkpoint
+from plumkit.checkpoint import check_config_fields, load_checkpoint, load_processor
 from plumkit.data import Collator, ConversationDataset, stream_examples
 from plumkit.embedding_cache import EmbeddingCache
 from plumkit.fresh import open_fresh
@@ -467,10 +467,10 @@ def _is_whole(folder: Path) -> bool:
     return True
 
 
-def load_processor(arguments: ModelArguments) -> PlumProcessor | None:
+def load_processor_alone(arguments: ModelArguments) -> PlumProcessor | None:
     """The processor alone, which a look at the data needs; None of a model from scratch, which is quickly built."""
     if arguments.model is not None:
-        return PlumProcessor.from_pretrained(arguments.model)
+        return load_processor(arguments.model)
     if arguments.vlm is not None:
         return PlumProcessor.from_backbones(vlm=arguments.vlm, sam=arguments.sam)
     return None
@@ -524,7 +524,7 @@ def main(argv: list[str]):
         eval_dataset = ConversationDataset(eval_dataset, turns_per_record=None if turns_per_record is None else 0)
 
     # Model
-    model, processor = None, load_processor(model_arguments) if data_arguments.dry_run else None
+    model, processor = None, load_processor_alone(model_arguments) if data_arguments.dry_run else None
     if processor is None:
         model, processor = load_model(model_arguments, train_records)
     if args.process_index == 0:

@@ -127,7 +127,8 @@ def embed_names(names: Sequence[str], model: str, *, batch_size: int = 64) -> di
     from transformers import AutoModel, AutoTokenizer
 
     try:
-        tokenizer, encoder = AutoTokenizer.from_pretrained(model), AutoModel.from_pretrained(model).eval()
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+        encoder = AutoModel.from_pretrained(model, trust_remote_code=False, use_safetensors=True).eval()
     except (ValueError, OSError) as error:
         raise DataError(f"Cannot load {model!r} as a sentence-embedding model of transformers: {error}") from error
     embeddings = {}

@@ -27,7 +27,7 @@ from partkit.overlays import overlay
 from partkit.schema import as_chat, escape_tags
 from partkit.spans import join_parts
 from partkit.wording import official_answer, official_question
-from plumkit.checkpoint import load_checkpoint
+from plumkit.checkpoint import ModelError, load_checkpoint
 from plumkit.predictor import keep_last_answer
 from processing_plum import PlumAnswer, PlumProcessor, parse_span_tags
 
@@ -39,10 +39,6 @@ MAX_NEW_TOKENS = 96
 
 Range = tuple[int, int]
 """Characters [start, end) of an answer."""
-
-
-class ModelError(DataError):
-    """A checkpoint that cannot be loaded, or is none of PLUM."""
 
 
 @dataclass(frozen=True)
@@ -82,10 +78,7 @@ def load_model(name: str | Path, *, dtype: str = "float32", device: str | torch.
     Raises:
         ModelError: it is not safe to load, holds no PLUM, or its processor does not belong to its model.
     """
-    try:
-        model, processor = load_checkpoint(name, dtype=getattr(torch, dtype))
-    except ValueError as error:
-        raise ModelError(str(error)) from error
+    model, processor = load_checkpoint(name, dtype=getattr(torch, dtype))
     return Path(model.name_or_path), Plum(model.to(device).eval(), processor)
 
 

@@ -1,5 +1,7 @@
 import io
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -94,7 +96,11 @@ def test_a_chat_goes_on_after_a_bad_line_and_has_failed_in_the_end(checkpoint, i
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["ask", "IMAGE", "Which parts?", "--model", "no/such-model"], 3, "neither a folder nor to be had"),
+        (
+            ["ask", "IMAGE", "Which parts?", "--model", "no/such-model"],
+            3,
+            "is not a local folder and was not found on the Hub",
+        ),
         (["ask", "absent.png", "Which parts?"], 1, "there is no image file"),
         (["chat", "-"], 1, "give the image as a file"),
         (["ask", "IMAGE"], 2, "required: question"),
@@ -103,7 +109,11 @@ def test_a_chat_goes_on_after_a_bad_line_and_has_failed_in_the_end(checkpoint, i
         (["data", "preview", "mini", "--save", "absent", "--count", "0"], 2, "expected a number from 1, found '0'"),
         (["data", "validate", "descriptor", "absent"], 1, ""),
         (["eval", "--output_dir", "absent"], 1, "plum: Expected one of --model, --predictions and --baseline"),
-        (["eval", "--output_dir", "absent", "--model", "no/such-model"], 3, "neither a folder nor to be had"),
+        (
+            ["eval", "--output_dir", "absent", "--model", "no/such-model"],
+            3,
+            "is not a local folder and was not found on the Hub",
+        ),
     ],
 )
 def test_each_kind_of_problem_has_its_exit_code(arguments, code, message, image_file, capsys, monkeypatch):
@@ -129,6 +139,88 @@ def test_a_reader_that_leaves_early_is_no_problem(raw_data):
     )
     process.stdout.close()
     assert (process.stderr.read(), process.wait(timeout=120)) == ("", 0)
+
+
+@pytest.mark.parametrize("command", [["--help"], ["data", "stats", "mini"], ["segment", "IMAGE", "--spans", "tail"]])
+@pytest.mark.parametrize("closed", ["stdout", "stderr"])
+def test_no_command_minds_a_reader_that_has_left(command, closed, checkpoint, image_file):
+    command = [image_file if word == "IMAGE" else word for word in command]
+    model = ["--model", checkpoint] if "segment" in command else []
+    process = subprocess.Popen(
+        [sys.executable, "-m", "plumkit.cli", *command, *model],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
+    getattr(process, closed).close()
+    left = process.stderr if closed == "stdout" else process.stdout
+    assert (left.read() == "", process.wait(timeout=120)) == (closed == "stdout", 0)
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+def test_letters_that_the_output_lacks_are_written_as_escapes(encoding, checkpoint, image_file):
+    command = [
+        sys.executable,
+        "-m",
+        "plumkit.cli",
+        "segment",
+        image_file,
+        "--spans",
+        "\u8f66\u8f6e",
+        "--model",
+        checkpoint,
+    ]
+    run = subprocess.run(
+        [*command, "--model", checkpoint],
+        capture_output=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+    )
+    assert (run.returncode, run.stderr) == (0, b"") and rb"parts: \u8f66\u8f6e." in run.stdout
+
+
+CTRL_C_AT_AN_IMPORT = """
+import os, signal, sys
+
+class Interrupting:
+    def find_spec(self, name, path=None, target=None):
+        if name == module:
+            os.kill(os.getpid(), signal.SIGINT)
+
+module, sys.argv = sys.argv[1], ["plum", *sys.argv[2:]]
+sys.meta_path.insert(0, Interrupting())
+from plumkit.cli import main
+code = main()
+sys.exit(f"{module} was not imported, code {code}")
+"""
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["plumkit.commands", "argparse", "rich.console", "numpy", "torch", "torch.distributed", "modeling_plum"]
+    + ["transformers.models.sam.modeling_sam", "safetensors.torch", "partkit.overlays"],
+)
+def test_ctrl_c_ends_the_command_quietly_whatever_is_being_imported(module, checkpoint, image_file):
+    command = [sys.executable, "-c", CTRL_C_AT_AN_IMPORT, module, "segment", image_file, "--spans", "tail"]
+    run = subprocess.run([*command, "--model", checkpoint], capture_output=True, text=True, cwd=ROOT)
+    assert (run.returncode, run.stderr) == (plumkit.cli.INTERRUPTED, "")
+
+
+def test_ctrl_c_ends_a_chat_that_waits_for_a_question(checkpoint, image_file):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "plumkit.cli", "chat", image_file, "--json", "--model", checkpoint],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
+    process.stdin.write("Which parts?\n")
+    process.stdin.flush()
+    assert "spans" in json.loads(process.stdout.readline())
+    process.send_signal(signal.SIGINT)
+    assert (process.communicate(timeout=120), process.returncode) == (("", ""), plumkit.cli.INTERRUPTED)
 
 
 def test_data_is_validated_counted_and_drawn(raw_data, capsys):

@@ -472,7 +472,7 @@ def test_a_folder_without_a_fitting_model_and_processor_is_refused(model_dir, qu
 
 
 def test_a_model_that_is_neither_a_folder_nor_on_the_hub_is_refused(question_set, tmp_path):
-    with pytest.raises(DataError, match="'no/such-model' is neither a folder nor"):
+    with pytest.raises(DataError, match="'no/such-model' is not a local folder"):
         evaluate(arguments("no/such-model", question_set, tmp_path / "run"))
 
 

@@ -184,16 +184,18 @@ class PlumProcessor(ProcessorMixin):
             sam: Folder or Hub name of a SAM with its image processor.
         """
         settings, _ = ProcessorMixin.get_processor_dict(vlm)
-        model_type = AutoConfig.from_pretrained(vlm).model_type
+        own_code = {"trust_remote_code": False}
+        model_type = AutoConfig.from_pretrained(vlm, **own_code).model_type
         name = settings.get("processor_class") or PROCESSOR_MAPPING_NAMES.get(model_type)
-        tokenizer, image_processor = AutoTokenizer.from_pretrained(vlm), AutoImageProcessor.from_pretrained(vlm)
+        tokenizer = AutoTokenizer.from_pretrained(vlm, **own_code)
+        image_processor = AutoImageProcessor.from_pretrained(vlm, **own_code)
         if getattr(image_processor, "do_center_crop", False):
             image_processor = LlavaImageProcessor.from_dict({**image_processor.to_dict(), "do_pad": True})
         names = inspect.signature(_find_processor_class(name)).parameters.keys() - {"chat_template"}
         options = {key: value for key, value in settings.items() if key in names and "processor" not in key}
         processor = cls(
             image_processor,
-            AutoImageProcessor.from_pretrained(sam),
+            AutoImageProcessor.from_pretrained(sam, **own_code),
             tokenizer,
             image_token=_images_only_processor(name, image_processor, tokenizer, options).image_token,
             vlm_processor_class=name,

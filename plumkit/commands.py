@@ -1,0 +1,265 @@
+"""What `plum` does with its arguments: a parser, and a function for each command."""
+
+import argparse
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+from partkit.masks import DataError
+from plumkit.cli import BAD_INPUT, NO_MODEL
+from plumkit.cli import __doc__ as USAGE
+
+DEFAULT_MODEL = Path(__file__).resolve().parents[1] / "checkpoints" / "plum-tiny"
+
+
+class PipedConsole(Console):
+    """A console that leaves it to `main` what happens when the reader of its output has left."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
+def run(arguments: Sequence[str] | None) -> int:
+    """Runs the command of a command line and returns its exit code; problems are exceptions."""
+    options, rest = make_parser().parse_known_args(arguments)
+    if rest and options.run is not evaluate:
+        make_parser().parse_args(arguments)  # says which argument is unknown
+    try:
+        return options.run(options, rest) or 0
+    except DataError as error:
+        print(f"plum: {error}", file=sys.stderr)
+        return BAD_INPUT
+
+
+def make_parser() -> argparse.ArgumentParser:
+    kind = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="plum", description=USAGE, formatter_class=kind, allow_abbrev=False)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    about_an_image = argparse.ArgumentParser(add_help=False)
+    about_an_image.add_argument("image", metavar="IMAGE", help="image file, or - for the standard input")
+    about_an_image.add_argument("--model", default=DEFAULT_MODEL, help="folder, or name on the Hub; plum-tiny if none")
+    about_an_image.add_argument("--json", action="store_true", help="one JSON object a line, masks as RLE")
+    about_an_image.add_argument("--save", type=Path, metavar="DIR", help="write overlay, masks and COCO json here")
+
+    command = commands.add_parser("ask", parents=[about_an_image], help="ask one question about an image")
+    command.add_argument("question", help="the question")
+    command.set_defaults(run=ask)
+    command = commands.add_parser("chat", parents=[about_an_image], help="ask questions, one a line")
+    command.set_defaults(run=chat)
+    command = commands.add_parser("segment", parents=[about_an_image], help="segment parts that you name")
+    command.add_argument("--spans", required=True, metavar='"PART, PART"', help="the parts, with commas between")
+    command.set_defaults(run=segment)
+    command = commands.add_parser("eval", add_help=False, help="score a model or its answers (evaluate_plum.py)")
+    command.set_defaults(run=evaluate)
+    add_data_commands(commands.add_parser("data", help="check, count or draw a data set"))
+    return parser
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"expected a number from 1, found {text!r}")
+    return int(text)
+
+
+def add_data_commands(parser: argparse.ArgumentParser) -> None:
+    from partkit.validate import CHECKS
+
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    command = commands.add_parser("validate", help="check your copy of a data set before a long build")
+    command.add_argument("source", nargs="?", choices=CHECKS, default="own_parts", help="default: own_parts")
+    command.add_argument("folder")
+    command.add_argument("--errors", metavar="FILE.jsonl", help="write every problem to this file")
+    command.set_defaults(run=validate)
+
+    of_a_split = argparse.ArgumentParser(add_help=False)
+    of_a_split.add_argument("name", help='configuration of load_dataset("partonomy", ...), such as mini_questions')
+    of_a_split.add_argument("--split", default="test", help="default: test")
+    of_a_split.add_argument("--data_dir", help="folder of raw data, for the names that need one")
+    command = commands.add_parser("stats", parents=[of_a_split], help="count records, objects, parts and masks")
+    command.add_argument("--json", action="store_true", help="as JSON")
+    command.set_defaults(run=count)
+    command = commands.add_parser("preview", parents=[of_a_split], help="draw the masks of the first records")
+    command.add_argument("--save", type=Path, required=True, metavar="DIR", help="folder for a PNG a record")
+    command.add_argument("--count", type=positive, default=8, help="how many records; default: 8")
+    command.set_defaults(run=preview)
+
+
+# ---------------------------------------------------------------- about an image
+
+
+def ask(options: argparse.Namespace, rest: Sequence[str]) -> None:
+    from plumkit.inference import ask
+
+    plum, image = open_both(options)
+    show(plum, ask(plum, image, options.question), options)
+
+
+def segment(options: argparse.Namespace, rest: Sequence[str]) -> None:
+    from plumkit.inference import segment_phrases
+
+    plum, image = open_both(options)
+    show(plum, segment_phrases(plum, image, options.spans.split(",")), options)
+
+
+def chat(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    """Goes on after a question that cannot be answered, and counts as failed in the end."""
+    from plumkit.inference import ask, remember
+
+    if options.image == "-":
+        raise DataError("The questions come from the standard input: give the image as a file.")
+    plum, image = open_both(options)
+    history: list[dict[str, str]] = []
+    code = 0
+    for number, question in enumerate(read_questions(), start=1):
+        try:
+            reply = ask(plum, image, question, history=history)
+        except DataError as error:
+            print(f"plum: {error}", file=sys.stderr)
+            code = BAD_INPUT
+            continue
+        history = remember(reply)
+        show(plum, reply, options, folder=options.save and options.save / f"{number:02}")
+    return code
+
+
+def read_questions() -> Iterator[str]:
+    """The lines of the standard input, with a prompt on a terminal."""
+    while True:
+        try:
+            line = input("> ") if sys.stdin.isatty() and sys.stdout.isatty() else input()
+        except EOFError:
+            return
+        except UnicodeDecodeError as error:
+            raise DataError(f"The questions are not text in UTF-8: {error}.") from error
+        if line.strip():
+            yield line
+
+
+def open_both(options: argparse.Namespace):
+    """The image first, which is read in no time, then the model."""
+    from transformers.utils.logging import disable_progress_bar
+
+    from plumkit.inference import load_model, read_image
+
+    disable_progress_bar()
+    image = read_image(sys.stdin.buffer if options.image == "-" else options.image)
+    with model_problems_named():
+        _, plum = load_model(options.model)
+    return plum, image
+
+
+@contextmanager
+def model_problems_named() -> Iterator[None]:
+    """A model that cannot be loaded ends the command with an exit code of its own."""
+    from plumkit.inference import ModelError
+
+    try:
+        yield
+    except ModelError as error:
+        print(f"plum: {error}", file=sys.stderr)
+        sys.exit(NO_MODEL)
+
+
+def show(plum, reply, options: argparse.Namespace, *, folder: Path | None = None) -> None:
+    """Prints an answer, its spans in the colours of their masks, and saves it where that is asked for."""
+    from partkit.overlays import COLOURS, highlight
+    from plumkit.inference import as_json, finish, save
+
+    answer = finish(plum, reply)
+    folder = folder or options.save
+    files = save(answer, reply.image, folder, file_name=Path(options.image).name) if folder else []
+    if options.json:
+        print(json.dumps(as_json(answer)), flush=True)
+        return
+    console = PipedConsole(highlight=False, soft_wrap=True)
+    pieces = highlight(answer.text, answer.spans)
+    console.print(Text.assemble(*((piece, f"bold {colour}" if colour else "") for piece, colour in pieces)))
+    for index, span in enumerate(answer.spans):
+        line = f"  score {span.score:.2f}  box {span.box}  {int(span.mask.sum())} pixels"
+        console.print(Text.assemble("  ", (span.text, COLOURS[index % len(COLOURS)]), line))
+    for path in files:
+        console.print(Text(f"wrote {path}", style="dim"))
+
+
+# ---------------------------------------------------------------- benchmark and data
+
+
+def evaluate(options: argparse.Namespace, rest: Sequence[str]) -> None:
+    import evaluate_plum
+
+    with model_problems_named():
+        evaluate_plum.main(list(rest))
+
+
+def validate(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    from partkit.__main__ import main
+
+    errors = [] if options.errors is None else ["--errors", options.errors]
+    return main(["validate", options.source, options.folder, *errors])
+
+
+def open_split(options: argparse.Namespace):
+    """The records of a split; raises DataError if there is none."""
+    import datasets
+
+    import partonomy_dataset
+
+    datasets.utils.logging.disable_progress_bar()
+    try:
+        return datasets.load_dataset(
+            partonomy_dataset.DATASET_NAME, options.name, data_dir=options.data_dir, split=options.split
+        )
+    except (ValueError, OSError, datasets.exceptions.DatasetGenerationError) as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        raise DataError(f"Cannot load {options.name!r}, split {options.split!r}: {cause}") from error
+
+
+def distinct_masks(row: dict) -> list[dict]:
+    """The masks of a record, each once: a conversation names the same part again and again."""
+    return list({(mask["label"], mask["rle"]["counts"]): mask for mask in row["masks"]}.values())
+
+
+def count(options: argparse.Namespace, rest: Sequence[str]) -> None:
+    rows = open_split(options).select_columns(["image_id", "image_label", "masks"])
+    masks = {
+        (row["image_id"], mask["label"], mask["rle"]["counts"]): mask["label"]
+        for row in rows
+        for mask in distinct_masks(row)
+    }
+    by_part = Counter(masks.values())
+    counts = {
+        "records": len(rows),
+        "images": len(set(rows["image_id"])),
+        "objects": len(set(rows["image_label"])),
+        "parts": len(by_part),
+        "masks": len(masks),
+    }
+    if options.json:
+        print(json.dumps({**counts, "masks by part": by_part}, sort_keys=True))
+        return
+    for name, number in [*counts.items(), *((f"  {part}", by_part[part]) for part in sorted(by_part))]:
+        print(f"{number:>10,}  {name}")
+
+
+def preview(options: argparse.Namespace, rest: Sequence[str]) -> None:
+    from partkit.images import read_image, undecoded
+    from partkit.masks import decode
+    from partkit.overlays import overlay
+
+    rows = undecoded(open_split(options))
+    options.save.mkdir(parents=True, exist_ok=True)
+    for index, row in enumerate(rows.select(range(min(options.count, len(rows))))):
+        image, masks = read_image(row["image"], where=f"record {row['id']}, field 'image'"), distinct_masks(row)
+        drawn = overlay(image, [decode(mask["rle"], expected_size=(image.height, image.width)) for mask in masks])
+        path = options.save / f"{index:04}.png"
+        drawn.save(path)
+        print(f"{path}  {row['image_label']}: {', '.join(mask['label'] for mask in masks)}")
