@@ -22,6 +22,37 @@ TAG_OUTSIDE, TAG_BEGIN, TAG_INSIDE = 0, 1, 2
 IGNORE_INDEX = -100
 
 
+class PlumSelfAttention(nn.MultiheadAttention):
+    """
+    torch's attention, but its output projection is called as a module: where weights are offloaded, calls load them.
+    """
+
+    def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        """`(B, L, D)` hidden states and `(B, L)` mask (1 = real token) to `(B, L, D)`."""
+        projected = F.linear(hidden_states, self.in_proj_weight, self.in_proj_bias)  # (B, L, 3 D)
+        projected = projected.unflatten(2, (3, self.num_heads, self.head_dim))
+        queries, keys, values = projected.permute(2, 0, 3, 1, 4)  # (B, heads, L, D / heads) each
+        mask = None if attention_mask is None else attention_mask[:, None, None].bool()
+        attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
+        return self.out_proj(attended.transpose(1, 2).flatten(2))
+
+
+class PlumSpanTaggerLayer(nn.Module):
+    """A post-norm transformer layer with the parameters of `nn.TransformerEncoderLayer`; it calls all of its parts."""
+
+    def __init__(self, width: int, num_heads: int, intermediate_size: int):
+        super().__init__()
+        self.self_attn = PlumSelfAttention(width, num_heads, batch_first=True)
+        self.linear1 = nn.Linear(width, intermediate_size)
+        self.linear2 = nn.Linear(intermediate_size, width)
+        self.norm1 = nn.LayerNorm(width)
+        self.norm2 = nn.LayerNorm(width)
+
+    def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        hidden_states = self.norm1(hidden_states + self.self_attn(hidden_states, attention_mask))
+        return self.norm2(hidden_states + self.linear2(F.relu(self.linear1(hidden_states))))
+
+
 class PlumSpanTagger(nn.Module):
     """O/B/I logits per token: a bidirectional post-norm encoder over the hidden states, then a small classifier."""
 
@@ -29,22 +60,15 @@ class PlumSpanTagger(nn.Module):
         super().__init__()
         width = config.vlm_config.get_text_config().hidden_size
         self.layers = nn.ModuleList(
-            nn.TransformerEncoderLayer(
-                width,
-                config.span_tagger_num_heads,
-                config.span_tagger_intermediate_size,
-                dropout=0.0,
-                batch_first=True,
-            )
+            PlumSpanTaggerLayer(width, config.span_tagger_num_heads, config.span_tagger_intermediate_size)
             for _ in range(config.span_tagger_num_layers)
         )
         self.classifier = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 3))
 
     def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
         """`(B, L, D)` hidden states and `(B, L)` mask (1 = real token) to `(B, L, 3)` logits."""
-        padding_mask = None if attention_mask is None else attention_mask == 0
         for layer in self.layers:
-            hidden_states = layer(hidden_states, src_key_padding_mask=padding_mask)
+            hidden_states = layer(hidden_states, attention_mask)
         return self.classifier(hidden_states)
 
 
@@ -128,6 +152,33 @@ def decode_spans(tags: torch.LongTensor, answer_mask: torch.BoolTensor | None = 
     not_inside = F.pad(tags != TAG_INSIDE, (0, 1), value=True)
     is_end = not_inside[rows] & (position[None] > starts[:, None])
     return torch.stack([rows, starts, is_end.int().argmax(dim=1)], dim=1)
+
+
+def check_spans(spans: torch.LongTensor, shape: tuple[int, int]):
+    """`ValueError` unless `spans` `(S, 3)` are `[row, start, end)` in B rows of L tokens, in order and not empty."""
+    if spans.ndim != 2 or spans.shape[1] != 3 or spans.is_floating_point():
+        raise ValueError(
+            f"spans must be integers of shape (S, 3), [row, start, end), found {spans.dtype} {tuple(spans.shape)}."
+        )
+    previous = (0, 0)
+    for i, (row, start, end) in enumerate(spans.tolist()):
+        where = f"Span {i} is {[row, start, end]}"
+        if not (0 <= row < shape[0] and 0 <= start and end <= shape[1]):
+            raise ValueError(f"{where}, out of range: there are {shape[0]} rows of {shape[1]} tokens.")
+        if start >= end:
+            raise ValueError(f"{where}, which holds no token: its end must be after its start.")
+        if (row, start) < previous:
+            raise ValueError(
+                f"{where}, after one that starts at {list(previous)}; spans must be sorted by row and start."
+            )
+        previous = (row, start)
+
+
+def keep_last_answer(labels: torch.LongTensor) -> torch.LongTensor:
+    """Labels (B, L) of the last answer of each row; earlier answers, which were given, become -100."""
+    answered = labels != IGNORE_INDEX
+    number = (answered & ~F.pad(answered, (1, 0))[:, :-1]).cumsum(dim=1)
+    return labels.masked_fill(number < number[:, -1:], IGNORE_INDEX)
 
 
 def mean_over_spans(states: torch.Tensor, spans: torch.LongTensor) -> torch.Tensor:

@@ -113,7 +113,7 @@ def segment_span_by_span(model, states, spans, embeddings) -> list[torch.Tensor]
     masks, used = [], []
     for _, start, end in spans.tolist():
         query = queries[start:end].mean(dim=0)
-        dense = model._no_mask_prompt(1)
+        dense = model._no_mask_prompt(query[None])
         if masks:
             embedded = [
                 model.mask_feedback.embed(mask[None], earlier[None], positions, prompt_encoder.mask_embed)

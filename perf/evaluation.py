@@ -10,10 +10,11 @@ from choices import segment_span_by_span
 from measure import compare
 from plum_tiny import build_plum_tiny
 
+from heads_plum import keep_last_answer
 from partkit.benchmark import load_image, load_questions, make_batches, pick_wrong_images
 from partkit.masks import decode
 from partkit.schema import as_chat
-from plumkit.predictor import Predictor, ask, choose, keep_last_answer, write_choice
+from plumkit.predictor import Predictor, ask, choose, write_choice
 
 QUESTIONS, BATCH, NEW_TOKENS = 16, 16, 24
 

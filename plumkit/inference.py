@@ -28,7 +28,6 @@ from partkit.schema import as_chat, escape_tags
 from partkit.spans import join_parts
 from partkit.wording import official_answer, official_question
 from plumkit.checkpoint import ModelError, load_checkpoint
-from plumkit.predictor import keep_last_answer
 from processing_plum import PlumAnswer, PlumProcessor, parse_span_tags
 
 MAX_IMAGE_BYTES = 10_000_000
@@ -151,7 +150,6 @@ def stream(
     def run():
         try:
             inputs = _encode(plum, image, messages, add_generation_prompt=True)
-            inputs.pop("labels", None)  # of earlier answers
             options = {"max_new_tokens": max_new_tokens, "do_sample": False, "num_beams": 1}
             return plum.model.segment(**inputs, **options, streamer=streamer, stopping_criteria=[is_closed])
         finally:
@@ -215,7 +213,6 @@ def segment_words(
     answer = {"role": "assistant", "content": tagged + escape_tags(text[last:])}
     given = {place: mask for place, mask in (given_masks or {}).items() if place in ranges}
     inputs = _encode(plum, image, [*messages, answer])
-    inputs["labels"] = keep_last_answer(inputs["labels"])
     outputs = plum.model.segment(
         **inputs, given_masks={ranges.index(place): torch.tensor(mask) for place, mask in given.items()}
     )

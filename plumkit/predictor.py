@@ -7,10 +7,9 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
-from heads_plum import IGNORE_INDEX, decode_spans
+from heads_plum import decode_spans, keep_last_answer
 from partkit.masks import encode
 from partkit.metrics import MaskSource
 from partkit.predictions import Prediction, SpanMask
@@ -157,9 +156,7 @@ class Predictor:
         inputs["sam_image_embeddings"] = torch.stack([image.sam_embedding for image in features])
         if features[0].vlm_features is not None:
             inputs["vlm_image_features"] = [image.vlm_features for image in features]
-        if prompt:
-            inputs.pop("labels", None)
-        else:
+        if not prompt:
             inputs["labels"] = keep_last_answer(inputs["labels"])
         return inputs
 
@@ -255,13 +252,6 @@ def choose_object(question: Question, *, tagged: bool) -> list[list[Message]]:
         answer = write_choice(question, question.correct, tagged=tagged)
         messages = [*ask(question), {"role": "assistant", "content": answer}, *messages]
     return [[*messages, {"role": "assistant", "content": escape_tags(choice)}] for choice in question.object_choices]
-
-
-def keep_last_answer(labels: torch.LongTensor) -> torch.LongTensor:
-    """Labels (B, L) of the last answer of each row; earlier answers, which were given, become -100."""
-    answered = labels != IGNORE_INDEX
-    number = (answered & ~F.pad(answered, (1, 0))[:, :-1]).cumsum(dim=1)
-    return labels.masked_fill(number < number[:, -1:], IGNORE_INDEX)
 
 
 def tags_by_row(spans: torch.LongTensor, starts: Sequence[int]) -> list[list[tuple[int, int]]]:

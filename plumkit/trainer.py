@@ -70,12 +70,14 @@ class MuonWithAdamW(torch.optim.Optimizer):
 def build_teacher(model: nn.Module) -> Callable[..., ModelOutput] | None:
     """
     The language model as it is before the training, frozen; None where `teacher_kl_loss_weight` is 0. With LoRA it is
-    the model's own language model with its adapter switched off, without LoRA a copy.
+    the model's own language model with its adapter switched off, without LoRA a copy, on the device of its inputs:
+    where weights are shared out among processes, nobody else moves it there.
     """
     if not model.config.teacher_kl_loss_weight:
         return None
     if not isinstance(model, PeftModel):
-        return copy.deepcopy(model.vlm.get_decoder()).eval().requires_grad_(False)
+        frozen = copy.deepcopy(model.vlm.get_decoder()).eval().requires_grad_(False)
+        return lambda **inputs: frozen.to(inputs["inputs_embeds"].device)(**inputs)
 
     def without_adapter(**inputs) -> ModelOutput:
         with model.disable_adapter():

@@ -94,8 +94,9 @@ def test_images_prepared_for_sam_equal_the_recorded_ones(whole_recording):
 
 @torch.no_grad()
 def test_the_prompts_equal_the_recorded_ones(model, pieces):
-    assert_close(model._no_mask_prompt(len(pieces["prompt_encoder.dense"])), pieces["prompt_encoder.dense"], **CLOSE)
-    assert_close(model.sam.get_image_wide_positional_embeddings(), pieces["prompt_encoder.dense_pe"], **CLOSE)
+    queries = pieces["prompt_encoder.sparse"][:, 0]
+    assert_close(model._no_mask_prompt(queries), pieces["prompt_encoder.dense"], **CLOSE)
+    assert_close(model._grid_positions(queries), pieces["prompt_encoder.dense_pe"], **CLOSE)
     # A query is the one sparse prompt of its mask, as it is.
     assert torch.equal(pieces["prompt_encoder.sparse"], pieces["prompt_encoder.text_embeds"])
 
@@ -136,7 +137,7 @@ def test_mask_feedback_equals_the_recorded_pooler_for_any_number_of_earlier_mask
         pieces["prompt_encoder.dense_pe"],
         model.sam.prompt_encoder.mask_embed,
     )
-    assert_close(model._no_mask_prompt(1)[0], pieces["pooler.out.0"], **CLOSE)
+    assert_close(model._no_mask_prompt(pieces["pooler.prev_span_embeds"][:1])[0], pieces["pooler.out.0"], **CLOSE)
     counts = sorted(int(name.rsplit(".", 1)[1]) for name in pieces if name.startswith("pooler.out."))
     assert len(counts) > 2
     for count in counts[1:]:

@@ -28,9 +28,10 @@ gradients on perfect predictions; every loss can be normalised by counts of the 
 
 import inspect
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -48,13 +49,22 @@ from transformers.utils import ModelOutput
 
 try:
     from .configuration_plum import PlumConfig
+    from .generation_plum import (
+        DEFAULT_MAX_NEW_TOKENS,
+        check_generation_file,
+        find_ends,
+        settle_options,
+        stop_tokens,
+    )
     from .heads_plum import (
         IGNORE_INDEX,
         TAG_BEGIN,
         TAG_OUTSIDE,
         PlumMaskFeedback,
         PlumSpanTagger,
+        check_spans,
         decode_spans,
+        keep_last_answer,
         mean_over_spans,
     )
     from .losses_plum import (
@@ -69,18 +79,27 @@ try:
     )
     from .masks_plum import downscale_masks
     from .pipeline_plum import CUSTOM_PIPELINES
-    from .sharing_plum import GeneratedStates, pack_rows, recorded_inputs, shared_beginnings
+    from .sharing_plum import GeneratedStates, RecordedInputs, SharedBeginnings, let_observe, pack_rows
 except ImportError:
     if __package__:
         raise
     from configuration_plum import PlumConfig
+    from generation_plum import (
+        DEFAULT_MAX_NEW_TOKENS,
+        check_generation_file,
+        find_ends,
+        settle_options,
+        stop_tokens,
+    )
     from heads_plum import (
         IGNORE_INDEX,
         TAG_BEGIN,
         TAG_OUTSIDE,
         PlumMaskFeedback,
         PlumSpanTagger,
+        check_spans,
         decode_spans,
+        keep_last_answer,
         mean_over_spans,
     )
     from losses_plum import (
@@ -95,7 +114,7 @@ except ImportError:
     )
     from masks_plum import downscale_masks
     from pipeline_plum import CUSTOM_PIPELINES
-    from sharing_plum import GeneratedStates, pack_rows, recorded_inputs, shared_beginnings
+    from sharing_plum import GeneratedStates, RecordedInputs, SharedBeginnings, let_observe, pack_rows
 
 # Positions whose logits over the vocabulary are held at once where only their loss is asked for.
 LOGIT_ROWS = 64
@@ -138,6 +157,7 @@ class PlumSegmentationOutput(ModelOutput):
     Args:
         sequences (`torch.LongTensor` of shape `(B, L)`): Prompt and answer.
         answer_mask (`torch.BoolTensor` of shape `(B, L)`): Tokens of the answer, special tokens left out.
+        is_truncated (`torch.BoolTensor` of shape `(B,)`): Whether a generated answer was cut off before it ended.
         span_logits (`torch.FloatTensor` of shape `(B, L, 3)`): Logits of O, B and I.
         spans (`torch.LongTensor` of shape `(S, 3)`): The spans `[row, start, end)`, rows ascending.
         tag_scores (`torch.FloatTensor` of shape `(S,)`):
@@ -151,6 +171,7 @@ class PlumSegmentationOutput(ModelOutput):
 
     sequences: torch.LongTensor | None = None
     answer_mask: torch.BoolTensor | None = None
+    is_truncated: torch.BoolTensor | None = None
     span_logits: torch.FloatTensor | None = None
     spans: torch.LongTensor | None = None
     tag_scores: torch.FloatTensor | None = None
@@ -187,6 +208,18 @@ class PlumPreTrainedModel(PreTrainedModel):
             init.normal_(module.queries, std=self.config.initializer_range)
 
 
+@contextmanager
+def weights_in_place(*modules: nn.Module):
+    """While it lasts, offloaded weights of modules are there for the code of others, which reads but does not call."""
+    with ExitStack() as stack:
+        for module in modules:
+            if hasattr(module, "_hf_hook"):
+                from accelerate.utils import align_module_device
+
+                stack.enter_context(align_module_device(module))
+        yield
+
+
 def _load_whole(auto_class, folder: str, config, dtype) -> PreTrainedModel:
     """A pretrained model; `ValueError` if any of its weights is not in the checkpoint."""
     model, report = auto_class.from_pretrained(
@@ -219,6 +252,7 @@ class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
                 f"vlm_config is a {config.vlm_config.model_type!r} model, and {type(self.vlm).__name__} has no model "
                 "without language-modeling head, whose hidden states PLUM tags; choose another family."
             )
+        let_observe(self.vlm.get_decoder())
         self.sam = SamModel(config.sam_config)
         self.span_tagger = PlumSpanTagger(config) if config.span_source == "tagger" else None
         self.span_projector = nn.Sequential(
@@ -252,6 +286,7 @@ class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
             model = cls(cls.config_class(vlm_config=vlm_config, sam_config=sam_config, **plum_options))
         config = model.config
         model.vlm = _load_whole(AutoModelForImageTextToText, vlm, config.vlm_config, dtype)
+        let_observe(model.vlm.get_decoder())
         model.sam = _load_whole(SamModel, sam, config.sam_config, model.vlm.dtype)
         model.generation_config = model.vlm.generation_config
         for module in (model.span_tagger, model.span_projector, model.mask_feedback):
@@ -281,6 +316,19 @@ class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> nn.Module:
         return self.vlm.get_output_embeddings()
 
+    def set_output_embeddings(self, value: nn.Module):
+        self.vlm.set_output_embeddings(value)
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs belong: the device of the weights or, if these are offloaded, the one that computes."""
+        device = super().device
+        if device.type == "meta":
+            hooks = (getattr(module, "_hf_hook", None) for module in self.modules())
+            computing = next((hook for hook in hooks if getattr(hook, "execution_device", None) is not None), None)
+            device = device if computing is None else torch.device(computing.execution_device)
+        return device
+
     def enable_input_require_grads(self):
         """As in transformers, but for words alone: frozen image encoders would keep activations for no gradient."""
         self.vlm.get_decoder().enable_input_require_grads()
@@ -288,11 +336,23 @@ class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
     def disable_input_require_grads(self):
         self.vlm.get_decoder().disable_input_require_grads()
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """As in transformers; but a generation config that is damaged is an error, not a reason for defaults."""
+        names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+        hub_options = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+        if pretrained_model_name_or_path is not None:
+            check_generation_file(pretrained_model_name_or_path, **hub_options)
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
     def save_pretrained(self, save_directory, save_original_format: bool = False, **kwargs):
         """
         As in transformers; but parameter names are saved as they are. Renamed to the vision-language model's own older
-        format they would not be found again by a Trainer that resumes.
+        format they would not be found again by a Trainer that resumes. The length of an answer is saved as well.
         """
+        if self.generation_config.max_new_tokens is None:
+            self.generation_config.max_length = None
+            self.generation_config.max_new_tokens = DEFAULT_MAX_NEW_TOKENS
         # transformers records one auto class per model; this one answers to two.
         auto_map = getattr(self.config, "auto_map", None) or {}
         self.config.auto_map = auto_map | {"AutoModelForImageTextToText": f"modeling_plum.{type(self).__name__}"}
@@ -454,7 +514,7 @@ class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
         image_inputs, sam_image_embeddings, sam_image_index = self._resolve_images(
             input_ids, pixel_values, sam_pixel_values, sam_image_embeddings, sam_image_index
         )
-        with nullcontext() if teacher is None else recorded_inputs(self.vlm.get_decoder()) as language_inputs:
+        with RecordedInputs(self.vlm.get_decoder()) as recorded:
             hidden_states = self._run_language_model(input_ids, attention_mask, **image_inputs, **vlm_inputs)
         logits = self.get_output_embeddings()(hidden_states)
         span_logits = self.tag_tokens(input_ids, hidden_states, attention_mask)
@@ -481,7 +541,7 @@ class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
         elif mask_labels is not None:
             losses |= dict.fromkeys(MASK_LOSSES, torch.zeros((), device=logits.device))
         if teacher is not None:
-            losses["teacher_kl"] = self._teacher_loss(hidden_states, teacher, language_inputs, spans, counts["spans"])
+            losses["teacher_kl"] = self._teacher_loss(hidden_states, teacher, recorded.inputs, spans, counts["spans"])
         weights = self.loss_weights
         return PlumOutput(
             loss=sum(weights[name] * value for name, value in losses.items()) if losses else None,
@@ -539,7 +599,7 @@ class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
         if "inputs_embeds" not in vlm_inputs:
             vlm_inputs["input_ids"] = input_ids
         outputs = self.vlm.model(attention_mask=attention_mask, use_cache=False, **vlm_inputs)
-        hidden_states = outputs.last_hidden_state
+        hidden_states = outputs.last_hidden_state.to(input_ids.device)
         if hidden_states.shape[:2] != input_ids.shape:
             raise ValueError(
                 f"{type(self.vlm).__name__} returns {tuple(hidden_states.shape[:2])} hidden states for input_ids of "
@@ -555,7 +615,7 @@ class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
         the special token is a B, with certainty, and every other token an O.
         """
         if self.span_tagger is not None:
-            return self.span_tagger(hidden_states, attention_mask)
+            return self.span_tagger(hidden_states, attention_mask).to(hidden_states.device)
         tags = torch.where(input_ids == self.config.seg_token_id, TAG_BEGIN, TAG_OUTSIDE)
         return F.one_hot(tags, num_classes=3).to(hidden_states.dtype).log()
 
@@ -590,30 +650,43 @@ class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
         Returns:
             `(S, 4G, 4G)` low-res logits and `(S,)` predicted IoUs.
         """
+        check_spans(spans, hidden_states.shape[:2])
         rows = spans[:, 0].contiguous()
         images = sam_image_index[rows]
-        self._check_spans(rows, images, sam_image_embeddings)
+        self._check_images_of_spans(rows, images, sam_image_embeddings)
         # The mask branch stays in the precision of its weights: bfloat16 autocast costs it visible accuracy.
         with torch.autocast(hidden_states.device.type, enabled=False):
             dtype = self.sam.mask_decoder.iou_token.weight.dtype
             projected = self.span_projector(hidden_states.to(next(self.span_projector.parameters()).dtype))
-            queries = mean_over_spans(projected, spans).to(dtype)  # (S, C)
-            embeddings = sam_image_embeddings.to(dtype)
-            positions = self.sam.get_image_wide_positional_embeddings().to(dtype)  # (1, C, G, G)
+            queries = mean_over_spans(projected.to(hidden_states.device), spans).to(dtype)  # (S, C)
+            embeddings = sam_image_embeddings.to(queries)
+            positions = self._grid_positions(queries)
             if self.mask_feedback is None and not given_masks and targets is None:
-                return self._decode_step(queries, images, embeddings, positions, self._no_mask_prompt(len(spans)))
+                return self._decode_step(queries, images, embeddings, positions, self._no_mask_prompt(queries))
             return self._decode_in_lock_step(queries, rows, images, embeddings, positions, given_masks or {}, targets)
 
-    def _check_spans(self, rows, images, sam_image_embeddings):
-        if (rows[1:] < rows[:-1]).any():
-            raise ValueError(f"Spans must be sorted by row, found rows {rows.tolist()}.")
+    @staticmethod
+    def _check_images_of_spans(rows, images, sam_image_embeddings):
         if sam_image_embeddings is None or (images < 0).any():
             missing = rows.tolist() if sam_image_embeddings is None else rows[images < 0].tolist()
             raise ValueError(f"Rows {sorted(set(missing))} have spans to segment but no image.")
 
-    def _no_mask_prompt(self, count: int) -> torch.Tensor:
+    # A weight is read by calling its module and nothing else: where it is offloaded, the call brings it.
+
+    def _grid_positions(self, like: torch.Tensor) -> torch.Tensor:
+        """SAM's positions `(1, C, G, G)` of the cells of its grid, on the device and in the precision of `like`."""
         grid = self.config.sam_grid_size
-        return self.sam.prompt_encoder.no_mask_embed.weight[..., None, None].expand(count, -1, grid, grid)
+        embedding = self.sam.shared_image_embedding
+        centres = (torch.arange(grid, device=like.device, dtype=embedding.positional_embedding.dtype) + 0.5) / grid
+        rows, columns = torch.meshgrid(centres, centres, indexing="ij")
+        return embedding(torch.stack([columns, rows], dim=-1)).permute(2, 0, 1)[None].to(like)
+
+    def _no_mask_prompt(self, like: torch.Tensor) -> torch.Tensor:
+        """SAM's dense prompt "no mask" for each of n queries `(n, C)`, as a view: `(n, C, G, G)`."""
+        grid = self.config.sam_grid_size
+        first = torch.zeros(1, dtype=torch.long, device=like.device)
+        embedding = self.sam.prompt_encoder.no_mask_embed(first).to(like)  # (1, C)
+        return embedding[..., None, None].expand(len(like), -1, grid, grid)
 
     def _decode_step(self, queries, images, embeddings, positions, dense) -> tuple[torch.Tensor, torch.Tensor]:
         """SAM's mask decoder with one sparse and one dense prompt each: `(n, 4G, 4G)` logits, `(n,)` IoUs."""
@@ -624,15 +697,16 @@ class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
         masks, iou_scores = [], []
         for start in range(0, len(queries), chunk):
             members = slice(start, start + chunk)
-            decoded, scores = self.sam.mask_decoder(
-                embeddings[images[members]],
-                image_positional_embeddings=positions.expand(len(queries[members]), -1, -1, -1),
-                sparse_prompt_embeddings=queries[members, None, None],  # (n, 1, 1, C): one point prompt each
-                dense_prompt_embeddings=dense[members],
-                multimask_output=False,
-            )
-            masks.append(decoded[:, 0, 0])
-            iou_scores.append(scores[:, 0, 0])
+            with weights_in_place(self.sam.mask_decoder.iou_token, self.sam.mask_decoder.mask_tokens):
+                decoded, scores = self.sam.mask_decoder(
+                    embeddings[images[members]],
+                    image_positional_embeddings=positions.expand(len(queries[members]), -1, -1, -1),
+                    sparse_prompt_embeddings=queries[members, None, None],  # (n, 1, 1, C): one point prompt each
+                    dense_prompt_embeddings=dense[members],
+                    multimask_output=False,
+                )
+            masks.append(decoded[:, 0, 0].to(queries.device))
+            iou_scores.append(scores[:, 0, 0].to(queries.device))
         return torch.cat(masks), torch.cat(iou_scores)
 
     def _decode_in_lock_step(self, queries, rows, images, embeddings, positions, given_masks, targets):
@@ -643,7 +717,7 @@ class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
         keys, values = None, None  # (n, t, G*G, C) of the earlier masks of the rows that go on
         for t in range(int(step.max()) + 1):
             members = (step == t).nonzero()[:, 0]
-            dense = self._no_mask_prompt(len(members))
+            dense = self._no_mask_prompt(queries[members])
             if keys is not None:
                 dense = self.mask_feedback(keys, values)
             decoded, scores = self._decode_step(queries[members], images[members], embeddings, positions, dense)
@@ -702,13 +776,18 @@ class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
         image_inputs, _, _ = self._resolve_images(
             input_ids, pixel_values, sam_pixel_values, sam_image_embeddings, sam_image_index, vlm_image_features
         )
-        return self._generate(input_ids, attention_mask, **image_inputs, **kwargs)
+        return self._generate(input_ids, attention_mask, **image_inputs, **kwargs)[0]
 
-    def _generate(self, input_ids, attention_mask, **kwargs) -> torch.LongTensor:
+    def _generate(self, input_ids, attention_mask, **kwargs) -> tuple[torch.LongTensor, GenerationConfig]:
+        """What `generate` returns for prompts, and the settings that it followed."""
         self._check_image_tokens(input_ids, kwargs)
         # The settings that were loaded with this model, or changed on it by the caller, are those of the whole.
         self.vlm.generation_config = self.generation_config
-        return self.vlm.generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        settings, kwargs = settle_options(self.generation_config, kwargs, input_ids.shape[1])
+        generated = self.vlm.generate(
+            input_ids=input_ids, attention_mask=attention_mask, generation_config=settings, **kwargs
+        )
+        return generated, settings
 
     @torch.no_grad()
     def segment(
@@ -734,23 +813,26 @@ class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
         Answers, tags its answers and segments the tagged spans, for a batch of conversations.
 
         Without `labels` the rows are prompts: their answers are generated. With `labels` the rows already hold an
-        answer, which is tagged; with `spans` as well, those spans are segmented instead of predicted ones.
+        answer, the last that is labelled, which is tagged; with `spans` as well, those spans are segmented instead of
+        predicted ones. The masks of spans in earlier answers guide those of the last, and are no part of it.
 
         Args:
             input_ids, attention_mask, pixel_values, sam_pixel_values, sam_image_embeddings, sam_image_index,
             original_sizes, reshaped_input_sizes: As in [`forward`]. Prompts must be padded on the left.
             labels (`(B, L)`): Given answers, -100 elsewhere.
-            spans (`(S, 3)`): Spans of the given answers to segment, `[row, start, end)`, rows ascending.
-            given_masks: Binary masks (original height, original width) by index of the span in `spans`. Such a mask
-                is returned in place of a predicted one, and the later spans of its row are decoded from it.
+            spans (`(S, 3)`): Spans of the given answers to segment, `[row, start, end)`, in order and not empty.
+            given_masks: Binary masks (original height, original width), arrays or tensors, by index of the span in
+                `spans`. Such a mask is returned in place of a predicted one, and the later spans of its row are
+                decoded from it.
             hidden_states (`(B, L, D)`): What [`encode_conversations`] returned for these rows and their given answers.
             vlm_image_features: As in [`encode_conversations`].
             span_labels, mask_labels: Accepted, so that a training batch may be passed as it is, and unused.
             kwargs: Options of `generate`, such as `max_new_tokens`, and further inputs of the vision-language model.
 
         Raises:
-            ValueError: Spans without an image, a given mask of another size than its image, or several returned
-                sequences per prompt.
+            ValueError: A row without a given answer beside others that have one; spans out of range, out of order,
+                empty or without an image; a given mask of no span, of another form or size than its image; several
+                returned sequences per prompt; assisted decoding.
         """
         image_inputs, sam_image_embeddings, sam_image_index = self._resolve_images(
             input_ids, pixel_values, sam_pixel_values, sam_image_embeddings, sam_image_index, vlm_image_features
@@ -763,11 +845,12 @@ class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
                 raise ValueError(
                     "spans, given_masks and hidden_states belong to a given answer; pass its labels as well."
                 )
-            input_ids, attention_mask, answer_mask, hidden_states = self._answer(
+            input_ids, attention_mask, answer_mask, is_truncated, hidden_states = self._answer(
                 input_ids, attention_mask, image_inputs | further_inputs, generate_kwargs
             )
         else:
-            answer_mask = (labels != IGNORE_INDEX) & ~torch.isin(labels, self._stop_tokens)
+            answer_mask = self._mask_given_answers(labels)
+            is_truncated = torch.zeros(len(labels), dtype=torch.bool, device=labels.device)
             if hidden_states is None:
                 hidden_states = self._run_language_model(input_ids, attention_mask, **image_inputs, **further_inputs)
 
@@ -778,19 +861,20 @@ class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
             visible = answer_mask & (sam_image_index >= 0)[:, None]
             spans = decode_spans(span_logits.argmax(dim=-1), visible)
         tag_scores = 1 - span_logits.float().softmax(dim=-1)[..., TAG_OUTSIDE, None]
+        check_spans(spans, input_ids.shape)
         tag_scores = mean_over_spans(tag_scores, spans)[:, 0]
 
         size = self.config.low_res_mask_size
         pred_masks, iou_scores = hidden_states.new_zeros((0, size, size)), hidden_states.new_zeros(0)
+        given = self._downscale_given_masks(given_masks, spans, sam_image_index, original_sizes, reshaped_input_sizes)
         if len(spans):
-            images = sam_image_index[spans[:, 0]]
-            given = self._downscale_given_masks(given_masks, images, original_sizes, reshaped_input_sizes)
             pred_masks, iou_scores = self.decode_masks(
                 hidden_states, spans, sam_image_embeddings, sam_image_index, given
             )
         return PlumSegmentationOutput(
             sequences=input_ids,
             answer_mask=answer_mask,
+            is_truncated=is_truncated,
             span_logits=span_logits,
             spans=spans,
             tag_scores=torch.ones_like(tag_scores) if forced else tag_scores,
@@ -801,33 +885,38 @@ class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
             reshaped_input_sizes=reshaped_input_sizes,
         )
 
-    @property
-    def _stop_tokens(self) -> torch.LongTensor:
-        stop = self.generation_config.eos_token_id
-        stop = [] if stop is None else [stop] if isinstance(stop, int) else stop
-        return torch.tensor(stop, device=self.device, dtype=torch.long)
+    def _mask_given_answers(self, labels: torch.LongTensor) -> torch.BoolTensor:
+        """Tokens `(B, L)` of the last labelled answer of each row, its stop token left out."""
+        answers = keep_last_answer(labels)
+        absent = (answers == IGNORE_INDEX).all(dim=1).nonzero()[:, 0].tolist()
+        if absent:
+            raise ValueError(
+                f"Rows {absent} have no answer in labels; give each row an answer, or no labels to have all generated."
+            )
+        stops = torch.isin(answers, stop_tokens(self.generation_config, answers.device))
+        return (answers != IGNORE_INDEX) & ~stops
 
     def _answer(self, prompt, attention_mask, vlm_inputs, generate_kwargs) -> tuple[torch.Tensor, ...]:
-        """Generated sequences with their attention mask, answer mask and hidden states, those of `generate` itself."""
-        with GeneratedStates(self.vlm.get_decoder()) as generated:
-            sequences = self._generate_answers(prompt, attention_mask, **vlm_inputs, **generate_kwargs)
-        attention_mask, answer_mask = self._mask_answers(sequences, attention_mask, prompt.shape[1])
-        hidden_states = generated.finish(sequences)
+        """
+        Generated sequences with their attention mask, answer mask, whether they were cut off, and hidden states, those
+        of `generate` itself.
+        """
+        if (attention_mask[:, -1] == 0).any():
+            raise ValueError("Prompts must be padded on the left to be continued; pass padding_side='left'.")
+        with GeneratedStates(self.vlm.get_decoder()) as observed:
+            sequences, settings = self._generate(prompt, attention_mask, **vlm_inputs, **generate_kwargs)
+        sequences = sequences.sequences if isinstance(sequences, ModelOutput) else sequences
+        if len(sequences) != len(prompt):
+            raise ValueError(
+                f"segment() gives one answer per prompt, found {len(sequences)} sequences for {len(prompt)} prompts; "
+                "set num_return_sequences=1."
+            )
+        attention_mask, answer_mask, is_truncated = find_ends(sequences, attention_mask, settings)
+        hidden_states = observed.finish(sequences)
         if hidden_states is None:
             vlm_inputs = self._extend_to_answers(vlm_inputs, prompt, sequences)
             hidden_states = self._run_language_model(sequences, attention_mask, **vlm_inputs)
-        return sequences, attention_mask, answer_mask, hidden_states
-
-    def _generate_answers(self, input_ids, attention_mask, **generate_kwargs) -> torch.LongTensor:
-        if (attention_mask[:, -1] == 0).any():
-            raise ValueError("Prompts must be padded on the left to be continued; pass padding_side='left'.")
-        sequences = self._generate(input_ids, attention_mask, **generate_kwargs)
-        if len(sequences) != len(input_ids):
-            raise ValueError(
-                f"segment() gives one answer per prompt, found {len(sequences)} sequences for {len(input_ids)} "
-                "prompts; set num_return_sequences=1."
-            )
-        return sequences
+        return sequences, attention_mask, answer_mask, is_truncated, hidden_states.to(sequences.device)
 
     def _split_inputs(self, kwargs: dict) -> tuple[dict, dict]:
         """Further inputs of the vision-language model, and options of `generate`."""
@@ -845,24 +934,27 @@ class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
                 extended[name] = F.pad(value, (0, answers.shape[1]))
         return extended
 
-    def _mask_answers(self, sequences, prompt_mask, prompt_length) -> tuple[torch.Tensor, torch.Tensor]:
-        """Attention mask (up to and with the stop token) and answer mask (without it) of generated sequences."""
-        stops = torch.isin(sequences[:, prompt_length:], self._stop_tokens)
-        before_or_at_stop = stops.cumsum(dim=1) - stops.int() == 0
-        attention_mask = torch.cat([prompt_mask, before_or_at_stop.to(prompt_mask)], dim=1)
-        answer_mask = torch.cat([torch.zeros_like(prompt_mask, dtype=torch.bool), before_or_at_stop & ~stops], dim=1)
-        return attention_mask, answer_mask
-
-    def _downscale_given_masks(self, given_masks, images, original_sizes, reshaped_input_sizes):
+    def _downscale_given_masks(self, given_masks, spans, sam_image_index, original_sizes, reshaped_input_sizes):
+        """Low-res logits by span index of a caller's masks, each checked."""
         given = {}
         for i, mask in (given_masks or {}).items():
-            original, mask = tuple(original_sizes[images[i]].tolist()), torch.as_tensor(mask, device=self.device)
+            if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < len(spans):
+                raise ValueError(
+                    f"given_masks has key {i!r}, expected the index of one of {len(spans)} spans, from 0."
+                )
+            if not isinstance(mask, (np.ndarray, torch.Tensor)):
+                raise ValueError(
+                    f"The given mask of span {i} is a {type(mask).__name__}, expected an array or tensor "
+                    "(height, width)."
+                )
+            image = sam_image_index[spans[i, 0]]
+            original, mask = tuple(original_sizes[image].tolist()), torch.as_tensor(mask, device=spans.device)
             if tuple(mask.shape) != original:
                 raise ValueError(f"The given mask of span {i} is {tuple(mask.shape)} but its image is {original}.")
             (given[i],) = downscale_masks(
-                mask[None],
+                (mask != 0)[None],
                 self.config.sam_config.vision_config.image_size,
-                reshaped_input_sizes[images[i]].tolist(),
+                reshaped_input_sizes[image].tolist(),
                 self.config.low_res_mask_size,
             )
         return given
@@ -902,7 +994,7 @@ class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
         unknown = torch.arange(len(input_ids), device=input_ids.device) - 1 - len(input_ids)
         roots = torch.where(has_image & (sam_image_index < 0), unknown, sam_image_index)
         packed = pack_rows(input_ids, attention_mask, roots.tolist())
-        with shared_beginnings(self.vlm.get_decoder(), packed):
+        with SharedBeginnings(self.vlm.get_decoder(), packed):
             return self._run_language_model(input_ids, attention_mask, **image_inputs, **vlm_inputs)
 
     @torch.no_grad()

@@ -17,12 +17,13 @@ does not read, takes one more step.
 Shapes. B rows, L tokens, T trees, P tokens of a packed row, D language width.
 """
 
-from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import nn
+from transformers import DynamicCache
 
 # A packed row takes in no further rows beyond so many tokens: its attention costs their square.
 PACKED_TOKENS = 2048
@@ -121,18 +122,63 @@ def can_pack(inputs: dict, config) -> bool:
     )
 
 
-@contextmanager
-def shared_beginnings(decoder: nn.Module, packed: PackedRows):
+class Observer:
+    """
+    What one call wants to see or change of the passes of a language model, while it lasts and in its own thread. The
+    hooks that ask for it are put on the module once, by [`let_observe`], and keep nothing: calls in other threads go
+    through the same module and see nothing of it.
+    """
+
+    def __init__(self, decoder: nn.Module):
+        self.decoder = decoder
+
+    def __enter__(self):
+        self._token = _OBSERVER.set(self)
+        return self
+
+    def __exit__(self, *error):
+        _OBSERVER.reset(self._token)
+
+    def before(self, args: tuple, inputs: dict) -> tuple[tuple, dict] | None:
+        """Other arguments for a pass, or None."""
+
+    def after(self, inputs: dict, outputs):
+        """Other outputs of a pass, or None."""
+
+
+_OBSERVER: ContextVar[Observer | None] = ContextVar("plum_observer", default=None)
+
+
+def _before_pass(decoder: nn.Module, args: tuple, inputs: dict):
+    observer = _OBSERVER.get()
+    return observer.before(args, inputs) if observer is not None and observer.decoder is decoder else None
+
+
+def _after_pass(decoder: nn.Module, args: tuple, inputs: dict, outputs):
+    observer = _OBSERVER.get()
+    return observer.after(inputs, outputs) if observer is not None and observer.decoder is decoder else None
+
+
+def let_observe(decoder: nn.Module):
+    """Puts the hooks on a language model that [`Observer`] needs; called once, when the model is made."""
+    decoder.register_forward_pre_hook(_before_pass, with_kwargs=True)
+    decoder.register_forward_hook(_after_pass, with_kwargs=True)
+
+
+class SharedBeginnings(Observer):
     """
     While it lasts, the language model computes rows packed, where [`can_pack`] allows it, and as they are elsewhere.
     """
-    state = {"packed": False}
 
-    def pack(module, args, inputs):
-        state["packed"] = not args and can_pack(inputs, module.config)
-        if not state["packed"]:
+    def __init__(self, decoder: nn.Module, packed: PackedRows):
+        super().__init__(decoder)
+        self.packed, self.is_packed = packed, False
+
+    def before(self, args, inputs):
+        self.is_packed = not args and can_pack(inputs, self.decoder.config)
+        if not self.is_packed:
             return None
-        embeddings = inputs["inputs_embeds"]
+        packed, embeddings = self.packed, inputs["inputs_embeds"]
         positions = packed.depth
         if inputs.get("position_ids") is not None:
             given = inputs["position_ids"]
@@ -146,45 +192,28 @@ def shared_beginnings(decoder: nn.Module, packed: PackedRows):
             "position_ids": positions,
         }
 
-    def unpack(module, args, outputs):
-        if state["packed"]:
-            outputs.last_hidden_state = outputs.last_hidden_state[packed.tree[:, None], packed.slot]
+    def after(self, inputs, outputs):
+        if self.is_packed:
+            outputs.last_hidden_state = outputs.last_hidden_state[self.packed.tree[:, None], self.packed.slot]
         return outputs
 
-    handles = [
-        decoder.register_forward_pre_hook(pack, with_kwargs=True),
-        decoder.register_forward_hook(unpack),
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
-
-class GeneratedStates:
+class GeneratedStates(Observer):
     """
     Hidden states of the prompts and answers of one call of `generate`, as a context manager around it.
 
-    A decoder whose steps are not one token of every row each (beams, assisted or chunked generation), or that takes
-    more than embeddings and positions, must read the sequences again.
+    A decoder whose steps are not one token of every row each (beams, chunked generation), that takes more than
+    embeddings and positions, or whose cache has no room for a further token must read the sequences again.
     """
 
     def __init__(self, decoder: nn.Module):
-        self.decoder = decoder
+        super().__init__(decoder)
         self.states: list[torch.Tensor] = []
         self.inputs: dict = {}
 
-    def __enter__(self):
-        def keep(module, args, inputs, outputs):
-            self.inputs = inputs
-            self.states.append(outputs.last_hidden_state)
-
-        self.handle = self.decoder.register_forward_hook(keep, with_kwargs=True)
-        return self
-
-    def __exit__(self, *error):
-        self.handle.remove()
+    def after(self, inputs, outputs):
+        self.inputs = inputs
+        self.states.append(outputs.last_hidden_state)
 
     @torch.no_grad()
     def finish(self, sequences: torch.LongTensor) -> torch.Tensor | None:
@@ -195,7 +224,7 @@ class GeneratedStates:
         if not (whole and len(self.states[0]) == rows and steps <= {(rows, 1)} and is_plain(self.inputs)):
             return None
         inputs = dict(self.inputs)
-        if inputs.get("past_key_values") is None or not inputs.get("use_cache", True):
+        if type(inputs.get("past_key_values")) is not DynamicCache or not inputs.get("use_cache", True):
             return None
         inputs["inputs_embeds"] = self.decoder.get_input_embeddings()(sequences[:, -1:])
         if inputs.get("position_ids") is not None:
@@ -205,12 +234,12 @@ class GeneratedStates:
         return torch.cat([*self.states, self.decoder(**inputs).last_hidden_state], dim=1)
 
 
-@contextmanager
-def recorded_inputs(module: nn.Module):
-    """The keyword arguments of the module's next call, in a dictionary that is filled when it is called."""
-    inputs = {}
-    handle = module.register_forward_pre_hook(lambda _, args, kwargs: inputs.update(kwargs), with_kwargs=True)
-    try:
-        yield inputs
-    finally:
-        handle.remove()
+class RecordedInputs(Observer):
+    """The keyword arguments of the language model's next pass, in the dictionary `inputs`."""
+
+    def __init__(self, decoder: nn.Module):
+        super().__init__(decoder)
+        self.inputs: dict = {}
+
+    def before(self, args, inputs):
+        self.inputs.update(inputs)
