@@ -9,19 +9,23 @@ import json
 
 import torch
 from transformers import GenerationConfig
-from transformers.utils import GENERATION_CONFIG_NAME, cached_file
+from transformers.utils import GENERATION_CONFIG_NAME, cached_file, logging
 
 # Most tokens of an answer where neither a checkpoint nor a caller says another number; saved with every checkpoint.
 DEFAULT_MAX_NEW_TOKENS = 256
-# Ways of decoding that embed candidate tokens by their ids alone, without the image and the embeddings of the prompt.
-UNSUPPORTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp", "custom_generate")
+# Ways of decoding that only save time, by guessing several tokens, and that embed these by their ids alone: without
+# the embeddings of the prompt and its image they give another answer. Plain decoding gives the right one.
+GUESSING = ("assistant_model", "assistant_tokenizer", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
+
+logger = logging.get_logger(__name__)
 
 
 def settle_options(
     defaults: GenerationConfig, options: dict, prompt_length: int
 ) -> tuple[GenerationConfig, dict[str, object]]:
     """
-    The settings of one call, and those of its options that are none (inputs of the model, a streamer).
+    The settings of one call, and those of its options that are none (inputs of the model, a streamer). What only saves
+    time where it can be used is left out with a warning.
 
     Args:
         defaults: Settings of the model.
@@ -29,7 +33,7 @@ def settle_options(
             stands for "not given".
 
     Raises:
-        ValueError: An option of `UNSUPPORTED`.
+        ValueError: Decoding by code of the caller's, `custom_generate`.
     """
     options = {name: value for name, value in options.items() if value is not None}
     given = options.pop("generation_config", None)
@@ -42,11 +46,14 @@ def settle_options(
     settings.max_length = None
     if settings.max_new_tokens is None:
         settings.max_new_tokens = DEFAULT_MAX_NEW_TOKENS
-    for name in UNSUPPORTED:
-        if rest.get(name, getattr(settings, name, None)):
-            raise ValueError(
-                f"{name} is not supported: candidate tokens would be read without the image; leave it out."
+    for name in GUESSING:
+        if rest.pop(name, None) or getattr(settings, name, None):
+            setattr(settings, name, None)
+            logger.warning_once(
+                f"{name} is left out: it cannot be used with images, and plain decoding answers alike."
             )
+    if rest.get("custom_generate"):
+        raise ValueError("custom_generate is not supported: PLUM decodes as transformers does; leave it out.")
     return settings, rest
 
 

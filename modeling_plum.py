@@ -832,7 +832,7 @@ class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: A row without a given answer beside others that have one; spans out of range, out of order,
                 empty or without an image; a given mask of no span, of another form or size than its image; several
-                returned sequences per prompt; assisted decoding.
+                returned sequences per prompt.
         """
         image_inputs, sam_image_embeddings, sam_image_index = self._resolve_images(
             input_ids, pixel_values, sam_pixel_values, sam_image_embeddings, sam_image_index, vlm_image_features
@@ -921,6 +921,7 @@ class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
     def _split_inputs(self, kwargs: dict) -> tuple[dict, dict]:
         """Further inputs of the vision-language model, and options of `generate`."""
         options = {*vars(GenerationConfig()), *inspect.signature(GenerationMixin.generate).parameters}
+        options |= {"tokenizer", "assistant_tokenizer"}
         inputs = {name: value for name, value in kwargs.items() if name not in options}
         return inputs, {name: value for name, value in kwargs.items() if name in options}
 
