@@ -13,9 +13,10 @@ from transformers.utils import GENERATION_CONFIG_NAME, cached_file, logging
 
 # Most tokens of an answer where neither a checkpoint nor a caller says another number; saved with every checkpoint.
 DEFAULT_MAX_NEW_TOKENS = 256
-# Ways of decoding that only save time, by guessing several tokens, and that embed these by their ids alone: without
-# the embeddings of the prompt and its image they give another answer. Plain decoding gives the right one.
-GUESSING = ("assistant_model", "assistant_tokenizer", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
+# Ways of decoding that only save time or memory, and that embed several tokens by their ids alone: without the
+# embeddings of the prompt and its image they fail or give another answer. Plain decoding gives the right one.
+SAVINGS = ("assistant_model", "assistant_tokenizer", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp",
+           "prefill_chunk_size")  # fmt: skip
 
 logger = logging.get_logger(__name__)
 
@@ -46,7 +47,7 @@ def settle_options(
     settings.max_length = None
     if settings.max_new_tokens is None:
         settings.max_new_tokens = DEFAULT_MAX_NEW_TOKENS
-    for name in GUESSING:
+    for name in SAVINGS:
         if rest.pop(name, None) or getattr(settings, name, None):
             setattr(settings, name, None)
             logger.warning_once(
