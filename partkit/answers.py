@@ -9,7 +9,6 @@ model that only segments leaves the choices out, one that only chooses leaves ou
 the frame of the question's image; masks of one part are united; `confidence` ranks masks for average precision.
 """
 
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from partkit.metrics import MaskSource, check_fit
 from partkit.official_answers import QuestionFinder, as_answer, read_records
 from partkit.predictions import Prediction, SpanMask
 from partkit.schema import Question
+from partkit.sources.json_files import json_lines, parse_json
 
 AnswerFormat = Literal["jsonl", "official"]
 
@@ -38,9 +38,6 @@ __all__ = [
 
 FIELDS = ("id", "choice", "choice_scores", "object_choice", "object_choice_scores", "masks")
 MASK_FIELDS = ("part", "rle", "confidence")
-
-MAX_LINE = 64_000_000
-"""Longest line read, in bytes."""
 
 
 def read_answers(
@@ -158,26 +155,15 @@ class LineReader:
         (self.path,) = answer_files(path)
         self.questions = {question.id: question for question in questions}
         self.mask_source = mask_source
-        with path.open("rb") as file:
-            self.own = b'"question_id"' in file.readline(1000)
+        _, first = next(json_lines(path), ("", b""))
+        self.own = b'"question_id"' in first[:1000]
 
     def records(self) -> Iterator[tuple[str, bytes]]:
         """(place, line) of every line that is not blank."""
-        with self.path.open("rb") as file:
-            number = 0
-            while line := file.readline(MAX_LINE + 1):
-                number += 1
-                where = f"{self.path}, line {number}"
-                if len(line) > MAX_LINE:
-                    raise DataError(f"{where}: longer than {MAX_LINE} bytes; write one object per line.")
-                if line.strip():
-                    yield where, line
+        return json_lines(self.path)
 
     def parse(self, line: bytes, *, where: str) -> dict[str, Any]:
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{where}: expected one JSON object, found no valid JSON ({error}).") from error
+        record = parse_json(line, where=where)
         if not isinstance(record, dict):
             raise DataError(f"{where}: expected one JSON object, found {record!r:.80}.")
         return record

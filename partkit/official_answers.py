@@ -24,7 +24,8 @@ from typing import Any
 
 from partkit.masks import DataError
 from partkit.schema import Question
-from partkit.sources.files import stream_records, typed, typed_list
+from partkit.sources.files import typed, typed_list
+from partkit.sources.json_files import stream_records
 
 __all__ = ["QuestionFinder", "as_answer", "read_records"]
 

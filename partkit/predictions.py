@@ -10,15 +10,19 @@ One line of predictions.jsonl, shortened (spans are characters of the answer, ta
      "object_choice_scores": null, "wrong_image": {the same fields for the image of another record} or null}
 """
 
+import dataclasses
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from partkit.masks import RLE, DataError, validate_rle
+from partkit.sources.files import typed
+from partkit.sources.json_files import json_lines, parse_json
 
 __all__ = [
     "Prediction",
@@ -96,25 +100,63 @@ class Prediction:
         """A prediction from its JSON form.
 
         Raises:
-            DataError: a field is missing, unknown or of another type, or a mask is no valid RLE; names `where`.
+            DataError: a field is missing, unknown or of another type, a number is not finite, or a mask is no valid
+                RLE; names `where` and the field.
         """
-        try:
-            fields = dict(record)
-            for name in ("given_spans", "generated_spans"):
-                if fields[name] is not None:
-                    fields[name] = [SpanMask(**span) for span in fields[name]]
-                    for span in fields[name]:
-                        validate_rle(span.rle, where=f"{where}, {name}")
-            for name in ("true_tags", "predicted_tags"):
-                if fields[name] is not None:
-                    fields[name] = [(int(start), int(end)) for start, end in fields[name]]
-            if fields.get("wrong_image") is not None:
-                fields["wrong_image"] = cls.from_dict(fields["wrong_image"], where=f"{where}, wrong_image")
-            return cls(**fields)
-        except (TypeError, KeyError, AttributeError) as error:
-            raise DataError(
-                f"{where}: expected the fields of a prediction, found something else ({error})."
-            ) from error
+        known = [item.name for item in dataclasses.fields(cls)]
+        fields = _known_fields(record, known, optional=("object_choice_scores", "wrong_image"), where=where)
+        for name in ("question_id", "image_id"):
+            typed(fields, name, str, where=where)
+        typed(fields, "generated_text", (str, type(None)), where=where)
+        for name in ("choice_scores", "object_choice_scores"):
+            _optional_list(fields, name, _number, where=where)
+        for name in ("given_spans", "generated_spans"):
+            _optional_list(fields, name, _span, where=where)
+        for name in ("true_tags", "predicted_tags"):
+            _optional_list(fields, name, _tag, where=where)
+        if fields.get("wrong_image") is not None:
+            place = f"{where}, field 'wrong_image'"
+            fields["wrong_image"] = cls.from_dict(typed(fields, "wrong_image", dict, where=where), where=place)
+        return cls(**fields)
+
+
+def _known_fields(record: Any, known: Sequence[str], *, optional: Sequence[str] = (), where: str) -> dict[str, Any]:
+    """A copy of an object with these fields and no others. Raises DataError."""
+    if not isinstance(record, dict):
+        raise DataError(f"{where}: expected an object, found {record!r:.80}")
+    if unknown := sorted(record.keys() - set(known)):
+        raise DataError(f"{where}: unknown field {unknown[0]!r:.80}; known are {', '.join(known)}")
+    if missing := [name for name in known if name not in record and name not in optional]:
+        raise DataError(f"{where}: field {missing[0]!r} is missing")
+    return dict(record)
+
+
+def _optional_list(fields: dict[str, Any], name: str, read: Callable[..., Any], *, where: str) -> None:
+    """Replaces the items of a list field, unless it is null, by what `read` makes of them. Raises DataError."""
+    if fields.get(name) is not None:
+        items = typed(fields, name, list, where=where)
+        fields[name] = [read(item, where=f"{where}, field '{name}[{i}]'") for i, item in enumerate(items)]
+
+
+def _number(value: Any, *, where: str) -> float:
+    if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:
+        raise DataError(f"{where}: expected a finite number, found {value!r:.80}")
+    return value
+
+
+def _tag(value: Any, *, where: str) -> tuple[int, int]:
+    if not isinstance(value, list) or len(value) != 2 or any(type(item) is not int for item in value):
+        raise DataError(f"{where}: expected [start, end) of two integers, found {value!r:.80}")
+    return tuple(value)
+
+
+def _span(value: Any, *, where: str) -> SpanMask:
+    fields = _known_fields(value, [item.name for item in dataclasses.fields(SpanMask)], where=where)
+    for name, kind in (("text", str), ("start", int), ("end", int)):
+        typed(fields, name, kind, where=where)
+    _number(fields["score"], where=f"{where}, field 'score'")
+    fields["rle"] = validate_rle(fields["rle"], where=f"{where}, field 'rle'")
+    return SpanMask(**fields)
 
 
 def _line(prediction: Prediction) -> str:
@@ -142,18 +184,8 @@ def read_predictions(path: Path) -> list[Prediction]:
     Raises:
         DataError: any other line is not a prediction; names file and line.
     """
-    predictions = []
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.endswith(b"\n"):
-                break
-            where = f"{path}, line {number}"
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                raise DataError(f"{where}: expected one JSON object, found no valid JSON ({error}).") from error
-            predictions.append(Prediction.from_dict(record, where=where))
-    return predictions
+    lines = ((where, line) for where, line in json_lines(path) if line.endswith(b"\n"))
+    return [Prediction.from_dict(parse_json(line, where=where), where=where) for where, line in lines]
 
 
 # ---------------------------------------------------------------- the folder of a run

@@ -55,8 +55,8 @@ def test_the_predictions_of_evaluate_plum_are_read_with_the_same_checks(tmp_path
     text = path.read_text()
     path.write_text(text.replace('"choice_scores": [0.0', '"choice_scores": [NaN', 1)[:-40])
     _, problems = read_answers(path, QUESTIONS)
-    assert f"{path}, line 1: Question 'q0': choice_scores must be finite" in problems[0]
-    assert f"{path}, line 4: expected one JSON object" in problems[1]
+    assert f"{path}, line 1, field 'choice_scores[0]': expected a finite number, found nan" in problems[0]
+    assert f"{path}, line 4: expected JSON, found no valid JSON" in problems[1]
     path.write_text(text.replace("[4, 5]", "[5, 4]"))
     assert f"{path}, line 1: Question 'q0' has an image" in read_answers(path, QUESTIONS)[1][0]
 
@@ -95,7 +95,7 @@ def mask_with(**fields):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"id": "q1", ', "line 2: expected one JSON object"),
+        ('{"id": "q1", ', "line 2: expected JSON, found no valid JSON"),
         ("[1]", r"line 2: expected one JSON object, found \[1\]"),
         (
             '{"id": "q1", "choice_scores": [NaN, 0, 0]}',

@@ -150,7 +150,28 @@ def test_a_metric_loads_by_the_name_of_its_space(folder, tmp_path):
     assert "rle" in done.stdout
 
 
-def test_the_file_beside_the_mask_metric_is_that_of_partkit():
+HULL = {"label": "hull", "rle": {"size": [1, 4], "counts": "022"}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rle": {"size": [1, 4], "counts": ""}}, "decode to 0 pixels"),
+        ({"rle": {"size": [1, 4], "counts": "02"}}, "decode to 2 pixels"),
+        ({"rle": {"size": [1, 4], "counts": "zz~~"}}, "which no RLE has"),
+        ({"rle": {"size": [2, 2], "counts": "022"}}, r"has size \[2, 2\]"),
+        ({"score": float("nan")}, "expected a finite score, found nan"),
+        ({"label": None}, "expected a label"),
+    ],
+)
+def test_a_damaged_mask_or_score_is_refused_naming_image_and_mask(folder, tmp_path, changes, message):
+    predictions = [[HULL | {"score": 0.5}], [HULL | {"score": 0.5}, HULL | {"score": 0.9} | changes]]
+    with pytest.raises(ValueError, match=f"image 1, prediction 1: .*{message}"):
+        load(folder / "partonomy_masks", tmp_path).compute(predictions=predictions, references=[[HULL]] * 2)
+
+
+def test_the_files_beside_the_mask_metric_are_those_of_the_project():
     assert len({path.read_bytes() for path in (ROOT / "metrics").glob("*/app.py")}) == 1
-    copy = ROOT / "metrics" / "partonomy_masks" / "mask_metrics.py"
-    assert copy.read_bytes() == (ROOT / "partkit" / "mask_metrics.py").read_bytes()
+    copies = ROOT / "metrics" / "partonomy_masks"
+    assert (copies / "mask_metrics.py").read_bytes() == (ROOT / "partkit" / "mask_metrics.py").read_bytes()
+    assert (copies / "rle_plum.py").read_bytes() == (ROOT / "rle_plum.py").read_bytes()

@@ -1,4 +1,5 @@
 import json
+import re
 
 import numpy as np
 import pytest
@@ -50,18 +51,46 @@ def test_a_last_line_that_was_cut_off_is_left_out_and_the_file_mended_by_merging
     assert read_predictions(tmp_path / "predictions.jsonl") == PREDICTIONS
 
 
+def changed(**fields):
+    return lambda record: json.dumps({**record, **fields})
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda record: "not json", "line 2: expected one JSON object"),
-        (lambda record: "[1]", "line 2: expected the fields of a prediction"),
-        (lambda record: json.dumps({**record, "surplus": 1}), "line 2: expected the fields.*surplus"),
-        (lambda record: json.dumps({key: record[key] for key in record if key != "true_tags"}), "line 2.*true_tags"),
-        (lambda record: json.dumps({**record, "choice_scores": [1e999]}), "'q1': choice_scores must be finite"),
+        (lambda record: "not json", "line 2: expected JSON"),
+        (lambda record: "[1]", "line 2: expected an object"),
+        (lambda record: json.dumps({**record, "surplus": 1}), "line 2: unknown field 'surplus'"),
+        (
+            lambda record: json.dumps({key: record[key] for key in record if key != "true_tags"}),
+            "line 2: field 'true_tags' is missing",
+        ),
+        (
+            lambda record: json.dumps({**record, "choice_scores": [1e999]}),
+            "line 2, field .choice_scores.0.*finite number, found inf",
+        ),
+        (changed(choice_scores=["a"]), r"line 2, field 'choice_scores\[0\]': expected a finite number, found 'a'"),
+        (changed(choice_scores=[10**400]), r"field 'choice_scores\[0\]': expected a finite number"),
+        (changed(choice_scores=0.5), "field 'choice_scores': expected list, found 0.5"),
+        (changed(true_tags=[[0, 1.5]]), r"field 'true_tags\[0\]': expected \[start, end\) of two integers"),
+        (changed(true_tags=[7]), r"field 'true_tags\[0\]': expected \[start, end\) of two integers"),
+        (changed(question_id=["q"]), "field 'question_id': expected str"),
+        (changed(generated_text="\ud800"), "field 'generated_text': .*half a character"),
+        (changed(given_spans=[3]), r"field 'given_spans\[0\]': expected an object"),
+        (changed(wrong_image=[]), "field 'wrong_image': expected dict"),
+        (lambda record: "[" * 900 + "]" * 900, "more than 100 levels"),
+        (
+            lambda record: re.sub(r'"score": [0-9.]+', '"score": NaN', json.dumps(record), count=1),
+            "field 'score': expected a finite number, found nan",
+        ),
+        (
+            lambda record: re.sub(r'"score": [0-9.]+', '"score": "0.5"', json.dumps(record), count=1),
+            r"field 'given_spans\[0\]', field 'score': expected a finite number, found '0.5'",
+        ),
         (lambda record: json.dumps({**record, "choice_scores": []}), "'q1': choice_scores must be finite"),
         (
             lambda record: json.dumps(record).replace('"size": [4, 5]', '"size": [4, 6]', 1),
-            "line 2, given_spans: the counts decode to 20 pixels",
+            r"field 'given_spans\[0\]', field 'rle': the counts decode to 20 pixels",
         ),
     ],
 )

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from partkit.masks import DataError, decode, encode
-from partkit.sources import files
+from partkit.sources import json_files
 from partkit.sources.descriptor import Descriptor, clean_object_label, clean_part_label
 from partkit.sources.official import QUESTIONS_FILE, read_questions, write_official
 
@@ -186,7 +186,8 @@ def test_an_image_beyond_the_pixel_limit_is_refused_before_it_is_decoded(tmp_pat
 @pytest.mark.parametrize(
     ("text", "message"),
     [("", "expected JSON"), ("{", "expected JSON"), ("[]", "non-empty list"), ("{}", "non-empty list"),
-     ("[" * 100_000, "expected JSON"), ("[3]", "record 0: field 'image_path' is missing"), ("\xff", "expected JSON")],
+     ("[" * 100_000, "expected JSON"), ("[3]", "record 0: field 'image_path' is missing"),
+     ("\xff", "expected text in UTF-8")],
 )  # fmt: skip
 def test_a_file_that_holds_no_questions_is_refused(tmp_path, text, message):
     folder = official_folder(tmp_path / "data")
@@ -253,7 +254,7 @@ def test_a_polygon_outside_the_image_is_refused(tmp_path, polygon, message):
 
 
 def test_a_file_beyond_the_size_limit_is_refused_unread(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "MAX_JSON_BYTES", 100)
+    monkeypatch.setattr(json_files, "MAX_JSON_BYTES", 100)
     with pytest.raises(DataError, match="exceed the limit of 100"):
         list(read_questions(official_folder(tmp_path / "data", official_record())))
 

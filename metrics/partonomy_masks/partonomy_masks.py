@@ -1,9 +1,10 @@
 """Mask figures of PARTONOMY as a metric of `evaluate`.
 
-`mask_metrics.py` beside this file is all it needs; it is the file of the same name in `partkit`.
+`mask_metrics.py` and `rle_plum.py` beside this file are all it needs; they are the files of the same names in the
+project.
 """
 
-from math import fsum
+from math import fsum, isfinite
 from statistics import fmean
 
 import datasets
@@ -11,6 +12,7 @@ import evaluate
 import numpy as np
 
 from .mask_metrics import MATCHINGS, average_precision, matched_ious, normalise, strict_overlaps
+from .rle_plum import DataError, validate_rle
 
 _DESCRIPTION = """Compares the part masks of one image, given as COCO run lengths, with the true ones. Strict: by part
 name, a missing or surplus part scores 0. Reference: the evaluator of the PARTONOMY authors, by position or by the
@@ -58,7 +60,8 @@ class PartonomyMasks(evaluate.Metric):
     def _compute(self, predictions, references):
         strict, overlaps, detections, true_masks = [], [], [], 0
         reference = {matching: [] for matching in MATCHINGS}
-        for predicted, true in zip(predictions, references, strict=True):
+        for image, (predicted, true) in enumerate(zip(predictions, references, strict=True)):
+            predicted, true = _checked(predicted, true, image)
             found = strict_overlaps(_named(predicted), _named(true))
             ious = {name: both / united if united else 0.0 for name, (both, united) in found.items()}
             strict.append(list(ious.values()))
@@ -81,6 +84,25 @@ class PartonomyMasks(evaluate.Metric):
         for matching, ious in reference.items():
             figures |= _means("reference" if matching == "paired" else f"reference_{matching}", ious)
         return figures
+
+
+def _checked(predicted, true, image):
+    """The masks of both sides with checked run lengths. Raises ValueError, naming the mask, unless all have one size,
+    a label and, if predicted, a score."""
+    size, sides = None, []
+    for name, masks in (("reference", true), ("prediction", predicted)):
+        checked = []
+        for number, mask in enumerate(masks):
+            where = f"image {image}, {name} {number}"
+            rle = validate_rle(mask["rle"], expected_size=size, where=where)
+            size = size or tuple(rle["size"])
+            if mask["label"] is None:
+                raise DataError(f"{where}: expected a label, found none")
+            if name == "prediction" and (mask["score"] is None or not isfinite(mask["score"])):
+                raise DataError(f"{where}: expected a finite score, found {mask['score']}")
+            checked.append({**mask, "rle": rle})
+        sides.append(checked)
+    return sides[::-1]
 
 
 def _named(masks):

@@ -33,12 +33,11 @@ from partkit.sources.files import (
     check_labels,
     find_file,
     known_id,
-    list_records,
     read_segmentation,
-    record_place,
     refuse,
     typed,
 )
+from partkit.sources.json_files import list_records, record_place
 
 Graph = dict[str, list[str]]
 

@@ -12,7 +12,6 @@ The i-th tag of the conversation is grounded by `masks[i]`. `image` is relative 
 conversation about nothing visible. `image_id`, `image_label`, `source` and `licence` may be left out.
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,8 @@ from typing import Any
 from partkit.masks import DataError, area, validate_rle
 from partkit.schema import UNNAMED_OBJECT, GroundedConversation, PartMask
 from partkit.sources.descriptor import hold_out
-from partkit.sources.files import MAX_JSON_BYTES, ImageFiles, OnError, check_size, refuse, typed, typed_list
+from partkit.sources.files import ImageFiles, OnError, refuse, typed, typed_list
+from partkit.sources.json_files import json_lines, parse_json
 
 OPTIONAL_FIELDS = {"image_id": "", "image_label": UNNAMED_OBJECT, "source": "own_parts", "licence": "not stated"}
 FIELDS = {"id", "image", "messages", "masks", *OPTIONAL_FIELDS}
@@ -30,24 +30,24 @@ class ConversationFile:
     """Lines and ids are checked at once, conversations, masks and images on request."""
 
     def __init__(self, path: Path, *, on_error: OnError = refuse):
-        """Raises DataError if the file is too large or holds no record; `on_error` gets what is wrong with a line."""
+        """Raises DataError if the file is too large or holds no record; `on_error` gets what is wrong with a line.
+
+        Blank lines are skipped, as in every file of one JSON object per line.
+        """
         self.path = path
-        check_size(path, limit=MAX_JSON_BYTES)
         self._records: list[tuple[str, dict[str, Any]]] = []
         self._images = ImageFiles(path.parent, field="image")
         places: dict[str, str] = {}
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                where = f"{path}, line {number}"
-                try:
-                    record = _parse(line, where=where)
-                    id = typed(record, "id", str, where=where)
-                    typed(record, "image", (str, type(None)), where=where)
-                    if places.setdefault(id, where) != where:
-                        raise DataError(f"{where}, field 'id': {id!r} is the id of {places[id]} too")
-                    self._records.append((where, record))
-                except DataError as error:
-                    on_error(error)
+        for where, line in json_lines(path):
+            try:
+                record = _parse(line, where=where)
+                id = typed(record, "id", str, where=where)
+                typed(record, "image", (str, type(None)), where=where)
+                if places.setdefault(id, where) != where:
+                    raise DataError(f"{where}, field 'id': {id!r} is the id of {places[id]} too")
+                self._records.append((where, record))
+            except DataError as error:
+                on_error(error)
         if not self._records:
             raise DataError(f"{path}: expected one JSON object per line, found none that can be used")
 
@@ -106,10 +106,7 @@ class ConversationFile:
 
 
 def _parse(line: bytes, *, where: str) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: expected JSON ({error})") from error
+    record = parse_json(line, where=where)
     if not isinstance(record, dict):
         raise DataError(f"{where}: expected an object with the fields of a conversation, found {record!r:.80}")
     unknown = sorted(record.keys() - FIELDS)

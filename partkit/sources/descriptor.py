@@ -22,16 +22,8 @@ from partkit.conversations import converse
 from partkit.masks import area
 from partkit.schema import DataError, GroundedConversation, PartExample
 from partkit.seeding import seeded_generator
-from partkit.sources.files import (
-    ImageFiles,
-    OnError,
-    check_labels,
-    read_json,
-    read_part_masks,
-    refuse,
-    typed,
-    typed_list,
-)
+from partkit.sources.files import ImageFiles, OnError, check_labels, read_part_masks, refuse, typed, typed_list
+from partkit.sources.json_files import read_json
 
 DESCRIPTOR_FILE = "descriptor.json"
 LICENCE = "not stated"

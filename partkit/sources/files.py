@@ -1,27 +1,21 @@
-"""Reading untrusted files: bounded JSON, typed fields, images that stay inside their folder."""
+"""Reading untrusted records: typed fields, masks, images that stay inside their folder."""
 
 import posixpath
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 from unicodedata import normalize
 
-import ijson
 import numpy as np
 from PIL import ExifTags
 
 from partkit.images import check_shape, open_image
 from partkit.masks import RLE, DataError, Size, polygons_to_rle, union, validate_rle
 from partkit.schema import PartMask
-
-MAX_JSON_BYTES = 8 * 1024**3
-"""Largest JSON file read, in bytes. Files are parsed as they stream in, so only what is kept of them is in memory."""
+from partkit.sources.json_files import check_size
 
 MAX_TEXT_BYTES = 16 * 1024**2
 """Largest text file read at once, in bytes."""
-
-MAX_JSON_DEPTH = 100
-"""Deepest nesting of a JSON file; the time to parse it grows with the square of its depth."""
 
 _ROTATED_ORIENTATIONS = (5, 6, 7, 8)
 
@@ -34,13 +28,7 @@ def refuse(error: DataError) -> None:
     raise error
 
 
-def read_json(path: Path) -> Any:
-    """The content of a JSON file. Raises DataError if it is missing, larger than MAX_JSON_BYTES or no JSON."""
-    (content,) = _stream(path, prefix="")
-    return content
-
-
-def read_text(path: Path, *, encodings: Sequence[str] = ("utf-8",)) -> str:
+def read_text(path: Path, *, encodings: Sequence[str] = ("utf-8-sig",)) -> str:
     """The content of a small file in the first encoding that fits.
 
     Raises DataError if it is missing, longer than MAX_TEXT_BYTES or none fits.
@@ -75,95 +63,11 @@ def find_file(folder: Path, names: Iterable[str]) -> str | None:
     return None
 
 
-def stream_records(path: Path, *, field: str | None = None) -> Iterator[Any]:
-    """Yields the items of a JSON file that holds a list, or of one list field of it; of anything else none.
-
-    Raises DataError as `read_json` does; what is wrong with the end of a file shows once its beginning is out, and
-    the error says after how many records.
-    """
-    return _stream(path, prefix="item" if field is None else f"{field}.item", field=field)
-
-
-def list_records(path: Path, field: str) -> Iterator[tuple[str, Any]]:
-    """Yields (place, record) for every item of a list field of a JSON file.
-
-    Raises DataError as `stream_records` does, and if there is no item.
-    """
-    number = -1
-    for number, record in enumerate(stream_records(path, field=field)):
-        yield record_place(path, field, number), record
-    if number < 0:
-        raise DataError(f"{path}, field {field!r}: expected a non-empty list, found none")
-
-
-def record_place(path: Path, field: str, number: int) -> str:
-    """How errors name an item of a list field."""
-    return f"{path}, record {field}[{number}]"
-
-
-def stream_fields(path: Path) -> Iterator[str]:
-    """Yields the names of the fields of a JSON file that holds an object, as they come; of anything else none.
-
-    Raises DataError as `stream_records` does.
-    """
-    events = _stream(path, prefix=None)
-    return (name for prefix, event, name in events if event == "map_key" and not prefix)
-
-
-def _stream(path: Path, *, prefix: str | None, field: str | None = None) -> Iterator[Any]:
-    """The items at a prefix, or without one the events of ijson."""
-    check_size(path, limit=MAX_JSON_BYTES)
-    found = 0
-    with path.open("rb") as file:
-        try:
-            content = _ShallowJSON(file, where=str(path))
-            for item in ijson.parse(content) if prefix is None else ijson.items(content, prefix, use_float=True):
-                yield item
-                found += 1
-        except DataError:
-            raise
-        except ijson.IncompleteJSONError as error:
-            after = f" after {found} records{f' of {field!r}' if field else ''}" if prefix else ""
-            raise DataError(
-                f"{path}: expected JSON; the file is damaged or cut short{after}; fetch it again ({error})"
-            ) from error
-        except (ijson.JSONError, ValueError, OverflowError) as error:
-            raise DataError(f"{path}: expected JSON ({error})") from error
-
-
-def check_size(path: Path, *, limit: int) -> None:
-    """Raises DataError if there is no such file, or it is longer than `limit` bytes."""
-    if not path.is_file():
-        raise DataError(f"{path}: no such file; data_dir must be the folder that holds {path.name} and the images")
-    size = path.stat().st_size
-    if size > limit:
-        raise DataError(f"{path}: {size} bytes exceed the limit of {limit}; split the file")
-
-
-class _ShallowJSON:
-    """A JSON file that refuses to be read on where a block of it ends deeper than MAX_JSON_DEPTH."""
-
-    def __init__(self, file: BinaryIO, *, where: str):
-        self._file, self._where = file, where
-        self._depth, self._in_string = 0, False
-
-    def read(self, size: int) -> bytes:
-        block = self._file.read(size)
-        while block.endswith(b"\\") and (following := self._file.read(1)):  # an escape stays in one block
-            block += following
-        pieces = block.replace(rb"\\", b"").replace(rb"\"", b"").split(b'"')
-        outside = b"".join(pieces[self._in_string :: 2])
-        self._in_string ^= len(pieces) % 2 == 0
-        self._depth += outside.count(b"[") + outside.count(b"{") - outside.count(b"]") - outside.count(b"}")
-        if self._depth > MAX_JSON_DEPTH:
-            raise DataError(f"{self._where}: expected JSON of a data set, found more than {MAX_JSON_DEPTH} levels")
-        return block
-
-
 def check_labels(labels: Iterable[str], *, where: str) -> None:
     """Raises DataError if a label is empty or two differ only in case or spaces."""
     seen: dict[str, str] = {}
     for label in labels:
+        check_unicode(label, where=where)
         folded = " ".join(label.casefold().split())
         if not folded:
             raise DataError(f"{where}: a label is empty")
@@ -181,7 +85,17 @@ def typed(record: Any, field: str, kind: type | tuple[type, ...], *, where: str)
     if not isinstance(value, kind):
         expected = " or ".join(item.__name__ for item in (kind if isinstance(kind, tuple) else (kind,)))
         raise DataError(f"{where}, field {field!r}: expected {expected}, found {value!r:.80}")
+    if isinstance(value, str):
+        check_unicode(value, where=f"{where}, field {field!r}")
     return value
+
+
+def check_unicode(text: str, *, where: str) -> None:
+    """Raises DataError if a text holds half a character (a lone surrogate), which no file can store."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(f"{where}: expected text, found half a character in {text!r:.80}; write it again") from error
 
 
 def known_id(record: Any, field: str, known: Container[int], *, where: str) -> int:
@@ -198,6 +112,8 @@ def typed_list(record: Any, field: str, kind: type, *, where: str) -> list[Any]:
     for position, value in enumerate(values):
         if not isinstance(value, kind):
             raise DataError(f"{where}, field '{field}[{position}]': expected {kind.__name__}, found {value!r:.80}")
+        if kind is str:
+            check_unicode(value, where=f"{where}, field '{field}[{position}]'")
     return values
 
 
@@ -219,10 +135,7 @@ class ImageFiles:
     def locate(self, image_path: str, *, where: str) -> Path:
         """The file of a path relative to the folder. Raises DataError if that leads out of it or to no file."""
         place = f"{where}, field {self.field!r}"
-        try:
-            image_path.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise DataError(f"{place}: {image_path!r} is not text in UTF-8; rename the file") from error
+        check_unicode(image_path, where=place)
         found = find_file(self.folder, [image_path])
         try:
             path = (self.folder / (found or image_path)).resolve()

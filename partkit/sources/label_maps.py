@@ -14,7 +14,8 @@ import numpy as np
 from partkit.grounding import ask_for_each
 from partkit.masks import DataError, encode
 from partkit.schema import GroundedConversation, PartExample, PartMask
-from partkit.sources.files import ImageFiles, check_labels, find_existing, read_json, read_text, typed, typed_list
+from partkit.sources.files import ImageFiles, check_labels, find_existing, read_text, typed, typed_list
+from partkit.sources.json_files import read_json
 
 Classes = dict[int, str | None]
 """Pixel value -> name, None where the value is allowed and not asked for."""

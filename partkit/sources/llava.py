@@ -24,7 +24,8 @@ from typing import Any, ClassVar
 
 from partkit.masks import DataError
 from partkit.schema import GroundedConversation, escape_tags
-from partkit.sources.files import ImageFiles, find_existing, find_file, stream_records, typed, typed_list
+from partkit.sources.files import ImageFiles, find_existing, find_file, typed, typed_list
+from partkit.sources.json_files import stream_records
 
 PLACEHOLDER = "<image>"
 ROLES = {"human": "user", "gpt": "assistant"}

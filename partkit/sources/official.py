@@ -25,16 +25,8 @@ from PIL import Image
 
 from partkit.images import open_image
 from partkit.schema import DataError, Question
-from partkit.sources.files import (
-    ImageFiles,
-    OnError,
-    check_labels,
-    read_part_masks,
-    refuse,
-    stream_records,
-    typed,
-    typed_list,
-)
+from partkit.sources.files import ImageFiles, OnError, check_labels, read_part_masks, refuse, typed, typed_list
+from partkit.sources.json_files import stream_records
 
 QUESTIONS_FILE = "partonomy_qa_pairs.json"
 SOURCE = "core"

@@ -34,19 +34,8 @@ from partkit.masks import RLE, DataError, Size, area, union, validate_rle
 from partkit.schema import UNNAMED_OBJECT, GroundedConversation, PartExample, PartMask
 from partkit.sources.conversation_file import ConversationFile
 from partkit.sources.descriptor import DESCRIPTOR_FILE, Descriptor, hold_out
-from partkit.sources.files import (
-    ImageFiles,
-    OnError,
-    check_labels,
-    known_id,
-    list_records,
-    read_json,
-    read_polygons,
-    refuse,
-    stream_fields,
-    typed,
-    typed_list,
-)
+from partkit.sources.files import ImageFiles, OnError, check_labels, known_id, read_polygons, refuse, typed, typed_list
+from partkit.sources.json_files import list_records, read_json, stream_fields
 from partkit.sources.labelme import read_shape
 
 LICENCE = "not stated"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from partkit.masks import DataError
-from partkit.sources.files import check_size
+from partkit.sources.json_files import check_size
 
 MAX_PICKLE_BYTES = 1024**3
 """Largest pickle read, in bytes."""

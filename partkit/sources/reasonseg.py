@@ -32,7 +32,8 @@ from partkit.grounding import ask_for_each
 from partkit.masks import RLE, DataError, Size, area, decode, encode
 from partkit.schema import GroundedConversation, PartExample, PartMask, escape_tags
 from partkit.seeding import seeded_generator
-from partkit.sources.files import ImageFiles, read_json, read_polygons, read_text, typed, typed_list
+from partkit.sources.files import ImageFiles, read_polygons, read_text, typed, typed_list
+from partkit.sources.json_files import read_json
 
 EXPLANATIONS_FILE = "explanatory/train.json"
 WORDS_FOR_THE_ANSWER = ("this region", "this area", "this part of the picture", "what is marked")
@@ -134,7 +135,7 @@ class ReasonSeg:
 
     def _read(self, index: int) -> Any:
         path = self._files[index]
-        text = read_text(path, encodings=("utf-8", "cp1252"))
+        text = read_text(path, encodings=("utf-8-sig", "cp1252"))
         try:
             return json.loads(text)
         except (ValueError, RecursionError) as error:

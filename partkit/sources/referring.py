@@ -30,17 +30,8 @@ from typing import Any, ClassVar
 from partkit.grounding import ask_for_each
 from partkit.masks import RLE, DataError, Size, area, union
 from partkit.schema import GroundedConversation, PartExample, PartMask
-from partkit.sources.files import (
-    ImageFiles,
-    OnError,
-    find_existing,
-    list_records,
-    read_json,
-    read_segmentation,
-    refuse,
-    typed,
-    typed_list,
-)
+from partkit.sources.files import ImageFiles, OnError, find_existing, read_segmentation, refuse, typed, typed_list
+from partkit.sources.json_files import list_records, read_json
 from partkit.sources.plain_pickle import read_plain_pickle
 
 SPLITS = {"val": "validation"}
