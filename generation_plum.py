@@ -48,8 +48,11 @@ def settle_options(
     if settings.max_new_tokens is None:
         settings.max_new_tokens = DEFAULT_MAX_NEW_TOKENS
     for name in SAVINGS:
-        if rest.pop(name, None) or getattr(settings, name, None):
+        is_given = rest.pop(name, None) is not None
+        if getattr(settings, name, None) is not None:
+            is_given = True
             setattr(settings, name, None)
+        if is_given:
             logger.warning_once(
                 f"{name} is left out: it cannot be used with images, and plain decoding answers alike."
             )

@@ -849,7 +849,7 @@ class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
                 input_ids, attention_mask, image_inputs | further_inputs, generate_kwargs
             )
         else:
-            answer_mask = self._mask_given_answers(labels)
+            answer_mask = self._mask_given_answers(labels, spans)
             is_truncated = torch.zeros(len(labels), dtype=torch.bool, device=labels.device)
             if hidden_states is None:
                 hidden_states = self._run_language_model(input_ids, attention_mask, **image_inputs, **further_inputs)
@@ -861,7 +861,6 @@ class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
             visible = answer_mask & (sam_image_index >= 0)[:, None]
             spans = decode_spans(span_logits.argmax(dim=-1), visible)
         tag_scores = 1 - span_logits.float().softmax(dim=-1)[..., TAG_OUTSIDE, None]
-        check_spans(spans, input_ids.shape)
         tag_scores = mean_over_spans(tag_scores, spans)[:, 0]
 
         size = self.config.low_res_mask_size
@@ -885,7 +884,7 @@ class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
             reshaped_input_sizes=reshaped_input_sizes,
         )
 
-    def _mask_given_answers(self, labels: torch.LongTensor) -> torch.BoolTensor:
+    def _mask_given_answers(self, labels, spans) -> torch.BoolTensor:
         """Tokens `(B, L)` of the last labelled answer of each row, its stop token left out."""
         answers = keep_last_answer(labels)
         absent = (answers == IGNORE_INDEX).all(dim=1).nonzero()[:, 0].tolist()
@@ -893,6 +892,12 @@ class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
             raise ValueError(
                 f"Rows {absent} have no answer in labels; give each row an answer, or no labels to have all generated."
             )
+        if spans is not None:
+            check_spans(spans, labels.shape)
+            given = labels != IGNORE_INDEX
+            outside = ~(given[spans[:, 0], spans[:, 1]] & given[spans[:, 0], spans[:, 2] - 1])
+            for i in outside.nonzero()[:1, 0].tolist():
+                raise ValueError(f"Span {i} is {spans[i].tolist()}, which is no part of an answer in labels.")
         stops = torch.isin(answers, stop_tokens(self.generation_config, answers.device))
         return (answers != IGNORE_INDEX) & ~stops
 

@@ -265,9 +265,12 @@ def _encode(plum: Plum, image, messages, **options) -> dict[str, torch.Tensor]:
 
 
 def as_json(answer: PlumAnswer) -> dict[str, Any]:
-    """An answer for `json.dump`: its text, and of each span text, characters, score, box and mask as RLE."""
+    """
+    An answer for `json.dump`: its text, whether that was cut off, and of each span text, characters, score, box and
+    mask as RLE.
+    """
     spans = [{**vars(span), "mask": encode(span.mask)} for span in answer.spans]
-    return {"text": answer.text, "spans": spans}
+    return {"text": answer.text, "is_truncated": answer.is_truncated, "spans": spans}
 
 
 def as_coco(answer: PlumAnswer, image: Image.Image, *, file_name: str) -> dict[str, Any]:

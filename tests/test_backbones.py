@@ -264,7 +264,8 @@ def test_an_image_is_padded_and_not_cropped_for_a_tower_that_crops(tmp_path, sam
 def test_a_chat_template_is_kept_where_answers_end_and_else_gives_way_to_plums_own(tmp_path, sam_folder):
     kept = PlumProcessor.from_backbones(vlm=str(qwen2_5_vl(tmp_path / "qwen")), sam=sam_folder)
     assert kept.chat_template == kept.tokenizer.chat_template
-    replaced = PlumProcessor.from_backbones(vlm=str(llava_clip(tmp_path / "llava")), sam=sam_folder)
+    with pytest.warns(UserWarning, match="chat template of .*llava is replaced by PLUM's own"):
+        replaced = PlumProcessor.from_backbones(vlm=str(llava_clip(tmp_path / "llava")), sam=sam_folder)
     text = replaced.apply_chat_template(conversation(WIDE, "A <p>wing</p>.", question="Which parts?"))
     assert text == "USER: <image>\nWhich parts? ASSISTANT: A <p>wing</p>.</s>"
 

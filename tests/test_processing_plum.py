@@ -192,12 +192,142 @@ def test_two_spans_without_a_token_between_them_are_refused_if_they_share_one(by
         encode(byte_level_processor, chats)
 
 
-def test_an_image_token_in_a_text_is_refused(byte_level_processor):
-    chats = [conversation(random_image(), "Yes."), conversation(None, "Yes.", question="What is <image>?")]
-    with pytest.raises(ValueError, match="Conversation 1 has 1 image placeholders '<image>' for 0 images"):
-        encode(byte_level_processor, chats)
+@pytest.mark.parametrize("text", ["What is {}?", "{}", "</<p>s></p>{}"])
+@pytest.mark.parametrize("token", ["<image>", "</s>", "<s>", "<pad>", "<unk>"])
+def test_a_special_token_in_a_text_is_refused_and_the_place_named(processor, text, token):
+    text = text.format(token)
+    as_question = [conversation(random_image(), "Yes."), conversation(None, "Yes.", question=text)]
+    with pytest.raises(ValueError, match="Conversation 1, message 0: the text holds '<"):
+        encode(processor, as_question, add_generation_prompt=True)
+    with pytest.raises(ValueError, match="Conversation 1, message 1: the text holds '<"):
+        encode(processor, [conversation(random_image(), "Yes."), conversation(None, text)])
+
+
+def test_a_special_token_that_tags_or_parts_hide_is_refused(byte_level_processor):
+    for answer in ("</<p>s></p>", "<p></</p>s>", [{"type": "text", "text": part} for part in ("</", "s>")]):
+        with pytest.raises(ValueError, match="Conversation 0, message 1: the text holds '</s>'"):
+            encode(byte_level_processor, [conversation(None, answer)])
+
+
+def test_a_prompt_with_another_number_of_placeholders_than_images_is_refused(byte_level_processor):
     with pytest.raises(ValueError, match="Found 0 images for 1 texts with '<image>'"):
         byte_level_processor(text="USER: <image>\nHello ASSISTANT:")
+    with pytest.raises(ValueError, match="Conversation 0 has 2 image placeholders '<image>' for 1 images"):
+        byte_level_processor(images=[random_image()], text="USER: <image>\n<image>\nHello ASSISTANT:")
+
+
+HISTORY = conversation(random_image(), "A <p>wheel</p>.")
+NEXT = conversation(None, None, question="And its colour?")
+
+
+def test_a_conversation_to_be_continued_has_neither_labels_nor_spans(byte_level_processor):
+    processor = byte_level_processor
+    for chat, options in (
+        (HISTORY + NEXT, {"add_generation_prompt": True}),
+        (HISTORY + NEXT, {}),
+        (HISTORY, {"add_generation_prompt": True}),
+        (HISTORY, {"continue_final_message": True}),
+    ):
+        batch = encode(processor, [chat], **options)
+        assert not {"labels", "spans", "span_labels"} & set(batch), options
+        assert "A wheel." in processor.tokenizer.decode(batch["input_ids"][0])
+        with pytest.raises(ValueError, match="all conversations are to be continued"):
+            encode(processor, [chat], masks=[[random_mask()]], **options)
+
+
+def test_labels_are_those_of_the_rows_that_are_given_in_full(byte_level_processor):
+    given = conversation(random_image(seed=1), "A <p>tail</p>.")
+    batch = encode(byte_level_processor, [HISTORY + NEXT, given])
+    assert (batch["labels"][0] == -100).all() and batch["spans"][:, 0].tolist() == [1]
+    alone = encode(byte_level_processor, [given])
+    assert torch.equal(batch["labels"][1][batch["labels"][1] != -100], alone["labels"][alone["labels"] != -100])
+    with pytest.raises(ValueError, match=r"Rows \[0\] have no answer in labels"):
+        tiny_model().segment(**batch)
+
+
+def test_the_answer_that_is_segmented_is_the_last_and_earlier_spans_guide_its_masks(byte_level_processor):
+    model, processor = tiny_model(), byte_level_processor
+    torch.nn.init.normal_(model.mask_feedback.out_proj.weight, std=1.0)
+    later = conversation(None, "A <p>tail</p>.", question="What else?")
+    batch = encode(processor, [HISTORY + later])
+    outputs = model.segment(**batch)
+    (answer,) = processor.post_process_segmentation(outputs)
+    assert answer.text == "A tail." and [span.text for span in answer.spans] == ["tail"]
+    assert len(outputs.spans) == 2
+    drawn = random_mask(seed=4)
+    guided = model.segment(**batch, given_masks={0: drawn})
+    assert not torch.allclose(guided.pred_masks[1], outputs.pred_masks[1], atol=1e-4)
+
+
+def test_an_answer_that_is_written_on_is_the_prompt_up_to_its_last_word(byte_level_processor):
+    processor, begun = byte_level_processor, conversation(random_image(), "I can see a <p>left wing</p> and")
+    text = processor.apply_chat_template(begun, continue_final_message=True)
+    assert text == "USER: <image>\nWhich parts can you see? ASSISTANT: I can see a <p>left wing</p> and"
+    batch = encode(processor, [begun], continue_final_message=True)
+    expected = processor(images=begun[0]["content"][0]["image"], text=text.replace("<p>", "").replace("</p>", ""))
+    assert torch.equal(batch["input_ids"], expected["input_ids"])
+    for chat, options in ((begun, {"add_generation_prompt": True}), (NEXT, {})):
+        with pytest.raises(ValueError, match="continue_final_message"):
+            encode(processor, [chat], continue_final_message=True, **options)
+
+
+def test_a_system_message_is_rendered_as_such_and_other_roles_are_refused(byte_level_processor):
+    processor = byte_level_processor
+    system = [{"role": "system", "content": "Be brief."}]
+    text = processor.apply_chat_template(system + NEXT, add_generation_prompt=True)
+    assert text == "Be brief. USER: And its colour? ASSISTANT:"
+    labels = encode(processor, [system + conversation(random_image(), "A <p>wheel</p>.")])["labels"]
+    assert words_of(processor, labels[labels != -100]) == "A wheel.</s>"
+    for role in ("human", "tool", "ASSISTANT", None):
+        with pytest.raises(ValueError, match=f"Conversation 0, message 0: expected a role.*found {role!r}"):
+            processor.apply_chat_template([{"role": role, "content": "Be brief."}, *NEXT])
+    with pytest.raises(ValueError, match="system in the first message, found system"):
+        processor.apply_chat_template(NEXT + system)
+
+
+def test_all_texts_of_a_message_are_rendered_and_other_parts_refused(byte_level_processor):
+    processor = byte_level_processor
+    parts = [{"type": "text", "text": part} for part in ("A <p>wheel</p>", " and", " a <p>tail</p>.")]
+    chat = conversation(random_image(), parts)
+    batch = encode(processor, [chat], masks=[[random_mask(), random_mask(seed=1)]])
+    assert words_of(processor, batch["labels"][batch["labels"] != -100]) == "A wheel and a tail.</s>"
+    for part in ({"type": "video", "video": "film.mp4"}, {"type": "text"}, "a word", {"text": "Hello"}):
+        with pytest.raises(ValueError, match="message 0: expected parts of type 'text' or 'image'"):
+            encode(processor, [[{"role": "user", "content": [part]}]])
+    with pytest.raises(ValueError, match="has no messages"):
+        encode(processor, [NEXT, []])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"truncation": True, "max_length": 8},
+        {"max_length": 8},
+        {"padding": "max_length"},
+        {"padding": False},
+        {"return_tensors": "np"},
+        {"return_assistant_tokens_mask": True},
+        {"tools": [{"type": "function"}]},
+        {"documents": [{"title": "a", "text": "b"}]},
+        {"enable_thinking": False},
+        {"processor_kwargs": {"truncation": True}},
+    ],
+    ids=str,
+)
+def test_an_option_of_transformers_that_would_be_ignored_is_refused(byte_level_processor, options):
+    name = next(iter(options.get("processor_kwargs", options)))
+    with pytest.raises(ValueError, match=f"{name}.*(is not supported|nor a variable)"):
+        encode(byte_level_processor, [HISTORY, HISTORY], **options)
+
+
+def test_options_of_transformers_that_ask_for_what_is_done_and_variables_of_the_template_pass(byte_level_processor):
+    processor, template = byte_level_processor, "{{ greeting }}" + byte_level_processor.chat_template
+    expected = encode(processor, [HISTORY])
+    same = {"padding": True, "truncation": False, "return_tensors": "pt", "tools": None}
+    for options in (same, {"padding": False}, {"processor_kwargs": {"padding": True}}):
+        assert torch.equal(encode(processor, [HISTORY], **options)["input_ids"], expected["input_ids"])
+    text = processor.apply_chat_template(NEXT, chat_template=template, greeting="Hello. ")
+    assert text == "Hello. USER: And its colour? "
 
 
 def test_two_images_in_one_conversation_are_refused(byte_level_processor):

@@ -7,6 +7,7 @@ in characters.
 
 import re
 from bisect import bisect_right
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from jinja2 import TemplateError
@@ -19,12 +20,32 @@ DEFAULT_CHAT_TEMPLATE = """\
 {%- for part in message.content if part.type == 'image' -%}{{- image_token + '\n' -}}{%- endfor -%}
 {%- for part in message.content if part.type == 'text' -%}{{- part.text -}}{%- endfor -%}
 {{- ' ' -}}
+{%- elif message.role == 'assistant' -%}
+{{- 'ASSISTANT: ' -}}
+{%- for part in message.content if part.type == 'text' -%}{{- part.text -}}{%- endfor -%}
+{{- eos_token -}}
+{%- elif message.role == 'system' and loop.first -%}
+{%- for part in message.content if part.type == 'text' -%}{{- part.text -}}{%- endfor -%}
+{{- ' ' -}}
 {%- else -%}
-{{- 'ASSISTANT: ' + message.content[0].text + eos_token -}}
+{{- raise_exception('Roles are user and assistant, and system in the first message, found ' + message.role) -}}
 {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- 'ASSISTANT:' -}}{%- endif -%}
 """
+
+ROLES = ("system", "user", "assistant")
+# Options of transformers' `apply_chat_template` with the values that mean what is done here anyway.
+FIXED_OPTIONS = {
+    "padding": (True, "longest"),
+    "truncation": (False, None, "do_not_truncate"),
+    "max_length": (None,),
+    "return_tensors": ("auto", "pt"),
+    "return_attention_mask": (True,),
+    "return_assistant_tokens_mask": (False,),
+    "load_audio_from_video": (False,),
+    "sanitize_control_tokens": (True, False),
+}
 
 
 IMAGE_KEYS = ("image", "url", "path", "base64")
@@ -83,13 +104,42 @@ def parse_span_tags(text: str) -> tuple[str, list[tuple[int, int]]]:
     return plain + text[last:], spans
 
 
-def render_chats(
-    chats: list[list[dict]], template: str, variables: dict, add_generation_prompt: bool = False
-) -> list[str]:
-    """Chats, their contents lists of parts, as text; `variables` are those of the Jinja template."""
-    rendered, _ = render_jinja_template(
-        chats, chat_template=template, add_generation_prompt=add_generation_prompt, **variables
-    )
+def check_options(options: dict, template: str, num_chats: int) -> dict:
+    """
+    The variables of the Jinja template among the options of a call.
+
+    Raises:
+        ValueError: An option of transformers that would do something else there, or a variable that the template does
+            not have.
+    """
+    variables = {}
+    for name, value in options.items():
+        alone = name == "padding" and num_chats == 1 and value in (False, "do_not_pad")
+        if name in FIXED_OPTIONS:
+            if not alone and value not in FIXED_OPTIONS[name]:
+                expected = " or ".join(map(repr, FIXED_OPTIONS[name]))
+                raise ValueError(f"{name}={value!r} is not supported: expected {expected}, or leave it out.")
+        elif re.search(rf"\b{re.escape(name)}\b", template):
+            variables[name] = value
+        elif value is not None:
+            raise ValueError(
+                f"{name!r} is neither an option of apply_chat_template nor a variable of the chat template."
+            )
+    return variables
+
+
+def render_chats(chats: list[list[dict]], template: str, variables: dict, **options) -> list[str]:
+    """
+    Chats, their contents lists of parts, as text; `variables` are those of the Jinja template, `options` those of
+    transformers, such as `add_generation_prompt`.
+
+    Raises:
+        ValueError: The template refuses a chat.
+    """
+    try:
+        rendered, _ = render_jinja_template(chats, chat_template=template, **options, **variables)
+    except TemplateError as error:
+        raise ValueError(f"The chat template refuses a conversation: {error}") from error
     return rendered
 
 
@@ -116,17 +166,35 @@ def find_answers(messages: list[dict], rendered: str, template: str, variables: 
     return ranges
 
 
+def find_continued_answer(messages: list[dict], rendered: str, template: str, variables: dict) -> tuple[int, int]:
+    """Range of the text of the last turn, an assistant's, in a chat that was rendered to be continued there."""
+    (prompt,) = render_chats([messages[:-1]], template, variables, add_generation_prompt=True)
+    if not rendered.startswith(prompt):
+        raise ValueError("The chat template renders an answer that is continued elsewhere than where it asks for one.")
+    return len(prompt), len(rendered)
+
+
 def can_train_on(template: str, variables: dict, stops: tuple[str, ...]) -> bool:
-    """Whether a template places one `image_token` per image, and answers in place that end with one of `stops`."""
-    question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Which parts?"}]}
-    answer = {"role": "assistant", "content": [{"type": "text", "text": "A wing."}]}
-    messages = [question, answer, {"role": "user", "content": [{"type": "text", "text": "Any other?"}]}, answer]
+    """
+    Whether a template places one `image_token` per image, all parts of a text, and answers in place that end with one
+    of `stops`.
+    """
+    texts = ("Which parts", " can you see?", "A wing", " and a tail.", "Any other?")
+    first, second, wing, tail, other = ({"type": "text", "text": text} for text in texts)
+    answer = {"role": "assistant", "content": [wing, tail]}
+    messages = [
+        {"role": "user", "content": [{"type": "image"}, first, second]},
+        answer,
+        {"role": "user", "content": [other]},
+        answer,
+    ]
     try:
         (text,) = render_chats([messages], template, variables)
         ranges = find_answers(messages, text, template, variables)
-    except (TemplateError, TypeError, ValueError):
+    except (TypeError, ValueError):
         return False
-    return text.count(variables["image_token"]) == 1 and all(text[slice(*found)].endswith(stops) for found in ranges)
+    complete = text.count(variables["image_token"]) == 1 and all(words.strip() in text for words in texts)
+    return complete and all(text[slice(*found)].endswith(stops) for found in ranges)
 
 
 def strip_span_tags(rendered: str, answer_ranges: list[tuple[int, int]]) -> PlainChat:
@@ -149,12 +217,7 @@ def insert_seg_tokens(chat: PlainChat, seg_token: str) -> PlainChat:
 
     >>> insert_seg_tokens(PlainChat("A wing.", [(0, 7)], [(2, 6)]), "[SEG]")
     PlainChat(text='A wing[SEG].', answers=[(0, 12)], spans=[(6, 11)])
-
-    Raises:
-        ValueError: The token stands in a message's text.
     """
-    if seg_token in chat.text:
-        raise ValueError(f"{seg_token!r} may not stand in a message's text, found {chat.text!r}.")
     ends, width = [end for _, end in chat.spans], len(seg_token)
     pieces = [chat.text[start:end] for start, end in zip([0, *ends], [*ends, len(chat.text)], strict=True)]
     return PlainChat(
@@ -180,14 +243,48 @@ def find_last_phrase(text: str) -> int:
     return boundary.end() if boundary else 0
 
 
-def without_images(messages: list[dict]) -> list[dict]:
-    """The messages with lists of parts as contents and bare image placeholders: templates touch no pixels."""
+def without_images(messages: list[dict], special_tokens: Iterable[str], *, where: str) -> list[dict]:
+    """
+    The messages with lists of parts as contents and bare image placeholders: templates touch no pixels.
+
+    Args:
+        special_tokens: What may stand in no text: the tokenizer would read it as the end of an answer or an image.
+        where: What error messages start with.
+
+    Raises:
+        ValueError: Something else than messages with a known role and parts of text and images; a special token.
+    """
     plain = []
-    for message in messages:
-        parts = message["content"]
+    for i, message in enumerate(messages):
+        place = f"{where}, message {i}"
+        if not isinstance(message, dict) or message.get("role") not in ROLES:
+            found = message.get("role") if isinstance(message, dict) else message
+            raise ValueError(f"{place}: expected a role of {', '.join(ROLES)}, found {found!r}.")
+        parts = message.get("content")
         parts = [{"type": "text", "text": parts}] if isinstance(parts, str) else parts
+        if not isinstance(parts, (list, tuple)):
+            raise ValueError(f"{place}: expected a string or a list of parts as content, found {parts!r}.")
+        for part in parts:
+            kind = part.get("type") if isinstance(part, dict) else None
+            if not (kind in ("image", "image_url") or (kind == "text" and isinstance(part.get("text"), str))):
+                raise ValueError(f"{place}: expected parts of type 'text' or 'image', found {part!r:.200}.")
+        text = "".join(part["text"] for part in parts if part["type"] == "text")
+        _check_special_tokens(text, message["role"], special_tokens, where=place)
         plain.append({**message, "content": [{"type": "image"} if _is_image(part) else part for part in parts]})
+    if not plain:
+        raise ValueError(f"{where} has no messages.")
     return plain
+
+
+def _check_special_tokens(text: str, role: str, special_tokens: Iterable[str], *, where: str):
+    if role == "assistant":
+        text = re.sub(r"(\\?)</?p>", lambda tag: tag.group()[1:] if tag.group(1) else "", text)
+    found = next((token for token in special_tokens if token in text), None)
+    if found is not None:
+        raise ValueError(
+            f"{where}: the text holds {found!r}, which the tokenizer reads as a special token and not as words; "
+            f"write it otherwise: {text!r:.200}"
+        )
 
 
 def find_image(messages: list[dict]):

@@ -14,6 +14,7 @@ the span in their place; it is no part of the texts that come back.
 """
 
 import inspect
+import warnings
 from dataclasses import dataclass
 from pathlib import PurePath
 
@@ -30,7 +31,9 @@ try:
         DEFAULT_CHAT_TEMPLATE,
         PlainChat,
         can_train_on,
+        check_options,
         find_answers,
+        find_continued_answer,
         find_image,
         find_last_phrase,
         insert_seg_tokens,
@@ -49,7 +52,9 @@ except ImportError:
         DEFAULT_CHAT_TEMPLATE,
         PlainChat,
         can_train_on,
+        check_options,
         find_answers,
+        find_continued_answer,
         find_image,
         find_last_phrase,
         insert_seg_tokens,
@@ -86,10 +91,16 @@ class PlumSpan:
 
 @dataclass(frozen=True)
 class PlumAnswer:
-    """The text of an answer and its segmented spans, in order."""
+    """
+    The text of an answer and its segmented spans, in order.
+
+    Args:
+        is_truncated: Whether the answer was generated and cut off before it ended, as by `max_new_tokens`.
+    """
 
     text: str
     spans: list[PlumSpan]
+    is_truncated: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,8 +187,8 @@ class PlumProcessor(ProcessorMixin):
 
         Tokenizer, image processor and chat template are those of the vision-language model, with two exceptions. An
         image processor that crops pads the image to a square first, so that both models see all of it. A chat template
-        that PLUM cannot train on (it changes earlier turns, or does not end an answer with a special token) gives way
-        to PLUM's own, which is that of LLaVA-1.5.
+        that PLUM cannot train on (it changes earlier turns, leaves out parts of a text, or does not end an answer with
+        a special token) gives way to PLUM's own, which is that of LLaVA-1.5, with a warning.
 
         Args:
             vlm: Folder or Hub name of an image-text-to-text model with its processor.
@@ -205,6 +216,12 @@ class PlumProcessor(ProcessorMixin):
         stops = tuple(tokenizer.all_special_tokens)
         if isinstance(template, str) and can_train_on(template, processor._template_variables, stops):
             processor.chat_template = template
+        elif template:
+            warnings.warn(
+                f"The chat template of {vlm} is replaced by PLUM's own, as PLUM cannot be trained with it: it changes "
+                "earlier turns, leaves out parts of a text or does not end answers with a special token.",
+                stacklevel=2,
+            )
         return processor
 
     @property
@@ -228,10 +245,16 @@ class PlumProcessor(ProcessorMixin):
         return_dict: bool = False,
         masks: list | None = None,
         padding_side: str | None = None,
+        continue_final_message: bool = False,
+        processor_kwargs: dict | None = None,
         **kwargs,
     ) -> str | list[str] | BatchFeature:
         r"""
         Renders conversations, and with `tokenize=True` encodes them with their images, spans and masks.
+
+        A conversation that ends with an assistant's answer is given in full, and its answers have labels. One that
+        ends with the user, or is encoded with `add_generation_prompt` or `continue_final_message`, is to be continued:
+        what it holds of earlier answers has neither labels nor spans.
 
         Args:
             conversation: One conversation or a list of them: messages `{"role", "content"}`, the content a string or
@@ -241,40 +264,80 @@ class PlumProcessor(ProcessorMixin):
                 "image_url": {"url"}}` the part. At most one image per conversation. One image object, path or URL in
                 several conversations is read and encoded once.
             add_generation_prompt: End with the words after which an assistant answers.
+            continue_final_message: End in the last message, an assistant's, which the model writes on.
             masks: For each conversation (or for the only one) the masks of its span tags in order, in any form that
                 [`to_binary_mask`] takes, or `None` where the conversation does not supervise spans.
             padding_side: As in tokenizers; prompts that are continued need `padding_side="left"`.
-            kwargs: Variables of the template.
+            kwargs, processor_kwargs: Variables of the template; and options of transformers, which are refused where
+                they ask for something else than is done here, such as `truncation`.
 
         Returns:
             The rendered text with its tags; or a `BatchFeature` of tensors: `input_ids`, `attention_mask` `(B, L)`;
-            `labels` `(B, L)` where a conversation has answers (-100 elsewhere); `spans` `(S, 3)` `[row, start, end)`
-            in tokens where an answer is tagged; `span_labels` `(B, L)` (O/B/I as 0/1/2, -100 where unsupervised) and
-            `mask_labels` (S bool tensors of the size of [`label_frame`]) with `masks`; `sam_image_index` `(B,)`, and
-            where there are images `sam_pixel_values` `(N, 3, h, w)`, `original_sizes` and `reshaped_input_sizes`
-            `(N, 2)` (height, width), and `pixel_values` and whatever else the vision-language model takes with an
-            image.
+            `labels` `(B, L)` where a conversation is given in full (-100 elsewhere); `spans` `(S, 3)`
+            `[row, start, end)` in tokens where such an answer is tagged; `span_labels` `(B, L)` (O/B/I as 0/1/2, -100
+            where unsupervised) and `mask_labels` (S bool tensors of the size of [`label_frame`]) with `masks`;
+            `sam_image_index` `(B,)`, and where there are images `sam_pixel_values` `(N, 3, h, w)`, `original_sizes`
+            and `reshaped_input_sizes` `(N, 2)` (height, width), and `pixel_values` and whatever else the
+            vision-language model takes with an image.
 
         Raises:
             ValueError: Unbalanced, nested or empty tags; a count of tags that differs from the count of masks; a mask
-                of another size than its image; tags outside assistant texts cannot occur, they are plain text there.
+                of another size than its image; an unknown role, part or option; a special token in a text. Tags
+                outside assistant texts cannot occur, they are plain text there.
         """
-        is_batched = not isinstance(conversation[0], dict)
-        conversations = [without_images(messages) for messages in (conversation if is_batched else [conversation])]
-        template, variables = chat_template or self.chat_template, self._template_variables | kwargs
-        rendered = render_chats(conversations, template, variables, add_generation_prompt)
+        is_batched = not (conversation and isinstance(conversation[0], dict))
+        conversation = list(conversation) if is_batched else [conversation]
+        special_tokens = self._special_tokens
+        conversations = [
+            without_images(messages, special_tokens, where=f"Conversation {row}")
+            for row, messages in enumerate(conversation)
+        ]
+        template, options = chat_template or self.chat_template, {**(processor_kwargs or {}), **kwargs}
+        padding_side = options.pop("padding_side", padding_side)
+        variables = self._template_variables | check_options(options, template, len(conversations))
+        ends = {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
+        self._check_ends(conversations, **ends)
+        rendered = render_chats(conversations, template, variables, **ends)
         if not tokenize:
             return rendered if is_batched else rendered[0]
 
         texts = []
         for messages, text in zip(conversations, rendered, strict=True):
-            plain = strip_span_tags(text, find_answers(messages, text, template, variables))
-            texts.append(plain if self.seg_token is None else insert_seg_tokens(plain, self.seg_token))
-        images = _read_images([find_image(messages) for messages in (conversation if is_batched else [conversation])])
+            given = messages[:-1] if continue_final_message else messages
+            answers = find_answers(given, text, template, variables)
+            if continue_final_message:
+                answers.append(find_continued_answer(messages, text, template, variables))
+            plain = strip_span_tags(text, answers)
+            plain = plain if self.seg_token is None else insert_seg_tokens(plain, self.seg_token)
+            if any(ends.values()) or messages[-1]["role"] != "assistant":
+                plain = PlainChat(plain.text, [], [])
+            texts.append(plain)
+        images = _read_images([find_image(messages) for messages in conversation])
         if masks is not None and not is_batched:
             masks = [masks]
         batch = self._encode(texts, images, masks, padding_side)
         return batch if return_dict else batch["input_ids"]
+
+    @property
+    def _special_tokens(self) -> set[str]:
+        """What the tokenizer reads as one token wherever it stands."""
+        added = (token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special)
+        return {*added, *self.tokenizer.all_special_tokens, self.image_token}
+
+    @staticmethod
+    def _check_ends(conversations, *, add_generation_prompt: bool, continue_final_message: bool):
+        if not continue_final_message:
+            return
+        if add_generation_prompt or continue_final_message is not True:
+            raise ValueError(
+                "continue_final_message writes on the last answer, add_generation_prompt asks for another; pass True "
+                f"for one of them, found {continue_final_message!r} and {add_generation_prompt!r}."
+            )
+        other = next((row for row, messages in enumerate(conversations) if messages[-1]["role"] != "assistant"), None)
+        if other is not None:
+            raise ValueError(
+                f"continue_final_message needs an assistant's message at the end, conversation {other} has none."
+            )
 
     def __call__(
         self, images=None, text: str | list[str] | None = None, padding_side: str | None = None, **kwargs
@@ -302,6 +365,8 @@ class PlumProcessor(ProcessorMixin):
     def _encode(self, texts, images, masks, padding_side) -> BatchFeature:
         if masks is not None and len(masks) != len(texts):
             raise ValueError(f"Found masks for {len(masks)} conversations but {len(texts)} conversations.")
+        if masks is not None and not any(text.answers for text in texts):
+            raise ValueError("Masks belong to answers that are given, and all conversations are to be continued.")
         self._check_images(texts, images)
         image_inputs, image_tokens = self._encode_images(images)
         tokens = self._tokenize(texts, image_tokens, padding_side)
@@ -496,7 +561,9 @@ class PlumProcessor(ProcessorMixin):
             where a phrase ends and not where it starts, the text of a span is what [`find_last_phrase`] makes of it.
         """
         ids = [row[mask].tolist() for row, mask in zip(outputs.sequences, outputs.answer_mask, strict=True)]
-        rows = outputs.spans[:, 0].tolist()
+        # Spans of earlier answers were segmented for the sake of later ones.
+        in_answer = outputs.answer_mask[outputs.spans[:, 0], outputs.spans[:, 1]].tolist()
+        rows = [row if inside else None for row, inside in zip(outputs.spans[:, 0].tolist(), in_answer, strict=True)]
         answers = []
         for row, answer_ids in enumerate(ids):
             text = self._decode(answer_ids)
@@ -513,7 +580,7 @@ class PlumProcessor(ProcessorMixin):
                 end -= len(words) - len(words.rstrip())
                 score = float(outputs.tag_scores[i] * outputs.iou_scores[i].clamp(0, 1))
                 spans.append(PlumSpan(text[start:end], start - lead, end - lead, mask, score, _bounding_box(mask)))
-            answers.append(PlumAnswer(text.strip(), spans))
+            answers.append(PlumAnswer(text.strip(), spans, bool(outputs.is_truncated[row])))
         return answers
 
     def _decode(self, ids: list[int]) -> str:
