@@ -17,10 +17,10 @@ What a folder must hold stands in docs/mixtures.md; `python -m partkit validate 
 of the records in your files. `own_parts`, `descriptor`, `pascal_part`, `paco_lvis` and `partimagenet` have questions,
 too.
 
-Splits are those of the published files; of your own parts or a descriptor, a tenth of the images, drawn by seed, is
-for validation. The conversations and the questions of one folder have the same splits. `scheme` is how wrong choices
-are made ("official", the default, or "balanced"; see partkit/distractors.py); they follow counts over all splits that
-the folder holds.
+Splits are those of the published files; of your own parts or a descriptor, about a tenth of the images, each drawn by
+its path, is for validation and a tenth for the test. The conversations and the questions of one folder have the same
+splits. `scheme` is how wrong choices are made ("official", the default, or "balanced"; see partkit/distractors.py);
+they follow counts over all splits that the folder holds.
 
 A bad record raises `partkit.schema.DataError`, or a DatasetGenerationError with it as its `__cause__`. With
 `on_error="report"` bad records are left out: `left_out(rows)` reads what errors.jsonl, beside the prepared data, says

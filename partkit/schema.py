@@ -29,7 +29,9 @@ __all__ = [
     "Question",
     "as_chat",
     "as_row",
+    "check_plain",
     "check_turns",
+    "defuse",
     "escape_tags",
     "tagged_phrases",
 ]
@@ -53,7 +55,13 @@ UNNAMED_OBJECT = "object"
 """The label of an object that nobody has named."""
 
 _TAG = re.compile(r"(?<!\\)</?p>")
+_JOINED_TAGS = re.compile(r"(?<!\\)</p><p>")
 _LITERAL_TAG = re.compile(r"</?p>")
+_SPECIAL_TOKEN = re.compile(
+    r"<image>|</?s>|<unk>|<pad>|<mask>|<[be]os>|<(?:start|end)_of_[a-z]+>|<[|\uff5c][^<>\s]{1,40}[|\uff5c]>"
+    r"|\[SEG\]|\[/?INST\]"
+)
+"""What tokenizers of vision-language models take for a token of their own wherever it stands in a text."""
 
 
 @dataclass
@@ -173,6 +181,11 @@ def check_turns(messages: list[dict[str, str]], masks: int, *, where: str) -> No
         if message["role"] != expected_role:
             raise DataError(f"{place}: expected the role {expected_role!r}, found {message['role']!r}")
         phrases = tagged_phrases(message["content"], where=place)
+        if phrases and (joined := _JOINED_TAGS.search(message["content"])):
+            raise DataError(
+                f"{place}: two span tags need a space or a word between them to have tokens of their own, found "
+                f"{joined[0]!r:.80}"
+            )
         if phrases and expected_role == "user":
             raise DataError(f"{place}: a user message holds the span tag <p>; write it as \\<p>")
         tags += len(phrases)
@@ -187,6 +200,24 @@ def as_row(record: GroundedConversation | Question) -> dict[str, Any]:
     row = {item.name: getattr(record, item.name) for item in dataclasses.fields(record)}
     row["masks"] = record.masks and [{"label": mask.label, "rle": mask.rle} for mask in record.masks]
     return row
+
+
+def check_plain(text: str, *, where: str) -> None:
+    """Raises DataError if a text holds what models take for a special token, such as the end of an answer."""
+    if found := _SPECIAL_TOKEN.search(text):
+        raise DataError(
+            f"{where}: the text holds {found[0]!r}, which models take for a token of their own, not for words; write "
+            f"it in another way, such as {defuse(found[0])!r}, or leave it out"
+        )
+
+
+def defuse(text: str) -> str:
+    """A foreign text in which nothing is taken for a special token.
+
+    >>> defuse("an <image> tag, </s>")
+    'an <image > tag, </s >'
+    """
+    return _SPECIAL_TOKEN.sub(lambda match: f"{match[0][:-1]} {match[0][-1]}", text)
 
 
 def escape_tags(text: str) -> str:

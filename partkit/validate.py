@@ -96,7 +96,10 @@ def _check_own_parts(folder: Path, report: Report) -> None:
     splits = source.splits(seed=DEFAULT_SEED)
     _check_drawn_splits(source, splits, report)
     if not splits["validation"]:
-        report.problems.append(f"{folder}: at least {HELD_OUT} images are needed, one in {HELD_OUT} is held out")
+        needed = f"at least {HELD_OUT} images are needed; one in {HELD_OUT} is held out to select a checkpoint"
+        if splits["test"]:  # splits of the files
+            needed = "the split validation has no image with a part; it selects the checkpoint"
+        report.problems.append(f"{folder}: {needed}")
 
 
 def _check_drawn_splits(

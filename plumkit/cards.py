@@ -57,8 +57,10 @@ print(answer.text, *[(span.text, span.score, span.box, span.mask.shape) for span
 ## Measured
 
 {% if figures -%}
-`{{ run.name }}`, split `{{ run.split }}`, {{ count }} questions; beside each figure the one with the image of another
-record, and what guessing gets.
+`{{ run.name }}`, split `{{ run.split }}`, {{ count }} questions
+{%- if photographs %} about {{ photographs }} photographs{% endif %}; beside each figure the one with the image of
+another record, and what guessing gets.
+{%- if selected %} This split also selected the checkpoint during training, so that the figures flatter it.{% endif %}
 
 | figure | model | wrong image | by chance |
 |---|---:|---:|---:|
@@ -161,6 +163,8 @@ def make_model_card(
         figures=_as_rows(overall),
         run=run,
         count=overall.get("n"),
+        photographs=overall.get("photographs"),
+        selected=bool(recipe) and run.get("split") == recipe.get("eval_split", "validation"),
         recipe=yaml.safe_dump(recipe, sort_keys=False).strip() if recipe else None,
         training=_describe_training(folder),
         curves=(folder / CURVES_FILE).is_file(),

@@ -5,6 +5,7 @@ import io
 import json
 import re
 from pathlib import Path
+from unicodedata import normalize
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from partkit.__main__ import main
 from partkit.masks import DataError, decode, encode
 from partkit.schema import GROUNDED_CONVERSATION_FEATURES
 from partkit.sources.conversation_file import ConversationFile
-from partkit.sources.descriptor import Descriptor
+from partkit.sources.descriptor import Descriptor, hold_out
 from partkit.sources.own_parts import OwnParts, open_own_parts
 from partkit.validate import validate
 from tests.test_sources import descriptor_content, descriptor_folder
@@ -175,7 +176,28 @@ BAD_COCO = [
     ("annotations", {"segmentation": [[1, 1, 5, 5]]}, r"annotations\[0\], field 'segmentation'.*three x, y pairs"),
     ("annotations", {"segmentation": [[1, 1, 1, 1, 1, 1]]}, r"annotations\[0\].*the mask of 'wheel' covers no pixel"),
     ("annotations", {"segmentation": encode(INSIDE.T)}, r"annotations\[0\].*the mask has size \[30, 20\]"),
-    ("images", {"file_name": "none.png"}, r"record images\[0\].*there is no image 'annotations/none.png'"),
+    (
+        "images",
+        {"file_name": "none.png"},
+        r".*field 'file_name': there is no image 'annotations/none.png' nor 'none.png' nor 'images/none.png'",
+    ),
+    (
+        "images",
+        {"file_name": "\ud800.png"},
+        r"record images\[0\], field 'file_name': there is no image",
+    ),
+    ("images", {"file_name": "a" * 5000}, r"record images\[0\], field 'file_name': there is no image"),
+    (
+        "categories",
+        {"name": "<image>"},
+        r"record categories\[0\], field 'name': the text holds '<image>', which models",
+    ),
+    (
+        "categories",
+        {"supercategory": "a </s>"},
+        r"categories\[0\], field 'supercategory': the text holds '</s>'",
+    ),
+    ("images", {"image_label": "<|im_end|>"}, r"record images\[0\], field 'image_label': the text holds '<.im_end"),
     ("images", {"file_name": "../../0.png"}, r"record images\[0\].*leads out of"),
     ("images", {"width": WIDTH + 1}, r"record images\[0\].*size \[20, 31\].*\[20, 30\]"),
     ("images", {"id": None}, r"record images\[0\], field 'id': expected int"),
@@ -188,13 +210,81 @@ def test_a_bad_coco_record_is_named_and_the_other_images_are_still_checked(tmp_p
     content[field][0] |= changes
     report = validate("own_parts", coco_folder(tmp_path / "data", content))
     assert any(re.search(message, problem) for problem in report.problems), report.problems
-    assert any(re.match("train: [12] images", note) for note in report.notes)
+    whole_file = field == "categories"
+    assert whole_file or any(re.match("train: [12] images", note) for note in report.notes)
     with pytest.raises((DataError, DatasetGenerationError)) as caught:
         load_dataset("partonomy", "own_parts", data_dir=str(tmp_path / "data"), cache_dir=tmp_path / "cache")
-    assert re.search(r"record (images|annotations)\[[01]\]", str(caught.value.__cause__ or caught.value))
+    assert re.search(r"record (images|annotations|categories)\[[01]\]", str(caught.value.__cause__ or caught.value))
+
+
+def test_an_image_too_narrow_to_be_resized_is_named(tmp_path):
+    content = coco_content()
+    content["images"][0] |= {"width": 2000, "height": 4}
+    folder = coco_folder(tmp_path / "data", content)
+    Image.new("RGB", (2000, 4)).save(folder / "0.png")
+    problems = validate("own_parts", folder).problems
+    assert any(
+        re.search(r"images\[0\], field 'file_name': .*2000 x 4 pixels, and one side may be", p) for p in problems
+    )
+
+
+@pytest.mark.parametrize("stored", ["NFC", "NFD"])
+def test_accents_of_file_names_may_be_stored_either_way(tmp_path, stored):
+    content = coco_content()
+    content["images"][0]["file_name"] = normalize("NFC" if stored == "NFD" else "NFD", "Rück.png")
+    folder = coco_folder(tmp_path / "data", content)
+    name = normalize(stored, "Rück.png")
+    (folder / "0.png").rename(folder / name)
+    assert open_own_parts(folder).example(0).image_id == name
+
+
+def roboflow_folder(folder: Path, **images: int) -> Path:
+    for name, count in images.items():
+        content = coco_content(count)
+        content["categories"].insert(0, {"id": 0, "name": "car", "supercategory": "none"})
+        save_images(folder / name, *(image["file_name"] for image in content["images"]))
+        (folder / name / "_annotations.coco.json").write_text(json.dumps(content))
+    return folder
+
+
+def test_the_layout_of_roboflow_keeps_its_splits(tmp_path):
+    folder = roboflow_folder(tmp_path / "data", train=4, valid=2, test=3)
+    report = validate("own_parts", folder)
+    assert not report.problems
+    assert [note.split(" conv")[0] for note in report.notes[1:]] == [
+        "train: 4 images, 4",
+        "validation: 2 images, 2",
+        "test: 3 images, 3",
+    ]
+    rows = load_dataset("partonomy", "own_parts", data_dir=str(folder), cache_dir=tmp_path / "cache")
+    assert rows["validation"]["image_id"][:] == ["valid/0.png", "valid/1.png"]
+    assert rows["test"]["image_label"][:] == ["car"] * 3
+
+
+def test_the_layout_of_roboflow_without_a_validation_split_is_a_problem(tmp_path):
+    (problem,) = validate("own_parts", roboflow_folder(tmp_path / "data", train=12, test=3)).problems
+    assert "the split validation has no image with a part" in problem
 
 
 # ------------------------------------------------------------------------------------------------ Labelme
+
+
+def test_older_files_of_labelme_are_read(tmp_path):
+    old = labelme_content(shape(), flags=None)
+    del old["imageHeight"], old["imageWidth"], old["shapes"][0]["shape_type"], old["shapes"][0]["flags"]
+    (example,) = (open_own_parts(labelme_folder(tmp_path / "data", old)).example(0),)
+    assert example.image_label == "object"
+    np.testing.assert_array_equal(decode(example.masks[0].rle), INSIDE)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "EPS"])
+def test_a_mask_picture_is_measured_before_it_is_decoded(tmp_path, kind):
+    picture = io.BytesIO()
+    Image.new("L", (4000, 4000)).save(picture, format=kind)
+    found = shape("mask", [(2, 2), (7, 7)], mask=base64.b64encode(picture.getvalue()).decode())
+    problems = validate("own_parts", labelme_folder(tmp_path / "data", labelme_content(found))).problems
+    expected = "field 'mask': the image has 4000 x 4000 pixels" if kind == "PNG" else "field 'mask': no readable image"
+    assert any(expected in problem for problem in problems), problems
 
 
 def test_shapes_of_labelme_become_masks(tmp_path):
@@ -231,9 +321,15 @@ def test_the_flag_that_is_set_names_the_object_and_empty_files_are_counted(tmp_p
             r"shapes\[0\]'.*expected polygon, rectangle, circle or mask",
         ),
         (labelme_content(shape("rectangle", [(1, 1)])), r"field 'shapes\[0\]', field 'points': expected 2 points"),
-        (labelme_content(shape("mask", [(0, 0), (3, 3)], mask="AAAA")), "field 'mask': is no readable picture"),
+        (labelme_content(shape("mask", [(0, 0), (3, 3)], mask="AAAA")), "field 'mask': no readable image"),
         (labelme_content(shape(), flags={"a": True, "b": True}), "field 'flags': the flag that is set names the obj"),
         (labelme_content(shape(), imageHeight=None), "field 'imageHeight': expected int"),
+        (labelme_content(shape(), imagePath="none.png"), "field 'imagePath': there is no image 'none.png'"),
+        (labelme_content(shape(label="<image>")), r"'shapes\[0\]', field 'label': the text holds '<image>'"),
+        (
+            labelme_content(shape("mask", [(2, 2), (1e300, 7)], mask="")),
+            r"field 'points': the box .* leaves the image",
+        ),
         (labelme_content(shape(), imagePath="/etc/0.png"), "leads out of"),
         (labelme_content(shape(label="Wheel"), shape()), "'Wheel' and 'wheel' differ only in case"),
     ],
@@ -275,7 +371,23 @@ BAD_RECORDS = [
     (record("b", masks=[]), "line 2, field 'masks': 1 span tags, but 0 masks"),
     (record("b", messages=record()["messages"][:1]), "line 2.*(ends with the user|1 masks)"),
     (record("b", messages=[{"role": "user", "content": "<p>A wheel</p>?"}]), "line 2.*holds the span tag"),
-    (record("b", image="none.png"), "line 2, field .*there is no image 'none.png'"),
+    (
+        record("b", messages=[{"role": "user", "content": "<image>\nWhat?"}, record()["messages"][1]]),
+        r"line 2, field 'messages\[0\]', field 'content': the text holds '<image>'",
+    ),
+    (
+        record("b", messages=[record()["messages"][0], {"role": "assistant", "content": "A <p>wheel</p>.</s>"}]),
+        r"line 2, field 'messages\[1\]', field 'content': the text holds '</s>'",
+    ),
+    (
+        record(
+            "b",
+            messages=[record()["messages"][0], {"role": "assistant", "content": "<p>a</p><p>b</p>"}],
+            masks=record()["masks"] * 2,
+        ),
+        r"line 2, field 'messages\[1\]': two span tags need a space",
+    ),
+    (record("b", image="none.png"), "line 2, field 'image': there is no image 'none.png'"),
     (record("b", image=None), r"line 2, field 'masks\[0\]': a mask, but the field 'image' is null"),
     (record("b", masks=[{"label": "w", "rle": encode(~INSIDE & INSIDE)}]), r"'masks\[0\]': the mask covers no pixel"),
     (record("b", masks=[{"label": "w", "rle": encode(INSIDE.T)}]), r"'masks\[0\]'.*the mask has size \[30, 20\]"),
@@ -309,10 +421,11 @@ def test_a_folder_becomes_conversations_and_questions_about_images_held_out(tmp_
     folder = coco_folder(tmp_path / "data", content)
     load = {"data_dir": str(folder), "cache_dir": tmp_path / "cache"}
     rows = load_dataset("partonomy", "own_parts", **load)
-    assert {split: len(rows[split]) for split in rows} == {"train": 18, "validation": 2}
+    assert {split: len(rows[split]) for split in rows} == {"train": 16, "validation": 2, "test": 2}
     questions = load_dataset("partonomy", "own_parts_questions", **load)
-    assert 0 < len(set(questions["validation"]["image_id"])) <= 2
-    assert set(questions["validation"]["image_id"]) <= set(rows["validation"]["image_id"])
+    for split in ("validation", "test"):
+        assert 0 < len(set(questions[split]["image_id"])) <= 2
+        assert set(questions[split]["image_id"]) <= set(rows[split]["image_id"])
     content["categories"][0]["name"] = "wheel"
     (folder / "annotations" / "instances_default.json").write_text(json.dumps(content))
     changed = load_dataset("partonomy", "own_parts", **load, split="train")
@@ -339,11 +452,33 @@ def test_the_command_takes_the_folder_alone_and_says_what_will_be_trained(tmp_pa
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"COCO in {folder}/annotations/instances_default.json: car (2 parts)"
     assert lines[1] == "1 images show no part and are left out, such as annotations/empty.png"
-    assert lines[2].startswith("train: 18 images, 18 conversations, ") and lines[2].endswith(" spans of 36 masks")
+    assert lines[2].startswith("train: 16 images, 16 conversations, ") and lines[2].endswith(" spans of 32 masks")
     assert lines[3].startswith("validation: 2 images, 2 conversations, ")
-    assert lines[4] == f"{folder} is complete"
+    assert lines[4].startswith("test: 2 images, 2 conversations, ")
+    assert lines[5] == f"{folder} is complete"
 
 
 def test_too_few_images_to_hold_one_out_are_a_problem(tmp_path):
     (problem,) = validate("own_parts", coco_folder(tmp_path / "data", coco_content(images=9))).problems
-    assert problem == f"{tmp_path}/data: at least 10 images are needed, one in 10 is held out"
+    assert problem == f"{tmp_path}/data: at least 10 images are needed; one in 10 is held out to select a checkpoint"
+
+
+def test_splits_are_about_tenths_and_stay_when_images_are_added():
+    paths = [f"images/{number}.jpg" for number in range(2000)]
+    few, many = (hold_out(paths[:count], seed=1) for count in (1000, 2000))
+    for split, share in (("train", 0.8), ("validation", 0.1), ("test", 0.1)):
+        assert set(few[split]) == {index for index in many[split] if index < 1000}
+        assert len(many[split]) / 2000 == pytest.approx(share, abs=0.02)
+    assert hold_out(paths[:1000][::-1], seed=1)["test"] == sorted(999 - index for index in few["test"])
+
+
+@pytest.mark.parametrize("count", range(1, 60))
+def test_a_small_folder_has_images_in_every_split_once_it_has_ten(count):
+    objects = [f"{number // 2}.jpg" for number in range(2 * count)]
+    splits = hold_out(objects, seed=0)
+    images = {split: {objects[index] for index in indices} for split, indices in splits.items()}
+    assert sorted(index for indices in splits.values() for index in indices) == list(range(2 * count))
+    assert sum(map(len, images.values())) == count
+    for split in ("validation", "test"):
+        assert len(images[split]) >= min(2, count // 10)
+        assert count >= 10 or not images[split]

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from partkit.masks import DataError, area, validate_rle
-from partkit.schema import UNNAMED_OBJECT, GroundedConversation, PartMask
+from partkit.schema import UNNAMED_OBJECT, GroundedConversation, PartMask, check_plain
 from partkit.sources.descriptor import hold_out
 from partkit.sources.files import ImageFiles, OnError, refuse, typed, typed_list
 from partkit.sources.json_files import json_lines, parse_json
@@ -56,7 +56,8 @@ class ConversationFile:
 
     def image_path(self, index: int) -> str | None:
         """The image of a conversation, relative to the folder of the file; None if it has none."""
-        return self._records[index][1]["image"]
+        given = self._records[index][1]["image"]
+        return None if given is None else self._images.spell(given)
 
     def splits(self, *, seed: int) -> dict[str, list[int]]:
         """Split -> indices, see `hold_out`; a conversation without an image counts as one of its own."""
@@ -75,8 +76,10 @@ class ConversationFile:
             if message.keys() - {"role", "content"}:
                 raise DataError(f"{place}: expected 'role' and 'content', found {sorted(message)}")
             typed(message, "role", str, where=place)
-            typed(message, "content", str, where=place)
+            check_plain(typed(message, "content", str, where=place), where=f"{place}, field 'content'")
         image_path = self.image_path(index)
+        if image_path is not None:
+            self._images.size(image_path, where=where)
         further = {name: typed(OPTIONAL_FIELDS | record, name, str, where=where) for name in OPTIONAL_FIELDS}
         conversation = GroundedConversation(
             id=record["id"],
@@ -87,7 +90,6 @@ class ConversationFile:
         )
         conversation.validate(where=where)
         if image_path is not None:
-            self._images.size(image_path, where=where)
             conversation.image = {"bytes": None, "path": str(self._images.locate(image_path, where=where))}
         return conversation
 

@@ -17,6 +17,7 @@ gives no example.
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 from partkit.conversations import converse
 from partkit.masks import area
@@ -28,7 +29,7 @@ from partkit.sources.json_files import read_json
 DESCRIPTOR_FILE = "descriptor.json"
 LICENCE = "not stated"
 HELD_OUT = 10
-"""One in so many images goes to the validation split."""
+"""One in about so many images goes to the validation split, and as many to the test split."""
 
 Graph = dict[str, list[str]]
 
@@ -159,13 +160,24 @@ class Descriptor:
 def hold_out(image_paths: list[str], *, seed: int) -> dict[str, list[int]]:
     """Split -> indices of the examples with these images; those that share an image stay together.
 
-    One in HELD_OUT images is drawn for validation, which depends on the seed and the set of image paths alone.
+    Which split an image is in depends on the seed and its path alone, so that it stays there when others are added:
+    about one in HELD_OUT is in validation, by which checkpoints are selected, and as many in test. Where chance gives
+    either fewer than two (of less than 2 * HELD_OUT images, than one), those that came closest join it; fewer images
+    than HELD_OUT are all for training.
     """
-    shuffled = seeded_generator(seed, "held out").permutation(sorted(set(image_paths))).tolist()
-    held_out = set(shuffled[: len(shuffled) // HELD_OUT])
-    splits: dict[str, list[int]] = {"train": [], "validation": []}
+    draws = {path: seeded_generator(seed, "held out", normalize("NFC", path)).random() for path in set(image_paths)}
+    split_of = {path: "train" for path in draws}
+    split_of |= {path: "validation" for path, draw in draws.items() if draw < 2 / HELD_OUT}
+    split_of |= {path: "test" for path, draw in draws.items() if draw < 1 / HELD_OUT}
+    if len(draws) < HELD_OUT:
+        split_of = dict.fromkeys(draws, "train")
+    closest = sorted((path for path in draws if split_of[path] == "train"), key=draws.get)
+    for split in ("validation", "test"):
+        for _ in range(min(2, len(draws) // HELD_OUT) - list(split_of.values()).count(split)):
+            split_of[closest.pop(0)] = split
+    splits: dict[str, list[int]] = {"train": [], "validation": [], "test": []}
     for index, image_path in enumerate(image_paths):
-        splits["validation" if image_path in held_out else "train"].append(index)
+        splits[split_of[image_path]].append(index)
     return splits
 
 

@@ -11,7 +11,7 @@ from PIL import ExifTags
 
 from partkit.images import check_shape, open_image
 from partkit.masks import RLE, DataError, Size, polygons_to_rle, union, validate_rle
-from partkit.schema import PartMask
+from partkit.schema import PartMask, check_plain
 from partkit.sources.json_files import check_size
 
 MAX_TEXT_BYTES = 16 * 1024**2
@@ -64,10 +64,11 @@ def find_file(folder: Path, names: Iterable[str]) -> str | None:
 
 
 def check_labels(labels: Iterable[str], *, where: str) -> None:
-    """Raises DataError if a label is empty or two differ only in case or spaces."""
+    """Raises DataError if a label is empty or holds a special token, or two differ only in case or spaces."""
     seen: dict[str, str] = {}
     for label in labels:
         check_unicode(label, where=where)
+        check_plain(label, where=f"{where}, label {label!r:.80}")
         folded = " ".join(label.casefold().split())
         if not folded:
             raise DataError(f"{where}: a label is empty")

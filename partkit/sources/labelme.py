@@ -7,13 +7,12 @@ A file, shortened; shapes may be polygons, rectangles, circles and masks:
 """
 
 import base64
-import io
 import math
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
+from partkit.images import open_image
 from partkit.masks import RLE, DataError, Size, encode
 from partkit.sources.files import read_polygons, typed, typed_list
 
@@ -23,7 +22,7 @@ CIRCLE_POINTS = 64
 
 def read_shape(shape: dict[str, Any], *, size: Size, where: str) -> RLE:
     """A shape as a mask of size (height, width). Raises DataError."""
-    kind = typed({"shape_type": "polygon"} | shape, "shape_type", str, where=where)
+    kind = typed(shape, "shape_type", str, where=where) if shape.get("shape_type") is not None else "polygon"
     points = typed_list(shape, "points", list, where=where)
     expected = {"rectangle": 2, "circle": 2, "mask": 2}.get(kind, len(points))
     pairs = all(len(point) == 2 and all(type(value) in (int, float) for value in point) for point in points)
@@ -52,18 +51,21 @@ def read_shape(shape: dict[str, Any], *, size: Size, where: str) -> RLE:
 
 def _read_mask(shape: dict[str, Any], points: list[list[float]], *, size: Size, where: str) -> RLE:
     """A mask that stands as a picture of its box, whose upper left and lower right pixel are `points`."""
+    if not all(0 <= value <= max(size) for point in points for value in point):  # nor is NaN
+        raise DataError(f"{where}, field 'points': the box {points!r:.80} leaves the image of size {list(size)}")
     (left, top), (right, bottom) = ([int(value) for value in point] for point in points)
-    try:
-        with Image.open(io.BytesIO(base64.b64decode(typed(shape, "mask", str, where=where)))) as picture:
-            if picture.size != (right - left + 1, bottom - top + 1):
-                raise DataError(f"{where}, field 'mask': is {picture.size} pixels, but its box {points}")
-            inside = np.asarray(picture.convert("L")) > 0
-    except (ValueError, OSError, SyntaxError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"{where}, field 'mask': is no readable picture ({error})") from error
-    if not (0 <= left and 0 <= top and right < size[1] and bottom < size[0]):
+    if not (0 <= left <= right < size[1] and 0 <= top <= bottom < size[0]):
         raise DataError(f"{where}, field 'points': the box {points} leaves the image of size {list(size)}")
+    place = f"{where}, field 'mask'"
+    try:
+        content = base64.b64decode(typed(shape, "mask", str, where=where))
+    except ValueError as error:
+        raise DataError(f"{place}: expected a picture in base64 ({error})") from error
+    box = (right - left + 1, bottom - top + 1)
+    picture = open_image(content, where=place, max_pixels=box[0] * box[1])
+    if picture.size != box:
+        raise DataError(f"{place}: the picture has {picture.size} pixels, but its box {points}")
+    inside = np.asarray(picture.convert("L")) > 0
     mask = np.zeros(size, dtype=bool)
     mask[top : bottom + 1, left : right + 1] = inside
     return encode(mask)

@@ -11,8 +11,9 @@ One record of either list:
                                     FOLDER/textvqa/train_images/  FOLDER/vg/VG_100K/  FOLDER/vg/VG_100K_2/
 
 Texts are kept, but for the placeholder: the image stands in front of the first question, whatever its place was. Some
-chats have no image; what looks like the placeholder there is code that somebody talks about, and gets a blank. A chat
-that opens with the assistant or ends with the user loses that message, and counts in `blank` if nothing is left.
+chats have no image; what looks like the placeholder or another special token there is code that somebody talks about,
+and gets a blank. A chat that opens with the assistant or ends with the user loses that message, and counts in `blank`
+if nothing is left.
 
 Answers name what is visible and tag none of it: `masks` is None, so that nothing is learnt about tags.
 """
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from partkit.masks import DataError
-from partkit.schema import GroundedConversation, escape_tags
+from partkit.schema import GroundedConversation, defuse, escape_tags
 from partkit.sources.files import ImageFiles, find_existing, find_file, typed, typed_list
 from partkit.sources.json_files import stream_records
 
@@ -126,8 +127,8 @@ def _messages(record: Any, *, has_image: bool, where: str) -> list[dict[str, str
         if speaker not in ROLES:
             raise DataError(f"{place}, field 'from': expected human or gpt, found {speaker!r}")
         if PLACEHOLDER in text:
-            text = text.replace(PLACEHOLDER, "").strip() if has_image else text.replace(PLACEHOLDER, "<image >")
-        messages.append({"role": ROLES[speaker], "content": escape_tags(text)})
+            text = text.replace(PLACEHOLDER, "").strip() if has_image else text
+        messages.append({"role": ROLES[speaker], "content": escape_tags(defuse(text))})
     opening = bool(messages) and messages[0]["role"] == "assistant"
     ending = bool(messages) and messages[-1]["role"] == "user"
     return messages[opening : len(messages) - ending]

@@ -5,6 +5,7 @@ What lies in the folder says what it is:
     FOLDER/descriptor.json                       the authors' descriptor, see partkit/sources/descriptor.py
     FOLDER/*.jsonl                               grounded conversations, see partkit/sources/conversation_file.py
     FOLDER/*.json or FOLDER/*/*.json             one COCO file, as CVAT ("COCO 1.0") and others export it
+    FOLDER/{train,valid,test}/_annotations.coco.json   a COCO file for each split, as Roboflow exports them
     FOLDER/*.json or FOLDER/*/*.json             Labelme files, one for each photograph
 
 Records of a COCO file, shortened; images may lie beside the file, in FOLDER, in images/ or in images/SUBSET/:
@@ -17,7 +18,8 @@ A category is a part. The object it belongs to is the `image_label` of its image
 "object" (also where the supercategory is empty, "none" or the name of the category itself, as some tools write it).
 
 Of a Labelme file (see partkit/sources/labelme.py) the label of a shape is a part, the one flag that is set is the
-object; without one it is "object".
+object; without one it is "object". Older files, without the size of their image or with null in the place of flags,
+are read, too.
 
 An image gives one example per object label. Masks of one part are united. What an object can have are all the parts
 that any photograph of it shows.
@@ -25,31 +27,47 @@ that any photograph of it shows.
 
 import posixpath
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from partkit.conversations import converse
 from partkit.masks import RLE, DataError, Size, area, union, validate_rle
-from partkit.schema import UNNAMED_OBJECT, GroundedConversation, PartExample, PartMask
+from partkit.schema import UNNAMED_OBJECT, GroundedConversation, PartExample, PartMask, check_plain
 from partkit.sources.conversation_file import ConversationFile
 from partkit.sources.descriptor import DESCRIPTOR_FILE, Descriptor, hold_out
-from partkit.sources.files import ImageFiles, OnError, check_labels, known_id, read_polygons, refuse, typed, typed_list
+from partkit.sources.files import (
+    ImageFiles,
+    OnError,
+    check_labels,
+    find_file,
+    known_id,
+    read_polygons,
+    refuse,
+    typed,
+    typed_list,
+)
 from partkit.sources.json_files import list_records, read_json, stream_fields
 from partkit.sources.labelme import read_shape
 
 LICENCE = "not stated"
+SPLIT_FILE = "_annotations.coco.json"
+SPLIT_FOLDERS = {"train": "train", "valid": "validation", "test": "test"}
+"""Folders of Roboflow's export, each with a COCO file and its images, and the splits they are kept as."""
 NO_SUPERCATEGORY = ("", "none")
 
 
 @dataclass
 class _Photograph:
-    """One object in one image: `segmentations` holds (where it stands, as it was found) for each part."""
+    """One object in one image: `segmentations` holds (where it stands, as it was found) for each part, `searched`
+    where the image may lie, `split` the one that the files keep it in."""
 
     where: str
     image_path: str
     size: Size
     image_label: str = ""
+    searched: tuple[str, ...] = ()
+    split: str | None = None
     segmentations: dict[str, list[tuple[str, Any]]] = field(default_factory=dict)
 
 
@@ -82,7 +100,7 @@ def open_own_parts(folder: str | Path, *, on_error: OnError = refuse) -> "OwnPar
             "*.jsonl with conversations. From CVAT export 'COCO 1.0'; its XML formats are not read"
         )
     (kind, paths), *others = found.items()
-    if others or (kind != "Labelme" and len(paths) > 1):
+    if others or (kind != "Labelme" and len(paths) > 1 and not (kind == "COCO" and _kept_splits(paths))):
         listed = "; ".join(f"{kind}: {', '.join(path.name for path in paths[:3])}" for kind, paths in found.items())
         raise DataError(
             f"{folder}: expected one COCO file, one file of conversations or Labelme files alone, found {listed}; "
@@ -91,6 +109,13 @@ def open_own_parts(folder: str | Path, *, on_error: OnError = refuse) -> "OwnPar
     if kind == "conversations":
         return ConversationFile(paths[0], on_error=on_error)
     return OwnParts(folder, kind=kind, paths=paths, on_error=on_error)
+
+
+def _kept_splits(paths: list[Path]) -> dict[Path, str]:
+    """The split of each file of Roboflow's layout; empty for any other."""
+    if len(paths) < 2 or any(path.name != SPLIT_FILE or path.parent.name not in SPLIT_FOLDERS for path in paths):
+        return {}
+    return {path: SPLIT_FOLDERS[path.parent.name] for path in paths}
 
 
 def _kind_of_json(path: Path) -> str:
@@ -117,11 +142,12 @@ class OwnParts:
     def __init__(self, folder: Path, *, kind: str, paths: list[Path], on_error: OnError = refuse):
         """Raises DataError if no image shows a part, or two labels differ only in case or spaces."""
         self.folder, self.kind = folder, kind
-        self.path = paths[0] if kind == "COCO" else folder
+        self.path = paths[0] if kind == "COCO" and len(paths) == 1 else folder
         self.unannotated: list[str] = []
-        self._images = ImageFiles(folder)
+        self._images = ImageFiles(folder, field="file_name" if kind == "COCO" else "imagePath")
         if kind == "COCO":
-            photographs = self._read_coco(paths[0], on_error)
+            kept = _kept_splits(paths)
+            photographs = [found for path in paths for found in self._read_coco(path, on_error, split=kept.get(path))]
         else:
             photographs = self._read_labelme(paths, on_error)
         self._photographs = self._check_identities(photographs, on_error)
@@ -147,8 +173,13 @@ class OwnParts:
         return self._photographs[index].image_path
 
     def splits(self, *, seed: int) -> dict[str, list[int]]:
-        """Split -> indices, see `hold_out`."""
-        return hold_out([self.image_path(index) for index in range(len(self))], seed=seed)
+        """Split -> indices: those of the files, or see `hold_out`."""
+        if self._photographs[0].split is None:
+            return hold_out([self.image_path(index) for index in range(len(self))], seed=seed)
+        splits: dict[str, list[int]] = {split: [] for split in SPLIT_FOLDERS.values()}
+        for index, photograph in enumerate(self._photographs):
+            splits[photograph.split].append(index)
+        return splits
 
     def conversations(self, index: int, *, seed: int) -> Iterator[GroundedConversation]:
         """The one about an example. Raises DataError."""
@@ -157,6 +188,10 @@ class OwnParts:
     def example(self, index: int) -> PartExample:
         """Raises DataError naming file, record and field."""
         photograph = self._photographs[index]
+        outside = photograph.image_path.startswith(("/", "../"))  # which `locate` refuses
+        if photograph.searched and not outside and find_file(self.folder, [photograph.image_path]) is None:
+            names = " nor ".join(map(repr, dict.fromkeys(map(posixpath.normpath, photograph.searched))))
+            raise DataError(f"{photograph.where}, field 'file_name': there is no image {names} in {self.folder}")
         file = self._images.locate(photograph.image_path, where=photograph.where)
         self._images.check_frame(photograph.image_path, photograph.size, where=photograph.where)
         example = self.annotation(index)
@@ -203,21 +238,20 @@ class OwnParts:
 
     # ---------------------------------------------------------------- COCO
 
-    def _read_coco(self, path: Path, on_error: OnError) -> list[_Photograph]:
+    def _read_coco(self, path: Path, on_error: OnError, *, split: str | None) -> list[_Photograph]:
         categories: dict[int, tuple[str, str]] = {}
         for where, record in list_records(path, "categories"):
             name = typed(record, "name", str, where=where).strip()
             above = record.get("supercategory") or ""
             named = isinstance(above, str) and above.strip().lower() not in (*NO_SUPERCATEGORY, name.lower())
-            _claim(categories, record, (above.strip() if named else UNNAMED_OBJECT, name), where=where)
+            label = above.strip() if named else UNNAMED_OBJECT
+            check_plain(name, where=f"{where}, field 'name'")
+            check_plain(label, where=f"{where}, field 'supercategory'")
+            _claim(categories, record, (label, name), where=where)
         images: dict[int, _Photograph] = {}
         for where, record in list_records(path, "images"):
             try:
-                size = (typed(record, "height", int, where=where), typed(record, "width", int, where=where))
-                file_name = typed(record, "file_name", str, where=where).replace("\\", "/")
-                label = typed({"image_label": ""} | record, "image_label", str, where=where).strip()
-                image = _Photograph(where, self._locate_coco_image(path, file_name), size, label)
-                _claim(images, record, image, where=where)
+                _claim(images, record, self._read_coco_image(path, record, split=split, where=where), where=where)
             except DataError as error:
                 on_error(error)
         photographs: dict[tuple[int, str], _Photograph] = {}
@@ -236,20 +270,25 @@ class OwnParts:
                 continue
             seen.add(image_id)
             label = image.image_label or label
-            new = _Photograph(image.where, image.image_path, image.size, label)
+            new = replace(image, image_label=label, segmentations={})
             photograph = photographs.setdefault((image_id, label), new)
             place = f"{where}, field 'segmentation'"
             photograph.segmentations.setdefault(part, []).append((place, segmentation))
-        self.unannotated = [image.image_path for id, image in images.items() if id not in seen | incomplete]
+        self.unannotated += [image.image_path for id, image in images.items() if id not in seen | incomplete]
         return [photograph for (id, _), photograph in photographs.items() if id not in incomplete]
 
-    def _locate_coco_image(self, path: Path, file_name: str) -> str:
-        """Where the image lies, relative to the folder; beside the file if it lies nowhere."""
+    def _read_coco_image(self, path: Path, record: Any, *, split: str | None, where: str) -> _Photograph:
+        """The image of a record, wherever it lies in the folder; beside the file if it lies nowhere."""
+        size = (typed(record, "height", int, where=where), typed(record, "width", int, where=where))
+        file_name = typed(record, "file_name", str, where=where).replace("\\", "/")
+        label = typed({"image_label": ""} | record, "image_label", str, where=where).strip()
+        check_plain(label, where=f"{where}, field 'image_label'")
         beside = path.parent.relative_to(self.folder).as_posix()
         subset = path.stem.removeprefix("instances_")
-        candidates = [posixpath.join(folder, file_name) for folder in (beside, "", "images", f"images/{subset}")]
-        found = (name for name in candidates if "\0" not in name and (self.folder / name).is_file())
-        return posixpath.normpath(next(found, candidates[0]))
+        folders = (beside, "", "images", f"images/{subset}")
+        searched = tuple(posixpath.join(folder, file_name) for folder in folders)
+        image_path = self._images.spell(find_file(self.folder, searched) or searched[0])
+        return _Photograph(where, image_path, size, label, searched, split)
 
     # ---------------------------------------------------------------- Labelme
 
@@ -269,17 +308,22 @@ class OwnParts:
 
     def _read_labelme_file(self, path: Path) -> _Photograph:
         content, where = read_json(path), str(path)
-        size = (typed(content, "imageHeight", int, where=where), typed(content, "imageWidth", int, where=where))
-        flags = typed({"flags": {}} | content, "flags", dict, where=where)
+        image = typed(content, "imagePath", str, where=where).replace("\\", "/")
+        image = self._images.spell(posixpath.join(path.parent.relative_to(self.folder).as_posix(), image))
+        if content.get("imageHeight") is None and content.get("imageWidth") is None:  # older files do not say
+            size = self._images.size(image, where=where)
+        else:
+            size = (typed(content, "imageHeight", int, where=where), typed(content, "imageWidth", int, where=where))
+        flags = typed(content, "flags", dict, where=where) if content.get("flags") is not None else {}
         labels = [name.strip() for name, is_set in flags.items() if is_set is True]
         if len(labels) > 1:
             raise DataError(f"{where}, field 'flags': the flag that is set names the object, found several: {labels}")
-        image = typed(content, "imagePath", str, where=where).replace("\\", "/")
-        image = posixpath.join(path.parent.relative_to(self.folder).as_posix(), image)
-        photograph = _Photograph(where, posixpath.normpath(image), size, labels[0] if labels else UNNAMED_OBJECT)
+        photograph = _Photograph(where, image, size, labels[0] if labels else UNNAMED_OBJECT)
+        check_plain(photograph.image_label, where=f"{where}, field 'flags'")
         for number, shape in enumerate(typed_list(content, "shapes", dict, where=where)):
             place = f"{where}, field 'shapes[{number}]'"
             part = typed(shape, "label", str, where=place).strip()
+            check_plain(part, where=f"{place}, field 'label'")
             photograph.segmentations.setdefault(part, []).append((place, shape))
         return photograph
 
