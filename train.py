@@ -36,7 +36,7 @@ from configuration_plum import PlumConfig
 from modeling_plum import PlumForConditionalGeneration
 from plumkit.cards import make_model_card, write_recipe
 from plumkit.checkpoint import check_config_fields, load_checkpoint, load_processor
-from plumkit.data import Collator, ConversationDataset, stream_examples
+from plumkit.data import Collator, ConversationDataset, FreshConversationDataset, stream_examples
 from plumkit.embedding_cache import EmbeddingCache
 from plumkit.fresh import open_fresh
 from plumkit.mixture import Source, load_eval_records, load_records, mix, parse_source
@@ -514,11 +514,17 @@ def main(argv: list[str]):
     }
     if streaming:
         train_dataset = stream_examples(train_records, **example_options)
+    elif data_arguments.fresh_records:
+        places = [
+            Dataset.from_dict({"part": [i] * len(part), "row": range(len(part))}) for i, part in enumerate(parts)
+        ]
+        train_dataset = FreshConversationDataset(
+            mix(places, [source.rate for source in sources], args.seed),
+            [open_fresh(source, mirror=data_arguments.mirror) for source in sources],
+            **example_options,
+        )
     else:
-        fresh = None
-        if data_arguments.fresh_records:
-            fresh = [open_fresh(source, mirror=data_arguments.mirror) for source in sources]
-        train_dataset = ConversationDataset(train_records, fresh=fresh, **example_options)
+        train_dataset = ConversationDataset(train_records, **example_options)
     eval_dataset = load_eval_records(sources, streaming)
     if eval_dataset is not None:
         eval_dataset = ConversationDataset(eval_dataset, turns_per_record=None if turns_per_record is None else 0)

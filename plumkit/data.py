@@ -123,18 +123,11 @@ def random_crop(
 class ConversationDataset(torch.utils.data.Dataset):
     """
     Examples with random changes that depend on seed, epoch and index alone: the same for any number of processes and
-    workers, and after a resume.
-
-    Args:
-        records: With the columns `part` and `row` where `fresh` is given, see [`plumkit.mixture.mix`].
-        fresh: By part, what makes its records anew (see `plumkit.fresh`). Default: the stored records are read.
-        options: Those of [`ExampleMaker`].
+    workers, and after a resume. `options` are those of [`ExampleMaker`].
     """
 
-    def __init__(self, records: Dataset, seed: int = 0, fresh: Sequence[FreshRecords] | None = None, **options):
+    def __init__(self, records: Dataset, seed: int = 0, **options):
         self.records, self.seed, self.epoch = undecoded(records), seed, 0
-        self.fresh = fresh
-        self.places = None if fresh is None else records.select_columns(["part", "row"])
         self.make_example = ExampleMaker(**options)
 
     def set_epoch(self, epoch: int):
@@ -147,10 +140,28 @@ class ConversationDataset(torch.utils.data.Dataset):
         return self.make_example(self._read(index), np.random.default_rng([self.seed, self.epoch, index]))
 
     def _read(self, index: int) -> dict:
-        if self.fresh is None:
-            return self.records[index]
+        return self.records[index]
+
+
+class FreshConversationDataset(ConversationDataset):
+    """
+    As above, but records are made when they are read, other ones in every epoch.
+
+    Args:
+        places: The columns `part` and `row`, in the order in which the parts are mixed.
+        makers: By part, what makes its records (see `plumkit.fresh`).
+    """
+
+    def __init__(self, places: Dataset, makers: Sequence[FreshRecords], seed: int = 0, **options):
+        self.places, self.makers, self.seed, self.epoch = places, makers, seed, 0
+        self.make_example = ExampleMaker(**options)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def _read(self, index: int) -> dict:
         place = self.places[index]
-        return self.fresh[place["part"]](place["row"], self.epoch * len(self) + index)
+        return self.makers[place["part"]](place["row"], self.epoch * len(self) + index)
 
 
 def stream_examples(records: IterableDataset, seed: int = 0, **options) -> IterableDataset:

@@ -95,15 +95,9 @@ def mix(parts: list[Dataset] | list[IterableDataset], rates: list[float], seed: 
     One data set in which each record is drawn from the parts by their rates, in proportion.
 
     Memory-mapped, it ends when every record of every part has come once, those of parts that are small for their rate
-    several times; the columns `part` and `row` say where a record comes from. Streamed, it goes on for ever, each part
-    shuffled within a buffer.
+    several times. Streamed, it goes on for ever, each part shuffled within a buffer.
     """
     if isinstance(parts[0], IterableDataset):
         parts = [part.repeat(None).shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER) for part in parts]
-    else:
-        parts = [
-            part.add_column("part", [number] * len(part)).add_column("row", range(len(part)))
-            for number, part in enumerate(parts)
-        ]
     probabilities = [rate / sum(rates) for rate in rates]
     return interleave_datasets(parts, probabilities, seed=seed, stopping_strategy="all_exhausted")

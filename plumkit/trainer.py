@@ -263,8 +263,8 @@ def _count_record_results(inputs: dict, outputs: dict, config: PlumConfig) -> to
     size = config.sam_config.vision_config.image_size
     record_of_row = inputs["record_index"].tolist()
     counts = torch.zeros(record_of_row[-1] + 1, 7, device=inputs["input_ids"].device)
-    targets = [] if outputs["mask_targets"] is None else outputs["mask_targets"].tolist()
-    for i, target in enumerate(targets):
+    targets = outputs.get("mask_targets")  # absent where there are no spans
+    for i, target in enumerate([] if targets is None else targets.tolist()):
         mask, row = inputs["mask_labels"][target], int(inputs["spans"][i, 0])
         image = inputs["sam_image_index"][row]
         reshaped = inputs["reshaped_input_sizes"][image].tolist()

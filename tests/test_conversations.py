@@ -41,10 +41,24 @@ def test_parts_are_listed_alphabetically_and_once_per_answer(conversations):
             assert phrases == sorted(set(phrases))
 
 
-def test_there_are_four_turns_unless_no_other_object_can_be_compared(conversations):
+def test_there_are_six_turns_unless_no_other_object_can_be_compared(conversations):
     turns = Counter(len(conversation.messages) // 2 for conversation in conversations)
-    assert set(turns) <= {2, 3, 4}
-    assert turns[4] > 0.9 * len(conversations)
+    assert set(turns) <= {3, 4, 5, 6}
+    assert turns[6] > 0.9 * len(conversations)
+
+
+def test_parts_that_one_object_shares_and_another_lacks_are_those_of_the_graph(examples, conversations):
+    asked = 0
+    pattern = r"in common with an? ([a-z ]+) but not with an? ([a-z ]+)\?$"
+    for example, conversation in zip(examples, conversations, strict=True):
+        visible = {mask.label for mask in example.masks}
+        for question, answer in zip(conversation.messages[::2], conversation.messages[1::2], strict=True):
+            if found := re.search(pattern, question["content"]):
+                partner, contrast = found.groups()
+                wanted = sorted(visible & set(GRAPH[partner]) - set(GRAPH[contrast]))
+                assert tagged_phrases(answer["content"]) == wanted != []
+                asked += 1
+    assert asked > 0.3 * len(conversations)
 
 
 def test_no_template_dominates_and_answers_begin_and_end_with_parts_or_ground_nothing(conversations):
@@ -61,7 +75,7 @@ def test_one_turn_names_every_visible_part_and_its_place_varies(examples, conver
     for example, conversation in zip(examples, conversations, strict=True):
         visible = sorted(mask.label for mask in example.masks)
         places[[tagged_phrases(answer) for answer in answers(conversation)].index(visible)] += 1
-    assert set(places) == {0, 1, 2, 3}
+    assert set(places) == {0, 1, 2, 3, 4, 5}
 
 
 def test_each_kind_has_at_least_eight_phrasings():
@@ -93,7 +107,7 @@ def test_articles_are_outside_the_tag_and_right():
     for seed in range(200):
         texts.update(answers(converse(example, part_graph=graph, seed=seed)))
     assert "I can see an <p>engine</p> and <p>shoes</p>." in texts
-    assert "The <p>shoes</p> are right here." in texts
+    assert "The <p>shoes</p> are over here." in texts
     assert not any("a <p>engine" in text or "a <p>shoes" in text for text in texts)
 
 

@@ -206,6 +206,8 @@ def test_a_long_conversation_loses_whole_turns_with_their_spans_and_masks_and_no
     for name, value in wanted.items():
         if name in ("mask_labels", "record_ids"):
             assert [str(item) for item in found[name]] == [str(item) for item in value]
+        elif name.endswith("_groups"):  # numbers of groups, which only have to differ
+            assert found[name].unique(return_inverse=True)[1].tolist() == value.unique(return_inverse=True)[1].tolist()
         else:
             assert found[name].tolist() == value.tolist(), name
 

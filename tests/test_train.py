@@ -65,6 +65,14 @@ def test_a_model_config_is_a_mapping_in_the_recipe_and_json_on_the_command_line(
         ({"model_config": 5}, [], "model_config must be a mapping, found 5"),
         ({"model_config": "tiny"}, [], "model_config must be a mapping"),
         ({"model": "m", "random_crop": 1}, [], "random_crop must be at least 0 and below 1, found 1"),
+        (
+            {"model": "m", "teacher_forcing_probability": 1.5},
+            [],
+            "teacher_forcing_probability must be between 0 and 1, found 1.5",
+        ),
+        ({"model": "m", "follow_up_probability": 0.5}, [], "follow_up_probability needs turns_per_record"),
+        ({"model": "m", "mirror": True}, [], "mirror needs fresh_records: true"),
+        ({"model": "m", "fresh_records": True, "streaming": True}, [], "fresh_records makes records by their number"),
     ],
     ids=str,
 )
@@ -129,11 +137,12 @@ def test_a_checkpoint_in_bfloat16_is_trained_in_float32(tmp_path):
     "options",
     [
         {},
-        {"muon_learning_rate": 0.01, "turns_per_record": 2},
+        {"muon_learning_rate": 0.01, "turns_per_record": 2, "follow_up_probability": 0.5},
+        {"teacher_forcing_probability": 0.5, "order_free_targets": True},
         {"lora_r": 2, "lora_dropout": 0.2},
         {"streaming": True, "dataloader_num_workers": 1},
     ],
-    ids=["adamw", "muon_turns", "lora", "streaming"],
+    ids=["adamw", "muon_turns", "forcing", "lora", "streaming"],
 )
 def test_a_run_that_goes_on_from_the_middle_of_an_epoch_ends_bit_for_bit_as_if_never_stopped(
     trained, data_folder, tmp_path, options

@@ -60,7 +60,7 @@ def run_trainer(
         "use_cpu": True,
     }
     args = PlumTrainingArguments(str(output_dir), **{**settings, **options})
-    changes = {"jitter": 0.2, "max_spans": 2} if augmented else {}
+    changes = {"jitter": 0.2, "max_spans": 2, "teacher_forcing_probability": 0.5} if augmented else {}
     dataset = ConversationDataset(uneven_records(), seed=3, **changes)
     recorder, model = GradientRecorder(), tiny_model()
     # At its small initial weights the feedback would have gradients that vanish in rounding.
@@ -71,7 +71,7 @@ def run_trainer(
         args=args,
         train_dataset=streamed_mixture(**changes) if streamed else dataset,
         eval_dataset=ConversationDataset(make_records([record(number, number % 4) for number in range(30, 37)])),
-        data_collator=Collator(tiny_processor()),
+        data_collator=Collator(tiny_processor(), order_free_targets=augmented),
         callbacks=[recorder],
     )
     trainer.train(resume_from_checkpoint=resume)

@@ -567,7 +567,7 @@ class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
             span_groups = mask_groups = torch.arange(len(sizes), device=sizes.device)
         if len(mask_groups) != len(mask_labels):
             raise ValueError(
-                f"Found {len(mask_labels)} mask_labels and {len(mask_groups)} mask_groups; give one each."
+                f"Found {len(mask_groups)} mask_groups for {len(mask_labels)} mask_labels; give one each."
             )
         if teacher_forced is None:
             teacher_forced = torch.zeros_like(span_groups, dtype=torch.bool)
