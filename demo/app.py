@@ -12,6 +12,7 @@ import signal
 import sys
 import tempfile
 import time
+from abc import ABCMeta
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,10 +24,15 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 import datasets
 import gradio as gr
 import numpy as np
+from gradio.component_meta import ComponentMeta
+from gradio.components.base import server
 from PIL import Image
+from starlette.middleware import Middleware
 
 import partonomy_dataset  # noqa: F401  (makes load_dataset("partonomy", ...) work)
 from demo import pages
+from demo.replies import Replies, Ticket
+from demo.uploads import BoundedRequests, Drawings, own_file, read_upload
 from partkit.benchmark import load_image, load_questions
 from partkit.masks import DataError
 from partkit.schema import Question
@@ -37,12 +43,12 @@ from plumkit.inference import (
     Plum,
     Range,
     Reply,
+    check_text,
     correct_mask,
     find_ranges,
     finish,
     load_model,
     overlaps,
-    read_image,
     save,
     segment_apart,
     segment_words,
@@ -60,6 +66,8 @@ WAITING_REQUESTS = 64
 SECONDS_BETWEEN_UPDATES = 0.1
 """While an answer is written; sending every token would take longer than making it."""
 KEPT_SECONDS = 3600
+KEPT_SESSIONS = 256
+"""Pages that are remembered; the oldest go first."""
 CANVAS = (pages.LONGEST_SIDE, pages.LONGEST_SIDE)
 BRUSH_COLOUR = "#b2182b"
 USES_MODEL = {"concurrency_id": "model", "concurrency_limit": 1}
@@ -79,25 +87,31 @@ def problems_shown():
         raise gr.Error(str(error), print_exception=False) from error
 
 
-def need(reply: Reply | None) -> Reply:
-    """The reply of this session; there is none before the first question, nor once it has expired."""
-    if reply is None:
-        raise DataError("Ask a question first.")
-    return reply
-
-
-def path_of(upload: gr.FileData | None) -> str | None:
-    """An uploaded file, unread. Gradio's own components open it, and say no more than "Error" where it is no image."""
-    return None if upload is None else upload.path
-
-
 class Demo:
-    """What the page's events do. Every argument comes from one person's page or session, and all results go there."""
+    """
+    What the page's events do. Every argument comes from one person's page or session, and all results go there.
 
-    def __init__(self, plum: Plum, rows: datasets.Dataset, questions: Sequence[Question]):
+    Args:
+        uploads: Folder that gradio puts uploads into; no other file is read for anybody.
+    """
+
+    def __init__(self, plum: Plum, rows: datasets.Dataset, questions: Sequence[Question], *, uploads: Path):
         self.plum = plum
         self.rows = rows
         self.questions = questions
+        self.uploads = uploads
+        self.replies = Replies()
+        self.drawings = Drawings(uploads, CANVAS)
+
+    def find_upload(self, upload: gr.FileData | None) -> Path | None:
+        """In the place of gradio's own reading of an image, which opens any file that a request names."""
+        with problems_shown():
+            return None if upload is None else own_file(upload.path, self.uploads)
+
+    def read_drawing(self, data: Any) -> Image.Image | None:
+        """In the place of gradio's own reading of a drawing."""
+        with problems_shown():
+            return self.drawings.read(data)
 
     def finish(self, reply: Reply, span_threshold: float, mask_threshold: float) -> PlumAnswer:
         return finish(self.plum, reply, span_threshold=span_threshold, mask_threshold=mask_threshold)
@@ -107,13 +121,13 @@ class Demo:
         answer = self.finish(reply, *thresholds)
         choices = [(f"{n}. {span.text}", n - 1) for n, span in enumerate(answer.spans, start=1)]
         masks = gr.Dropdown(choices=choices, value=None)
-        return pages.draw_answer(reply.image, answer), reply, masks, "", None, None, "", None
+        return pages.draw_answer(reply.image, answer), self.replies.keep(reply), masks, "", None, None, "", None
 
-    def ask(self, path: str | None, question: str, *thresholds: float) -> Iterator[tuple]:
+    def ask(self, path: Path | None, question: str, *thresholds: float) -> Iterator[tuple]:
         with problems_shown():
             if path is None:
                 raise DataError("Choose an image first.")
-            image = read_image(path)
+            image = read_upload(path)
             shown = time.monotonic()
             for piece in stream(self.plum, image, question):
                 if isinstance(piece, Reply):
@@ -122,13 +136,16 @@ class Demo:
                     shown = time.monotonic()
                     yield pages.draw_text(piece), *[gr.skip()] * 7
 
-    def redraw(self, reply: Reply | None, *thresholds: float) -> tuple:
-        return self.present(reply, *thresholds) if reply is not None else (gr.skip(),) * 8
+    def redraw(self, ticket: Ticket | None, *thresholds: float) -> tuple:
+        if ticket is None:
+            return (gr.skip(),) * 8
+        with problems_shown():
+            return self.present(self.replies.get(ticket), *thresholds)
 
-    def pick_words(self, reply: Reply | None, event: gr.EventData) -> tuple[str, Range]:
+    def pick_words(self, ticket: Ticket | None, event: gr.EventData) -> tuple[str, Range]:
         """Words selected in the answer, widened to whole words."""
         with problems_shown():
-            text = need(reply).text
+            text = self.replies.get(ticket).text
         start, end = sorted(min(max(int(place), 0), len(text)) for place in (event.start, event.end))
         while start < end and not text[start].isalnum():
             start += 1
@@ -140,10 +157,11 @@ class Demo:
             end += 1
         return text[start:end], (start, end)
 
-    def segment(self, reply: Reply | None, words: str, picked: Range | None, *thresholds: float) -> tuple:
+    def segment(self, ticket: Ticket | None, words: str, picked: Range | None, *thresholds: float) -> tuple:
         """Adds words of the answer to its spans: the selected ones, or where typed words first stand free."""
         with problems_shown():
-            text, known = need(reply).text, self.ranges(reply, *thresholds)
+            reply, words = self.replies.get(ticket), check_text(words or "", what="words of the answer")
+            text, known = reply.text, self.ranges(reply, *thresholds)
             if picked is not None and text[slice(*picked)] == words:
                 new = [tuple(picked)]
             else:
@@ -155,33 +173,36 @@ class Demo:
     def ranges(self, reply: Reply, *thresholds: float) -> list[Range]:
         return [(span.start, span.end) for span in self.finish(reply, *thresholds).spans]
 
-    def open_editor(self, reply: Reply | None, index: int | None, *thresholds: float) -> dict[str, Any] | None:
+    def open_editor(self, ticket: Ticket | None, index: int | None, *thresholds: float) -> dict[str, Any] | None:
         """The image with one mask as a layer to paint on, both at the top left of a square canvas."""
         if index is None:
             return None
         with problems_shown():
-            size = pages.shown_size(need(reply).image)
-        mask = self.finish(reply, *thresholds).spans[index].mask
+            reply = self.replies.get(ticket)
+            size = pages.shown_size(reply.image)
+            mask = chosen(self.finish(reply, *thresholds).spans, index).mask
         layer, background = Image.new("RGBA", CANVAS), Image.new("RGBA", CANVAS)
         layer.paste(BRUSH_COLOUR, mask=Image.fromarray(mask).convert("L").resize(size, Image.Resampling.NEAREST))
         background.paste(reply.image.resize(size, Image.Resampling.BICUBIC))
         return {"background": background, "layers": [layer], "composite": None}
 
-    def correct(self, reply: Reply | None, index: int | None, drawn: dict | None, *thresholds: float) -> tuple:
+    def correct(
+        self, ticket: Ticket | None, index: int | None, layer: Image.Image | None, *thresholds: float
+    ) -> tuple:
         """Takes what was painted as the mask of a span, and decodes the spans after it from that."""
         with problems_shown():
-            need(reply)
-            if index is None or not drawn or not drawn["layers"]:
+            reply = self.replies.get(ticket)
+            if index is None or layer is None:
                 raise DataError("Choose a mask and paint on it first.")
-            # The editor returns the layer as it was given and, last, as it is now.
-            painted = drawn["layers"][-1].getchannel("A").crop((0, 0, *pages.shown_size(reply.image)))
+            painted = layer.getchannel("A").crop((0, 0, *pages.shown_size(reply.image)))
             mask = np.asarray(painted.resize(reply.image.size, Image.Resampling.NEAREST)) > 127
             ranges = self.ranges(reply, *thresholds)
-            return self.present(correct_mask(self.plum, reply, ranges, ranges[index], mask), *thresholds)
+            return self.present(correct_mask(self.plum, reply, ranges, chosen(ranges, index), mask), *thresholds)
 
-    def steps(self, reply: Reply | None, *thresholds: float) -> str:
+    def steps(self, ticket: Ticket | None, *thresholds: float) -> str:
         with problems_shown():
-            spans = self.finish(need(reply), *thresholds).spans
+            reply = self.replies.get(ticket)
+            spans = self.finish(reply, *thresholds).spans
             places = [(span.start, span.end) for span in spans]
             apart = [
                 finish(self.plum, alone, mask_threshold=thresholds[1]).spans[0]
@@ -189,9 +210,10 @@ class Demo:
             ]
             return pages.draw_steps(reply.image, spans, apart)
 
-    def files(self, reply: Reply | None, *thresholds: float) -> Iterator[list[str]]:
+    def files(self, ticket: Ticket | None, *thresholds: float) -> Iterator[list[str]]:
         with problems_shown(), tempfile.TemporaryDirectory() as folder:
-            answer = self.finish(need(reply), *thresholds)
+            reply = self.replies.get(ticket)
+            answer = self.finish(reply, *thresholds)
             # gradio copies the files to its cache before it comes back here and the folder goes
             yield [str(path) for path in save(answer, reply.image, Path(folder), file_name="image")]
 
@@ -212,42 +234,77 @@ class Demo:
             return pages.draw_question(image, question, prediction)
 
 
+def chosen(items: Sequence, index: int) -> Any:
+    """The item that a request has chosen; DataError if there is none of that number."""
+    if not 0 <= index < len(items):
+        raise DataError("This mask is not there any more: choose another.")
+    return items[index]
+
+
 # ---------------------------------------------------------------- layout
 
 
-def make_app(plum: Plum, rows: datasets.Dataset, questions: Sequence[Question], *, examples: Path) -> gr.Blocks:
-    """The page. `examples` is a folder for the example images."""
-    demo = Demo(plum, rows, questions)
+def make_app(demo: Demo) -> gr.Blocks:
+    """The page; the example images are put into the folder of uploads."""
     with gr.Blocks(title="PLUM", analytics_enabled=False, delete_cache=(KEPT_SECONDS // 4, KEPT_SECONDS // 2)) as app:
         gr.Markdown("# PLUM\nAsk what an image shows. Words of the answer that name something visible have masks.")
         with gr.Tab("Ask"):
-            add_ask_tab(demo, save_examples(demo, examples))
+            add_ask_tab(demo, save_examples(demo))
         with gr.Tab("Benchmark") as tab:
             add_benchmark_tab(demo, tab)
     return app.queue(max_size=WAITING_REQUESTS)
 
 
-def save_examples(demo: Demo, folder: Path) -> list[str]:
-    chosen = sorted({min(index, len(demo.questions) - 1) for index in EXAMPLES})
-    paths = [folder / f"{index}.png" for index in chosen]
-    for index, path in zip(chosen, paths, strict=True):
+def save_examples(demo: Demo) -> list[str]:
+    indices = sorted({min(index, len(demo.questions) - 1) for index in EXAMPLES})
+    paths = [demo.uploads / f"{index}.png" for index in indices]
+    for index, path in zip(indices, paths, strict=True):
         load_image(demo.rows, index, demo.questions[index]).save(path)
     return [str(path) for path in paths]
 
 
+class OwnComponent(ComponentMeta):
+    """Makes a component like one of gradio's, without the .pyi file that gradio writes beside its source."""
+
+    def __new__(cls, name: str, bases: tuple, attributes: dict) -> type:
+        return ABCMeta.__new__(cls, name, bases, attributes)
+
+
+def make_inputs(demo: Demo) -> tuple[type[gr.Image], type[gr.ImageEditor]]:
+    """Gradio's components for an image and a drawing, with reading of their files of our own in every session."""
+
+    class Upload(gr.Image, metaclass=OwnComponent):
+        is_template = True  # to the page it is the component that it is derived from
+
+        def preprocess(self, payload: Any) -> Path | None:
+            return demo.find_upload(payload)
+
+    class Drawing(gr.ImageEditor, metaclass=OwnComponent):
+        is_template = True
+
+        def preprocess(self, payload: Any) -> Image.Image | None:
+            return demo.read_drawing(payload)
+
+        @server
+        def accept_blobs(self, data: Any) -> None:
+            demo.drawings.accept(data)
+
+    return Upload, Drawing
+
+
 def add_ask_tab(demo: Demo, examples: list[str]) -> None:
+    upload_of, drawing_of = make_inputs(demo)
     reply = gr.State(time_to_live=KEPT_SECONDS)
     picked = gr.State(time_to_live=KEPT_SECONDS)
     with gr.Row():
         with gr.Column():
-            image = gr.Image(
+            image = upload_of(
                 label=f"Image, at most {MAX_IMAGE_BYTES // 10**6} MB",
                 type="filepath",
                 image_mode=None,
                 sources=["upload", "webcam", "clipboard"],
                 height=320,
             )
-            image.preprocess = path_of
             question = gr.Textbox(QUESTION, label="Question", max_length=MAX_TEXT_CHARACTERS, lines=2, max_lines=4)
             ask = gr.Button("Ask", variant="primary")
             gr.Examples(examples, image, label="Examples", cache_examples=False)
@@ -271,8 +328,8 @@ def add_ask_tab(demo: Demo, examples: list[str]) -> None:
                 )
                 segment = gr.Button("Segment")
             with gr.Tab("Correct a mask"):
-                chosen = gr.Dropdown([], label="Mask", info="Paint or erase; the masks after it follow.")
-                editor = gr.ImageEditor(
+                mask = gr.Dropdown([], label="Mask", info="Paint or erase; the masks after it follow.")
+                editor = drawing_of(
                     label="Brush",
                     type="pil",
                     format="png",
@@ -292,7 +349,7 @@ def add_ask_tab(demo: Demo, examples: list[str]) -> None:
                 files = gr.Files(label="Overlay, masks (PNG), COCO json", interactive=False)
 
     thresholds = [span_threshold, mask_threshold]
-    shown = [view, reply, chosen, words, picked, editor, steps, files]
+    shown = [view, reply, mask, words, picked, editor, steps, files]
     gr.on([ask.click, question.submit], demo.ask, [image, question, *thresholds], shown, api_name="ask", **USES_MODEL)
     gr.on([slider.change for slider in thresholds], demo.redraw, [reply, *thresholds], shown, show_progress="hidden")
     view.select(demo.pick_words, reply, [words, picked], show_progress="hidden")
@@ -304,8 +361,8 @@ def add_ask_tab(demo: Demo, examples: list[str]) -> None:
         api_name="segment",
         **USES_MODEL,
     )
-    chosen.input(demo.open_editor, [reply, chosen, *thresholds], editor)
-    correct.click(demo.correct, [reply, chosen, editor, *thresholds], shown, **USES_MODEL)
+    mask.input(demo.open_editor, [reply, mask, *thresholds], editor)
+    correct.click(demo.correct, [reply, mask, editor, *thresholds], shown, **USES_MODEL)
     show_steps.click(demo.steps, [reply, *thresholds], steps, **USES_MODEL)
     make_files.click(demo.files, [reply, *thresholds], files, api_name="files")
 
@@ -322,15 +379,21 @@ def add_benchmark_tab(demo: Demo, tab: gr.Tab) -> None:
     gr.on([tab.select, number.change], demo.benchmark, number, page, trigger_mode="always_last", **USES_MODEL)
 
 
-LAUNCH: dict[str, Any] = {
-    "theme": THEME,
-    "css_paths": [HERE / "style.css"],
-    "max_file_size": MAX_IMAGE_BYTES,
-    "ssr_mode": False,
-    "footer_links": [],
-    "share": False,
-}
-"""How the page is served, here and in the tests."""
+def serve(demo: Demo, **options: Any) -> gr.Blocks:
+    """Starts the server on the page; `options` are further ones of `launch`."""
+    app = make_app(demo)
+    app.launch(
+        theme=THEME,
+        css_paths=[HERE / "style.css"],
+        max_file_size=MAX_IMAGE_BYTES,
+        state_session_capacity=KEPT_SESSIONS,
+        app_kwargs={"middleware": [Middleware(BoundedRequests, folder=demo.uploads)]},
+        ssr_mode=False,
+        footer_links=[],
+        share=False,
+        **options,
+    )
+    return app
 
 
 def main() -> None:
@@ -347,8 +410,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the folder goes as well when a service is stopped
     with tempfile.TemporaryDirectory(prefix="plum-demo-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder  # uploads and files; nothing of it stays
-        app = make_app(plum, rows, questions, examples=Path(folder))
-        app.launch(server_port=arguments.port, **LAUNCH)
+        serve(Demo(plum, rows, questions, uploads=Path(folder)), server_port=arguments.port)
 
 
 if __name__ == "__main__":

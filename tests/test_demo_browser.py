@@ -16,7 +16,7 @@ import pytest
 from PIL import Image, ImageColor
 from scipy.ndimage import distance_transform_edt
 
-from demo.app import BRUSH_COLOUR, DEFAULT_MODEL, LAUNCH, make_app
+from demo.app import BRUSH_COLOUR, DEFAULT_MODEL, Demo, serve
 from partkit.benchmark import load_questions
 from plumkit.inference import load_model
 
@@ -47,10 +47,9 @@ def address(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
     patch = pytest.MonkeyPatch()
     patch.setenv("GRADIO_TEMP_DIR", str(folder))
-    app = make_app(plum, rows, questions, examples=folder)
-    _, address, _ = app.launch(prevent_thread_lock=True, quiet=True, **LAUNCH)
+    app = serve(Demo(plum, rows, questions, uploads=folder), prevent_thread_lock=True, quiet=True)
     rows[EXAMPLE]["image"].save(folder / "upload.png")
-    yield address, folder / "upload.png"
+    yield app.local_url, folder / "upload.png"
     app.close()
     patch.undo()
 

@@ -1,0 +1,29 @@
+"""Reads one image and writes its width, its height and its RGB pixels; demo/uploads.py runs it, and ends it if needed.
+
+python demo/read_upload.py IMAGE MAX_PIXELS MAX_BYTES
+"""
+
+import resource
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from images_plum import read_image
+from partkit.masks import DataError
+
+MEMORY_BYTES = 2 * 1024**3
+
+
+def main() -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    try:
+        path, max_pixels, max_bytes = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+        image = read_image(path, where="The image", max_pixels=max_pixels, max_bytes=max_bytes)
+    except DataError as error:
+        sys.exit(f"{error}.")
+    sys.stdout.buffer.write(b"%d %d\n" % image.size + image.tobytes())
+
+
+if __name__ == "__main__":
+    main()
