@@ -28,10 +28,12 @@ import numpy as np
 import torch
 import yaml
 from datasets import Dataset, load_dataset
+from transformers import set_seed
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import partonomy_dataset  # noqa: F401  (makes load_dataset("partonomy") work)
+from configuration_plum import PlumConfig
 from modeling_plum import PlumForConditionalGeneration
 from partkit.predictions import write_whole
 from partkit.schema import escape_tags
@@ -65,9 +67,12 @@ def measure_masks(model: PlumForConditionalGeneration, processor: PlumProcessor,
     examples, collate = ConversationDataset(records, turns_per_record=0), Collator(processor)
     rows = []
     for start in range(0, len(examples), BATCH_SIZE):
-        batch = collate([examples[i] for i in range(start, min(start + BATCH_SIZE, len(examples)))])
+        some = [examples[i] for i in range(start, min(start + BATCH_SIZE, len(examples)))]
+        batch = collate(some)
         record_of_row = (batch.pop("record_index") + start).tolist()
-        for (row, position), *ious in _measure_batch(model, processor, batch):
+        chats = [chat for example in some for chat in example["conversations"]]
+        true = [torch.from_numpy(mask) for chat in chats for mask in chat["masks"]]
+        for (row, position), *ious in _measure_batch(model, processor, batch, true):
             rows.append((record_of_row[row], position, *ious))
     record, position, own, given = np.array(rows).T
     later = position > 0
@@ -78,9 +83,12 @@ def measure_masks(model: PlumForConditionalGeneration, processor: PlumProcessor,
     return figures
 
 
-def _measure_batch(model, processor, batch: dict) -> list[tuple[tuple[int, int], float, float]]:
-    """For each span its (row, position among the row's spans) and its IoU with own and with given earlier masks."""
-    true, rows = batch["mask_labels"], batch["spans"][:, 0].contiguous()
+def _measure_batch(model, processor, batch: dict, true: list) -> list[tuple[tuple[int, int], float, float]]:
+    """
+    For each span its (row, position among the row's spans) and its IoU with own and with given earlier masks, `true`
+    being the masks of all spans at the size of their images.
+    """
+    rows = batch["spans"][:, 0].contiguous()
     if not true:
         return []
     positions = (torch.arange(len(rows)) - torch.searchsorted(rows, rows)).tolist()
@@ -114,6 +122,12 @@ def measure_perplexity(model: PlumForConditionalGeneration, processor: PlumProce
         total += float(model.score_choices(**batch, num_choices=1, reduction="answer_sum").double().sum())
         count += int((batch["labels"] != -100).sum())
     return math.exp(total / count)
+
+
+def build_untrained(config: PlumConfig, *, seed: int) -> PlumForConditionalGeneration:
+    """A model of new random weights, the same whenever it is built with this seed."""
+    set_seed(seed)
+    return PlumForConditionalGeneration(config).eval()
 
 
 # ------------------------------------------------------------------------------------------------ runs
@@ -164,7 +178,7 @@ def run(folder: Path, recipe: Path, *, dataset: str) -> dict[str, float]:
         records = load_dataset("partonomy", dataset, split="test")
         figures = measure_masks(model.eval(), processor, records)
         figures["perplexity"] = measure_perplexity(model, processor, records)
-        untrained = PlumForConditionalGeneration(model.config).eval()
+        untrained = build_untrained(model.config, seed=yaml.safe_load(recipe.read_text())["seed"])
         figures["perplexity_before"] = measure_perplexity(untrained, processor, records)
         write_whole(figures_file, [json.dumps(figures, indent=2), "\n"])
     return json.loads(figures_file.read_text()) | metrics

@@ -89,7 +89,7 @@ def test_a_chat_goes_on_after_a_bad_line_and_has_failed_in_the_end(checkpoint, i
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"Which parts?\n\n{'long ' * 200}\nIs it red?\n"))
     assert plumkit.cli.main(["chat", str(image_file), "--model", str(checkpoint), "--json"]) == 1
     captured = capsys.readouterr()
-    assert [sorted(json.loads(line)) for line in captured.out.splitlines()] == [["spans", "text"]] * 2
+    assert [sorted(json.loads(line)) for line in captured.out.splitlines()] == [["is_truncated", "spans", "text"]] * 2
     assert captured.err == "plum: Expected a question of 1 to 500 characters, found 999.\n"
 
 

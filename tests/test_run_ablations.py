@@ -11,7 +11,16 @@ import torch.nn.functional as F
 import yaml
 
 from partkit.masks import decode
-from scripts.run_ablations import FIGURES, VARIANTS, format_table, measure_masks, measure_perplexity, run, write_recipe
+from scripts.run_ablations import (
+    FIGURES,
+    VARIANTS,
+    build_untrained,
+    format_table,
+    measure_masks,
+    measure_perplexity,
+    run,
+    write_recipe,
+)
 from tests.tiny import conversation, tiny_model, tiny_processor
 from tests.training import make_records, record
 from train import build_from_scratch
@@ -75,6 +84,15 @@ def test_perplexity_is_that_of_the_answers_without_tags_and_images(records):
             losses += loss[batch["labels"][0, 1:] != -100].tolist()
     expected = math.exp(sum(losses) / len(losses))
     assert measure_perplexity(model, processor, records) == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_weights_before_the_training_depend_on_the_seed_alone(records):
+    processor, config = tiny_processor(), tiny_model().config
+    perplexities = []
+    for seed in (1, 1, 2):
+        torch.rand(seed)  # whatever was drawn before
+        perplexities.append(measure_perplexity(build_untrained(config, seed=seed), processor, records))
+    assert perplexities[0] == perplexities[1] != perplexities[2]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -145,8 +145,8 @@ def test_the_training_forward_equals_one_written_out_by_hand():
             for query in queries
         ]
         low_res = torch.stack([mask[0, 0, 0] for mask, _ in decoded])
-        logits = upscale_masks(low_res, 64, batch["reshaped_input_sizes"][0].tolist(), (50, 70))
         targets = torch.stack(batch["mask_labels"]).float()
+        logits = upscale_masks(low_res, 64, batch["reshaped_input_sizes"][0].tolist(), targets.shape[1:])
         word_loss = F.cross_entropy(
             model.get_output_embeddings()(states)[0, :-1], batch["labels"][0, 1:], ignore_index=-100
         )
