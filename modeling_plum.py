@@ -28,7 +28,6 @@ gradients on perfect predictions; every loss can be normalised by counts of the 
 
 import inspect
 from collections.abc import Callable
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,11 +43,11 @@ from transformers import (
     SamModel,
 )
 from transformers import initialization as init
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
 try:
     from .configuration_plum import PlumConfig
+    from .decoding_plum import PlumMaskDecoding
     from .generation_plum import (
         DEFAULT_MAX_NEW_TOKENS,
         check_generation_file,
@@ -80,10 +79,12 @@ try:
     from .masks_plum import downscale_masks
     from .pipeline_plum import CUSTOM_PIPELINES
     from .sharing_plum import GeneratedStates, RecordedInputs, SharedBeginnings, let_observe, pack_rows
+    from .vision_plum import PlumVision
 except ImportError:
     if __package__:
         raise
     from configuration_plum import PlumConfig
+    from decoding_plum import PlumMaskDecoding
     from generation_plum import (
         DEFAULT_MAX_NEW_TOKENS,
         check_generation_file,
@@ -115,12 +116,10 @@ except ImportError:
     from masks_plum import downscale_masks
     from pipeline_plum import CUSTOM_PIPELINES
     from sharing_plum import GeneratedStates, RecordedInputs, SharedBeginnings, let_observe, pack_rows
+    from vision_plum import PlumVision
 
 # Positions whose logits over the vocabulary are held at once where only their loss is asked for.
 LOGIT_ROWS = 64
-# Mask prompts that are decoded at once: on a CPU so many that their image cells number these, elsewhere these.
-CPU_CELLS_AT_ONCE = 16 * 16 * 16
-PROMPTS_AT_ONCE = 64
 
 
 @dataclass
@@ -208,18 +207,6 @@ class PlumPreTrainedModel(PreTrainedModel):
             init.normal_(module.queries, std=self.config.initializer_range)
 
 
-@contextmanager
-def weights_in_place(*modules: nn.Module):
-    """While it lasts, offloaded weights of modules are there for the code of others, which reads but does not call."""
-    with ExitStack() as stack:
-        for module in modules:
-            if hasattr(module, "_hf_hook"):
-                from accelerate.utils import align_module_device
-
-                stack.enter_context(align_module_device(module))
-        yield
-
-
 def _load_whole(auto_class, folder: str, config, dtype) -> PreTrainedModel:
     """A pretrained model; `ValueError` if any of its weights is not in the checkpoint."""
     model, report = auto_class.from_pretrained(
@@ -234,7 +221,7 @@ def _load_whole(auto_class, folder: str, config, dtype) -> PreTrainedModel:
     return model
 
 
-class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
+class PlumForConditionalGeneration(PlumVision, PlumMaskDecoding, PlumPreTrainedModel, GenerationMixin):
     """A vision-language model with a span tagger, a span projector, mask feedback and a SAM."""
 
     # Every loss below is normalised by its own count, so the Trainer must not divide again.
@@ -358,112 +345,6 @@ class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
         self.config.auto_map = auto_map | {"AutoModelForImageTextToText": f"modeling_plum.{type(self).__name__}"}
         self.config.custom_pipelines = CUSTOM_PIPELINES
         super().save_pretrained(save_directory, save_original_format=save_original_format, **kwargs)
-
-    # ------------------------------------------------------------------ images
-
-    def get_image_embeddings(self, sam_pixel_values: torch.Tensor) -> torch.Tensor:
-        """SAM's encoder: `(N, 3, image_size, image_size)` pixels to `(N, C, G, G)` embeddings."""
-        return self.sam.vision_encoder(sam_pixel_values.to(self.sam.vision_encoder.dtype)).last_hidden_state
-
-    def get_vlm_image_features(self, image_token_counts: list[int], **image_inputs) -> list[torch.Tensor] | None:
-        """
-        What the vision-language model sees of images, to be kept and given as `vlm_image_features` wherever they are
-        asked about.
-
-        Args:
-            image_token_counts: Placeholder tokens of each image.
-            image_inputs: `sam_image_embeddings` where the model looks through SAM, else the inputs that the
-                vision-language model takes for these images.
-
-        Returns:
-            `(image tokens, D)` features of each image; `None` for a family that takes more from an image than these.
-        """
-        if self.config.vlm_image_input == "sam_image_embeddings":
-            embeddings = image_inputs["sam_image_embeddings"].to(self.vlm.dtype)
-            outputs = self.vlm.model.get_image_features(embeddings, return_dict=True)
-        else:
-            if "mm_encoder_outputs" not in inspect.signature(self.vlm.model.forward).parameters:
-                return None
-            taken = inspect.signature(self.vlm.model.get_image_features).parameters
-            inputs = {name: value for name, value in image_inputs.items() if name in taken}
-            inputs["pixel_values"] = inputs["pixel_values"].to(self.vlm.dtype)
-            outputs = self.vlm.model.get_image_features(**inputs, return_dict=True)
-            if set(outputs) - {"last_hidden_state", "pooler_output", "hidden_states", "attentions"}:
-                return None
-        features = torch.cat([feature.flatten(0, -2) for feature in outputs.pooler_output])
-        if len(features) != sum(image_token_counts):
-            raise ValueError(
-                f"Image features and image tokens do not match: {len(image_token_counts)} images have {len(features)} "
-                f"features and {sum(image_token_counts)} image tokens; set the processor's num_image_tokens right."
-            )
-        return list(features.split(image_token_counts))
-
-    def _resolve_images(
-        self,
-        input_ids,
-        pixel_values,
-        sam_pixel_values,
-        sam_image_embeddings,
-        sam_image_index,
-        vlm_image_features=None,
-    ) -> tuple[dict[str, torch.Tensor], torch.Tensor | None, torch.Tensor]:
-        """The vision-language model's image inputs, SAM's embeddings and the image of each row."""
-        if sam_image_embeddings is None and sam_pixel_values is not None and len(sam_pixel_values):
-            sam_image_embeddings = self.get_image_embeddings(sam_pixel_values)
-        if sam_image_index is None:
-            count = 0 if sam_image_embeddings is None else len(sam_image_embeddings)
-            if count not in (0, len(input_ids)):
-                raise ValueError(
-                    f"Found {count} images for {len(input_ids)} rows; pass sam_image_index (B,) with the image of "
-                    "each row, -1 for none."
-                )
-            rows = torch.arange(len(input_ids), device=input_ids.device)
-            sam_image_index = rows if count else torch.full_like(rows, -1)
-        vlm_inputs = {}
-        if self.config.vlm_image_input == "sam_image_embeddings":
-            if sam_image_embeddings is not None:
-                vlm_inputs["inputs_embeds"] = self._embed_with_images(
-                    input_ids, sam_image_embeddings, sam_image_index, vlm_image_features
-                )
-        elif vlm_image_features is not None:
-            vlm_inputs["mm_encoder_outputs"] = {"image": self._repeat_for_rows(vlm_image_features, sam_image_index)}
-        elif pixel_values is not None and len(pixel_values):
-            vlm_inputs["pixel_values"] = pixel_values.to(self.vlm.dtype)
-        return vlm_inputs, sam_image_embeddings, sam_image_index
-
-    def _check_image_tokens(self, input_ids, vlm_inputs: dict):
-        """`ValueError` where the vision-language model would take image tokens for words."""
-        given = vlm_inputs.keys() & {"inputs_embeds", "pixel_values", "mm_encoder_outputs"}
-        if not given and (input_ids == self.config.vlm_config.image_token_id).any():
-            raise ValueError(
-                "input_ids hold image tokens, but no image comes with them; pass pixel_values, or what "
-                "get_vlm_image_features returned as vlm_image_features."
-            )
-
-    @staticmethod
-    def _repeat_for_rows(vlm_image_features, sam_image_index) -> BaseModelOutputWithPooling:
-        """Features of each row's image, in the form in which the vision-language model takes them ready-made."""
-        of_rows = [vlm_image_features[image] for image in sam_image_index.tolist() if image >= 0]
-        return BaseModelOutputWithPooling(pooler_output=of_rows)
-
-    def _embed_with_images(self, input_ids, sam_image_embeddings, sam_image_index, features=None) -> torch.Tensor:
-        """
-        Input embeddings `(B, L, D)` with the features of each row's image in its placeholders. The vision tower sees
-        an image once, however many rows ask about it.
-        """
-        placeholders = input_ids == self.config.vlm_config.image_token_id
-        if features is None:
-            outputs = self.vlm.model.get_image_features(sam_image_embeddings.to(self.vlm.dtype), return_dict=True)
-            features = list(outputs.pooler_output)
-        features = torch.stack(features)[sam_image_index[sam_image_index >= 0]]
-        if placeholders.sum() != features.shape[:2].numel():
-            raise ValueError(
-                f"Image features and image tokens do not match: {len(features)} rows with an image have "
-                f"{features.shape[1]} features each, found {int(placeholders.sum())} image tokens; set the "
-                f"processor's num_image_tokens to {features.shape[1]}."
-            )
-        embeddings = self.get_input_embeddings()(input_ids)
-        return embeddings.masked_scatter(placeholders[..., None], features.to(embeddings))
 
     # ---------------------------------------------------------------- training
 
@@ -625,131 +506,6 @@ class PlumForConditionalGeneration(PlumPreTrainedModel, GenerationMixin):
         with torch.no_grad():
             teacher_hidden_states = teacher(**language_inputs).last_hidden_state
         return teacher_kl_loss(hidden_states, teacher_hidden_states, spans, self.config.teacher_kl_sigma, count)
-
-    # ------------------------------------------------------------------- masks
-
-    def decode_masks(
-        self,
-        hidden_states: torch.Tensor,
-        spans: torch.LongTensor,
-        sam_image_embeddings: torch.Tensor,
-        sam_image_index: torch.LongTensor,
-        given_masks: dict[int, torch.Tensor] | None = None,
-        targets: MaskTargets | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """
-        Masks of spans, conversations in lock-step: step t decodes the t-th span of every row that has one.
-
-        Args:
-            hidden_states: `(B, L, D)`.
-            spans: `(S, 3)` rows `[row, start, end)`, rows ascending.
-            sam_image_embeddings, sam_image_index: As in [`forward`].
-            given_masks: Low-res logits `(4G, 4G)` by span index, which stand in for the prediction of that span.
-            targets: In training, gets the prediction of each span as it is decoded, and says what is fed back.
-
-        Returns:
-            `(S, 4G, 4G)` low-res logits and `(S,)` predicted IoUs.
-        """
-        check_spans(spans, hidden_states.shape[:2])
-        rows = spans[:, 0].contiguous()
-        images = sam_image_index[rows]
-        self._check_images_of_spans(rows, images, sam_image_embeddings)
-        # The mask branch stays in the precision of its weights: bfloat16 autocast costs it visible accuracy.
-        with torch.autocast(hidden_states.device.type, enabled=False):
-            dtype = self.sam.mask_decoder.iou_token.weight.dtype
-            projected = self.span_projector(hidden_states.to(next(self.span_projector.parameters()).dtype))
-            queries = mean_over_spans(projected.to(hidden_states.device), spans).to(dtype)  # (S, C)
-            embeddings = sam_image_embeddings.to(queries)
-            positions = self._grid_positions(queries)
-            if self.mask_feedback is None and not given_masks and targets is None:
-                return self._decode_step(queries, images, embeddings, positions, self._no_mask_prompt(queries))
-            return self._decode_in_lock_step(queries, rows, images, embeddings, positions, given_masks or {}, targets)
-
-    @staticmethod
-    def _check_images_of_spans(rows, images, sam_image_embeddings):
-        if sam_image_embeddings is None or (images < 0).any():
-            missing = rows.tolist() if sam_image_embeddings is None else rows[images < 0].tolist()
-            raise ValueError(f"Rows {sorted(set(missing))} have spans to segment but no image.")
-
-    # A weight is read by calling its module and nothing else: where it is offloaded, the call brings it.
-
-    def _grid_positions(self, like: torch.Tensor) -> torch.Tensor:
-        """SAM's positions `(1, C, G, G)` of the cells of its grid, on the device and in the precision of `like`."""
-        grid = self.config.sam_grid_size
-        embedding = self.sam.shared_image_embedding
-        centres = (torch.arange(grid, device=like.device, dtype=embedding.positional_embedding.dtype) + 0.5) / grid
-        rows, columns = torch.meshgrid(centres, centres, indexing="ij")
-        return embedding(torch.stack([columns, rows], dim=-1)).permute(2, 0, 1)[None].to(like)
-
-    def _no_mask_prompt(self, like: torch.Tensor) -> torch.Tensor:
-        """SAM's dense prompt "no mask" for each of n queries `(n, C)`, as a view: `(n, C, G, G)`."""
-        grid = self.config.sam_grid_size
-        first = torch.zeros(1, dtype=torch.long, device=like.device)
-        embedding = self.sam.prompt_encoder.no_mask_embed(first).to(like)  # (1, C)
-        return embedding[..., None, None].expand(len(like), -1, grid, grid)
-
-    def _decode_step(self, queries, images, embeddings, positions, dense) -> tuple[torch.Tensor, torch.Tensor]:
-        """SAM's mask decoder with one sparse and one dense prompt each: `(n, 4G, 4G)` logits, `(n,)` IoUs."""
-        # A batch saves time while its images fit the caches of a CPU; 16 prompts at once on a grid of 64 x 64 take
-        # twice as long as one by one.
-        on_cpu = queries.device.type == "cpu"
-        chunk = max(1, CPU_CELLS_AT_ONCE // self.config.sam_grid_size**2) if on_cpu else PROMPTS_AT_ONCE
-        masks, iou_scores = [], []
-        for start in range(0, len(queries), chunk):
-            members = slice(start, start + chunk)
-            with weights_in_place(self.sam.mask_decoder.iou_token, self.sam.mask_decoder.mask_tokens):
-                decoded, scores = self.sam.mask_decoder(
-                    embeddings[images[members]],
-                    image_positional_embeddings=positions.expand(len(queries[members]), -1, -1, -1),
-                    sparse_prompt_embeddings=queries[members, None, None],  # (n, 1, 1, C): one point prompt each
-                    dense_prompt_embeddings=dense[members],
-                    multimask_output=False,
-                )
-            masks.append(decoded[:, 0, 0].to(queries.device))
-            iou_scores.append(scores[:, 0, 0].to(queries.device))
-        return torch.cat(masks), torch.cat(iou_scores)
-
-    def _decode_in_lock_step(self, queries, rows, images, embeddings, positions, given_masks, targets):
-        first = torch.searchsorted(rows, rows)  # index of the first span of the same row
-        step = torch.arange(len(rows), device=rows.device) - first
-        last_step = step[torch.searchsorted(rows, rows, right=True) - 1]
-        masks, iou_scores, members_of_step = [], [], []
-        keys, values = None, None  # (n, t, G*G, C) of the earlier masks of the rows that go on
-        for t in range(int(step.max()) + 1):
-            members = (step == t).nonzero()[:, 0]
-            dense = self._no_mask_prompt(queries[members])
-            if keys is not None:
-                dense = self.mask_feedback(keys, values)
-            decoded, scores = self._decode_step(queries[members], images[members], embeddings, positions, dense)
-            decoded, scores = self._replace_given(members, decoded, scores, given_masks)
-            fed_back = decoded
-            if targets is not None:
-                targets.assign(members, decoded)
-                fed_back = targets.feed_back(members, decoded)
-            masks.append(decoded)
-            iou_scores.append(scores)
-            members_of_step.append(members)
-            goes_on = last_step[members] > t
-            if self.mask_feedback is not None and goes_on.any():
-                new_keys, new_values = self.mask_feedback.embed(
-                    fed_back[goes_on], queries[members[goes_on]], positions, self.sam.prompt_encoder.mask_embed
-                )
-                keys, values = (
-                    new[:, None] if earlier is None else torch.cat([earlier[goes_on], new[:, None]], dim=1)
-                    for earlier, new in ((keys, new_keys), (values, new_values))
-                )
-        order = torch.cat(members_of_step).argsort()
-        return torch.cat(masks)[order], torch.cat(iou_scores)[order]
-
-    @staticmethod
-    def _replace_given(members, masks, iou_scores, given_masks):
-        """The masks and scores of one step with the caller's masks, and a score of 1, in their places."""
-        for place, span in enumerate(members.tolist() if given_masks else []):
-            if span in given_masks:
-                chosen = torch.arange(len(masks), device=masks.device) == place
-                masks = torch.where(chosen[:, None, None], given_masks[span].to(masks), masks)
-                iou_scores = torch.where(chosen, torch.ones_like(iou_scores), iou_scores)
-        return masks, iou_scores
 
     # --------------------------------------------------------------- inference
 
