@@ -333,7 +333,7 @@ def evaluate(arguments: EvaluationArguments) -> None:
         rows, questions, unusable = load(arguments)
     wrong_images = {}
     if arguments.control == "wrong_image":
-        wrong_images = pick_wrong_images({question.image_id: question.image_label for question in questions})
+        wrong_images = pick_wrong_images(questions)
     folder, plum = load_model(arguments.model, dtype=arguments.dtype, device=state.device)
     settings = run_settings(arguments, folder=folder, questions=questions)
     output_dir = Path(arguments.output_dir)

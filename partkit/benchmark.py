@@ -111,20 +111,40 @@ def make_batches(questions: Sequence[Question], batch_size: int) -> list[list[in
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
-def pick_wrong_images(labels: dict[str, str]) -> dict[str, str]:
-    """For every image another one, each used once, and of another label where the labels allow it.
+def pick_wrong_images(questions: Sequence[Question]) -> dict[str, str]:
+    """For every image id another one, of another photograph, and of another label where the labels allow it.
 
-    Args:
-        labels: label of each image, by image id.
+    Each is used once, unless half of all are objects of one photograph.
 
     Raises:
-        DataError: there is only one image.
+        DataError: all questions are about one photograph.
     """
-    if len(labels) < 2:
+    labels = {question.image_id: question.image_label for question in questions}
+    photographs = {question.image_id: question.photograph for question in questions}
+    if len(set(photographs.values())) < 2:
         raise DataError("The wrong-image control needs at least two images, found one: use --control none.")
     shuffled = seeded_generator(CONTROL_SEED, "wrong_image").permutation(sorted(labels)).tolist()
     by_label = sorted(shuffled, key=labels.__getitem__)
     # Turned by the size of the largest label, no image meets its own label while that has at most half of all images.
     largest = max(len(list(group)) for _, group in itertools.groupby(by_label, labels.__getitem__))
     turn = min(largest, len(by_label) - 1)
-    return dict(zip(by_label, by_label[turn:] + by_label[:turn], strict=True))
+    wrong = dict(zip(by_label, by_label[turn:] + by_label[:turn], strict=True))
+    for image in by_label:
+        if photographs[image] == photographs[wrong[image]]:
+            _exchange(image, wrong, labels, photographs)
+    return wrong
+
+
+def _exchange(image: str, wrong: dict[str, str], labels: dict[str, str], photographs: dict[str, str]) -> None:
+    """Gives an image the wrong image of another one in exchange for its own, so that both are of other photographs,
+    and of other labels if possible."""
+
+    def differ(names: dict[str, str], other: str) -> bool:
+        return names[image] != names[wrong[other]] and names[other] != names[wrong[image]]
+
+    fitting = [other for other in wrong if differ(photographs, other)]
+    if fitting:
+        other = next((other for other in fitting if differ(labels, other)), fitting[0])
+        wrong[image], wrong[other] = wrong[other], wrong[image]
+    else:
+        wrong[image] = next(other for other in wrong if photographs[other] != photographs[image])

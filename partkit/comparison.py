@@ -41,21 +41,21 @@ def compare(
         name: [tally(*pair, mask_source=mask_source) for pair in pair_by_id(ordered, predictions)]
         for name, predictions in models.items()
     }
-    image_ids = np.array([question.image_id for question in ordered])
+    photographs = np.array([question.photograph for question in ordered])
     groups = {"overall": np.arange(len(ordered))}
     for question_type in sorted({question.question_type for question in ordered}):
         groups[question_type] = np.flatnonzero([question.question_type == question_type for question in ordered])
     return {
         group: _rows(
-            {name: [found[index] for index in indices] for name, found in tallies.items()}, image_ids[indices]
+            {name: [found[index] for index in indices] for name, found in tallies.items()}, photographs[indices]
         )
         for group, indices in groups.items()
     }
 
 
-def _rows(tallies: dict[str, list[Tally]], image_ids: Sequence[str]) -> list[dict[str, Any]]:
+def _rows(tallies: dict[str, list[Tally]], photographs: Sequence[str]) -> list[dict[str, Any]]:
     figures = {name: summarise(found) for name, found in tallies.items()}
-    draws = {name: resample(found, image_ids) for name, found in tallies.items()}
+    draws = {name: resample(found, photographs) for name, found in tallies.items()}
     first = next(iter(tallies))
     rows = []
     for figure in FIGURES:

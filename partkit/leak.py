@@ -91,9 +91,9 @@ def leak_of_copy(found: Survey, *, seed: int) -> dict[str, Leak | None]:
 
 def leak_of_published(questions: Sequence[Question], *, seed: int) -> Leak | None:
     """The leak of questions that come without a training split: half of the images, drawn by seed, is for training."""
-    image_ids = seeded_generator(seed, "leak").permutation(sorted({question.image_id for question in questions}))
-    train_ids = set(image_ids[: len(image_ids) // 2].tolist())
-    halves = [[q for q in questions if (q.image_id in train_ids) == wanted] for wanted in (True, False)]
+    photographs = seeded_generator(seed, "leak").permutation(sorted({question.photograph for question in questions}))
+    train = set(photographs[: len(photographs) // 2].tolist())
+    halves = [[q for q in questions if (q.photograph in train) == wanted] for wanted in (True, False)]
     return measure_leak(*halves) if all(halves) else None
 
 

@@ -337,14 +337,14 @@ def _figures(
 ) -> tuple[Figures, dict[str, tuple[float, float]]]:
     """The figures of a group of questions, and their intervals."""
     tallies = [tally(question, prediction, mask_source=mask_source) for question, prediction in pairs]
-    figures: Figures = {"n": len(pairs), **summarise(tallies)}
-    image_ids = [question.image_id for question, _ in pairs]
-    ranges = confidence_intervals(tallies, image_ids) if intervals else {}
+    photographs = [question.photograph for question, _ in pairs]
+    figures: Figures = {"n": len(pairs), "photographs": len(set(photographs)), **summarise(tallies)}
+    ranges = confidence_intervals(tallies, photographs) if intervals else {}
     if pairs[0][1].wrong_image is not None:
         control = [tally(q, prediction.wrong_image, mask_source=mask_source) for q, prediction in pairs]
         figures |= {f"{name}_wrong_image": value for name, value in summarise(control).items()}
         if intervals:
-            limits = confidence_intervals(control, image_ids)
+            limits = confidence_intervals(control, photographs)
             ranges |= {f"{name}_wrong_image": limits[name] for name in limits}
     return figures | _random_figures([question for question, _ in pairs]), ranges
 

@@ -133,6 +133,14 @@ class Question:
     source: str = ""
     licence: str = ""
 
+    @property
+    def photograph(self) -> str:
+        """The image of the question without its object: the same for all objects that one photograph shows.
+
+        Sources that make an example of each object of an image add its label to the id, "0.png#car".
+        """
+        return re.sub(rf"(?<=.)[#-]{re.escape(self.image_label)}$", "", self.image_id)
+
     def validate(self, *, where: str) -> None:
         """Raises DataError, naming the field, unless exactly one of several different choices is right and masked."""
         if self.question_type not in QUESTION_TYPES:

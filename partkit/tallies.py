@@ -86,18 +86,18 @@ def ratio_figures(tallies: Sequence[Tally], *, names: Sequence[str]) -> Figures:
 
 
 def resample(
-    tallies: Sequence[Tally], image_ids: Sequence[str], *, resamples: int = RESAMPLES, seed: int = BOOTSTRAP_SEED
+    tallies: Sequence[Tally], photographs: Sequence[str], *, resamples: int = RESAMPLES, seed: int = BOOTSTRAP_SEED
 ) -> dict[str, np.ndarray]:
-    """Each figure of `resamples` draws of the images with replacement: (resamples,) arrays by name.
+    """Each figure of `resamples` draws of the photographs with replacement: (resamples,) arrays by name.
 
-    Figures without any question are left out; a draw in which no question speaks of a figure gives NaN. Equal images
-    and seeds give equal draws, so that two models scored on the same questions are compared draw by draw.
+    Figures without any question are left out; a draw in which no question speaks of a figure gives NaN. Equal
+    photographs and seeds give equal draws, so that two models scored on the same questions are compared draw by draw.
 
     Args:
         tallies: one per question.
-        image_ids: the image that each question is about.
+        photographs: the one that each question is about; all its objects are drawn together.
     """
-    weights = _draw(image_ids, resamples=resamples, seed=seed)
+    weights = _draw(photographs, resamples=resamples, seed=seed)
     figures = _ratio_draws(tallies, weights, names=RATIO_FIGURES)
     detections = _Detections(tallies)
     if detections.true.any():
@@ -106,16 +106,18 @@ def resample(
     return figures
 
 
-def ratio_draws(tallies: Sequence[Tally], image_ids: Sequence[str], *, names: Sequence[str]) -> dict[str, np.ndarray]:
+def ratio_draws(
+    tallies: Sequence[Tally], photographs: Sequence[str], *, names: Sequence[str]
+) -> dict[str, np.ndarray]:
     """The named ratios of each draw; as `resample` otherwise."""
-    return _ratio_draws(tallies, _draw(image_ids, resamples=RESAMPLES, seed=BOOTSTRAP_SEED), names=names)
+    return _ratio_draws(tallies, _draw(photographs, resamples=RESAMPLES, seed=BOOTSTRAP_SEED), names=names)
 
 
-def _draw(image_ids: Sequence[str], *, resamples: int, seed: int) -> np.ndarray:
-    """(resamples, questions) how often each question is drawn, with its image."""
-    images, image_of = np.unique(image_ids, return_inverse=True)
-    n = len(images)
-    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples).astype(float)[:, image_of]
+def _draw(photographs: Sequence[str], *, resamples: int, seed: int) -> np.ndarray:
+    """(resamples, questions) how often each question is drawn, with its photograph."""
+    unique, index = np.unique(photographs, return_inverse=True)
+    n = len(unique)
+    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples).astype(float)[:, index]
 
 
 def _ratio_draws(tallies: Sequence[Tally], weights: np.ndarray, *, names: Sequence[str]) -> dict[str, np.ndarray]:
@@ -132,9 +134,9 @@ def _ratio_draws(tallies: Sequence[Tally], weights: np.ndarray, *, names: Sequen
     return figures
 
 
-def confidence_intervals(tallies: Sequence[Tally], image_ids: Sequence[str]) -> dict[str, tuple[float, float]]:
+def confidence_intervals(tallies: Sequence[Tally], photographs: Sequence[str]) -> dict[str, tuple[float, float]]:
     """95 % interval (low, high) of every figure that has a value; arguments as for `resample`."""
-    return {name: interval(draws) for name, draws in resample(tallies, image_ids).items()}
+    return {name: interval(draws) for name, draws in resample(tallies, photographs).items()}
 
 
 def interval(draws: np.ndarray) -> tuple[float, float]:

@@ -42,6 +42,7 @@ __all__ = [
 ]
 
 FIELDS = ("id", "answer", "masks")
+COUNTS = ("n", "photographs")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,8 +205,13 @@ def score_task(
     by_id = {prediction.question_id: prediction for prediction in predictions}
     pairs = [(question, by_id[question.id]) for question in questions]
     tallies = [Tally(_ratios(task, question, prediction)) for question, prediction in pairs]
-    figures, intervals = summarise_task(task, tallies, [question.image_id for question in questions])
-    metrics = {"overall": {"n": len(pairs), **figures}, "intervals": {"overall": intervals}, "run": run}
+    image_ids = [question.image_id for question in questions]
+    figures, intervals = summarise_task(task, tallies, image_ids)
+    metrics = {
+        "overall": {"n": len(pairs), "photographs": len(set(image_ids)), **figures},
+        "intervals": {"overall": intervals},
+        "run": run,
+    }
     write_whole(output_dir / "metrics.json", [json.dumps(metrics, indent=2, allow_nan=False), "\n"])
     order = sorted(range(len(pairs)), key=lambda index: (-_shown_score(tallies[index]), questions[index].id))
     shown = pick_evenly(order)
@@ -262,7 +268,7 @@ def format_task_table(metrics: dict[str, Any]) -> str:
     lines = describe_left_out(metrics["run"])
     for name, value in overall.items():
         limits = "[{:.3f}, {:.3f}]".format(*intervals[name]) if name in intervals else ""
-        text = "-" if value is None else f"{value:.3f}" if name != "n" else str(value)
+        text = "-" if value is None else f"{value:.3f}" if name not in COUNTS else str(value)
         lines.append(f"{name.replace('_', ' '):24}{text:>9}{limits:>18}")
     return "\n".join(lines)
 

@@ -63,7 +63,7 @@ def main() -> list[dict]:
     model, processor = build_plum_tiny()
     rows, questions = load_questions("partonomy", name="mini_questions", split="test", limit=QUESTIONS)
     images = {question.image_id: load_image(rows, i, question) for i, question in enumerate(questions)}
-    wrong = pick_wrong_images({question.image_id: question.image_label for question in questions})
+    wrong = pick_wrong_images(questions)
     asked = questions + questions
     shown = [question.image_id for question in questions] + [wrong[question.image_id] for question in questions]
     batches = [batch + [index + len(questions) for index in batch] for batch in make_batches(questions, BATCH)]

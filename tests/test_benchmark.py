@@ -108,18 +108,55 @@ def test_batches_hold_every_question_once_with_questions_of_an_image_side_by_sid
     assert changes == len(set(image_numbers)) - 1
 
 
+def about(photographs_and_labels):
+    return [
+        make_question(number, image_id=f"{photograph}.jpg#{label}", image_label=label)
+        for number, (photograph, label) in enumerate(photographs_and_labels)
+    ]
+
+
 @given(st.lists(st.sampled_from("abc"), min_size=2, max_size=20))
 def test_every_image_gets_another_one_each_once_and_of_another_label_where_that_is_possible(labels):
-    labels = {f"image{number}": label for number, label in enumerate(labels)}
-    wrong = pick_wrong_images(labels)
+    questions = about(enumerate(labels))
+    labels = {question.image_id: question.image_label for question in questions}
+    wrong = pick_wrong_images(questions)
     assert wrong.keys() == set(wrong.values()) == labels.keys()
     assert all(image != other for image, other in wrong.items())
     largest = max(list(labels.values()).count(label) for label in labels.values())
     if 2 * largest <= len(labels):
         assert all(labels[image] != labels[other] for image, other in wrong.items())
-    assert pick_wrong_images(dict(reversed(labels.items()))) == wrong
+    assert pick_wrong_images(questions[::-1]) == wrong
+
+
+@given(st.sets(st.tuples(st.integers(0, 6), st.sampled_from("abcd")), min_size=2, max_size=20))
+def test_the_wrong_image_is_never_another_object_of_the_same_photograph(objects):
+    objects = sorted(objects)
+    photographs = [photograph for photograph, _ in objects]
+    if len(set(photographs)) == 1:
+        with pytest.raises(DataError, match="at least two images"):
+            pick_wrong_images(about(objects))
+        return
+    wrong = pick_wrong_images(about(objects))
+    assert len(wrong) == len(objects)
+    assert all(image.split("#")[0] != other.split("#")[0] for image, other in wrong.items())
+    if 2 * max(map(photographs.count, photographs)) <= len(objects):
+        assert set(wrong.values()) == wrong.keys()
+
+
+@pytest.mark.parametrize(
+    ("image_id", "label", "photograph"),
+    [
+        ("images/0.png#car", "car", "images/0.png"),
+        ("train-7-car (sedan)", "car (sedan)", "train-7"),
+        ("images/0.png", "car", "images/0.png"),
+        ("mini-test-3", "boat", "mini-test-3"),
+        ("#car", "car", "#car"),
+    ],
+)
+def test_the_photograph_of_a_question_is_its_image_without_the_object(image_id, label, photograph):
+    assert make_question(0, image_id=image_id, image_label=label).photograph == photograph
 
 
 def test_one_image_alone_has_no_wrong_image():
     with pytest.raises(DataError, match="needs at least two images"):
-        pick_wrong_images({"image": "boat"})
+        pick_wrong_images([make_question(0)])

@@ -127,6 +127,7 @@ def test_a_run_leaves_predictions_metrics_and_report_and_nothing_else(finished):
     assert [prediction.question_id for prediction in predictions] == [f"question{number}" for number in range(7)]
     metrics = json.loads((finished / "metrics.json").read_text())
     assert metrics["overall"]["n"] == 7
+    assert metrics["overall"]["photographs"] == len({prediction.image_id for prediction in predictions})
     assert set(metrics["by_type"]) == {"identification", "part_to_whole", "whole_to_part"}
     for name in ("strict_macro_giou", "choice_accuracy", "span_f1", "generated_part_precision", "end_to_end_giou"):
         assert {name, f"{name}_wrong_image"} <= metrics["overall"].keys()
@@ -299,7 +300,7 @@ def test_a_file_of_answers_is_scored_without_a_model(question_set, tmp_path, cap
     path.write_text("".join(lines[:-1]) + "{")
     with pytest.raises(DataError, match="another run, with predictions_fingerprint"):
         evaluate_answers(run)
-    with pytest.raises(DataError, match=r"line 7: expected one JSON object.*\(and 1 more"):
+    with pytest.raises(DataError, match=r"line 7: expected JSON.*\(and 1 more"):
         evaluate_answers(replace(run, output_dir=str(tmp_path / "other")))
     assert not (tmp_path / "other").exists()
     evaluate_answers(replace(run, output_dir=str(tmp_path / "other"), on_error="report"))
@@ -313,7 +314,7 @@ def test_the_ground_truth_scores_one_in_every_figure(question_set, tmp_path):
     evaluate_answers(arguments(None, question_set, tmp_path / "run", model=None, baseline="ground_truth"))
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     for figures in (metrics["overall"], *metrics["by_type"].values()):
-        scored = {name for name in figures if not name.endswith("_random")} - {"n"}
+        scored = {name for name in figures if not name.endswith("_random")} - {"n", "photographs"}
         if figures["object_choice_accuracy"] is None:
             scored.remove("object_choice_accuracy")
         assert {figures[name] for name in scored} == {1.0}

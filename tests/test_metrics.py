@@ -239,7 +239,11 @@ def test_a_perfect_prediction_scores_one_everywhere(truths):
     predictions = [make_prediction(i, answer, answer) for i, answer in enumerate(answers)]
     figures = evaluate_predictions(questions, predictions)["overall"]
     chance = {name for name in figures if name.endswith("_random")}
-    model = {name: value for name, value in figures.items() if name not in chance | {"n", "object_choice_accuracy"}}
+    model = {
+        name: value
+        for name, value in figures.items()
+        if name not in chance | {"n", "photographs", "object_choice_accuracy"}
+    }
     assert set(model.values()) == {1.0}
     assert all(part == {"mean_iou": 1.0, "n": part["n"]} for part in iou_per_part(questions, predictions).values())
 
@@ -283,7 +287,7 @@ def test_the_wrong_image_control_gets_every_figure_under_its_own_suffix():
     control = make_prediction(0, {}, {}, scores=(2.0, 1.0, 3.0), tags=())
     prediction = make_prediction(0, {"hull": full}, {"hull": full}, wrong_image=control)
     figures = evaluate_predictions([make_question(0, {"hull": full})], [prediction])["overall"]
-    measured = {name for name in figures if not name.endswith(("_random", "_wrong_image"))} - {"n"}
+    measured = {name for name in figures if not name.endswith(("_random", "_wrong_image"))} - {"n", "photographs"}
     assert {f"{name}_wrong_image" for name in measured} <= figures.keys()
     assert (figures["choice_accuracy"], figures["choice_accuracy_wrong_image"]) == (1.0, 0.0)
     assert (figures["span_f1"], figures["span_f1_wrong_image"]) == (1.0, 0.0)

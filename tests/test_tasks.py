@@ -72,7 +72,14 @@ def run(*args, **options):
 def test_each_turn_of_a_conversation_is_a_question_and_its_masks_are_united(conversations, tmp_path, capsys):
     records = [found("r1", LEFT), found("r0/0", FULL), found("r0/1")]
     metrics = run(tmp_path, "generalized_referring", conversations, records)
-    assert metrics["overall"] == {"n": 3, "giou": pytest.approx(2 / 3), "ciou": 0.5, "n_acc": 1.0, "t_acc": 1.0}
+    assert metrics["overall"] == {
+        "n": 3,
+        "photographs": 2,
+        "giou": pytest.approx(2 / 3),
+        "ciou": 0.5,
+        "n_acc": 1.0,
+        "t_acc": 1.0,
+    }
     assert metrics["run"]["task"] == "generalized_referring" and metrics["run"]["left_out"] == 0
     report = (tmp_path / "run" / "report.html").read_text()
     assert report.count("<figure>") == 6 and "Show me the dog." in report
