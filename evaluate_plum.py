@@ -62,6 +62,7 @@ from partkit.scoring import (
     match_names,
     score,
 )
+from plumkit.correction import evaluate_correction
 from plumkit.embedding_cache import EmbeddingCache
 from plumkit.inference import load_model
 from plumkit.predictor import Predictor
@@ -90,6 +91,7 @@ class EvaluationArguments:
     )
     task: Literal[
         "partonomy",
+        "correction",
         "referring",
         "reasoning",
         "generalized_referring",
@@ -140,6 +142,8 @@ class EvaluationArguments:
     def __post_init__(self):
         if sum(source is not None for source in (self.model, self.predictions, self.baseline)) != 1:
             raise DataError("Expected one of --model, --predictions and --baseline: say what to score.")
+        if self.task == "correction" and self.model is None:
+            raise DataError("--task correction gives a model true masks: pass --model.")
         if self.task != "partonomy" and (self.baseline is not None or self.format != "jsonl"):
             raise DataError(f"--task {self.task} scores a --model or --predictions of the format jsonl: give one.")
         if (self.match == "embedding") != (self.match_model is not None):
@@ -384,7 +388,9 @@ def evaluate(arguments: EvaluationArguments) -> None:
 def main(options: list[str] | None = None) -> None:
     """The run that a command line asks for; raises DataError if it cannot be done."""
     (arguments,) = HfArgumentParser(EvaluationArguments).parse_args_into_dataclasses(options)
-    if arguments.task != "partonomy":
+    if arguments.task == "correction":
+        evaluate_correction(arguments, **dataset_options(arguments))
+    elif arguments.task != "partonomy":
         evaluate_task(arguments, **dataset_options(arguments))
     elif arguments.model is not None:
         evaluate(arguments)

@@ -115,7 +115,7 @@ def matched_ious(predicted: Sequence[RLE], true: Sequence[RLE], *, matching: Mat
         raise ValueError(f"Matching needs masks on both sides, found {len(predicted)} predicted, {len(true)} true.")
     if matching == "union":
         predicted, true = [unite(predicted)], [unite(true)]
-    ious = _iou_matrix(predicted, true)
+    ious = iou_matrix(predicted, true)
     if matching in ("paired", "union"):
         return ious.diagonal().tolist()
     if matching == "hungarian":
@@ -163,7 +163,7 @@ def average_precision(
     return float(np.append(precision, 0.0)[reached].sum() / 101)
 
 
-def _iou_matrix(predicted: Sequence[RLE], true: Sequence[RLE]) -> np.ndarray:
+def iou_matrix(predicted: Sequence[RLE], true: Sequence[RLE]) -> np.ndarray:
     """(predicted, true) IoU; 1 where both masks are empty."""
     predicted, true = [_as_bytes(rle) for rle in predicted], [_as_bytes(rle) for rle in true]
     sizes = {tuple(rle["size"]) for rle in [*predicted, *true]}
