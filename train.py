@@ -29,17 +29,16 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from configuration_plum import PlumConfig
 from modeling_plum import PlumForConditionalGeneration
 from plumkit.cards import make_model_card, write_recipe
-from plumkit.checkpoint import check_config_fields, load_checkpoint, load_processor
+from plumkit.checkpoint import check_config_fields, load_checkpoint, load_processor, with_floats
 from plumkit.data import Collator, ConversationDataset, FreshConversationDataset, stream_examples
 from plumkit.embedding_cache import EmbeddingCache
 from plumkit.fresh import open_fresh
 from plumkit.mixture import Source, load_eval_records, load_records, mix, parse_source
+from plumkit.resume import describe_run, find_checkpoint
 from plumkit.survey import format_table, survey, write_samples
 from plumkit.trainer import PlumTrainer, TrainingCurves
 from processing_plum import PlumProcessor, parse_span_tags
@@ -94,7 +93,7 @@ class ModelArguments:
 
     def __post_init__(self):
         if self.model_config is not None:
-            self.model_config = _parse_mapping(self.model_config, "model_config")
+            self.model_config = with_floats(_parse_mapping(self.model_config, "model_config"), PlumConfig())
         if (self.vlm is None) != (self.sam is None):
             raise ValueError(f"Give vlm and sam together, found vlm={self.vlm!r} and sam={self.sam!r}.")
         if self.model is not None and self.vlm is not None:
@@ -203,6 +202,10 @@ class PlumTrainingArguments(TrainingArguments):
         super().__post_init__()
         # Each process reads its own part of a stream: a batch holds lists of masks, which are not cut up and sent.
         self.accelerator_config.dispatch_batches = False
+
+    def __getstate__(self) -> dict:
+        """What is pickled into `training_args.bin`, which travels with checkpoints: no token."""
+        return {name: None if name.endswith("_token") else value for name, value in self.__dict__.items()}
 
 
 # ------------------------------------------------------------------------------------------------ options
@@ -444,29 +447,6 @@ def conversation_texts(records: Dataset | IterableDataset) -> list[str]:
     return texts
 
 
-def find_checkpoint(args: PlumTrainingArguments) -> str | None:
-    """The checkpoint to resume from: a given folder, or the last whole one of the output folder for `true`."""
-    wanted = args.resume_from_checkpoint or "false"
-    if wanted.lower() not in ("true", "false"):
-        return wanted
-    if wanted.lower() == "false":
-        return None
-    folders = Path(args.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-    whole = [folder for folder in folders if _is_whole(folder)]
-    if not whole:
-        raise ValueError(f"resume_from_checkpoint is true but {args.output_dir} holds no checkpoint.")
-    return str(max(whole, key=lambda folder: int(folder.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-"))))
-
-
-def _is_whole(folder: Path) -> bool:
-    """Whether a checkpoint was saved to its end: the Trainer writes its state when all else is there."""
-    try:
-        json.loads((folder / TRAINER_STATE_NAME).read_text())
-    except (OSError, ValueError):
-        return False
-    return True
-
-
 def load_processor_alone(arguments: ModelArguments) -> PlumProcessor | None:
     """The processor alone, which a look at the data needs; None of a model from scratch, which is quickly built."""
     if arguments.model is not None:
@@ -495,12 +475,13 @@ def load_model(
 
 def main(argv: list[str]):
     model_arguments, data_arguments, args = parse_arguments(argv)
-    checkpoint = find_checkpoint(args)
     set_seed(args.seed)
 
     # Data
     sources, streaming = data_arguments.sources, data_arguments.streaming
     parts = [load_records(source, source.train_split, streaming) for source in sources]
+    run = describe_run(model_arguments, data_arguments, args, parts)
+    checkpoint = find_checkpoint(args, run)
     train_records = mix(parts, [source.rate for source in sources], args.seed)
     turns_per_record, max_length = data_arguments.turns_per_record, data_arguments.max_length
     example_options = {
@@ -555,6 +536,7 @@ def main(argv: list[str]):
         processing_class=processor,
         callbacks=[TrainingCurves()],
         embedding_cache=embedding_cache,
+        run=run,
     )
     if embedding_cache is not None and trainer.is_world_process_zero():
         images = None if streaming else len(train_dataset) + len(eval_dataset or [])

@@ -22,7 +22,7 @@ from torch.nn.modules.module import (
     register_module_module_registration_hook,
     register_module_parameter_registration_hook,
 )
-from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PreTrainedConfig
 from transformers.generation import GenerationMode
 
 from configuration_plum import PlumConfig
@@ -145,6 +145,21 @@ def check_config_fields(given: dict, config: PreTrainedConfig, where: str = "mod
     for name, value in given.items():
         if isinstance(getattr(config, name), PreTrainedConfig):
             check_config_fields(value, getattr(config, name), f"{where}.{name}")
+
+
+def with_floats(given: dict, config: PreTrainedConfig) -> dict:
+    """The fields for a config with 3.0 in place of 3 wherever `config` has a float: its classes refuse integers."""
+    fields = {}
+    for name, value in given.items():
+        default = getattr(config, name, None)
+        if isinstance(default, PreTrainedConfig) and isinstance(value, dict):
+            family = value.get("model_type", default.model_type)
+            known = CONFIG_MAPPING[family]() if family != default.model_type and family in CONFIG_MAPPING else default
+            value = with_floats(value, known)
+        elif isinstance(default, float) and type(value) is int:
+            value = float(value)
+        fields[name] = value
+    return fields
 
 
 def open_checkpoint(name: str | Path) -> Path:

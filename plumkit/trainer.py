@@ -22,6 +22,7 @@ from heads_plum import IGNORE_INDEX, decode_spans
 from losses_plum import count_loss_items
 from masks_plum import upscale_masks
 from plumkit.embedding_cache import EmbeddingCache
+from plumkit.resume import seal
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
@@ -106,9 +107,10 @@ class PlumTrainer(Trainer):
     processes), logged by name, and with masks and tags measured during training.
     """
 
-    def __init__(self, *args, embedding_cache: EmbeddingCache | None = None, **kwargs):
+    def __init__(self, *args, embedding_cache: EmbeddingCache | None = None, run: dict | None = None, **kwargs):
+        """`run` is what a resumed run must agree with (plumkit/resume.py)."""
         super().__init__(*args, **kwargs, compute_metrics=_summarise_counts)
-        self.embedding_cache = embedding_cache
+        self.embedding_cache, self.run = embedding_cache, run or {}
         self.teacher = build_teacher(self.model)
         self.add_callback(EpochSetter)
         self._outline = self._prepare_for_fsdp() if self.is_fsdp_enabled else None
@@ -184,6 +186,13 @@ class PlumTrainer(Trainer):
             super()._save(output_dir, state_dict)
         finally:
             self.model.__class__ = found
+
+    def _save_rng_state(self, output_dir):
+        """The last of what a checkpoint is resumed from; the Trainer's state follows, and older checkpoints go."""
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()  # every process has written its files
+        if self.args.should_save:
+            seal(Path(output_dir), self.run)
 
     def merge_adapter(self):
         """

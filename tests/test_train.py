@@ -21,6 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModel, AutoProcessor, LlamaConfig
 
 import train
+from partkit.masks import DataError
 from plumkit.checkpoint import load_checkpoint
 from processing_plum import PlumProcessor
 from tests.tiny import CORPUS, tiny_config, tiny_model, tiny_processor
@@ -48,6 +49,17 @@ def test_a_model_config_is_a_mapping_in_the_recipe_and_json_on_the_command_line(
     assert parse(tmp_path, recipe, "--model_config", '{"mask_feedback": false}')[0].model_config == {
         "mask_feedback": False
     }
+
+
+def test_whole_numbers_may_stand_for_floats(tmp_path):
+    sam = {"vision_config": {"mlp_ratio": 4, "layer_norm_eps": 1}}
+    vlm = {"model_type": "llava", "text_config": {"model_type": "qwen2", "rms_norm_eps": 1, "num_hidden_layers": 2}}
+    recipe = {"model_config": {"mask_bce_loss_weight": 2, "sam_config": sam, "vlm_config": vlm}, "learning_rate": 1}
+    model, _, training = parse(tmp_path, recipe)
+    config = train.PlumConfig(**model.model_config)
+    assert (config.mask_bce_loss_weight, config.sam_config.vision_config.mlp_ratio) == (2.0, 4.0)
+    assert (config.vlm_config.text_config.rms_norm_eps, config.vlm_config.text_config.num_hidden_layers) == (1.0, 2)
+    assert training.learning_rate == 1.0
 
 
 @pytest.mark.parametrize(
@@ -180,19 +192,125 @@ train.main(sys.argv[2:])
 """
 
 
-def test_a_run_killed_while_it_saves_goes_on_from_the_last_whole_checkpoint(data_folder, trained, tmp_path):
+def test_a_run_killed_while_it_saves_goes_on_from_the_last_whole_checkpoint(data_folder, trained, tmp_path, capsys):
     options = base_options(data_folder, tmp_path) | {"model": trained, "max_steps": 2, "save_steps": 1, "seed": 3}
     words = [str(word) for name in options for word in (f"--{name}", options[name])]
     run = subprocess.run([sys.executable, "-c", KILLED_WHILE_SAVING, "2", *words], cwd=ROOT, capture_output=True)
     assert run.returncode == -signal.SIGKILL, run.stderr
     assert (tmp_path / "checkpoint-2" / "optimizer.pt").exists() and not (tmp_path / "model.safetensors").exists()
-    arguments = train.PlumTrainingArguments(str(tmp_path), resume_from_checkpoint="true", use_cpu=True)
-    assert train.find_checkpoint(arguments) == str(tmp_path / "checkpoint-1")
+    capsys.readouterr()
     run_main(options | {"resume_from_checkpoint": True})
-    assert train.find_checkpoint(arguments) == str(tmp_path / "checkpoint-2")
+    said = capsys.readouterr().err
+    assert f"Resuming from {tmp_path / 'checkpoint-1'}, as checkpoint-2 is not whole" in said
     run_main(options | {"output_dir": tmp_path / "unbroken"})
     resumed, unbroken = (load_file(folder / "model.safetensors") for folder in (tmp_path, tmp_path / "unbroken"))
     assert all(torch.equal(resumed[name], unbroken[name]) for name in unbroken)
+
+
+@pytest.fixture(scope="module")
+def two_checkpoints(trained, data_folder, tmp_path_factory) -> dict:
+    """The options of a run whose folder holds its checkpoints 2 and 4, and one that is none."""
+    folder = tmp_path_factory.mktemp("run")
+    options = base_options(data_folder, folder) | {"model": trained, "max_steps": 4, "save_steps": 2}
+    run_main(options)
+    (folder / "checkpoint-x").mkdir()
+    return options
+
+
+def resume(options: dict, copy: Path, damage, **changes) -> Path:
+    """Resumes the run in a copy of its folder, once that has been damaged; returns the copy."""
+    shutil.copytree(options["output_dir"], copy)
+    damage(copy)
+    run_main(options | {"output_dir": copy, "resume_from_checkpoint": True} | changes)
+    return copy
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    one, other = (load_file(folder / "model.safetensors") for folder in (one, other))
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+SAVED = ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "resume.json"]
+
+
+def cut(path: Path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(path: Path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("damage", "name"),
+    [(cut, name) for name in SAVED] + [(flip, name) for name in SAVED[:4]] + [(Path.unlink, name) for name in SAVED],
+)
+def test_a_damaged_last_checkpoint_is_passed_over_by_name_and_the_run_ends_the_same(
+    damage, name, two_checkpoints, tmp_path, capsys
+):
+    copy = resume(two_checkpoints, tmp_path / "run", lambda folder: damage(folder / "checkpoint-4" / name))
+    assert f"Resuming from {copy / 'checkpoint-2'}, as checkpoint-4 is " in (said := capsys.readouterr().err)
+    assert name in said or damage is cut and name.endswith(".json")
+    assert same_weights(copy, Path(two_checkpoints["output_dir"]))
+
+
+def test_where_every_checkpoint_is_damaged_each_is_named(two_checkpoints, tmp_path):
+    def damage(folder: Path):
+        (folder / "checkpoint-2" / "optimizer.pt").unlink()
+        cut(folder / "checkpoint-4" / "model.safetensors")
+
+    with pytest.raises(
+        DataError, match="checkpoint-4 is damaged: model.safetensors .*; checkpoint-2 is .*optimizer.pt"
+    ):
+        resume(two_checkpoints, tmp_path / "run", damage)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"learning_rate": 0.01}, "learning_rate was 0.003, is 0.01"),
+        ({"seed": 7}, "seed was 42, is 7"),
+        ({"max_steps": 6}, "max_steps was 4, is 6"),
+        ({"max_spans": 1, "color_jitter": 0}, "color_jitter was 0.2, is 0.0; max_spans was 2, is 1"),
+        ({"frozen_modules": "sam.vision_encoder"}, "frozen_modules was"),
+        ({"train_split": "validation"}, "training records was"),
+    ],
+)
+def test_a_run_of_other_options_or_records_is_not_resumed_and_the_difference_is_named(
+    changes, message, two_checkpoints, tmp_path
+):
+    with pytest.raises(DataError, match=f"checkpoint-4 is of another run .*{message}"):
+        resume(two_checkpoints, tmp_path / "run", lambda folder: None, **changes)
+    assert same_weights(tmp_path / "run", Path(two_checkpoints["output_dir"]))
+
+
+def test_an_older_run_in_the_same_folder_is_passed_over(two_checkpoints, tmp_path, capsys):
+    other = two_checkpoints | {"learning_rate": 0.01, "output_dir": tmp_path / "other"}
+    run_main(other)
+
+    def replace(folder: Path):
+        shutil.rmtree(folder / "checkpoint-2")
+        shutil.copytree(tmp_path / "other" / "checkpoint-2", folder / "checkpoint-2")
+
+    copy = resume(two_checkpoints, tmp_path / "run", replace, learning_rate=0.01)
+    assert "checkpoint-4 is of another run (learning_rate was 0.003, is 0.01)" in capsys.readouterr().err
+    assert same_weights(copy, tmp_path / "other")
+
+
+def test_what_only_says_keeps_or_measures_may_change_on_resume(two_checkpoints, tmp_path):
+    changes = {"logging_steps": 1, "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1, "run_name": "again"}
+    copy = resume(two_checkpoints, tmp_path / "run", lambda folder: shutil.rmtree(folder / "checkpoint-4"), **changes)
+    assert same_weights(copy, Path(two_checkpoints["output_dir"]))
+
+
+def test_no_token_is_saved_with_a_checkpoint(data_folder, trained, tmp_path):
+    options = base_options(data_folder, tmp_path) | {"model": trained, "max_steps": 1, "save_steps": 1}
+    run_main(options | {"hub_token": "hf_a_secret"})
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert any(path.name == "training_args.bin" for path in files)
+    assert not [path for path in files if b"hf_a_secret" in path.read_bytes()]
 
 
 def test_resuming_without_a_checkpoint_is_an_error(trained, data_folder, tmp_path):
