@@ -1,6 +1,7 @@
 """The card of an exported data set, written from facts: the rows themselves, their sources and the measured leak."""
 
 import json
+import re
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -13,6 +14,9 @@ from partkit.schema import QUESTION_TYPES
 from partkit.shards import CHECKSUMS_FILE
 from partkit.sources.survey import DRAWN_SPLITS, PUBLISHED_PARTS
 from partkit.statistics import Statistics
+
+MAX_LITERAL = 200
+"""Characters of a foreign text that a card shows."""
 
 SIZE_CATEGORIES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"))
 
@@ -64,7 +68,10 @@ PROVENANCE = {
 }
 """Source -> where its images and masks come from."""
 
-DRAWN = "A tenth of the images, drawn by seed, is for validation; all objects of an image are in one split."
+DRAWN = (
+    "About a tenth of the images, each drawn by its path, is for validation and a tenth for the test, or the splits "
+    "are those of the files; all objects of an image are in one split."
+)
 SPLITS = {
     "mini": "Drawings differ in every split.",
     "core": "The release has one split, for testing.",
@@ -240,12 +247,24 @@ def make_card(configs: list[ConfigFacts], *, folder: str, command: str, citation
         by_type=_by_type(configs),
         leaks=[(c.name, f"made with `{c.made_with}`", _leak_table(c.leaks)) for c in configs if any(c.leaks.values())],
         fields=_fields(configs),
-        licences=sorted(licences.items()),
+        licences=[((literal(source), literal(licence)), rows) for (source, licence), rows in sorted(licences.items())],
         left_out=max(config.left_out for config in configs),
         graphs=graphs,
         checksums=CHECKSUMS_FILE,
         citation=citation,
     )
+
+
+def literal(text: str) -> str:
+    """A foreign text, such as the name in a descriptor, as Markdown that shows it and does nothing else.
+
+    >>> literal("car parts"), literal("<img src=x>")
+    ('car parts', '`<img src=x>`')
+    """
+    text = " ".join(text.split())[:MAX_LITERAL]
+    if re.fullmatch(r"[\w .,;()/+-]*", text) and "www." not in text.lower():
+        return text or "-"
+    return "`" + text.replace("`", "'").replace("|", "\\|") + "`"
 
 
 def total(config: ConfigFacts) -> Statistics:

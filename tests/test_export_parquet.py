@@ -100,7 +100,7 @@ def test_the_card_of_an_export_states_what_is_in_it(monkeypatch, tmp_path):
     run(monkeypatch, "--name", "descriptor_questions", "--data_dir", folder, "--output_dir", tmp_path / "out")
     card = DatasetCard.load(tmp_path / "out" / "README.md")
     assert [config["config_name"] for config in card.data.configs] == ["descriptor_questions"]
-    assert [files["split"] for files in card.data.configs[0]["data_files"]] == ["train", "validation"]
+    assert [files["split"] for files in card.data.configs[0]["data_files"]] == ["train", "validation", "test"]
     stored = load_dataset(str(tmp_path / "out"), "descriptor_questions", cache_dir=tmp_path / "cache")
     rows = [row for split in stored.values() for row in split.remove_columns("image")]
     parts = {part for row in rows for part in row["choice_parts"][row["correct"]]}
@@ -120,7 +120,11 @@ def test_the_card_of_an_export_states_what_is_in_it(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("name", "make_folder", "rule"),
     [
-        ("own_parts", lambda folder: coco_folder(folder, varied_content(10)), "A tenth of the images, drawn by seed"),
+        (
+            "own_parts",
+            lambda folder: coco_folder(folder, varied_content(10)),
+            "About a tenth of the images, each drawn by",
+        ),
         ("llava_instruct_150k", FOLDERS["llava_instruct_150k"], "The splits are those of the published files."),
     ],
 )
@@ -128,6 +132,27 @@ def test_the_card_says_where_the_splits_of_any_source_come_from(monkeypatch, tmp
     folder = make_folder(tmp_path / "data")
     run(monkeypatch, "--name", name, "--data_dir", folder, "--output_dir", tmp_path / "out")
     assert f"\n{rule}" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "x | y |\n\n# Injected\n[free](https://example.org) <img src=x onerror=alert(1)> ![](http://x/y.png) `code`",
+        "www.example.org",
+        "",
+        "<script>alert(1)</script>",
+    ],
+)
+def test_a_name_in_a_descriptor_is_shown_on_the_card_and_does_nothing(monkeypatch, tmp_path, name):
+    folder = small_descriptor(tmp_path / "data")
+    content = json.loads((folder / "descriptor.json").read_text())
+    (folder / "descriptor.json").write_text(json.dumps(content | {"dataset_name": name}))
+    run(monkeypatch, "--name", "descriptor", "--data_dir", folder, "--output_dir", tmp_path / "out")
+    lines = (tmp_path / "out" / "README.md").read_text().splitlines()
+    row = lines[lines.index("| source | licence | rows |") + 2]
+    assert re.fullmatch(r"\| (-|`[^`]+`) \| not stated \| \d+ \|", row)
+    outside = " ".join(line for line in lines if line != row)
+    assert "Injected" not in outside and "example.org" not in outside and "alert" not in outside
 
 
 def test_a_failed_export_leaves_what_was_there_and_reported_records_are_counted(monkeypatch, tmp_path):

@@ -23,7 +23,7 @@ from partkit.sources.question_chats import CoreConversations
 from partkit.sources.referring import Referring
 
 DRAWN_SPLITS = ("descriptor", "own_parts")
-"""Data sets of your own, a tenth of whose images is drawn for validation."""
+"""Data sets of your own, a tenth of whose images is drawn for validation and a tenth for the test."""
 PUBLISHED_PARTS = ("pascal_part", "paco_lvis", "partimagenet")
 PART_SOURCES = (*DRAWN_SPLITS, *PUBLISHED_PARTS)
 """Data sets of objects and their parts, which questions can be made about."""
