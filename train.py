@@ -161,7 +161,7 @@ class DataArguments:
     )
     max_length: int | None = field(
         default=None,
-        metadata={"help": "Most tokens of a conversation, those of its image among them; last turns are left out."},
+        metadata={"help": "Most tokens of a conversation, those of its image among them; it is cut there."},
     )
     cache_image_embeddings: str | None = field(
         default=None, metadata={"help": "Folder that keeps what a frozen SAM encoder makes of each image."}

@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from PIL import Image
 
-from heads_plum import IGNORE_INDEX
+from heads_plum import IGNORE_INDEX, TAG_INSIDE
 from partkit.images import read_image, undecoded
 from partkit.masks import decode as decode_rle
 from partkit.schema import DataError, as_chat, check_turns, tagged_phrases
@@ -200,14 +200,26 @@ def split_into_turns(messages: list[dict], masks: list[np.ndarray]) -> list[dict
     return turns
 
 
+NOTHING = {
+    "messages": [{"role": "user", "content": "-"}, {"role": "assistant", "content": "-"}],
+    "masks": [],
+    "chosen": np.zeros(0, int),
+    "teacher_forced": np.zeros(0, bool),
+    "tagged": False,
+}
+"""A conversation that stands for those of a batch that were all left out; nothing is learnt from it."""
+
+
 class Collator:
     """
     Examples to a batch of model inputs, a row per conversation, without the masks that were not chosen.
-    `record_index` `(B,)` says which example a row belongs to, `record_ids` what the examples are called.
+    `record_index` `(B,)` says which example a row belongs to, `record_ids` what the examples are called, and
+    `record_counts` how many rows were cut and left out.
 
     Args:
         processor: Of the model that is trained.
-        max_length: Most tokens of a row, those of its image among them. A longer conversation loses its last turns.
+        max_length: Most tokens of a row, those of its image among them. A longer conversation is cut there, and left
+            out if its first question alone does not fit.
         order_free_targets: Spans of one answer with the same words may take their masks in any order.
     """
 
@@ -217,8 +229,29 @@ class Collator:
 
     def __call__(self, examples: list[dict]) -> dict:
         rows = [(i, conversation) for i, example in enumerate(examples) for conversation in example["conversations"]]
+        images = [example["image"] for example in examples]
+        batch, cut, left_out = self._encode(rows, images), [], []
+        if self.max_length is not None and batch["input_ids"].shape[1] > self.max_length:
+            cut, left_out = cut_answers(batch, self.max_length, pad_token_id=self._pad_token_id)
+        if left_out:
+            fitting = [row for number, row in enumerate(rows) if number not in left_out]
+            # A process without a row would keep the others waiting.
+            batch = self._encode(fitting or [(0, NOTHING)], images if fitting else [None])
+            if not fitting:
+                batch["labels"] = torch.full_like(batch["labels"], IGNORE_INDEX)
+            cut_answers(batch, self.max_length, pad_token_id=self._pad_token_id)
+        batch["record_ids"] = [example["id"] for example in examples]
+        batch["record_counts"] = {"cut": len(cut), "left_out": len(left_out)}
+        return batch
+
+    @property
+    def _pad_token_id(self) -> int:
+        return self.processor.tokenizer.pad_token_id or 0
+
+    def _encode(self, rows: list[tuple[int, dict]], images: list) -> dict:
+        """A batch of conversations, each with the number of its image."""
         batch = self.processor.apply_chat_template(
-            [as_chat(conversation["messages"], examples[i]["image"]) for i, conversation in rows],
+            [as_chat(conversation["messages"], images[i]) for i, conversation in rows],
             masks=[conversation["masks"] if conversation["tagged"] else None for _, conversation in rows],
             tokenize=True,
             return_dict=True,
@@ -240,11 +273,7 @@ class Collator:
         batch["mask_groups"] = groups[candidates]
         batch["mask_labels"] = [batch["mask_labels"][i] for i in candidates]
         batch["record_index"] = torch.tensor([i for i, _ in rows])
-        batch["record_ids"] = [example["id"] for example in examples]
-        batch = dict(batch)
-        if self.max_length is not None and batch["input_ids"].shape[1] > self.max_length:
-            cut_turns(batch, self.max_length, pad_token_id=self.processor.tokenizer.pad_token_id or 0)
-        return batch
+        return dict(batch)
 
 
 def group_masks(conversations: list[list[dict]]) -> list[int]:
@@ -258,26 +287,24 @@ def group_masks(conversations: list[list[dict]]) -> list[int]:
     return groups
 
 
-def cut_turns(batch: dict, max_length: int, *, pad_token_id: int):
+def cut_answers(batch: dict, max_length: int, *, pad_token_id: int) -> tuple[list[int], list[int]]:
     """
-    Shortens a batch, padded on the right, to its first `max_length` tokens, in place: of each longer row the last
-    turns, whole, with their spans and masks.
+    Shortens a batch, padded on the right, to its first `max_length` tokens, in place. A longer row ends with the last
+    token of an answer within the limit that does not leave a tagged span half, without the spans and masks behind it.
 
-    Raises:
-        DataError: The first question and answer of a row are too long already; the message names the record.
+    Returns:
+        The numbers of the rows that were cut, and of those that should be left out, as no answer begins in time.
     """
     shape, answered = batch["labels"].shape, batch["labels"] != IGNORE_INDEX
-    ends_answer = answered & ~torch.nn.functional.pad(answered[:, 1:], (0, 1))
-    kept = batch["attention_mask"].sum(1)
+    inside_span = batch["span_labels"] == TAG_INSIDE
+    kept, cut_rows, left_out = batch["attention_mask"].sum(1), [], []
     for row in (kept > max_length).nonzero()[:, 0].tolist():
-        ends = ends_answer[row].nonzero()[:, 0] + 1
-        if ends[0] > max_length:
-            raise DataError(
-                f"record {batch['record_ids'][batch['record_index'][row]]}, field 'messages': a question with its "
-                f"answer has {ends[0]} tokens with its image, but max_length is {max_length}; raise max_length or "
-                "leave the record out"
-            )
-        kept[row] = ends[ends <= max_length][-1]
+        end = max_length
+        while inside_span[row, end]:
+            end -= 1
+        ends = answered[row, :end].nonzero()[:, 0] + 1
+        (cut_rows if len(ends) else left_out).append(row)
+        kept[row] = ends[-1] if len(ends) else end
     cut = torch.arange(shape[1]) >= kept[:, None]  # (B, L)
     fills = {"input_ids": pad_token_id, "labels": IGNORE_INDEX, "span_labels": IGNORE_INDEX}
     for name, value in batch.items():
@@ -289,3 +316,4 @@ def cut_turns(batch: dict, max_length: int, *, pad_token_id: int):
     kept_masks = torch.isin(batch["mask_groups"], batch["span_groups"])
     batch["mask_groups"] = batch["mask_groups"][kept_masks]
     batch["mask_labels"] = [batch["mask_labels"][i] for i in kept_masks.nonzero()[:, 0].tolist()]
+    return cut_rows, left_out

@@ -21,13 +21,13 @@ from partkit.pages import render_page
 from partkit.predictions import SpanMask, write_whole
 from partkit.schema import check_turns, tagged_phrases
 from partkit.seeding import seeded_generator
-from plumkit.data import Collator, ConversationDataset, cut_turns, stream_examples
+from plumkit.data import Collator, ConversationDataset, cut_answers, stream_examples
 from plumkit.mixture import Source
 from processing_plum import PlumProcessor, parse_span_tags
 
 MEASURED = 100
 SHOWN = 10
-COLUMNS = ("source", "share", "records", "masks", "spans per answer", "tokens", "cut", "image sizes")
+COLUMNS = ("source", "share", "records", "masks", "spans per answer", "tokens", "cut", "left out", "image sizes")
 
 
 def survey(
@@ -70,21 +70,23 @@ def _count(records: Dataset) -> dict[str, str]:
 
 
 def _measure(records, processor, max_length, turns_per_record) -> dict[str, str]:
-    """Lengths of conversations in tokens, how many of them lose turns, and sizes of images, of some records."""
+    """Lengths of conversations in tokens, how many are cut or left out, and sizes of images, of some records."""
     collate, lengths, sizes = Collator(processor), [], set()
+    cut = left_out = 0
     for example in _samples(records, turns_per_record):
         if example["image"] is not None:
             sizes.add(example["image"].size)
         batch = collate([example])
         lengths += batch["attention_mask"].sum(1).tolist()
         if max_length is not None and batch["attention_mask"].shape[1] > max_length:
-            cut_turns(batch, max_length, pad_token_id=0)  # raises for a turn that is too long by itself
-    cut = 0 if max_length is None else sum(length > max_length for length in lengths)
+            rows = cut_answers(batch, max_length, pad_token_id=0)
+            cut, left_out = cut + len(rows[0]), left_out + len(rows[1])
     ordered = sorted(sizes, key=lambda size: (size[0] * size[1], size))
     ends = dict.fromkeys(f"{width} x {height}" for width, height in (ordered[:1] + ordered[-1:]))
     return {
         "tokens": f"{statistics.median(lengths):.0f} (up to {max(lengths)})",
         "cut": f"{cut} of {len(lengths)}",
+        "left out": f"{left_out} of {len(lengths)}",
         "image sizes": " to ".join(ends) or "no images",
     }
 
@@ -152,7 +154,8 @@ def _drawn(example: dict) -> Iterator[dict]:
 
 
 PAGE = """<p class="quiet">Tokens and images of up to {{ measured }} records of each source; a token count includes the
-image's tokens. "cut" are conversations that lose their last turns to max_length.</p>
+image's tokens. "cut" are conversations that lose their end to max_length, "left out" those whose first question
+alone is longer.</p>
 <div class="box"><table class="wide">
 <tr>{% for column in columns %}<th>{{ column }}</th>{% endfor %}</tr>
 {% for row in rows %}

@@ -119,6 +119,7 @@ class PlumTrainer(Trainer):
         # The losses come divided by the counts of the whole batch; the Trainer must not divide them again.
         self.model_accepts_loss_kwargs = True
         self._named_losses, self._steps_summed = {}, 0
+        self._rows = {"cut": 0, "left_out": 0}  # conversations beyond max_length since the last log
 
     def _prepare_for_fsdp(self) -> nn.Module | None:
         """The model without its weights if it has an adapter: what FSDP2 has shared out is merged in a new copy."""
@@ -144,6 +145,8 @@ class PlumTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._steps_summed += 1
+        for batch in batches:
+            self._rows = {name: self._rows[name] + count for name, count in batch["record_counts"].items()}
         config = self.accelerator.unwrap_model(self.model).config
         names = ("labels", "span_labels", "spans", "mask_labels")
         counts = [count_loss_items(config, **{name: batch[name] for name in names}) for batch in batches]
@@ -172,6 +175,10 @@ class PlumTrainer(Trainer):
             totals = self.accelerator.reduce(self._named_losses, "sum")
             logs |= {f"{name}_loss": float(total) / self._steps_summed for name, total in totals.items()}
             self._named_losses, self._steps_summed = {}, 0
+            if self.data_collator.max_length is not None:
+                rows = {name: torch.tensor(count, device=self.args.device) for name, count in self._rows.items()}
+                logs |= {name: int(total) for name, total in self.accelerator.reduce(rows, "sum").items()}
+                self._rows = dict.fromkeys(rows, 0)
         super().log(logs, start_time)
 
     def _save(self, output_dir=None, state_dict=None):
@@ -244,7 +251,7 @@ class PlumTrainer(Trainer):
 
     def _model_inputs(self, batch: dict) -> dict:
         """A batch without what only the training wants to know, with embeddings in the place of cached images."""
-        inputs = {name: value for name, value in batch.items() if name not in ("record_index", "record_ids")}
+        inputs = {name: value for name, value in batch.items() if not name.startswith("record_")}
         if self.embedding_cache is not None and "sam_pixel_values" in inputs:
             with self.accelerator.autocast():
                 inputs["sam_image_embeddings"] = self.embedding_cache.embed(inputs.pop("sam_pixel_values"))

@@ -69,7 +69,8 @@ def measure_masks(model: PlumForConditionalGeneration, processor: PlumProcessor,
     for start in range(0, len(examples), BATCH_SIZE):
         some = [examples[i] for i in range(start, min(start + BATCH_SIZE, len(examples)))]
         batch = collate(some)
-        record_of_row = (batch.pop("record_index") + start).tolist()
+        record_of_row = (batch["record_index"] + start).tolist()
+        batch = {name: value for name, value in batch.items() if not name.startswith("record_")}
         chats = [chat for example in some for chat in example["conversations"]]
         true = [torch.from_numpy(mask) for chat in chats for mask in chat["masks"]]
         for (row, position), *ious in _measure_batch(model, processor, batch, true):

@@ -11,6 +11,7 @@ from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader
 
 import train
+from heads_plum import IGNORE_INDEX
 from partkit.masks import DataError, encode
 from partkit.schema import GROUNDED_CONVERSATION_FEATURES
 from plumkit.data import Collator, ConversationDataset, stream_examples
@@ -194,25 +195,27 @@ def lengths(rows: list[dict]) -> list[int]:
     return collate(rows, None)["attention_mask"].sum(1).tolist()
 
 
-def test_a_long_conversation_loses_whole_turns_with_their_spans_and_masks_and_nothing_else():
-    rows = [record("long", 4), record("text", 3, has_image=False), record("short", 1)]
-    shorter = [record("long", 2), record("text", 3, has_image=False), record("short", 1)]
-    full, wanted = collate(rows, None), collate(shorter, None)
-    max_length = lengths([record("long", 3)])[0] - 1
-    assert lengths(rows)[1] <= max_length < lengths(rows)[0]
-    found = collate(rows, max_length)
-    assert found["input_ids"].shape[1] <= max_length < full["input_ids"].shape[1]
-    assert found.keys() == wanted.keys()
-    for name, value in wanted.items():
-        if name in ("mask_labels", "record_ids"):
-            assert [str(item) for item in found[name]] == [str(item) for item in value]
-        elif name.endswith("_groups"):  # numbers of groups, which only have to differ
-            assert found[name].unique(return_inverse=True)[1].tolist() == value.unique(return_inverse=True)[1].tolist()
-        else:
-            assert found[name].tolist() == value.tolist(), name
+@pytest.mark.parametrize("spans", [1, 2, 3, 4])
+def test_a_long_conversation_is_cut_at_every_limit_but_never_within_a_span(spans):
+    rows = [record("long", spans), record("text", 3, has_image=False)]
+    full = collate(rows, None)
+    first = int((full["labels"][0] != IGNORE_INDEX).nonzero()[0])
+    for max_length in range(first + 1, full["input_ids"].shape[1]):
+        batch = collate(rows, max_length)
+        end = int(batch["attention_mask"][0].sum())
+        assert first < end <= max_length and batch["record_counts"]["left_out"] == 0
+        for name in ("input_ids", "labels", "span_labels"):
+            assert batch[name][0, :end].equal(full[name][0, :end])
+        assert (batch["labels"][0, end:] == IGNORE_INDEX).all() and batch["labels"][0, end - 1] != IGNORE_INDEX
+        whole = full["spans"][(full["spans"][:, 0] == 0) & (full["spans"][:, 2] <= end)]
+        assert batch["spans"][batch["spans"][:, 0] == 0].equal(whole)
+        assert len(batch["mask_labels"]) == len(batch["spans"])
+        # Where less is kept than there is room for, a span or a question stands in the way.
+        assert all(full["span_labels"][0, i] > 0 or full["labels"][0, i] < 0 for i in range(end, max_length))
+        assert not any(start < end < stop for row, start, stop in full["spans"].tolist() if row == 0)
 
 
-def test_of_the_masks_that_were_chosen_those_of_turns_left_out_go_too():
+def test_of_the_masks_that_were_chosen_those_behind_the_cut_go_too():
     rows, max_length = [record("long", 4)], lengths([record("long", 2)])[0]
     batch = collate(rows, max_length, max_spans=3)
     assert len(batch["spans"]) == len(batch["mask_labels"]) <= 2
@@ -221,12 +224,23 @@ def test_of_the_masks_that_were_chosen_those_of_turns_left_out_go_too():
     assert output.loss.isfinite()
 
 
-def test_an_answer_longer_than_the_longest_conversation_is_an_error_that_names_its_record():
-    too_short = lengths([record("a")])[0] - 1
-    with pytest.raises(
-        DataError, match=rf"record b, .* has {too_short + 1} tokens .* max_length is {too_short}; raise"
-    ):
-        collate([record("a", has_image=False), record("b", 3)], too_short)
+def test_conversations_whose_question_alone_is_too_long_are_left_out_and_counted():
+    long, short = record("long", 3), record("text", 3, has_image=False)
+    long["messages"][0]["content"] = "What? " * 200
+    max_length = lengths([short])[0]
+    alone, both = collate([short], max_length), collate([long, short], max_length)
+    assert both["record_counts"] == {"cut": 0, "left_out": 1}
+    assert both["record_index"].tolist() == [1] and both["record_ids"] == ["long", "text"]
+    for name in ("input_ids", "labels", "span_labels", "spans"):
+        assert both[name].equal(alone[name])
+
+
+def test_a_batch_of_which_all_is_left_out_teaches_nothing():
+    rows = [record("a", 2), record("b", 3)]
+    batch = collate(rows, 8)
+    assert batch["record_counts"] == {"cut": 0, "left_out": 2}
+    output = tiny_model()(**{name: value for name, value in batch.items() if not name.startswith("record_")})
+    assert output.loss == 0 and batch["input_ids"].shape[1] <= 8
 
 
 # ------------------------------------------------------------------------------------------------ survey
@@ -244,6 +258,9 @@ def test_the_survey_counts_records_masks_spans_tokens_cut_conversations_and_imag
     assert text["masks"] == ("unknown" if streaming else "0")
     assert [row["tokens"] for row in (with_images, text)] == [f"{length} (up to {length})" for length in longest]
     assert (with_images["cut"], text["cut"]) == ("12 of 12", "0 of 12")
+    assert (with_images["left out"], text["left out"]) == ("0 of 12", "0 of 12")
+    (nothing_fits,) = survey(folders[:1], parts[:1], tiny_processor(), max_length=8)
+    assert (nothing_fits["cut"], nothing_fits["left out"]) == ("0 of 12", "12 of 12")
     assert (with_images["image sizes"], text["image sizes"]) == ("60 x 40", "no images")
     table = format_table([with_images, text]).splitlines()
     assert len(table) == 4 and len({len(line) for line in table}) == 1
