@@ -56,9 +56,18 @@ from partkit.sources.survey import PART_SOURCES, Opened, open_source, survey, us
 DATASET_NAME = "partonomy"
 MINI_SIZES = {"train": 2400, "validation": 100, "test": 150}
 MINI_INSTANCES_SIZES = {"train": 500, "validation": 50, "test": 100}
-# the questions are about the first drawings of each split of mini
+# the questions are about the first drawings of each split
 MINI_QUESTIONS_SIZES = {"train": 200, "validation": 100, "test": 150}
-DRAWING_SIZES = {"mini": MINI_SIZES, "mini_instances": MINI_INSTANCES_SIZES, "mini_questions": MINI_QUESTIONS_SIZES}
+MINI_HARD_SIZES = {"train": 480, "validation": 96, "test": 240}
+MINI_HARD_QUESTIONS_SIZES = {"train": 120, "validation": 48, "test": 120}
+DRAWING_SIZES = {
+    "mini": MINI_SIZES,
+    "mini_instances": MINI_INSTANCES_SIZES,
+    "mini_questions": MINI_QUESTIONS_SIZES,
+    "mini_hard": MINI_HARD_SIZES,
+    "mini_hard_questions": MINI_HARD_QUESTIONS_SIZES,
+}
+SCENES = {scene.name: scene for scene in (synthesis.MINI, synthesis.HARD)}
 EXAMPLES_PER_SHARD = 50
 SEED = synthesis.DEFAULT_SEED
 
@@ -110,6 +119,8 @@ class Partonomy(datasets.GeneratorBasedBuilder):
         _config("mini", "Drawn objects: grounded conversations for training."),
         _config("mini_instances", "Drawn objects whose parts occur several times, one mask per instance."),
         _config("mini_questions", "Benchmark questions about the drawings of mini."),
+        _config("mini_hard", "Harder drawings: 24 objects, two in an image, hidden and rare parts; conversations."),
+        _config("mini_hard_questions", "Benchmark questions about the drawings of mini_hard."),
         _config("core", f"The official release; data_dir holds {QUESTIONS_FILE} and images/."),
         _config("own_parts", "Conversations about your own photographs; docs/own_data.md says what data_dir holds."),
         _config("descriptor", f"Conversations about a raw data set; data_dir holds {DESCRIPTOR_FILE} and its images."),
@@ -195,11 +206,12 @@ class Partonomy(datasets.GeneratorBasedBuilder):
     ) -> Iterator[schema.GroundedConversation | schema.Question]:
         for index in _flat(shards):
             if self.config.asks:
+                scene = SCENES[self.config.source]
                 yield from make_questions(
-                    _drawn(split, index),
-                    part_graph=synthesis.part_graph(),
-                    instance_graph=synthesis.instance_graph(),
-                    required_parts=synthesis.required_parts(),
+                    _drawn(self.config.source, split, index),
+                    part_graph=synthesis.part_graph(scene),
+                    instance_graph=synthesis.instance_graph(scene),
+                    presence=synthesis.presence(scene),
                     seed=SEED,
                 )
             else:
@@ -251,15 +263,18 @@ def _ignore(error: schema.DataError) -> None:
 
 
 def converse_about_drawing(name: str, split: str, index: int) -> schema.GroundedConversation:
-    """The conversation about one drawing of "mini" or "mini_instances"; an index may lie beyond the stored split."""
+    """The conversation about one drawing of a configuration of drawings; an index may lie beyond the stored split."""
+    example = _drawn(name, split, index)
     if name == "mini_instances":
-        return converse_about_instances(_drawn(split, index, instances=True), seed=SEED)
-    return converse(_drawn(split, index), part_graph=synthesis.part_graph(), seed=SEED)
+        return converse_about_instances(example, seed=SEED)
+    return converse(example, part_graph=synthesis.part_graph(SCENES[name]), seed=SEED)
 
 
-def _drawn(split: str, index: int, *, instances: bool = False) -> schema.PartExample:
-    draw = synthesis.draw_instances_example if instances else synthesis.draw_example
-    example = draw(split, index, seed=SEED)
+def _drawn(name: str, split: str, index: int) -> schema.PartExample:
+    if name == "mini_instances":
+        example = synthesis.draw_instances_example(split, index, seed=SEED)
+    else:
+        example = synthesis.draw_example(split, index, scene=SCENES[name], seed=SEED)
     example.image = synthesis.encode_image(example.image)
     return example
 

@@ -146,14 +146,6 @@ def collect_knowledge(
     return knowledge
 
 
-def even_presence(required_parts: PartGraph, *, part_graph: PartGraph) -> dict[str, dict[str, float]]:
-    """The `presence` where required parts are always visible and all others every second time."""
-    return {
-        label: {part: 1.0 if part in required_parts[label] else 0.5 for part in parts}
-        for label, parts in part_graph.items()
-    }
-
-
 def check_known(label: str, parts: Iterable[str], *, part_graph: PartGraph, where: str) -> None:
     """Raises DataError if the part graph does not know the label, or one of the parts for it."""
     if label not in part_graph:

@@ -13,7 +13,7 @@ from scipy.optimize import minimize
 from scipy.special import log_softmax, softmax
 
 from partkit import synthesis
-from partkit.knowledge import PartKnowledge, collect_knowledge, even_presence
+from partkit.knowledge import PartKnowledge, collect_knowledge
 from partkit.masks import encode
 from partkit.questions import SCHEMES, QuestionMaker
 from partkit.schema import QUESTION_TYPES, PartExample, PartMask, Question
@@ -50,19 +50,23 @@ def compare_schemes(
     return leaks
 
 
-def leak_of_drawings(sizes: Mapping[str, int], *, seed: int) -> dict[str, Leak | None]:
-    """Scheme -> the leak of questions about the drawn miniature, of the types that it asks.
+def leak_of_drawings(
+    sizes: Mapping[str, int], *, scene: synthesis.Scene = synthesis.MINI, seed: int
+) -> dict[str, Leak | None]:
+    """Scheme -> the leak of questions about drawings.
 
     Args:
         sizes: how many drawings of the splits "train" and "test".
     """
-    train, test = ([synthesis.draw_example(s, n, seed=seed) for n in range(sizes[s])] for s in ("train", "test"))
-    graphs = {"part_graph": synthesis.part_graph(), "instance_graph": synthesis.instance_graph()}
+    train, test = (
+        [synthesis.draw_example(split, number, scene=scene, seed=seed) for number in range(sizes[split])]
+        for split in ("train", "test")
+    )
+    graphs = {"part_graph": synthesis.part_graph(scene), "instance_graph": synthesis.instance_graph(scene)}
     annotated = [(example.image_label, [mask.label for mask in example.masks]) for example in (*train, *test)]
-    even = even_presence(synthesis.required_parts(), part_graph=graphs["part_graph"])
     knowledge = {
         "official": collect_knowledge(annotated, **graphs),
-        "balanced": PartKnowledge(**graphs, presence=even),
+        "balanced": PartKnowledge(**graphs, presence=synthesis.presence(scene)),
     }
     return compare_schemes(train, test, knowledge=knowledge, seed=seed, question_types=QUESTION_TYPES)
 

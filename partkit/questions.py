@@ -20,7 +20,7 @@ from partkit.distractors import (
     can_balance,
     edited_distractors,
 )
-from partkit.knowledge import PartGraph, PartKnowledge, Similarity, check_known, even_presence
+from partkit.knowledge import PartGraph, PartKnowledge, Similarity, check_known
 from partkit.schema import QUESTION_TYPES, TWO_STEP_TYPES, DataError, PartExample, Question
 from partkit.seeding import seeded_generator
 from partkit.spans import join_parts
@@ -260,18 +260,18 @@ def make_questions(
     *,
     part_graph: PartGraph,
     instance_graph: Mapping[str, Sequence[str]],
-    required_parts: PartGraph,
+    presence: Mapping[str, Mapping[str, float]],
     question_types: Sequence[str] = QUESTION_TYPES,
     seed: int,
 ) -> list[Question]:
-    """Balanced questions about an object whose optional parts are there every second time.
+    """Balanced questions about an object that is drawn.
 
     Args:
-        required_parts: the parts of `part_graph` that every object of a label has; no distractor leaves them out.
+        presence: share of the drawings of a label that have each part; no distractor leaves out one that all have.
     """
-    if example.image_label not in required_parts:
+    if example.image_label not in presence:
         raise DataError(
             f"example {example.image_id}, field 'image_label': the part graphs do not know {example.image_label!r}"
         )
-    knowledge = PartKnowledge(part_graph, instance_graph, even_presence(required_parts, part_graph=part_graph))
+    knowledge = PartKnowledge(part_graph, instance_graph, presence)
     return QuestionMaker(knowledge, scheme="balanced", seed=seed).questions(example, question_types)

@@ -18,48 +18,101 @@ import numpy as np
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
-from partkit.drawings import COLOURS, FAMILIES, OBJECTS, Part
+from partkit.drawings import COLOURS, FAMILIES, Colour, Part
+from partkit.hard_drawings import HARD_COLOURS, HARD_FAMILIES
 from partkit.masks import encode
 from partkit.schema import PartExample, PartMask
 from partkit.seeding import seeded_generator
 
-IMAGE_SIZE = 128
 SUPERSAMPLING = 3
-MIN_VISIBLE_PIXELS = 25
-PRESENCE = 0.5
-MAX_ROTATION = 10.0
 NOISE = 2.0
 WEBP_QUALITY = 85
-SOURCE = "mini"
 LICENCE = "Apache-2.0"
 DEFAULT_SEED = 0
 
 _POSES_PER_PART_SET = 8
-_CANVAS = IMAGE_SIZE * SUPERSAMPLING
+
+
+@dataclass(frozen=True)
+class Scene:
+    """
+    How the pictures of a set are drawn. Lengths are in pixels of the image; ranges are (lowest, highest).
+
+    Attributes:
+        families: family -> label -> parts from back to front.
+        image_size: side of the square image.
+        min_visible_pixels: a part of which fewer are visible is left out.
+        scale: half the extent of the object, as a share of half the image.
+        rotation: largest rotation in degrees.
+        occluded: share of the pictures with something in front of the object.
+        occluders: how many things, `occluder_radius` how large.
+        second_object: whether a smaller object of another kind, which belongs to no part, is drawn beside it.
+    """
+
+    name: str
+    families: dict[str, dict[str, tuple[Part, ...]]]
+    colours: dict[str, Colour]
+    image_size: int = 128
+    min_visible_pixels: int = 25
+    scale: tuple[float, float] = (0.78, 0.94)
+    rotation: float = 10.0
+    occluded: float = 0.3
+    occluders: tuple[int, int] = (1, 1)
+    occluder_radius: tuple[float, float] = (4, 9)
+    second_object: bool = False
+
+    @property
+    def objects(self) -> dict[str, tuple[Part, ...]]:
+        return {label: parts for family in self.families.values() for label, parts in family.items()}
+
+    @property
+    def canvas(self) -> int:
+        return self.image_size * SUPERSAMPLING
+
+
+MINI = Scene(name="mini", families=FAMILIES, colours=COLOURS)
+HARD = Scene(
+    name="mini_hard",
+    families=HARD_FAMILIES,
+    colours=HARD_COLOURS,
+    image_size=256,
+    min_visible_pixels=60,
+    scale=(0.58, 0.76),
+    rotation=20.0,
+    occluded=0.9,
+    occluders=(1, 4),
+    occluder_radius=(8, 22),
+    second_object=True,
+)
 
 
 @dataclass
 class Drawing:
-    """An RGB image and, per instance drawn, its part name and visible mask: boolean (IMAGE_SIZE, IMAGE_SIZE)."""
+    """An RGB image and, per instance drawn, its part name and visible mask: bool `(image_size, image_size)`."""
 
     image: Image.Image
     names: list[str]
     masks: list[np.ndarray]
 
 
-def part_graph() -> dict[str, list[str]]:
+def part_graph(scene: Scene = MINI) -> dict[str, list[str]]:
     """All parts an object of each label can have, sorted."""
-    return {label: sorted(part.name for part in parts) for label, parts in OBJECTS.items()}
+    return {label: sorted(part.name for part in parts) for label, parts in scene.objects.items()}
 
 
-def required_parts() -> dict[str, list[str]]:
+def required_parts(scene: Scene = MINI) -> dict[str, list[str]]:
     """The parts every object of each label has, sorted."""
-    return {label: sorted(part.name for part in parts if part.required) for label, parts in OBJECTS.items()}
+    return {label: sorted(part.name for part in parts if part.required) for label, parts in scene.objects.items()}
 
 
-def instance_graph() -> dict[str, list[str]]:
+def presence(scene: Scene = MINI) -> dict[str, dict[str, float]]:
+    """Share of the drawings of each label that have each part, before anything hides it."""
+    return {label: {part.name: part.presence for part in parts} for label, parts in scene.objects.items()}
+
+
+def instance_graph(scene: Scene = MINI) -> dict[str, list[str]]:
     """The labels of each family."""
-    return {family: list(objects) for family, objects in FAMILIES.items()}
+    return {family: list(objects) for family, objects in scene.families.items()}
 
 
 def encode_image(image: Image.Image) -> dict[str, Any]:
@@ -69,17 +122,16 @@ def encode_image(image: Image.Image) -> dict[str, Any]:
     return {"bytes": buffer.getvalue(), "path": None}
 
 
-def draw_example(split: str, index: int, *, seed: int = DEFAULT_SEED) -> PartExample:
+def draw_example(split: str, index: int, *, scene: Scene = MINI, seed: int = DEFAULT_SEED) -> PartExample:
     """Draws one object; each visible part is one mask, its instances united. Parts are sorted by name."""
-    rng = seeded_generator(seed, "mini", split, index)
-    label = _draw_label(index)
-    parts = [part for part in OBJECTS[label] if part.required or rng.random() < PRESENCE]
-    drawing = _draw(parts, rng)
+    rng = seeded_generator(seed, scene.name, split, index)
+    label = _draw_label(index, scene)
+    drawing = _draw(label, _draw_parts(label, scene, rng), scene, rng)
     united: dict[str, np.ndarray] = {}
     for name, mask in zip(drawing.names, drawing.masks, strict=True):
         united[name] = united[name] | mask if name in united else mask
     masks = [PartMask(name, encode(united[name])) for name in sorted(united)]
-    return PartExample(drawing.image, f"mini-{split}-{index:05d}", label, masks, SOURCE, LICENCE)
+    return PartExample(drawing.image, f"{scene.name}-{split}-{index:05d}", label, masks, scene.name, LICENCE)
 
 
 def draw_instances_example(split: str, index: int, *, seed: int = DEFAULT_SEED) -> PartExample:
@@ -88,22 +140,29 @@ def draw_instances_example(split: str, index: int, *, seed: int = DEFAULT_SEED) 
     Two to all instances of such a part are drawn, each visible and apart from the others.
     """
     rng = seeded_generator(seed, "mini_instances", split, index)
-    label = _draw_label(index)
+    label = _draw_label(index, MINI)
     repeated = False
     while not repeated:
-        drawn = [
-            _with_some_instances(part, rng) for part in OBJECTS[label] if part.required or rng.random() < PRESENCE
-        ]
+        drawn = _draw_parts(label, MINI, rng, some_instances=True)
         if any(len(part.instances) > 1 for part in drawn):
-            drawing = _draw(drawn, rng, each_instance=True)
+            drawing = _draw(label, drawn, MINI, rng, each_instance=True)
             repeated = len(set(drawing.names)) < len(drawing.names)
     masks = [PartMask(name, encode(mask)) for name, mask in zip(drawing.names, drawing.masks, strict=True)]
-    return PartExample(drawing.image, f"mini_instances-{split}-{index:05d}", label, masks, SOURCE, LICENCE)
+    return PartExample(drawing.image, f"mini_instances-{split}-{index:05d}", label, masks, MINI.name, LICENCE)
 
 
-def _draw_label(index: int) -> str:
+def _draw_label(index: int, scene: Scene) -> str:
     """Labels take turns, so that every split is balanced."""
-    return list(OBJECTS)[index % len(OBJECTS)]
+    return list(scene.objects)[index % len(scene.objects)]
+
+
+def _draw_parts(label: str, scene: Scene, rng: np.random.Generator, *, some_instances: bool = False) -> list[Part]:
+    """The parts of one drawing; with `some_instances` two to all instances of those that occur several times."""
+    drawn = []
+    for part in scene.objects[label]:
+        if part.required or rng.random() < part.presence:
+            drawn.append(_with_some_instances(part, rng) if some_instances else part)
+    return drawn
 
 
 def _with_some_instances(part: Part, rng: np.random.Generator) -> Part:
@@ -114,23 +173,29 @@ def _with_some_instances(part: Part, rng: np.random.Generator) -> Part:
     return replace(part, instances=tuple(part.instances[position] for position in kept))
 
 
-def _draw(parts: list[Part], rng: np.random.Generator, *, each_instance: bool = False) -> Drawing:
+def _draw(
+    label: str, parts: list[Part], scene: Scene, rng: np.random.Generator, *, each_instance: bool = False
+) -> Drawing:
     """Draws the parts in new poses until each is visible; parts that stay hidden in every pose are left out.
 
     A part is visible if one instance is, or with `each_instance` if all of them are and none touches another.
     """
+
+    def is_visible(name: str) -> bool:
+        return _is_visible(name, drawing, least=scene.min_visible_pixels, each_instance=each_instance)
+
     while True:
         for _ in range(_POSES_PER_PART_SET):
-            drawing = _draw_once(parts, rng)
-            hidden = {part.name for part in parts if not _is_visible(part.name, drawing, each_instance=each_instance)}
+            drawing = _draw_once(label, parts, scene, rng)
+            hidden = {part.name for part in parts if not is_visible(part.name)}
             if not hidden:
                 return drawing
         parts = [part for part in parts if part.name not in hidden]
 
 
-def _is_visible(name: str, drawing: Drawing, *, each_instance: bool) -> bool:
+def _is_visible(name: str, drawing: Drawing, *, least: int, each_instance: bool) -> bool:
     masks = [mask for other, mask in zip(drawing.names, drawing.masks, strict=True) if other == name]
-    large = [mask.sum() >= MIN_VISIBLE_PIXELS for mask in masks]
+    large = [mask.sum() >= least for mask in masks]
     if not each_instance:
         return any(large)
     grown = sum(ndimage.binary_dilation(mask, structure=np.ones((3, 3))).astype(int) for mask in masks)
@@ -138,21 +203,28 @@ def _is_visible(name: str, drawing: Drawing, *, each_instance: bool) -> bool:
     return all(large) and not touching
 
 
-def _draw_once(parts: list[Part], rng: np.random.Generator) -> Drawing:
-    canvas = _background(rng)
+def _draw_once(label: str, parts: list[Part], scene: Scene, rng: np.random.Generator) -> Drawing:
+    canvas = _background(scene, rng)
     ids = Image.new("L", canvas.size, 0)
     pens = ImageDraw.Draw(canvas), ImageDraw.Draw(ids)
-    frame = _random_frame(rng)
+    in_front = scene.second_object and rng.random() < 0.3
+    if scene.second_object and not in_front:
+        _draw_second_object(pens, label, scene, rng)
+    frame = _random_frame(scene, rng)
     names: list[str] = []
     for part in parts:
-        colour = _part_colour(part, rng)
+        colour = _part_colour(part, scene, rng)
         jittered = _jitter(part, rng)
         for instance in jittered:
             names.append(part.name)
             for points, shade in instance:
                 _fill(pens, points @ frame[:2] + frame[2], colour * shade, len(names))
-    if rng.random() < 0.3:
-        _occlude(pens, rng)
+    if in_front:
+        _draw_second_object(pens, label, scene, rng)
+    if rng.random() < scene.occluded:
+        lowest, highest = scene.occluders
+        for _ in range(lowest if lowest == highest else int(rng.integers(lowest, highest + 1))):
+            _occlude(pens, scene, rng)
     pixels = np.asarray(canvas.reduce(SUPERSAMPLING), dtype=np.float32)
     pixels = pixels * rng.uniform(0.88, 1.1) + rng.normal(0, NOISE, pixels.shape)
     centre = SUPERSAMPLING // 2
@@ -161,11 +233,27 @@ def _draw_once(parts: list[Part], rng: np.random.Generator) -> Drawing:
     return Drawing(Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), names, masks)
 
 
-def _random_frame(rng: np.random.Generator) -> np.ndarray:
+def _draw_second_object(
+    pens: tuple[ImageDraw.ImageDraw, ...], label: str, scene: Scene, rng: np.random.Generator
+) -> None:
+    """A smaller object of another kind near a corner; it belongs to no part, and hides what is behind it."""
+    others = [other for other in scene.objects if other != label]
+    half = scene.canvas / 2
+    frame = _random_frame(scene, rng)
+    frame[:2] *= rng.uniform(0.4, 0.6)
+    frame[2] = half + rng.choice([-1.0, 1.0], 2) * half * rng.uniform(0.5, 0.75, 2)
+    for part in _draw_parts(others[rng.integers(len(others))], scene, rng):
+        colour = _part_colour(part, scene, rng)
+        for instance in _jitter(part, rng):
+            for points, shade in instance:
+                _fill(pens, points @ frame[:2] + frame[2], colour * shade, 0)
+
+
+def _random_frame(scene: Scene, rng: np.random.Generator) -> np.ndarray:
     """An affine map from object to canvas coordinates: rows are the images of x and y, and the translation."""
-    half = _CANVAS / 2
-    scale = half * rng.uniform(0.78, 0.94)
-    angle = math.radians(rng.uniform(-MAX_ROTATION, MAX_ROTATION))
+    half = scene.canvas / 2
+    scale = half * rng.uniform(*scene.scale)
+    angle = math.radians(rng.uniform(-scene.rotation, scene.rotation))
     flip = rng.choice([-1.0, 1.0])
     aspect = rng.uniform(0.9, 1.1)
     slack = half - scale
@@ -184,9 +272,9 @@ def _jitter(part: Part, rng: np.random.Generator) -> list[list[tuple[np.ndarray,
     ]
 
 
-def _part_colour(part: Part, rng: np.random.Generator) -> np.ndarray:
-    if part.name in COLOURS:
-        return np.array(COLOURS[part.name]) * rng.uniform(0.85, 1.1) + rng.normal(0, 9, 3)
+def _part_colour(part: Part, scene: Scene, rng: np.random.Generator) -> np.ndarray:
+    if part.name in scene.colours:
+        return np.array(scene.colours[part.name]) * rng.uniform(0.85, 1.1) + rng.normal(0, 9, 3)
     return 255 * np.array(colorsys.hsv_to_rgb(rng.random(), rng.uniform(0.15, 0.75), rng.uniform(0.5, 0.95)))
 
 
@@ -199,30 +287,32 @@ def _fill(pens: tuple[ImageDraw.ImageDraw, ...], points: np.ndarray, colour: np.
         pen.line(closed, fill=outline, width=2)
 
 
-def _background(rng: np.random.Generator) -> Image.Image:
+def _background(scene: Scene, rng: np.random.Generator) -> Image.Image:
     """A muted gradient with a few faint shapes, all of it behind the object."""
     corners = rng.uniform(90, 215) + rng.normal(0, 14, (2, 2, 3))
     canvas = Image.fromarray(corners.clip(0, 255).astype(np.uint8)).resize(
-        (_CANVAS, _CANVAS), Image.Resampling.BILINEAR
+        (scene.canvas, scene.canvas), Image.Resampling.BILINEAR
     )
     pen = ImageDraw.Draw(canvas)
     for _ in range(rng.integers(0, 4)):
-        pen.polygon(_blob(rng, radius=rng.uniform(8, 22)), fill=_rgb(corners.mean((0, 1)) + rng.normal(0, 28, 3)))
+        pen.polygon(
+            _blob(scene, rng, radius=rng.uniform(8, 22)), fill=_rgb(corners.mean((0, 1)) + rng.normal(0, 28, 3))
+        )
     return canvas
 
 
-def _occlude(pens: tuple[ImageDraw.ImageDraw, ...], rng: np.random.Generator) -> None:
+def _occlude(pens: tuple[ImageDraw.ImageDraw, ...], scene: Scene, rng: np.random.Generator) -> None:
     """A small leaf-like shape in front of the object; it belongs to no part."""
-    corners = _blob(rng, radius=rng.uniform(4, 9))
+    corners = _blob(scene, rng, radius=rng.uniform(*scene.occluder_radius))
     pens[0].polygon(corners, fill=_rgb(np.array([70, 105, 60]) * rng.uniform(0.7, 1.3)))
     pens[1].polygon(corners, fill=0)
 
 
-def _blob(rng: np.random.Generator, *, radius: float) -> list[float]:
+def _blob(scene: Scene, rng: np.random.Generator, *, radius: float) -> list[float]:
     """Corners of a random polygon somewhere on the canvas; `radius` in image pixels."""
     angles = np.sort(rng.uniform(0, 2 * math.pi, 6))
     radii = radius * SUPERSAMPLING * rng.uniform(0.6, 1.0, 6)
-    x, y = rng.uniform(0.1, 0.9, 2) * _CANVAS
+    x, y = rng.uniform(0.1, 0.9, 2) * scene.canvas
     return np.stack([x + radii * np.cos(angles), y + radii * np.sin(angles)], axis=1).ravel().tolist()
 
 

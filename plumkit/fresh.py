@@ -1,7 +1,7 @@
 """
 Training records that are made when they are read, so that no epoch repeats an earlier one.
 
-    drawn configurations ("mini", "mini_instances")         ──> a new drawing, and a conversation about it
+    drawn configurations ("mini", "mini_hard", ...)         ──> a new drawing, and a conversation about it
     photographs with part masks ("own_parts", PACO, ...)     ──> the same photograph, perhaps mirrored, in new words
 
 A record depends on the number it is asked for alone: not on the process, the worker or what was read before.
@@ -27,7 +27,7 @@ from plumkit.mixture import COLUMNS, Source
 FreshRecords = Callable[[int, int], dict[str, Any]]
 """(row of the stored split, number) -> a record; other numbers give other records."""
 
-DRAWN = ("mini", "mini_instances")
+DRAWN = ("mini", "mini_instances", "mini_hard")
 _SIDES = re.compile(r"\b(left|right)\b")
 
 

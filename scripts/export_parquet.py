@@ -91,7 +91,7 @@ def export(folder: Path, options: argparse.Namespace) -> None:
                 write_shards(rows, folder / name, split=split, max_shard_bytes=options.max_shard_bytes)
             first = next(iter(splits.values()))
             problems = max(problems, partonomy_dataset.left_out(first), key=len)
-            source = "mini" if name in partonomy_dataset.DRAWING_SIZES else name.removesuffix("_questions")
+            source = name.removesuffix("_questions").removesuffix("_instances")
             if source not in surveys:
                 surveys[source] = look_at(source, options) if source in PART_SOURCES else None
             configs.append(describe(name, splits, source=source, found=surveys[source], scheme=options.scheme))
@@ -151,8 +151,9 @@ def measure(
 ) -> tuple[str, dict[str, Any]]:
     """The scheme of the questions, and the leak of this scheme and of the others that can be made."""
     seed = partonomy_dataset.SEED
-    if source == "mini":
-        return "balanced", leak_of_drawings(partonomy_dataset.MINI_QUESTIONS_SIZES, seed=seed)
+    if source in partonomy_dataset.SCENES:
+        sizes = partonomy_dataset.DRAWING_SIZES[f"{source}_questions"]
+        return "balanced", leak_of_drawings(sizes, scene=partonomy_dataset.SCENES[source], seed=seed)
     if found is not None:
         return scheme or SCHEMES[0], leak_of_copy(found, seed=seed)
     rows = splits["test"].remove_columns(["image", "masks"])
@@ -167,11 +168,12 @@ def look_at(source: str, options: argparse.Namespace) -> Survey:
 
 
 def graphs_of(source: str, found: Survey | None) -> dict[str, Any] | None:
-    if source == "mini":
+    if source in partonomy_dataset.SCENES:
+        scene = partonomy_dataset.SCENES[source]
         return {
-            "part_graph": synthesis.part_graph(),
-            "required_parts": synthesis.required_parts(),
-            "instance_graph": synthesis.instance_graph(),
+            "part_graph": synthesis.part_graph(scene),
+            "required_parts": synthesis.required_parts(scene),
+            "instance_graph": synthesis.instance_graph(scene),
         }
     if found is None or not found.part_graph:
         return None

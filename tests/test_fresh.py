@@ -39,8 +39,8 @@ def photographs(tmp_path) -> Source:
     return Source("partonomy", "own_parts", str(tmp_path))
 
 
-@pytest.mark.parametrize("name", ["mini", "mini_instances"])
-def test_every_number_is_another_drawing_and_none_is_stored(name):
+@pytest.mark.parametrize("name, side", [("mini", 128), ("mini_instances", 128), ("mini_hard", 256)])
+def test_every_number_is_another_drawing_and_none_is_stored(name, side):
     draw = open_fresh(Source("partonomy", name), mirror=False)
     records = [draw(0, number) for number in range(4)]
     stored = partonomy_dataset.DRAWING_SIZES[name]["train"]
@@ -51,7 +51,7 @@ def test_every_number_is_another_drawing_and_none_is_stored(name):
     assert draw(7, 2) == records[2]
     for record in records:
         check_turns(record["messages"], len(record["masks"]), where="here")
-        assert all(decode(mask["rle"]).shape == (128, 128) for mask in record["masks"])
+        assert all(decode(mask["rle"]).shape == (side, side) for mask in record["masks"])
 
 
 def test_a_photograph_is_talked_about_in_new_words_each_time(photographs):

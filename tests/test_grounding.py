@@ -6,7 +6,7 @@ from partkit.grounding import PHRASINGS, TURNS, answer_question, ask_for_each, a
 from partkit.masks import encode
 from partkit.questions import make_questions
 from partkit.schema import PartExample, PartMask, Question, tagged_phrases
-from partkit.synthesis import draw_example, part_graph, required_parts
+from partkit.synthesis import draw_example, part_graph, presence
 
 
 def square(size: int) -> dict:
@@ -75,7 +75,7 @@ def test_parts_are_called_by_either_of_two_names():
 
 def test_questions_of_the_benchmark_are_answered_with_the_correct_choice_and_its_masks():
     example = draw_example("train", 3)
-    graphs = {"part_graph": part_graph(), "instance_graph": {}, "required_parts": required_parts()}
+    graphs = {"part_graph": part_graph(), "instance_graph": {}, "presence": presence()}
     questions = make_questions(example, **graphs, seed=0)
     assert len(questions) == 10
     for question in questions:

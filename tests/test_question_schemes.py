@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from partkit import synthesis
 from partkit.distractors import DISTRACTORS, MAX_EDITS, TOGGLES
-from partkit.knowledge import PartKnowledge, collect_knowledge, embedding_similarity, even_presence
+from partkit.knowledge import PartKnowledge, collect_knowledge, embedding_similarity
 from partkit.leak import compare_schemes, fit_bag_of_parts
 from partkit.masks import encode
 from partkit.questions import SCHEMES, QuestionMaker
@@ -193,7 +193,7 @@ def test_blind_heuristics_tell_nothing_from_balanced_questions_and_the_middle_of
     counted = collect_knowledge(
         [(record.image_label, [mask.label for mask in record.masks]) for record in train + test], **graphs
     )
-    even = PartKnowledge(**graphs, presence=even_presence(synthesis.required_parts(), part_graph=graphs["part_graph"]))
+    even = PartKnowledge(**graphs, presence=synthesis.presence())
     leak = compare_schemes(train, test, knowledge={"official": counted, "balanced": even}, seed=0)
     for name, accuracy in leak["balanced"].items():
         assert accuracy == pytest.approx(0.2, abs=0.05), name

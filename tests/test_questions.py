@@ -39,7 +39,12 @@ ONE_COMPARED = QUESTION_TYPES[:6]
 
 def questions_about(record: PartExample, *, seed: int = 0, question_types=ONE_COMPARED):
     return make_questions(
-        record, part_graph=GRAPH, instance_graph={}, required_parts=REQUIRED, question_types=question_types, seed=seed
+        record,
+        part_graph=GRAPH,
+        instance_graph={},
+        presence=synthesis.presence(),
+        question_types=question_types,
+        seed=seed,
     )
 
 
@@ -107,9 +112,9 @@ def test_an_example_without_masks_gets_no_comparison_and_no_right_answer():
 
 
 def test_a_type_with_too_few_optional_parts_is_not_asked():
-    graph, required = {"stool": ["leg", "seat", "cushion"]}, {"stool": ["seat"]}
+    graph, presence = {"stool": ["leg", "seat", "cushion"]}, {"stool": {"leg": 0.5, "seat": 1.0, "cushion": 0.5}}
     record = example("stool", "stool", ["seat", "leg"])
-    assert make_questions(record, part_graph=graph, instance_graph={}, required_parts=required, seed=0) == []
+    assert make_questions(record, part_graph=graph, instance_graph={}, presence=presence, seed=0) == []
 
 
 def test_objects_and_parts_outside_the_graphs_are_refused_by_name():

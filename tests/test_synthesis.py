@@ -2,6 +2,7 @@ import io
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -80,7 +81,7 @@ def test_another_process_with_another_hash_seed_draws_the_same():
 def test_images_are_small_colour_pictures_of_the_right_kind(examples):
     for index, example in enumerate(examples):
         assert example.image.mode == "RGB"
-        assert example.image.size == (synthesis.IMAGE_SIZE, synthesis.IMAGE_SIZE)
+        assert example.image.size == (synthesis.MINI.image_size,) * 2
         assert example.image_label == list(OBJECTS)[index % len(OBJECTS)]
     assert len({example.image.tobytes() for example in examples}) == len(examples)
 
@@ -99,10 +100,10 @@ def test_required_parts_are_always_there_and_optional_ones_about_every_second_ti
 
 def test_masks_are_disjoint_and_large_enough_to_be_seen(examples):
     for example in examples[:60]:
-        size = (synthesis.IMAGE_SIZE, synthesis.IMAGE_SIZE)
+        size = (synthesis.MINI.image_size,) * 2
         stack = np.stack([decode(mask.rle, expected_size=size) for mask in example.masks])
         assert stack.sum(axis=0).max() == 1
-        assert stack.sum(axis=(1, 2)).min() >= synthesis.MIN_VISIBLE_PIXELS
+        assert stack.sum(axis=(1, 2)).min() >= synthesis.MINI.min_visible_pixels
 
 
 def test_a_mask_lies_on_its_part_by_colour():
@@ -131,7 +132,7 @@ def test_instances_of_a_part_are_separate_masks_that_do_not_touch(instance_examp
             assert 2 <= len(masks) <= 4
             grown = [ndimage.binary_dilation(mask, structure=np.ones((3, 3))) for mask in masks]
             for position, mask in enumerate(masks):
-                assert mask.sum() >= synthesis.MIN_VISIBLE_PIXELS
+                assert mask.sum() >= synthesis.MINI.min_visible_pixels
                 assert not any((mask & other).any() for place, other in enumerate(grown) if place != position)
 
 
@@ -140,7 +141,7 @@ def test_a_hidden_part_is_left_out_rather_than_left_unannotated():
     front = next(part for part in OBJECTS["bus"] if part.name == "body")
     (left, top), *_ = front.instances[0][0].points
     sliver = Shape(((left + 0.5, top + 0.4), (left + 0.6, top + 0.4), (left + 0.6, top + 0.5)))
-    drawing = synthesis._draw([Part("hidden", ((sliver,),)), front], seeded_generator("test"))
+    drawing = synthesis._draw("bus", [Part("hidden", ((sliver,),)), front], synthesis.MINI, seeded_generator("test"))
     assert set(drawing.names) == {front.name}
 
 
@@ -153,6 +154,44 @@ def test_encoded_images_decode_to_the_same_picture_up_to_compression(examples):
 
 
 def test_the_area_of_a_drawing_is_mostly_in_view(examples):
-    shares = [sum(area(mask.rle) for mask in example.masks) / synthesis.IMAGE_SIZE**2 for example in examples]
+    shares = [sum(area(mask.rle) for mask in example.masks) / synthesis.MINI.image_size**2 for example in examples]
     assert min(shares) > 0.04
     assert max(shares) < 0.7
+
+
+# ------------------------------------------------------------------------------------------------ mini_hard
+
+
+@pytest.fixture(scope="module")
+def hard_examples():
+    return [synthesis.draw_example("train", index, scene=synthesis.HARD) for index in range(96)]
+
+
+def test_the_harder_set_has_more_objects_and_parts_some_of_them_rare():
+    graph, presence = synthesis.part_graph(synthesis.HARD), synthesis.presence(synthesis.HARD)
+    assert len(graph) >= 24 and len({part for parts in graph.values() for part in parts}) >= 100
+    assert {label for family in synthesis.instance_graph(synthesis.HARD).values() for label in family} == set(graph)
+    assert all(graph[label] == parts for label, parts in synthesis.part_graph().items())
+    shares = {share for parts in presence.values() for share in parts.values()}
+    assert shares == {1.0, 0.5, 0.15}
+
+
+def test_harder_drawings_are_larger_and_their_masks_cover_visible_pixels_of_one_object(hard_examples):
+    graph = synthesis.part_graph(synthesis.HARD)
+    labels = [example.image_label for example in hard_examples[:24]]
+    assert len(set(labels)) == 24
+    for example in hard_examples:
+        assert example.image.size == (256, 256)
+        masks = np.stack([decode(mask.rle) for mask in example.masks])
+        assert masks.sum(axis=0).max() == 1
+        assert masks.sum(axis=(1, 2)).min() >= synthesis.HARD.min_visible_pixels
+        assert {mask.label for mask in example.masks} <= set(graph[example.image_label])
+
+
+def test_a_second_object_changes_pixels_that_belong_to_no_part(hard_examples):
+    alone = replace(synthesis.HARD, second_object=False)
+    drawn = [synthesis.draw_example("train", index, scene=alone) for index in range(12)]
+    for example, other in zip(hard_examples, drawn, strict=False):
+        assert not np.array_equal(np.asarray(example.image), np.asarray(other.image))
+    coverage = [sum(area(mask.rle) for mask in example.masks) / 256**2 for example in hard_examples]
+    assert 0.05 < np.mean(coverage) < 0.3
