@@ -15,7 +15,7 @@ import atheris
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-with atheris.instrument_imports(include=["partkit", "chat_plum", "fuzz"]):
+with atheris.instrument_imports(include=["partkit", "chat_plum", "images_plum", "masks_plum", "rle_plum", "fuzz"]):
     from fuzz.seeds import SEEDS
     from fuzz.targets import TARGETS
 

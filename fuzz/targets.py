@@ -6,15 +6,20 @@ them mutated valid files, and `make fuzz` runs them under atheris, which looks f
 """
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from PIL import Image
 
 from chat_plum import parse_span_tags
+from images_plum import read_image
+from masks_plum import to_binary_mask
 from partkit.masks import DataError, decode
 from partkit.predictions import read_predictions
 from partkit.schema import tagged_phrases
 from partkit.sources.descriptor import Descriptor
+from partkit.sources.json_files import parse_json
+from partkit.sources.own_parts import open_own_parts
 
 MAX_SIDE = 512
 """Pixels of a side of the masks that are decoded here; larger valid ones only cost time."""
@@ -72,4 +77,57 @@ def descriptor(data: bytes) -> bool:
     return True
 
 
-TARGETS = {target.__name__: target for target in (span_tags, run_length_encoding, predictions_file, descriptor)}
+def given_mask(data: bytes) -> bool:
+    """A mask given to the processor, as JSON: run lengths, polygons or nested lists, of an image of 4 x 6."""
+    try:
+        mask = to_binary_mask(parse_json(data, where="mask"), (4, 6))
+    except ValueError:
+        return False
+    assert mask.shape == (4, 6) and mask.dtype == bool
+    return True
+
+
+def image_file(data: bytes) -> bool:
+    """An image file of any format."""
+    try:
+        image = read_image(data, max_pixels=MAX_SIDE**2)
+    except DataError:
+        return False
+    assert image.mode == "RGB" and 0 < image.width * image.height <= MAX_SIDE**2
+    return True
+
+
+def _own_parts(file_name: str) -> Callable[[bytes], bool]:
+    """A folder of one's own with this file beside one image: all records and splits are read."""
+
+    def read(data: bytes) -> bool:
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / file_name).write_bytes(data)
+            Image.new("RGB", (6, 4)).save(Path(folder) / "1.png")
+            try:
+                source = open_own_parts(folder)
+                examples = [source.example(index) for index in range(len(source))]
+                conversations = [list(source.conversations(index, seed=0)) for index in range(len(source))]
+            except DataError:
+                return False
+            assert len(examples) == len(conversations) == sum(map(len, source.splits(seed=0).values()))
+        return True
+
+    return read
+
+
+coco_folder = _own_parts("instances_default.json")
+labelme_folder = _own_parts("1.json")
+conversation_file = _own_parts("mine.jsonl")
+
+TARGETS = {
+    "span_tags": span_tags,
+    "run_length_encoding": run_length_encoding,
+    "predictions_file": predictions_file,
+    "descriptor": descriptor,
+    "given_mask": given_mask,
+    "image_file": image_file,
+    "coco_folder": coco_folder,
+    "labelme_folder": labelme_folder,
+    "conversation_file": conversation_file,
+}

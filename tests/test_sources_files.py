@@ -6,7 +6,7 @@ import tracemalloc
 from unicodedata import normalize
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from partkit.masks import DataError
@@ -72,6 +72,7 @@ def lines(path):
     return (parse_json(line, where=where) for where, line in json_lines(path))
 
 
+@settings(deadline=None)
 @given(size=st.integers(1, 40), content=st.sampled_from(["NaN", "Infinity", "1" * 1001, "[" * 101 + "]" * 101]))
 def test_the_borders_of_blocks_hide_nothing(size, content):
     text = json.dumps({"a": ["NaN Infinity", "1" * 2000, "[" * 200], "b": 0})[:-2].encode() + content.encode() + b"}"
@@ -118,6 +119,14 @@ def test_blank_lines_are_skipped_and_counted(tmp_path):
         ("line 2", 1),
         ("line 4", 2),
     ]
+
+
+@pytest.mark.parametrize("size", [*range(1, 16), 1000])
+def test_half_a_character_is_replaced_where_a_file_is_streamed_wherever_a_block_ends(size):
+    text = rb'["\ud83d\ude00 \udcff \ud800x \\\\ud800 \\\\\udfff\u00fc", "\ud800"]'
+    file = CheckedJSON(io.BytesIO(text), where="file.json")
+    content = b"".join(iter(lambda: file.read(size), b""))
+    assert json.loads(content) == ["\U0001f600 \ufffd \ufffdx \\\\ud800 \\\\\ufffd\u00fc", "\ufffd"]
 
 
 def test_half_a_character_is_refused_in_texts_and_names(tmp_path):

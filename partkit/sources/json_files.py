@@ -37,6 +37,9 @@ _BYTE_ORDER_MARKS = (
 )
 _STEPS = np.zeros(256, dtype=np.int8)
 _STEPS[list(b"[{")], _STEPS[list(b"]}")] = 1, -1
+_HIGH, _LOW = rb"\\u[dD][89abAB][0-9a-fA-F]{2}", rb"\\u[dD][c-fC-F][0-9a-fA-F]{2}"
+_OPEN_ESCAPE = re.compile(rb"(?:%b)?\\(?:u[0-9a-fA-F]{0,3})?\Z|%b\Z" % (_HIGH, _HIGH))
+_ESCAPE = re.compile(rb"%b(%b)?|%b|\\." % (_HIGH, _LOW, _LOW), re.DOTALL)
 _WORD = b"+-.0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -111,7 +114,7 @@ def parse_json(line: bytes, *, where: str) -> Any:
     Raises DataError, opening with `where`, if it is no JSON or too deep.
     """
     try:
-        return json.loads(CheckedJSON(io.BytesIO(line), where=where, finite=False).read(-1))
+        return json.loads(CheckedJSON(io.BytesIO(line), where=where, for_ijson=False).read(-1))
     except (ValueError, RecursionError) as error:
         if isinstance(error, DataError):
             raise
@@ -194,20 +197,27 @@ def _stream(path: Path, *, prefix: str | None, field: str | None = None) -> Iter
             raise DataError(f"{path}: expected JSON ({error})") from error
 
 
+def _whole_character(escape: re.Match[bytes]) -> bytes:
+    """The escape, or U+FFFD in the place of half a surrogate pair."""
+    half = escape[0][:3].lower() == rb"\ud" and escape[0][3:4].lower() in b"89abcdef" and escape[1] is None
+    return rb"\ufffd" if half else escape[0]
+
+
 class CheckedJSON:
     """
     A JSON file of UTF-8 that refuses to be read on where it is nested deeper than MAX_JSON_DEPTH, holds a number of
-    more than MAX_DIGITS characters or, with `finite`, NaN or Infinity, or is in another encoding.
+    more than MAX_DIGITS characters, or is in another encoding. `for_ijson`, which reads neither, NaN and Infinity are
+    refused, too, and half characters (escapes of lone surrogates) are replaced by U+FFFD.
     """
 
-    def __init__(self, file: BinaryIO, *, where: str, finite: bool = True):
-        self._file, self._where, self._finite = file, where, finite
+    def __init__(self, file: BinaryIO, *, where: str, for_ijson: bool = True):
+        self._file, self._where, self._for_ijson = file, where, for_ijson
         self._depth, self._in_string, self._word = 0, False, b""
         self._decoder = codecs.getincrementaldecoder("utf-8")()
 
     def read(self, size: int) -> bytes:
         block = self._file.read(size)
-        while block.endswith(b"\\") and (following := self._file.read(1)):  # an escape stays in one block
+        while _OPEN_ESCAPE.search(block[-12:]) and (following := self._file.read(1)):  # escapes stay in one block
             block += following
         try:
             self._decoder.decode(block)
@@ -222,7 +232,7 @@ class CheckedJSON:
         self._check(outside)
         # a number or a name may go on in the next block
         self._word = b"" if self._in_string else outside[len(outside.rstrip(_WORD)) :][-MAX_DIGITS - 1 :]
-        return block
+        return _ESCAPE.sub(_whole_character, block) if self._for_ijson and rb"\ud" in block.lower() else block
 
     def _check(self, outside: bytes) -> None:
         """Raises DataError for what stands outside of strings."""
@@ -233,7 +243,7 @@ class CheckedJSON:
                 raise DataError(f"{self._where}: expected JSON of a data set, found more than {MAX_JSON_DEPTH} levels")
         if re.search(rb"[-+.0-9eE]{%d}" % (MAX_DIGITS + 1), outside):
             raise DataError(f"{self._where}: expected JSON, found a number of more than {MAX_DIGITS} digits")
-        if self._finite and (found := re.search(rb"NaN|Infinity", outside)):
+        if self._for_ijson and (found := re.search(rb"NaN|Infinity", outside)):
             raise DataError(
                 f"{self._where}: expected JSON, found {found[0].decode()}, which is none of its numbers; write null "
                 "or a number"
