@@ -58,8 +58,8 @@ MINI_SIZES = {"train": 2400, "validation": 100, "test": 150}
 MINI_INSTANCES_SIZES = {"train": 500, "validation": 50, "test": 100}
 # the questions are about the first drawings of each split
 MINI_QUESTIONS_SIZES = {"train": 200, "validation": 100, "test": 150}
-MINI_HARD_SIZES = {"train": 480, "validation": 96, "test": 240}
-MINI_HARD_QUESTIONS_SIZES = {"train": 120, "validation": 48, "test": 120}
+MINI_HARD_SIZES = {"train": 192, "validation": 48, "test": 144}
+MINI_HARD_QUESTIONS_SIZES = {"train": 48, "validation": 24, "test": 144}
 DRAWING_SIZES = {
     "mini": MINI_SIZES,
     "mini_instances": MINI_INSTANCES_SIZES,

@@ -34,6 +34,8 @@ FEATURES = {
     "mini": GROUNDED_CONVERSATION_FEATURES,
     "mini_instances": GROUNDED_CONVERSATION_FEATURES,
     "mini_questions": QUESTION_FEATURES,
+    "mini_hard": GROUNDED_CONVERSATION_FEATURES,
+    "mini_hard_questions": QUESTION_FEATURES,
 }
 
 
@@ -59,7 +61,7 @@ def test_the_builder_and_the_parquet_folder_serve_the_same_records(name, tmp_pat
 
 @pytest.mark.parametrize("name", DRAWN)
 def test_all_stored_records_are_valid_and_no_image_is_in_two_splits(name, tmp_path):
-    kind = Question if name == "mini_questions" else GroundedConversation
+    kind = Question if name.endswith("_questions") else GroundedConversation
     owners = {}
     for split, size in partonomy_dataset.DRAWING_SIZES[name].items():
         stored = read_parquet(name, split, tmp_path)
