@@ -38,7 +38,15 @@ import partonomy_dataset
 from partkit.answers import answer_files, read_answers
 from partkit.baselines import SEED as BASELINE_SEED
 from partkit.baselines import answer_without_model
-from partkit.benchmark import CONTROL_SEED, fingerprint, load_image, load_questions, make_batches, pick_wrong_images
+from partkit.benchmark import (
+    CONTROL_SEED,
+    data_folder,
+    fingerprint,
+    load_image,
+    load_questions,
+    make_batches,
+    pick_wrong_images,
+)
 from partkit.masks import DataError
 from partkit.metrics import pair_by_id
 from partkit.predictions import (
@@ -165,6 +173,7 @@ def run_settings(arguments: EvaluationArguments, *, folder: Path, questions: Seq
         "model_fingerprint": fingerprint_model(folder),
         "dataset": arguments.dataset,
         **{name: getattr(arguments, name) for name in names},
+        "data_dir": data_folder(arguments.data_dir),
         "questions": len(questions),
         "questions_fingerprint": fingerprint(questions),
         "control_seed": CONTROL_SEED,
@@ -303,7 +312,8 @@ def evaluate_answers(arguments: EvaluationArguments) -> None:
     started = time.perf_counter()
     rows, questions, unusable = load(arguments)
     settings: dict[str, Any] = {name: getattr(arguments, name) for name in ("dataset", "name", "split", "limit")}
-    settings |= {"questions": len(questions), "questions_fingerprint": fingerprint(questions)}
+    settings |= {"data_dir": data_folder(arguments.data_dir), "questions": len(questions)}
+    settings |= {"questions_fingerprint": fingerprint(questions)}
     settings |= {"mask_source": arguments.mask_source}
     if arguments.baseline is not None:
         predictions, baseline = answer_by_baseline(arguments, questions)
@@ -401,5 +411,5 @@ def main(options: list[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except DataError as error:
+    except (DataError, OSError) as error:  # such as a disk without room
         sys.exit(f"evaluate_plum.py: {error}")

@@ -3,8 +3,9 @@
 import hashlib
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -17,7 +18,9 @@ from partkit.seeding import seeded_generator
 
 __all__ = [
     "CONTROL_SEED",
+    "data_folder",
     "fingerprint",
+    "fingerprint_rows",
     "load_image",
     "load_questions",
     "load_rows",
@@ -96,10 +99,20 @@ def read_image(rows: datasets.Dataset, index: int, *, where: str) -> Image.Image
 
 def fingerprint(questions: Sequence[Question]) -> str:
     """Changes with any text, mask or image id of the questions, and with their order; not with the machine."""
+    return fingerprint_rows({**as_row(question), "image": None} for question in questions)
+
+
+def fingerprint_rows(rows: Iterable[dict]) -> str:
+    """Changes with any value of the rows, which are ready for JSON, and with their order."""
     digest = hashlib.sha256()
-    for question in questions:
-        digest.update(json.dumps({**as_row(question), "image": None}, sort_keys=True).encode())
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True).encode())
     return digest.hexdigest()
+
+
+def data_folder(data_dir: str | None) -> str | None:
+    """The folder of raw data as a run's settings name it: the same from every working folder."""
+    return None if data_dir is None else str(Path(data_dir).resolve())
 
 
 def make_batches(questions: Sequence[Question], batch_size: int) -> list[list[int]]:

@@ -10,6 +10,7 @@ One line of predictions.jsonl, shortened (spans are characters of the answer, ta
      "object_choice_scores": null, "wrong_image": {the same fields for the image of another record} or null}
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -194,9 +195,14 @@ def read_predictions(path: Path) -> list[Prediction]:
 def write_whole(path: Path, pieces: Iterable[str]) -> None:
     """Writes a text file at once: a reader sees the old file or the new one, never a part."""
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.writelines(pieces)
-    os.replace(temporary, path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.writelines(pieces)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):  # such as a disk that cannot be written to
+            temporary.unlink()
+        raise
 
 
 def check_run(folder: Path, settings: dict[str, Any]) -> None:

@@ -4,7 +4,7 @@
                      └── missing or damaged: encoded alone, rounded to bfloat16, stored
 
 The names are SHA-256 digests of what they stand for, so that no entry is ever stale, runs may share a folder, and a
-folder may be deleted at any time. A file is memory-mapped where it is read.
+folder may be deleted at any time. A file holds the digest of its embedding, too: one that has changed is made again.
 
 With a cache a run is, bit for bit, the run of a model that encodes its images one by one and rounds the embeddings to
 bfloat16: it does not depend on which of them were there already.
@@ -21,8 +21,8 @@ from pathlib import Path
 
 import torch
 from filelock import FileLock
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 
 from modeling_plum import PlumForConditionalGeneration
 from partkit.masks import DataError
@@ -57,8 +57,7 @@ class EmbeddingCache:
             precision = torch.get_autocast_dtype(encoder.device.type)
         embeddings = []
         for pixels in sam_pixel_values:
-            content = pixels.cpu().contiguous().view(torch.uint8).numpy()
-            path = self._path(str(precision), hashlib.sha256(content).hexdigest())
+            path = self._path(str(precision), _digest(pixels))
             embedding = self._read(path)
             if embedding is None:
                 embedding = self.model.get_image_embeddings(pixels[None].to(encoder.device))[0]
@@ -89,14 +88,15 @@ class EmbeddingCache:
     def _read(self, path: Path) -> torch.Tensor | None:
         """None if the file is not there or is damaged."""
         try:
-            embedding = load_file(path)["embedding"]
-        except (FileNotFoundError, SafetensorError, KeyError):
+            with safe_open(path, framework="pt") as file:
+                embedding, checksum = file.get_tensor("embedding"), (file.metadata() or {}).get("sha256")
+        except (FileNotFoundError, SafetensorError):
             return None
         whole = embedding.shape == self._shape and embedding.dtype == torch.bfloat16
-        return embedding if whole else None
+        return embedding if whole and _digest(embedding) == checksum else None
 
     def _write(self, path: Path, embedding: torch.Tensor):
-        content = save({"embedding": embedding})
+        content = save({"embedding": embedding}, metadata={"sha256": _digest(embedding)})
         partial = self.folder / "writing.partial"
         with FileLock(self.folder / "writing.lock"):
             try:
@@ -112,6 +112,10 @@ class EmbeddingCache:
                     f"--cache_image_embeddings: an embedding of {len(content)} bytes cannot be written to "
                     f"{self.folder}: {error}; make room and start again, what is there will be used"
                 ) from error
+
+
+def _digest(tensor: torch.Tensor) -> str:
+    return hashlib.sha256(tensor.cpu().contiguous().view(torch.uint8).numpy()).hexdigest()
 
 
 def fingerprint_encoder(model: PlumForConditionalGeneration) -> str:

@@ -1,5 +1,6 @@
 """What evaluate_plum.py --task does: other benchmarks than PARTONOMY, for a PLUM model or a file of answers."""
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from tqdm import tqdm
 
 import partonomy_dataset
 from partkit.answers import answer_files
+from partkit.benchmark import data_folder, fingerprint_rows
 from partkit.masks import DataError, encode
 from partkit.predictions import check_run, write_whole
 from partkit.problems import ERRORS_FILE
@@ -48,7 +50,8 @@ def answer_task(
     if state.num_processes > 1:
         raise DataError(f"--task {arguments.task} runs in one process: start it with python.")
     folder, plum = load_model(arguments.model, dtype=arguments.dtype, device=state.device)
-    settings |= {"model_fingerprint": fingerprint_model(folder), "max_new_tokens": arguments.max_new_tokens}
+    settings |= {"model_fingerprint": fingerprint_model(folder), "dtype": arguments.dtype}
+    settings |= {"max_new_tokens": arguments.max_new_tokens}
     output_dir = Path(arguments.output_dir)
     check_run(output_dir, settings)
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -77,7 +80,8 @@ def evaluate_task(arguments: Any, **options: Any) -> None:
     place = {name: getattr(arguments, name) for name in ("name", "split", "limit")}
     rows, questions = load_task_questions(arguments.task, arguments.dataset, **place, **options)
     unusable = partonomy_dataset.left_out(rows)
-    settings["questions"] = len(questions)
+    settings |= {"data_dir": data_folder(arguments.data_dir), "questions": len(questions)}
+    settings["questions_fingerprint"] = fingerprint_rows(map(dataclasses.asdict, questions))
     output_dir = Path(arguments.output_dir)
     if arguments.model is not None:
         path = answer_task(arguments, rows, questions, settings=settings)

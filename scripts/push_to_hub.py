@@ -110,11 +110,16 @@ KINDS = {
 
 
 def stage(folder: Path, into: Path, patterns: list[str]) -> None:
-    """The files of a folder that are pushed, as links; `**/` in a pattern stands for any folders or none."""
+    """
+    The files of a folder that are pushed, as links; `**/` in a pattern stands for any folders or none. `PushError` for
+    one that is a link to a place outside.
+    """
     patterns = [*patterns, *(pattern.removeprefix("**/") for pattern in patterns)]
     inside = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
     hidden = ["__pycache__/*", "*/__pycache__/*", ".*", "*/.*"]
     for name in filter_repo_objects(inside, allow_patterns=patterns, ignore_patterns=hidden):
+        if not (folder / name).resolve().is_relative_to(folder.resolve()):
+            raise PushError(f"{folder / name} leads out of the folder: put the file itself there, or remove it.")
         (into / name).parent.mkdir(parents=True, exist_ok=True)
         (into / name).symlink_to((folder / name).resolve())
 

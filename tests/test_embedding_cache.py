@@ -263,6 +263,18 @@ def test_a_damaged_entry_is_made_again(tmp_path, whole, length):
     assert entries(tmp_path) == whole
 
 
+@pytest.mark.parametrize("place", [-1, -300, 30])
+def test_an_entry_with_a_flipped_bit_is_made_again(tmp_path, whole, place):
+    cache = EmbeddingCache(tmp_path, tiny_model())
+    cache.embed(pixels())
+    path = next(iter(tmp_path.rglob("*.safetensors")))
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+    torch.testing.assert_close(cache.embed(pixels()), rounded(tiny_model())(pixels()), rtol=0, atol=0)
+    assert entries(tmp_path) == whole
+
+
 def test_a_full_disk_is_one_error_that_leaves_no_partial_entry(tmp_path, whole):
     """The limit on the size of a file makes the system refuse to write on, as on a disk without room."""
     cache = EmbeddingCache(tmp_path, tiny_model())

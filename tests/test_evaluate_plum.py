@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -413,6 +414,36 @@ def run_script(*options, launcher=()):
         text=True,
         timeout=240,
     )
+
+
+@pytest.mark.parametrize("kilobytes", [1, 20])
+def test_a_disk_without_room_is_one_sentence_and_leaves_no_half_file(question_set, tmp_path, kilobytes):
+    """The limit on the size of a file makes the system refuse to write on."""
+
+    def limit_files():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1024 * kilobytes, 1024 * kilobytes))
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    options = ["--baseline", "full_image", "--dataset", question_set, "--name", "default", "--output_dir", "run"]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "evaluate_plum.py"), *map(str, options)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        preexec_fn=limit_files,
+    )
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("evaluate_plum.py: ") and "File too large" in done.stderr
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_place_that_cannot_be_written_to_is_one_sentence(question_set, tmp_path):
+    (tmp_path / "file").write_text("")
+    options = ["--baseline", "full_image", "--dataset", question_set, "--name", "default"]
+    done = run_script(*map(str, options), "--output_dir", str(tmp_path / "file" / "run"))
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("evaluate_plum.py: ")
 
 
 def test_two_processes_give_the_numbers_of_one(model_dir, question_set, tmp_path, finished):

@@ -1,5 +1,6 @@
 """What goes to the Hub and what comes back, by the clients that people use, against a stand-in on this machine."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from plumkit.cards import write_recipe
-from scripts.push_to_hub import main
+from scripts.push_to_hub import DATASET_FILES, PushError, main, stage
 from tests.hub_stub import HubStub
 from tests.tiny import tiny_model, tiny_processor
 
@@ -124,6 +125,27 @@ def pushed(hub, checkpoint, space, tmp_path_factory) -> subprocess.CompletedProc
     debugging = {"HF_HUB_VERBOSITY": "debug", "HF_DEBUG": "1"}
     environment = {"HF_HOME": str(cwd / "hf"), "HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN}
     return run(PUSH, str(ROOT), json.dumps(commands), cwd=cwd, **environment, **debugging)
+
+
+@pytest.mark.parametrize("place", ["file", "folder"])
+def test_a_link_out_of_the_folder_is_refused_and_one_inside_it_is_not(place, tmp_path):
+    folder, outside, staging = (tmp_path / name for name in ("mine", "secrets", "staging"))
+    for made in (folder, outside, staging):
+        made.mkdir()
+    (outside / "key.json").write_text("secret")
+    (folder / "a.json").write_text("{}")
+    (folder / "b.json").symlink_to("a.json")
+    stage(folder, staging, DATASET_FILES)
+    assert sorted(path.name for path in staging.iterdir()) == ["a.json", "b.json"]
+    if place == "file":
+        (folder / "c.json").symlink_to(outside / "key.json")
+        with pytest.raises(PushError, match="c.json leads out of the folder"):
+            stage(folder, tmp_path / "again", DATASET_FILES)
+    else:
+        (folder / "c").symlink_to(outside)
+        with contextlib.suppress(PushError):
+            stage(folder, tmp_path / "again", DATASET_FILES)
+    assert not [path for path in (tmp_path / "again").rglob("*") if path.is_file() and path.read_text() == "secret"]
 
 
 def test_an_interrupted_upload_is_repeated_without_sending_again_what_has_arrived(hub, pushed, checkpoint):
