@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 try:
-    from .heads_plum import check_spans, mean_over_spans
+    from .heads_plum import mean_over_spans
     from .losses_plum import MaskTargets
 except ImportError:
     if __package__:
         raise
-    from heads_plum import check_spans, mean_over_spans
+    from heads_plum import mean_over_spans
     from losses_plum import MaskTargets
 
 # Mask prompts that are decoded at once: on a CPU so many that their image cells number these, elsewhere these.
@@ -60,7 +60,6 @@ class PlumMaskDecoding:
         Returns:
             `(S, 4G, 4G)` low-res logits and `(S,)` predicted IoUs.
         """
-        check_spans(spans, hidden_states.shape[:2])
         rows = spans[:, 0].contiguous()
         images = sam_image_index[rows]
         self._check_images_of_spans(rows, images, sam_image_embeddings)

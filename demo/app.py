@@ -39,7 +39,6 @@ from partkit.schema import Question
 from plumkit.inference import (
     MAX_IMAGE_BYTES,
     MAX_NEW_TOKENS,
-    MAX_TEXT_CHARACTERS,
     Plum,
     Range,
     Reply,
@@ -64,6 +63,8 @@ EXAMPLES = (0, 8, 200, 400)
 """Which questions of the benchmark give the example images."""
 WAITING_REQUESTS = 64
 SECONDS_BETWEEN_UPDATES = 0.1
+# Longest question, and longest list of words to segment.
+MAX_TEXT_CHARACTERS = 500
 """While an answer is written; sending every token would take longer than making it."""
 KEPT_SECONDS = 3600
 KEPT_SESSIONS = 256
@@ -129,6 +130,7 @@ class Demo:
                 raise DataError("Choose an image first.")
             image = read_upload(path)
             shown = time.monotonic()
+            question = check_text(question or "", what="a question", max_characters=MAX_TEXT_CHARACTERS)
             for piece in stream(self.plum, image, question):
                 if isinstance(piece, Reply):
                     yield self.present(piece, *thresholds)
@@ -160,7 +162,8 @@ class Demo:
     def segment(self, ticket: Ticket | None, words: str, picked: Range | None, *thresholds: float) -> tuple:
         """Adds words of the answer to its spans: the selected ones, or where typed words first stand free."""
         with problems_shown():
-            reply, words = self.replies.get(ticket), check_text(words or "", what="words of the answer")
+            reply, words = self.replies.get(ticket), words or ""
+            words = check_text(words, what="words of the answer", max_characters=MAX_TEXT_CHARACTERS)
             text, known = reply.text, self.ranges(reply, *thresholds)
             if picked is not None and text[slice(*picked)] == words:
                 new = [tuple(picked)]

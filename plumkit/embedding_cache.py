@@ -46,25 +46,28 @@ class EmbeddingCache:
     def embed(self, sam_pixel_values: torch.Tensor) -> torch.Tensor:
         """
         In the place of `get_image_embeddings`: `(N, 3, image_size, image_size)` pixels to `(N, C, G, G)` embeddings,
-        on the model's device, in the precision of its image encoder.
+        on the device of the pixels, in the precision of the image encoder. Where weights are shared out among
+        processes, nobody else moves the encoder there.
 
         Raises:
             DataError: An embedding cannot be written.
         """
         encoder = self.model.sam.vision_encoder
-        precision = encoder.dtype
-        if torch.is_autocast_enabled(encoder.device.type):
-            precision = torch.get_autocast_dtype(encoder.device.type)
+        device, precision = sam_pixel_values.device, encoder.dtype
+        if torch.is_autocast_enabled(device.type):
+            precision = torch.get_autocast_dtype(device.type)
         embeddings = []
         for pixels in sam_pixel_values:
             path = self._path(str(precision), _digest(pixels))
             embedding = self._read(path)
             if embedding is None:
-                embedding = self.model.get_image_embeddings(pixels[None].to(encoder.device))[0]
+                if encoder.device != device:
+                    encoder.to(device)
+                embedding = self.model.get_image_embeddings(pixels[None])[0]
                 embedding = embedding.bfloat16().cpu().contiguous()
                 self._write(path, embedding)
             embeddings.append(embedding)
-        return torch.stack(embeddings).to(encoder.device, encoder.dtype)
+        return torch.stack(embeddings).to(device, encoder.dtype)
 
     def describe(self, images: int | None) -> str:
         """What a run with so many images, None if nobody knows, is going to need, to be read before it starts."""

@@ -32,8 +32,6 @@ from processing_plum import PlumAnswer, PlumProcessor, parse_span_tags
 
 MAX_IMAGE_BYTES = 10_000_000
 MAX_IMAGE_PIXELS = 40_000_000
-MAX_TEXT_CHARACTERS = 500
-"""Longest question, and longest list of words to segment."""
 MAX_NEW_TOKENS = 96
 
 Range = tuple[int, int]
@@ -91,13 +89,15 @@ def read_image(source: str | Path | BinaryIO) -> Image.Image:
     return images_plum.read_image(source, where=str(name), max_pixels=MAX_IMAGE_PIXELS, max_bytes=MAX_IMAGE_BYTES)
 
 
-def check_text(text: str, *, what: str) -> str:
-    """The text without outer spaces; raises DataError if that is empty, too long or not UTF-8."""
+def check_text(text: str, *, what: str, max_characters: int | None = None) -> str:
+    """The text without outer spaces; raises DataError if that is empty, longer than allowed or not UTF-8."""
     text = text.strip()
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise DataError(f"Expected {what} in UTF-8, found {text!r}.")
-    if not 0 < len(text) <= MAX_TEXT_CHARACTERS:
-        raise DataError(f"Expected {what} of 1 to {MAX_TEXT_CHARACTERS} characters, found {len(text)}.")
+    if not text:
+        raise DataError(f"Expected {what}, found an empty text.")
+    if max_characters is not None and len(text) > max_characters:
+        raise DataError(f"Expected {what} of 1 to {max_characters} characters, found {len(text)}.")
     return text
 
 

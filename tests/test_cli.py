@@ -86,11 +86,12 @@ def test_an_answer_off_the_terminal_is_plain_and_its_files_are_named(checkpoint,
 
 
 def test_a_chat_goes_on_after_a_bad_line_and_has_failed_in_the_end(checkpoint, image_file, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.StringIO(f"Which parts?\n\n{'long ' * 200}\nIs it red?\n"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Which parts?\n\nWhat is </s>?\nIs it red?\n"))
     assert plumkit.cli.main(["chat", str(image_file), "--model", str(checkpoint), "--json"]) == 1
     captured = capsys.readouterr()
     assert [sorted(json.loads(line)) for line in captured.out.splitlines()] == [["is_truncated", "spans", "text"]] * 2
-    assert captured.err == "plum: Expected a question of 1 to 500 characters, found 999.\n"
+    assert captured.err.startswith("plum: Conversation 0, message 2: the text holds '</s>'")
+    assert len(captured.err.splitlines()) == 1
 
 
 @pytest.mark.parametrize(

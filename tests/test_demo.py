@@ -154,6 +154,17 @@ def test_nothing_can_be_done_before_a_question_is_asked(demo):
         next(demo.ask(None, "Which parts?", *THRESHOLDS))
 
 
+def test_a_question_or_words_beyond_the_limit_of_the_app_are_refused(demo, ticket):
+    path = demo.uploads / "question.png"
+    random_image().save(path)
+    for refused in (
+        lambda: next(demo.ask(path, "a" * 501, *THRESHOLDS)),
+        lambda: demo.segment(ticket, "a" * 501, None, *THRESHOLDS),
+    ):
+        with pytest.raises(gr.Error, match="of 1 to 500 characters, found 501"):
+            refused()
+
+
 @pytest.fixture(scope="module")
 def server(demo):
     patch = pytest.MonkeyPatch()

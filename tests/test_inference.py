@@ -10,11 +10,11 @@ from pycocotools.coco import COCO
 from partkit.masks import DataError, decode
 from plumkit.inference import (
     MAX_IMAGE_BYTES,
-    MAX_TEXT_CHARACTERS,
     Plum,
     as_coco,
     as_json,
     ask,
+    check_text,
     correct_mask,
     find_ranges,
     finish,
@@ -170,11 +170,18 @@ def test_an_image_is_turned_upright():
 
 @pytest.mark.parametrize(
     ("question", "message"),
-    [("  ", "1 to 500 characters"), ("a" * (MAX_TEXT_CHARACTERS + 1), "1 to 500 characters"), ("a \udcff", "UTF-8")],
+    [("  ", "found an empty text"), ("What is <image>?", "the text holds '<image>'"), ("a \udcff", "UTF-8")],
 )
-def test_questions_of_no_or_too_great_length_or_of_broken_text_are_refused(plum, question, message):
+def test_questions_without_words_with_special_tokens_or_of_broken_text_are_refused(plum, question, message):
     with pytest.raises(DataError, match=message):
         ask(plum, random_image(), question)
+
+
+def test_a_long_question_is_answered_and_refused_only_where_a_limit_is_set(plum):
+    question = "Which parts can you see? " * 40
+    assert ask(plum, random_image(), question, max_new_tokens=2).messages[0]["content"] == question.strip()
+    with pytest.raises(DataError, match="Expected a question of 1 to 500 characters, found 999"):
+        check_text(question, what="a question", max_characters=500)
 
 
 def test_what_is_saved_can_be_read_by_others(plum, tmp_path):

@@ -20,6 +20,7 @@ from heads_plum import decode_spans
 from losses_plum import count_loss_items, dice_loss, focal_tversky_loss
 from masks_plum import downscale_masks, label_frame, shrink_mask, upscale_masks
 from modeling_plum import PlumForConditionalGeneration
+from plumkit.trainer import build_teacher
 from tests.tiny import (
     conversation,
     mixed_conversations,
@@ -494,6 +495,21 @@ def test_auto_classes_load_the_model_as_remote_code_from_another_folder(tmp_path
         ({"mask_labels": [torch.zeros(50, 70)]}, "Found 1 mask_labels for 4 spans"),
         ({"mask_labels": [torch.zeros(9, 9)] * 4}, r"\(9, 9\) pixels but its image is \(50, 70\)"),
         ({"spans": torch.tensor([[1, 2, 3], [0, 2, 3], [0, 4, 5], [0, 6, 7]])}, "sorted by row"),
+        ({"spans": torch.tensor([[0, 4, 5], [0, 2, 3], [0, 6, 7], [1, 2, 3]])}, r"Span 1 is \[0, 2, 3\], after one"),
+        (
+            {"spans": torch.tensor([[0, 2, 3], [0, 4, 5], [0, 6, 7], [9, 2, 3]])},
+            r"Span 3 is \[9, 2, 3\], out of range",
+        ),
+        ({"spans": torch.tensor([[-1, 2, 3], [0, 4, 5], [0, 6, 7], [1, 2, 3]])}, r"Span 0 .* out of range"),
+        (
+            {"spans": torch.tensor([[0, 2, 3], [0, 4, 999], [0, 6, 7], [1, 2, 3]])},
+            "Span 1 .* out of range: there are 4",
+        ),
+        ({"spans": torch.tensor([[0, -2, 3], [0, 4, 5], [0, 6, 7], [1, 2, 3]])}, "Span 0 .* out of range"),
+        ({"spans": torch.tensor([[0, 2, 3], [0, 5, 4], [0, 6, 7], [1, 2, 3]])}, r"Span 1 is \[0, 5, 4\].* no token"),
+        ({"spans": torch.tensor([[0, 2, 3], [0, 4, 4], [0, 6, 7], [1, 2, 3]])}, r"Span 1 is \[0, 4, 4\].* no token"),
+        ({"spans": torch.ones(4, 2, dtype=torch.long)}, r"shape \(S, 3\).*found torch.int64 \(4, 2\)"),
+        ({"spans": torch.ones(4, 3)}, r"must be integers.*found torch.float32"),
     ],
 )
 def test_wrong_links_between_spans_masks_and_images_are_refused(change, words):
@@ -540,7 +556,58 @@ def test_a_config_that_does_not_fit_together_names_both_values(options, words):
         tiny_config(**options)
 
 
-def test_given_masks_must_have_the_size_of_their_image():
+def test_spans_given_by_hand_are_checked_before_they_are_segmented():
+    model, batch = tiny_model(), mixed_batch(tiny_processor())
+    answers = batch["labels"] != -100
+    start = int(answers[0].int().argmax())
+    for span, words in (
+        ([0, start, start], "holds no token"),
+        ([0, start + 1, start], "holds no token"),
+        ([0, start, 10_000], "out of range"),
+        ([7, start, start + 1], "out of range"),
+        ([0, 0, 2], "is no part of an answer"),
+        ([0, start - 1, start + 1], "is no part of an answer"),
+    ):
+        with pytest.raises(ValueError, match=f"Span 0 is .*{words}"):
+            model.segment(**{**batch, "spans": torch.tensor([span])})
+    assert model.segment(**{**batch, "spans": torch.tensor([[0, start, start + 1]])}).pred_masks.isfinite().all()
+    assert len(model.segment(**{**batch, "spans": torch.zeros(0, 3, dtype=torch.long)}).pred_masks) == 0
+
+
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        ({1: np.zeros((9, 9))}, r"given mask of span 1 is \(9, 9\) but its image is \(50, 70\)"),
+        ({4: np.zeros((50, 70))}, "given_masks has key 4, expected the index of one of 4 spans"),
+        ({-1: np.zeros((50, 70))}, "given_masks has key -1"),
+        ({"wheel": np.zeros((50, 70))}, "given_masks has key 'wheel'"),
+        ({True: np.zeros((50, 70))}, "given_masks has key True"),
+        ({0: Image.new("1", (70, 50))}, "given mask of span 0 is a Image, expected an array or tensor"),
+        ({0: None}, "given mask of span 0 is a NoneType"),
+        ({0: np.full((50, 70), np.nan)}, "given mask of span 0 has values that are no numbers"),
+    ],
+    ids=str,
+)
+def test_given_masks_are_arrays_of_the_size_of_their_image_for_spans_that_are_there(given, words):
     model, processor = tiny_model(), tiny_processor()
-    with pytest.raises(ValueError, match=r"given mask of span 1 is \(9, 9\) but its image is \(50, 70\)"):
-        model.segment(**mixed_batch(processor), given_masks={1: np.zeros((9, 9))})
+    with pytest.raises(ValueError, match=words):
+        model.segment(**mixed_batch(processor), given_masks=given)
+
+
+def test_what_is_not_zero_is_inside_a_given_mask():
+    model, batch = tiny_model(), mixed_batch(tiny_processor())
+    drawn = random_mask(50, 70, seed=9)
+    expected = model.segment(**batch, given_masks={1: drawn}).pred_masks
+    for form in (drawn.astype(np.uint8) * 255, drawn.astype(np.float64), torch.from_numpy(drawn)):
+        assert_close(model.segment(**batch, given_masks={np.int64(1): form}).pred_masks, expected, rtol=0, atol=0)
+
+
+def test_a_teacher_computes_where_its_inputs_are():
+    model = tiny_model(teacher_kl_loss_weight=1.0)
+    teacher = build_teacher(model)
+    inputs = {
+        "inputs_embeds": torch.zeros(1, 3, 32, device="meta"),
+        "position_ids": torch.arange(3, device="meta")[None],
+    }
+    assert teacher(**inputs).last_hidden_state.device.type == "meta"
+    assert next(model.vlm.parameters()).device.type == "cpu"

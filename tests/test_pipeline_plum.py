@@ -1,8 +1,13 @@
 """The pipeline answers as the model does, whatever it is given."""
 
+from itertools import islice
+
+import datasets
 import numpy as np
 import pytest
+import torch
 from transformers import pipeline
+from transformers.pipelines.pt_utils import KeyDataset
 
 from pipeline_plum import PlumPipeline
 from tests.tiny import conversation, random_image, tiny_model, tiny_processor
@@ -85,6 +90,66 @@ def test_a_generator_is_read_no_further_than_its_answers_are_asked_for(pipe, inp
     stream = pipe(stream(), batch_size=2, **OPTIONS)
     assert_equal([next(stream), next(stream)], answers[:2])
     assert read == [0, 1]
+
+
+class Rows(torch.utils.data.Dataset):
+    """A data set that says how long it is and does not stop by itself."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return self.rows[index % len(self.rows)]
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __iter__(self):
+        return iter(self.rows)
+
+
+def test_a_data_set_of_any_kind_has_the_answers_of_its_rows(pipe, inputs, answers):
+    features = datasets.Features(
+        {"id": datasets.Value("int64"), "image": datasets.Image(), "text": datasets.Value("string")}
+    )
+    rows = datasets.Dataset.from_list([{"id": i, **row} for i, row in enumerate(inputs)], features=features)
+    for data_set in (
+        Rows(inputs),
+        Stream(inputs),
+        rows,
+        rows.to_iterable_dataset(),
+        KeyDataset(Rows([{"x": i} for i in inputs]), "x"),
+    ):
+        assert_equal(list(islice(pipe(data_set, batch_size=2, **OPTIONS), 5)), answers)
+
+
+def test_a_row_without_a_question_is_refused_with_the_fields_it_has(pipe):
+    with pytest.raises(ValueError, match=r"needs a question as its 'text', found the fields \['image', 'question'\]"):
+        pipe({"image": random_image(), "question": QUESTION})
+
+
+def test_a_conversation_with_history_is_continued_and_leaves_other_rows_alone(pipe, inputs, answers):
+    old = "It has a wheel."
+    later = conversation(random_image(seed=5), old) + conversation(None, None, question="Where is the tail?")
+    alone = pipe(later, **OPTIONS)
+    assert alone["generated_text"] and alone["generated_text"] != old
+    first = conversation(inputs[0]["image"], None)
+    assert_equal(pipe([first, later], batch_size=2, **OPTIONS), [answers[0], alone])
+
+
+def test_an_answer_that_was_cut_off_says_so(pipe, inputs):
+    stop = pipe.model.generation_config.eos_token_id
+    assert pipe(inputs[0], **OPTIONS)["is_truncated"]
+    batch = pipe.processor.apply_chat_template(conversation(inputs[0]["image"], None), add_generation_prompt=True,
+                                               tokenize=True, return_dict=True)  # fmt: skip
+    last = pipe.model.generate(**batch, max_new_tokens=6, do_sample=False)[0, -1]
+    answer = pipe(inputs[0], eos_token_id=int(last), **OPTIONS)
+    assert not answer["is_truncated"] and pipe.model.generation_config.eos_token_id == stop
 
 
 def test_a_conversation_that_is_already_answered_is_refused(pipe):

@@ -1,5 +1,7 @@
 """Rows computed with their common beginnings shared, against each row in a forward pass of its own."""
 
+import threading
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -96,6 +98,48 @@ def test_a_generated_answer_is_segmented_without_reading_it_again(plum):
     assert_close(found.pred_masks, read_again.pred_masks, rtol=1e-4, atol=1e-4)
     beams = model.segment(**prompts, **options, num_beams=2)
     assert beams.span_logits.shape[:2] == beams.sequences.shape
+
+
+def test_a_call_in_one_thread_sees_and_changes_nothing_of_another(plum):
+    model, processor = plum
+    shared = encode(processor, CHATS[:2])  # two rows that share their image and question
+    other = encode(processor, [conversation(random_image(50, 70, seed=seed), ANSWERS[0]) for seed in (7, 8)])
+    prompts = encode(processor, [conversation(WIDE, None)], add_generation_prompt=True)
+    options = {"max_new_tokens": 4, "do_sample": False}
+    calls = [
+        lambda: model.encode_conversations(**shared),
+        lambda: model.segment(**other).pred_masks,
+        lambda: model.segment(**prompts, **options).span_logits,
+    ]
+    expected = [call() for call in calls]
+    hooks = {name: len(module._forward_hooks) for name, module in model.named_modules()}
+    inside, results = threading.Barrier(len(calls)), {}
+
+    def run(i: int):
+        first = True
+
+        def wait(*_):  # inside the language model, until all of the others are
+            nonlocal first
+            if first and threading.current_thread() is threads[i]:
+                first = False
+                inside.wait(timeout=60)
+
+        handle = model.vlm.get_decoder().layers[0].register_forward_pre_hook(wait)
+        handles.append(handle)
+        ready.wait(timeout=60)
+        results[i] = calls[i]()
+
+    handles, ready = [], threading.Barrier(len(calls))
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(len(calls))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for handle in handles:
+        handle.remove()
+    for i, value in enumerate(expected):
+        assert_close(results[i], value, **EXACT)
+    assert {name: len(module._forward_hooks) for name, module in model.named_modules()} == hooks
 
 
 def test_rows_with_images_of_their_own_share_nothing():

@@ -89,9 +89,9 @@ def find_ends(
     return attention_mask, answer_mask, ~stops.any(dim=1) & at_limit
 
 
-def check_generation_file(name: str, **hub_options) -> None:
+def check_generation_file(name: str, **hub_options) -> bool:
     """
-    `ValueError` if the generation config of a checkpoint is there but damaged: transformers would go on without it.
+    Whether a checkpoint has a generation config; `ValueError` if it is damaged: transformers would go on without it.
 
     Args:
         name: Folder or Hub name.
@@ -106,7 +106,7 @@ def check_generation_file(name: str, **hub_options) -> None:
         _raise_exceptions_for_connection_errors=False,
     )
     if path is None:
-        return
+        return False
     try:
         with open(path, encoding="utf-8") as file:
             content = json.load(file)
@@ -116,3 +116,4 @@ def check_generation_file(name: str, **hub_options) -> None:
         ) from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object, found a {type(content).__name__}; restore it.")
+    return True

@@ -325,12 +325,19 @@ class PlumForConditionalGeneration(PlumVision, PlumMaskDecoding, PlumPreTrainedM
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """As in transformers; but a generation config that is damaged is an error, not a reason for defaults."""
+        """
+        As in transformers; but a generation config that is damaged is an error, not a reason for defaults, and one
+        that is absent is made of the language model's config, where the tokens that end an answer are.
+        """
         names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
         hub_options = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
-        if pretrained_model_name_or_path is not None:
-            check_generation_file(pretrained_model_name_or_path, **hub_options)
-        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        name = pretrained_model_name_or_path
+        is_there = name is not None and check_generation_file(name, **hub_options)
+        loaded = super().from_pretrained(name, *args, **kwargs)
+        if not is_there and kwargs.get("generation_config") is None:
+            model = loaded[0] if isinstance(loaded, tuple) else loaded
+            model.generation_config = GenerationConfig.from_model_config(model.config)
+        return loaded
 
     def save_pretrained(self, save_directory, save_original_format: bool = False, **kwargs):
         """
@@ -392,6 +399,8 @@ class PlumForConditionalGeneration(PlumVision, PlumMaskDecoding, PlumPreTrainedM
                 one (gradient accumulation, several processes). Default: the counts of this batch.
             vlm_inputs: Further inputs of the vision-language model.
         """
+        if spans is not None:
+            check_spans(spans, input_ids.shape)
         image_inputs, sam_image_embeddings, sam_image_index = self._resolve_images(
             input_ids, pixel_values, sam_pixel_values, sam_image_embeddings, sam_image_index
         )
@@ -700,7 +709,7 @@ class PlumForConditionalGeneration(PlumVision, PlumMaskDecoding, PlumPreTrainedM
         """Low-res logits by span index of a caller's masks, each checked."""
         given = {}
         for i, mask in (given_masks or {}).items():
-            if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < len(spans):
+            if isinstance(i, bool) or not isinstance(i, (int, np.integer)) or not 0 <= i < len(spans):
                 raise ValueError(
                     f"given_masks has key {i!r}, expected the index of one of {len(spans)} spans, from 0."
                 )
@@ -709,10 +718,14 @@ class PlumForConditionalGeneration(PlumVision, PlumMaskDecoding, PlumPreTrainedM
                     f"The given mask of span {i} is a {type(mask).__name__}, expected an array or tensor "
                     "(height, width)."
                 )
+            if original_sizes is None or reshaped_input_sizes is None:
+                raise ValueError("given_masks need original_sizes and reshaped_input_sizes; pass them as well.")
             image = sam_image_index[spans[i, 0]]
             original, mask = tuple(original_sizes[image].tolist()), torch.as_tensor(mask, device=spans.device)
             if tuple(mask.shape) != original:
                 raise ValueError(f"The given mask of span {i} is {tuple(mask.shape)} but its image is {original}.")
+            if not mask.isfinite().all():
+                raise ValueError(f"The given mask of span {i} has values that are no numbers; give 0 or 1.")
             (given[i],) = downscale_masks(
                 (mask != 0)[None],
                 self.config.sam_config.vision_config.image_size,
