@@ -812,6 +812,9 @@ class PlumForConditionalGeneration(PlumVision, PlumMaskDecoding, PlumPreTrainedM
             labels = torch.where(counted, input_ids, IGNORE_INDEX)
         targets = labels[:, 1:]
         counted = targets != IGNORE_INDEX
+        absent = (~counted.any(dim=1)).nonzero()[:, 0].tolist()
+        if absent:
+            raise ValueError(f"Rows {absent} have no answer in labels to score; give each row one.")
         states = hidden_states[:, :-1][counted]
         losses = []
         for some, their_targets in zip(states.split(LOGIT_ROWS), targets[counted].split(LOGIT_ROWS), strict=True):

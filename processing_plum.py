@@ -287,6 +287,8 @@ class PlumProcessor(ProcessorMixin):
         """
         is_batched = not (conversation and isinstance(conversation[0], dict))
         conversation = list(conversation) if is_batched else [conversation]
+        if not conversation:
+            raise ValueError("Expected at least one conversation, found none.")
         special_tokens = self._special_tokens
         conversations = [
             without_images(messages, special_tokens, where=f"Conversation {row}")

@@ -241,8 +241,10 @@ def test_labels_are_those_of_the_rows_that_are_given_in_full(byte_level_processo
     assert (batch["labels"][0] == -100).all() and batch["spans"][:, 0].tolist() == [1]
     alone = encode(byte_level_processor, [given])
     assert torch.equal(batch["labels"][1][batch["labels"][1] != -100], alone["labels"][alone["labels"] != -100])
-    with pytest.raises(ValueError, match=r"Rows \[0\] have no answer in labels"):
-        tiny_model().segment(**batch)
+    model = tiny_model()
+    for call in (model.segment, lambda **inputs: model.score_choices(**inputs, num_choices=1)):
+        with pytest.raises(ValueError, match=r"Rows \[0\] have no answer in labels"):
+            call(**batch)
 
 
 def test_the_answer_that_is_segmented_is_the_last_and_earlier_spans_guide_its_masks(byte_level_processor):
@@ -296,6 +298,8 @@ def test_all_texts_of_a_message_are_rendered_and_other_parts_refused(byte_level_
             encode(processor, [[{"role": "user", "content": [part]}]])
     with pytest.raises(ValueError, match="has no messages"):
         encode(processor, [NEXT, []])
+    with pytest.raises(ValueError, match="at least one conversation"):
+        encode(processor, [])
 
 
 @pytest.mark.parametrize(
