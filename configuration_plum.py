@@ -54,6 +54,9 @@ class PlumConfig(PreTrainedConfig):
         teacher_kl_loss_weight (`float`, *optional*, defaults to 0.1):
             Weight of the divergence from the frozen language model on span tokens, where a teacher is given.
         teacher_kl_sigma (`float`, *optional*, defaults to 1.0): Standard deviation of the two Gaussians compared.
+        image_statistics (`dict`, *optional*): How images of the kinds that the model has learnt look to SAM's encoder,
+            written by `scripts/calibrate_confidence.py`: `mean` and `std` of each channel of their mean embeddings,
+            `intercept` and `slope` of the confidence, and the `threshold` below which an image counts as unlike them.
         initializer_range (`float`, *optional*, defaults to 0.02): Standard deviation of PLUM's own fresh weights.
     """
 
@@ -90,6 +93,9 @@ class PlumConfig(PreTrainedConfig):
     mask_iou_loss_weight: float = 0.0
     teacher_kl_loss_weight: float = 0.1
     teacher_kl_sigma: float = 1.0
+
+    # Confidence
+    image_statistics: dict | None = None
 
     initializer_range: float = 0.02
 
@@ -138,6 +144,7 @@ class PlumConfig(PreTrainedConfig):
                     f"{prompt}; set both to the same value."
                 )
         self._check_span_source()
+        self._check_image_statistics(embedding_width)
         if self.span_tagger_num_layers and text_width % self.span_tagger_num_heads:
             raise ValueError(
                 f"span_tagger_num_heads is {self.span_tagger_num_heads}, which does not divide the language model's "
@@ -161,6 +168,19 @@ class PlumConfig(PreTrainedConfig):
                     "vlm_image_input is 'sam_image_embeddings', so vlm_config.vision_config must have (num_channels, "
                     f"image_size) = SAM's (embedding width, grid size) = {expected}, found {found}."
                 )
+
+    def _check_image_statistics(self, embedding_width: int):
+        if self.image_statistics is None:
+            return
+        missing = {"mean", "std", "intercept", "slope", "threshold"} - set(self.image_statistics)
+        if missing:
+            raise ValueError(f"image_statistics lacks {sorted(missing)}; run scripts/calibrate_confidence.py again.")
+        lengths = [len(self.image_statistics[name]) for name in ("mean", "std")]
+        if lengths != [embedding_width] * 2:
+            raise ValueError(
+                f"image_statistics has {lengths[0]} means and {lengths[1]} deviations but SAM's embedding has "
+                f"{embedding_width} channels; run scripts/calibrate_confidence.py again."
+            )
 
     def _check_span_source(self):
         if (self.span_source == "seg_token") != (self.seg_token_id is not None):

@@ -166,6 +166,8 @@ class PlumSegmentationOutput(ModelOutput):
         sam_image_index (`torch.LongTensor` of shape `(B,)`): Image of each row, -1 for none.
         original_sizes, reshaped_input_sizes (`torch.LongTensor` of shape `(N, 2)`):
             (height, width) in pixels of the images as given and as resized for SAM before padding.
+        image_confidences (`torch.FloatTensor` of shape `(N,)`):
+            Probability that an image is of a kind that the model has learnt; None for a model that was not calibrated.
     """
 
     sequences: torch.LongTensor | None = None
@@ -179,6 +181,7 @@ class PlumSegmentationOutput(ModelOutput):
     sam_image_index: torch.LongTensor | None = None
     original_sizes: torch.LongTensor | None = None
     reshaped_input_sizes: torch.LongTensor | None = None
+    image_confidences: torch.FloatTensor | None = None
 
 
 def sincos_position_embedding(grid_size: int, width: int) -> torch.Tensor:
@@ -647,6 +650,7 @@ class PlumForConditionalGeneration(PlumVision, PlumMaskDecoding, PlumPreTrainedM
             sam_image_index=sam_image_index,
             original_sizes=original_sizes,
             reshaped_input_sizes=reshaped_input_sizes,
+            image_confidences=None if sam_image_embeddings is None else self.rate_images(sam_image_embeddings),
         )
 
     def _mask_given_answers(self, labels, spans) -> torch.BoolTensor:

@@ -469,6 +469,7 @@ def load_model(
         texts = conversation_texts(train_records)
         model, processor = build_from_scratch(arguments.model_config, arguments.tokenizer_vocab_size, texts)
     check_span_source(model.config, processor)
+    model.config.image_statistics = None  # those of the encoder as it was
     freeze(model, arguments.frozen_modules)
     return model, processor
 

@@ -170,9 +170,11 @@ def model_problems_named() -> Iterator[None]:
 def show(plum, reply, options: argparse.Namespace, *, folder: Path | None = None) -> None:
     """Prints an answer, its spans in the colours of their masks, and saves it where that is asked for."""
     from partkit.overlays import COLOURS, highlight
-    from plumkit.inference import as_json, finish, save
+    from plumkit.inference import as_json, finish, save, warn_of_unknown_image
 
     answer = finish(plum, reply)
+    if warning := warn_of_unknown_image(plum, answer):
+        print(f"plum: {warning}", file=sys.stderr)
     folder = folder or options.save
     files = save(answer, reply.image, folder, file_name=Path(options.image).name) if folder else []
     if options.json:

@@ -252,6 +252,15 @@ def finish(plum: Plum, reply: Reply, *, span_threshold: float = 0.0, mask_thresh
     return replace(answer, spans=[span for span in answer.spans if span.score >= span_threshold])
 
 
+def warn_of_unknown_image(plum: Plum, answer: PlumAnswer) -> str | None:
+    """What a person should know of the image before they believe an answer about it; None if there is nothing."""
+    known = plum.model.config.image_statistics
+    if answer.confidence is None or known is None or answer.confidence >= known["threshold"]:
+        return None
+    kinds = f", {known['kinds']}" if known.get("kinds") else ""
+    return f"This image is unlike what the model was trained on{kinds}: its answer and masks may mean nothing."
+
+
 def _encode(plum: Plum, image, messages, **options) -> dict[str, torch.Tensor]:
     chat = as_chat(list(messages), image)
     try:
@@ -266,11 +275,11 @@ def _encode(plum: Plum, image, messages, **options) -> dict[str, torch.Tensor]:
 
 def as_json(answer: PlumAnswer) -> dict[str, Any]:
     """
-    An answer for `json.dump`: its text, whether that was cut off, and of each span text, characters, score, box and
-    mask as RLE.
+    An answer for `json.dump`: its text, whether that was cut off, its confidence, and of each span text, characters,
+    score, box and mask as RLE.
     """
     spans = [{**vars(span), "mask": encode(span.mask)} for span in answer.spans]
-    return {"text": answer.text, "is_truncated": answer.is_truncated, "spans": spans}
+    return {"text": answer.text, "is_truncated": answer.is_truncated, "confidence": answer.confidence, "spans": spans}
 
 
 def as_coco(answer: PlumAnswer, image: Image.Image, *, file_name: str) -> dict[str, Any]:
@@ -331,4 +340,5 @@ __all__ = [
     "segment_phrases",
     "segment_words",
     "stream",
+    "warn_of_unknown_image",
 ]

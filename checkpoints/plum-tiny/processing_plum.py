@@ -96,11 +96,14 @@ class PlumAnswer:
 
     Args:
         is_truncated: Whether the answer was generated and cut off before it ended, as by `max_new_tokens`.
+        confidence: Probability that the image is of a kind that the model has learnt, without which an answer means
+            little; None without an image, or for a model that was not calibrated.
     """
 
     text: str
     spans: list[PlumSpan]
     is_truncated: bool = False
+    confidence: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -582,7 +585,10 @@ class PlumProcessor(ProcessorMixin):
                 end -= len(words) - len(words.rstrip())
                 score = float(outputs.tag_scores[i] * outputs.iou_scores[i].clamp(0, 1))
                 spans.append(PlumSpan(text[start:end], start - lead, end - lead, mask, score, _bounding_box(mask)))
-            answers.append(PlumAnswer(text.strip(), spans, bool(outputs.is_truncated[row])))
+            image, confidence = int(outputs.sam_image_index[row]), None
+            if outputs.image_confidences is not None and image >= 0:
+                confidence = float(outputs.image_confidences[image])
+            answers.append(PlumAnswer(text.strip(), spans, bool(outputs.is_truncated[row]), confidence))
         return answers
 
     def _decode(self, ids: list[int]) -> str:

@@ -1,0 +1,141 @@
+"""
+Calibrates the confidence of a checkpoint: the probability that an image is of a kind that the model has learnt.
+
+    python scripts/calibrate_confidence.py --model runs/plum_tiny --kinds "drawings of objects" \\
+        --known '{"name": "mini"}' '{"name": "mini_instances"}' \\
+        --other '{"name": "own_parts", "data_dir": "PHOTOGRAPHS"}'
+
+Images of the validation splits fit the model of known images and the logistic function; those of the test splits say
+how well it tells them apart. Both become `image_statistics` in the checkpoint's config.json, where
+`PlumAnswer.confidence`, `plum ask` and the demonstration find them.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy.optimize import minimize
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from images_plum import read_image  # noqa: E402
+from partkit.images import undecoded  # noqa: E402
+from partkit.predictions import write_whole  # noqa: E402
+from plumkit.checkpoint import load_checkpoint  # noqa: E402
+from plumkit.mixture import load_records, parse_source  # noqa: E402
+
+BATCH_SIZE = 8
+KNOWN_RECALL = 0.98
+"""Share of the known validation images that the threshold lets pass."""
+PENALTY = 1e-3
+"""Of the squared slope: images of two kinds may be told apart without error, which has no finite slope."""
+
+
+def read_images(sources: Sequence[str], split: str, most: int) -> Iterator:
+    """At most so many images of each source, at even distances."""
+    defaults = {"dataset": "partonomy", "name": None, "data_dir": None}
+    for entry in sources:
+        source = parse_source(json.loads(entry), defaults)
+        records = undecoded(load_records(source, split))
+        for index in np.unique(np.linspace(0, len(records) - 1, most).astype(int)).tolist():
+            yield read_image(records[index]["image"], where=f"{source}, record {index}")
+
+
+@torch.no_grad()
+def pool_embeddings(model, processor, images: Iterator) -> np.ndarray:
+    """`(N, C)` mean of SAM's embedding of each image."""
+    pooled, batch = [], []
+    for image in tqdm(images, desc="images", unit="image"):
+        batch.append(image)
+        if len(batch) == BATCH_SIZE:
+            pooled.append(_pool(model, processor, batch))
+            batch = []
+    if batch:
+        pooled.append(_pool(model, processor, batch))
+    return np.concatenate(pooled)
+
+
+def _pool(model, processor, images: list) -> np.ndarray:
+    _, sam_inputs, _ = processor.prepare_images(images)
+    return model.get_image_embeddings(sam_inputs["sam_pixel_values"]).float().mean(dim=(2, 3)).numpy()
+
+
+def distances(pooled: np.ndarray, mean: np.ndarray, std: np.ndarray) -> np.ndarray:
+    """Logarithm of the mean squared deviation of each row, as `PlumVision.rate_images` computes it."""
+    return np.log((((pooled - mean) / std) ** 2).mean(axis=1))
+
+
+def fit_logistic(known: np.ndarray, other: np.ndarray) -> tuple[float, float]:
+    """Intercept and slope of P(known) = sigmoid(intercept - slope * distance), both kinds weighing the same."""
+
+    def loss(parameters: np.ndarray) -> float:
+        intercept, slope = parameters
+        of_known = np.logaddexp(0, -(intercept - slope * known)).mean()
+        of_other = np.logaddexp(0, intercept - slope * other).mean()
+        return of_known + of_other + PENALTY * slope**2
+
+    return tuple(minimize(loss, np.array([0.0, 1.0])).x.tolist())
+
+
+def auroc(known: np.ndarray, other: np.ndarray) -> float:
+    """Probability that a known image has a higher confidence than another one; ties count half.
+
+    >>> auroc(np.array([0.9, 0.6]), np.array([0.1, 0.6]))
+    0.875
+    """
+    difference = known[:, None] - other[None]
+    return float((difference > 0).mean() + (difference == 0).mean() / 2)
+
+
+def calibrate(model, processor, known: Sequence[str], other: Sequence[str], *, most: int) -> dict:
+    """The `image_statistics` of a model, with `auroc` and the shares of the test images that it judges right."""
+    fitted, tested = (
+        [pool_embeddings(model, processor, read_images(sources, split, most)) for sources in (known, other)]
+        for split in ("validation", "test")
+    )
+    mean, std = fitted[0].mean(axis=0), fitted[0].std(axis=0) + 1e-6
+    intercept, slope = fit_logistic(*(distances(pooled, mean, std) for pooled in fitted))
+
+    def confidences(pooled: np.ndarray) -> np.ndarray:
+        return 1 / (1 + np.exp(-(intercept - slope * distances(pooled, mean, std))))
+
+    threshold = min(0.5, float(np.quantile(confidences(fitted[0]), 1 - KNOWN_RECALL)))
+    known_test, other_test = map(confidences, tested)
+    return {
+        "mean": [round(value, 6) for value in mean.tolist()],
+        "std": [round(value, 6) for value in std.tolist()],
+        "intercept": intercept,
+        "slope": slope,
+        "threshold": threshold,
+        "auroc": auroc(known_test, other_test),
+        "known_accepted": float((known_test >= threshold).mean()),
+        "other_rejected": float((other_test < threshold).mean()),
+        "images": {"known": len(known_test), "other": len(other_test)},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help="Folder of the checkpoint; its config is changed.")
+    parser.add_argument("--kinds", required=True, help="What the known images show, in the words of a warning.")
+    parser.add_argument("--known", nargs="+", required=True, help="Data sets of known images, as in a mixture.")
+    parser.add_argument("--other", nargs="+", required=True, help="Data sets of images of other kinds.")
+    parser.add_argument("--most", type=int, default=150, help="Images of each data set and split.")
+    arguments = parser.parse_args()
+    model, processor = load_checkpoint(arguments.model)
+    statistics = calibrate(model.eval(), processor, arguments.known, arguments.other, most=arguments.most)
+    statistics["kinds"] = arguments.kinds
+    path = arguments.model / "config.json"
+    config = json.loads(path.read_text()) | {"image_statistics": statistics}
+    write_whole(path, [json.dumps(config, indent=2, sort_keys=True), "\n"])
+    shares = {name: statistics[name] for name in ("auroc", "known_accepted", "other_rejected", "threshold")}
+    print(", ".join(f"{name} {value:.3f}" for name, value in shares.items()), statistics["images"])
+
+
+if __name__ == "__main__":
+    main()
