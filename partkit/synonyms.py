@@ -12,6 +12,7 @@ from itertools import combinations
 from pathlib import Path
 
 from partkit.masks import DataError
+from partkit.sources.json_files import read_json
 from partkit.wording import inflect_engine
 
 MAX_FILE_BYTES = 16 * 1024**2
@@ -44,10 +45,7 @@ def judged_synonyms(path: str | Path) -> PartKey:
     path = Path(path)
     if not path.is_file() or path.stat().st_size > MAX_FILE_BYTES:
         raise DataError(f"{path}: expected a file of at most {MAX_FILE_BYTES} bytes with groups of synonyms")
-    try:
-        groups = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: expected JSON ({error})") from error
+    groups = read_json(path)
     if not isinstance(groups, list) or not all(
         isinstance(group, list) and group and all(isinstance(name, str) for name in group) for group in groups
     ):

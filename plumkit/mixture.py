@@ -63,10 +63,15 @@ def load_records(source: Source, split: str, streaming: bool = False) -> Dataset
     The columns `id`, `image`, `messages` and `masks` of one split.
 
     Raises:
-        DataError: A streamed split holds no records, or a source no conversations.
+        DataError: A record of the files is bad, a streamed split holds no records, or a source no conversations.
         ValueError: A memory-mapped split holds no records.
     """
-    records = load_dataset(source.dataset, source.name, data_dir=source.data_dir, split=split, streaming=streaming)
+    try:
+        records = load_dataset(source.dataset, source.name, data_dir=source.data_dir, split=split, streaming=streaming)
+    except datasets.exceptions.DatasetGenerationError as error:
+        if not isinstance(error.__cause__, DataError):
+            raise
+        raise DataError(str(error.__cause__)) from error  # which names the record
     if streaming and next(iter(records.take(1)), None) is None:
         raise DataError(f"Split {split!r} of {source} holds no records.")
     missing = sorted(set(COLUMNS) - set(records.column_names or COLUMNS))

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from itertools import islice
 
+import datasets
 import pytest
 from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader
@@ -17,6 +18,7 @@ from partkit.schema import GROUNDED_CONVERSATION_FEATURES
 from plumkit.data import Collator, ConversationDataset, stream_examples
 from plumkit.mixture import Source, load_eval_records, load_records, mix, parse_source
 from plumkit.survey import SHOWN, format_table, survey, write_samples
+from tests.test_sources_own_parts import coco_content, coco_folder
 from tests.tiny import random_image, random_mask, tiny_model, tiny_processor
 
 DEFAULTS = {"dataset": "partonomy", "name": "mini", "data_dir": "data", "train_split": "train", "eval_split": "test"}
@@ -169,6 +171,15 @@ def test_images_given_as_paths_are_read(tmp_path):
     for streaming in (False, True):
         records = load_records(Source("json", data_dir=str(tmp_path)), "train", streaming)
         assert next(iter(records))["image"].size == (30, 20)
+
+
+def test_a_bad_record_of_a_folder_is_named_where_training_stops(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = coco_folder(tmp_path / "data", coco_content(images=12))
+    (folder / "3.png").write_bytes(b"no image")
+    source = Source(**DEFAULTS | {"name": "own_parts", "data_dir": str(folder)})
+    with pytest.raises(DataError, match=r"record images\[3\], field 'file_name': .*3.png: no readable image"):
+        load_records(source, "train")
 
 
 @pytest.mark.parametrize("streaming", [False, True])

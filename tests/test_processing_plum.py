@@ -1,5 +1,6 @@
 """Tags to tokens and back, masks in every form, typed results; on three kinds of tokenizer."""
 
+import base64
 import copy
 
 import numpy as np
@@ -174,6 +175,70 @@ def test_masks_in_every_form_are_the_same_mask():
 def test_a_damaged_mask_is_refused(mask, words):
     with pytest.raises(ValueError, match=words):
         to_binary_mask(mask, (50, 70))
+
+
+def image_parts(image: Image.Image, path) -> list[dict]:
+    """Parts of a message that show the same image in every form that transformers or this processor takes."""
+    image.save(path)
+    content = path.read_bytes()
+    text = base64.b64encode(content).decode()
+    forms = [image, path, str(path), content, text, np.asarray(image), np.asarray(image) / 255]
+    forms += [torch.from_numpy(np.array(image)).permute(2, 0, 1), Image.open(path), {"bytes": content, "path": None}]
+    data_url = f"data:image/png;base64,{text}"
+    return [
+        *({"type": "image", "image": form} for form in forms),
+        {"type": "image", "url": str(path)},
+        {"type": "image", "url": data_url},
+        {"type": "image", "path": str(path)},
+        {"type": "image", "base64": text},
+        {"type": "image_url", "image_url": {"url": data_url}},
+        {"type": "image_url", "image_url": str(path)},
+    ]
+
+
+def test_an_image_in_every_form_gives_the_same_batch_with_its_masks(byte_level_processor, tmp_path):
+    image, batches = random_image(), []
+    for part in image_parts(image, tmp_path / "image.png"):
+        chat = conversation(image, "A <p>wheel</p>.")
+        chat[0]["content"][0] = part
+        batches.append(encode(byte_level_processor, [chat], masks=[[random_mask()]]))
+    for batch in batches[1:]:
+        assert batch.keys() == batches[0].keys()
+        assert torch.equal(batch["sam_pixel_values"], batches[0]["sam_pixel_values"])
+        assert torch.equal(batch["mask_labels"][0], batches[0]["mask_labels"][0])
+        assert torch.equal(batch["input_ids"], batches[0]["input_ids"])
+
+
+def test_an_opened_image_is_turned_by_its_exif_orientation_as_its_file_is(byte_level_processor, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    random_image().save(tmp_path / "turned.png", exif=exif)
+    for image in (tmp_path / "turned.png", Image.open(tmp_path / "turned.png")):
+        batch = encode(byte_level_processor, [conversation(image, "Yes.")])
+        assert batch["original_sizes"].tolist() == [[70, 50]]
+
+
+@pytest.mark.parametrize(
+    ("part", "words"),
+    [
+        ({"type": "image"}, r"one of the keys image, url, path, base64, found \['type'\]"),
+        ({"type": "image", "url": "a.png", "path": "b.png"}, "one of the keys image, url, path, base64"),
+        ({"type": "image_url"}, "one of the keys"),
+        ({"type": "image", "url": "none.png"}, "Image 0: there is no image file 'none.png'"),
+        ({"type": "image", "image": Image.new("RGB", (2000, 4))}, "Image 0: .*2000 x 4 pixels, and one side may be"),
+    ],
+)
+def test_an_image_part_without_one_readable_image_is_refused(byte_level_processor, part, words):
+    chat = conversation(random_image(), None)
+    chat[0]["content"][0] = part
+    with pytest.raises(ValueError, match=words):
+        encode(byte_level_processor, [chat], add_generation_prompt=True)
+
+
+def test_one_path_in_several_conversations_is_read_once(byte_level_processor, tmp_path):
+    random_image().save(tmp_path / "image.png")
+    chats = [conversation(str(tmp_path / "image.png"), "Yes.") for _ in range(3)]
+    assert encode(byte_level_processor, chats)["sam_image_index"].tolist() == [0, 0, 0]
 
 
 def test_one_image_in_several_conversations_is_encoded_once(byte_level_processor):

@@ -19,7 +19,6 @@ Smaller shapes lie over larger ones; `ignore` regions are ambiguous, for trainin
 "flag" are void; shapes of fewer than three points enclose nothing. Files are UTF-8 or Windows-1252.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -33,7 +32,7 @@ from partkit.masks import RLE, DataError, Size, area, decode, encode
 from partkit.schema import GroundedConversation, PartExample, PartMask, escape_tags
 from partkit.seeding import seeded_generator
 from partkit.sources.files import ImageFiles, read_polygons, read_text, typed, typed_list
-from partkit.sources.json_files import read_json
+from partkit.sources.json_files import parse_json, read_json
 
 EXPLANATIONS_FILE = "explanatory/train.json"
 WORDS_FOR_THE_ANSWER = ("this region", "this area", "this part of the picture", "what is marked")
@@ -135,11 +134,7 @@ class ReasonSeg:
 
     def _read(self, index: int) -> Any:
         path = self._files[index]
-        text = read_text(path, encodings=("utf-8-sig", "cp1252"))
-        try:
-            return json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{path}: expected JSON ({error})") from error
+        return parse_json(read_text(path, encodings=("utf-8-sig", "cp1252")).encode(), where=str(path))
 
     def _read_explanations(self) -> dict[str, str]:
         """Image name -> why its target is the answer."""

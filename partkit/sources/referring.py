@@ -87,7 +87,7 @@ class Referring:
         if not self._references:
             raise DataError(f"{self.path}: no record of the split {split!r} that can be used")
         self._image_ids = sorted(self._references)
-        self._files = ImageFiles(self.folder)
+        self._files = ImageFiles(self.folder, field="file_name")
 
     @classmethod
     def splits(cls, folder: str | Path) -> list[str]:
