@@ -1,17 +1,24 @@
-# make demo: evaluate plum-tiny, train such a model from scratch on the drawn miniature, evaluate it, write the report.
-# make test: the test suite.   make slow: the tests that take minutes.   make fuzz: hostile files.
-# make docs: the site.   make perf: the benchmarks.
 PYTHON := .venv/bin/python
 INSTALLED := .venv/installed
 
-.PHONY: demo test slow lint docs fuzz perf
+.PHONY: help demo train test slow lint docs fuzz perf
+
+help:
+	@echo "make demo    asks plum-tiny about a picture, scores it on the whole test split, trains for a minute"
+	@echo "make train   trains plum-tiny from scratch: an hour or two, runs/plum_tiny"
+	@echo "make test    the test suite; make slow: the tests that take minutes; make fuzz: hostile files"
+	@echo "make docs    the documentation site; make perf: the benchmarks; make lint: style"
 
 demo: $(INSTALLED)
 	rm -rf runs/demo
-	$(PYTHON) evaluate_plum.py --model checkpoints/plum-tiny --choice_reduction answer_mean --output_dir runs/demo/plum-tiny
-	.venv/bin/accelerate launch --cpu --num_processes 1 train.py recipes/plum_tiny.yaml --output_dir runs/demo/model
-	$(PYTHON) evaluate_plum.py --model runs/demo/model --dataset partonomy --name mini_questions --split test \
-		--choice_reduction answer_mean --output_dir runs/demo/evaluation
+	.venv/bin/plum ask examples/sailboat.png "What visible parts does the object in the image have?" --save runs/demo/answer
+	$(PYTHON) evaluate_plum.py --model checkpoints/plum-tiny --choice_reduction answer_mean --output_dir runs/demo/evaluation
+	$(PYTHON) train.py recipes/plum_tiny.yaml --max_steps 60 --eval_steps 30 --save_steps 60 --logging_steps 5 \
+		--lr_scheduler_kwargs '{"num_decay_steps": 20}' --warmup_steps 5 --output_dir runs/demo/training
+	@echo "answer: runs/demo/answer/overlay.png  scores: runs/demo/evaluation/report.html  curves: runs/demo/training/training_curves.png"
+
+train: $(INSTALLED)
+	$(PYTHON) train.py recipes/plum_tiny.yaml --output_dir runs/plum_tiny
 
 test: $(INSTALLED)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(PYTHON) -m pytest
