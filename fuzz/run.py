@@ -16,7 +16,7 @@ import atheris
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 with atheris.instrument_imports(include=["partkit", "chat_plum", "images_plum", "masks_plum", "rle_plum", "fuzz"]):
-    from fuzz.seeds import SEEDS
+    from fuzz.seeds import seeds_of
     from fuzz.targets import TARGETS
 
 
@@ -25,7 +25,7 @@ def main():
         sys.exit(f"usage: python fuzz/run.py {{{','.join(TARGETS)}}} [libFuzzer options]")
     name = sys.argv.pop(1)
     with tempfile.TemporaryDirectory() as corpus:
-        for number, seed in enumerate(SEEDS[name]):
+        for number, seed in enumerate(seeds_of(name)):
             (Path(corpus) / str(number)).write_bytes(seed)
         atheris.Setup([*sys.argv, corpus], lambda data: TARGETS[name](data) and None)
         atheris.Fuzz()

@@ -7,6 +7,7 @@ import json
 import numpy as np
 from PIL import Image
 
+from fuzz.programs import CHECKPOINT_FILES, sound_checkpoint
 from images_plum import FORMATS
 from partkit.masks import encode
 
@@ -106,4 +107,20 @@ SEEDS = {
     "coco_folder": [json.dumps(_COCO).encode(), json.dumps(_COCO).encode("utf-16")],
     "labelme_folder": [json.dumps(_LABELME).encode(), json.dumps(_OLD_LABELME).encode("utf-8-sig")],
     "conversation_file": [json.dumps(_CONVERSATION).encode() + b"\n\n"],
+    "app_request": [
+        json.dumps({"data": data, "fn_index": number, "session_hash": "SESSION"}).encode()
+        for number, data in (
+            (1, [{"path": "IMAGE"}, "Which parts?", 0, 0.5]),
+            (1, [{"path": "IMAGE", "meta": {"_type": "gradio.FileData"}}, "Which parts?", 0.25, 0.75]),
+            (2, [None, 0, 0.5]),
+        )
+    ],
 }
+
+
+def seeds_of(name: str) -> list[bytes]:
+    """The files of a target's kind; those of a checkpoint are made when they are asked for."""
+    if name != "checkpoint_folder":
+        return SEEDS[name]
+    files = enumerate(CHECKPOINT_FILES)
+    return [bytes([number]) + (sound_checkpoint() / file_name).read_bytes() for number, file_name in files]

@@ -12,6 +12,7 @@ from pathlib import Path
 from PIL import Image
 
 from chat_plum import parse_span_tags
+from fuzz.programs import app_request, checkpoint_folder
 from images_plum import read_image
 from masks_plum import to_binary_mask
 from partkit.masks import DataError, decode
@@ -130,4 +131,8 @@ TARGETS = {
     "coco_folder": coco_folder,
     "labelme_folder": labelme_folder,
     "conversation_file": conversation_file,
+    "checkpoint_folder": checkpoint_folder,
+    "app_request": app_request,
 }
+SLOW = ("checkpoint_folder", "app_request")
+"""Targets that take a tenth of a second and more for an input."""
