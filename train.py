@@ -502,7 +502,10 @@ def main(argv: list[str]):
         ]
         train_dataset = FreshConversationDataset(
             mix(places, [source.rate for source in sources], args.seed),
-            [open_fresh(source, mirror=data_arguments.mirror) for source in sources],
+            [
+                open_fresh(source, part, mirror=data_arguments.mirror)
+                for source, part in zip(sources, parts, strict=True)
+            ],
             **example_options,
         )
     else:

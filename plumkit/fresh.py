@@ -3,6 +3,7 @@ Training records that are made when they are read, so that no epoch repeats an e
 
     drawn configurations ("mini", "mini_hard", ...)         ──> a new drawing, and a conversation about it
     photographs with part masks ("own_parts", PACO, ...)     ──> the same photograph, perhaps mirrored, in new words
+    conversations in words of their own (LLaVA, ...)         ──> as they are stored
 
 A record depends on the number it is asked for alone: not on the process, the worker or what was read before.
 """
@@ -13,15 +14,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 from PIL import ImageOps
 
 import partonomy_dataset
 from images_plum import read_image
 from partkit.conversations import converse
+from partkit.images import undecoded
 from partkit.masks import decode, encode
-from partkit.schema import DataError, GroundedConversation, PartExample, PartMask, as_row
-from partkit.sources.survey import PART_SOURCES, open_source, survey
+from partkit.schema import GroundedConversation, PartExample, PartMask, as_row
+from partkit.sources.survey import PART_SOURCES, Survey, open_source, survey
 from plumkit.mixture import COLUMNS, Source
 
 FreshRecords = Callable[[int, int], dict[str, Any]]
@@ -31,25 +34,30 @@ DRAWN = ("mini", "mini_instances", "mini_hard")
 _SIDES = re.compile(r"\b(left|right)\b")
 
 
-def open_fresh(source: Source, *, mirror: bool) -> FreshRecords:
+def open_fresh(source: Source, stored: datasets.Dataset, *, mirror: bool) -> FreshRecords:
     """
     The maker of a source's training records.
 
     Args:
+        stored: The records of the split, which are read where none can be made.
         mirror: Turn every second photograph over, "left" and "right" exchanged in the names of its parts. A
             photograph with a part that has no counterpart on the other side stays as it is; so do drawings.
-
-    Raises:
-        DataError: The source is neither drawn nor photographs with part masks.
     """
     if source.dataset == partonomy_dataset.DATASET_NAME and source.name in DRAWN:
         return _Drawings(source.name, source.train_split)
     if source.dataset == partonomy_dataset.DATASET_NAME and source.name in PART_SOURCES:
-        return _Photographs(source, mirror=mirror)
-    raise DataError(
-        f"fresh_records makes new records of {', '.join((*DRAWN, *PART_SOURCES))}, found the source {source}; leave "
-        "fresh_records out"
-    )
+        found = survey(source.name, Path(source.data_dir).expanduser(), seed=partonomy_dataset.SEED)
+        if found.annotated:
+            return _Photographs(source, found, mirror=mirror)
+    return _Stored(undecoded(stored))
+
+
+class _Stored:
+    def __init__(self, records: datasets.Dataset):
+        self.records = records
+
+    def __call__(self, row: int, number: int) -> dict[str, Any]:
+        return self.records[row]
 
 
 class _Drawings:
@@ -62,14 +70,10 @@ class _Drawings:
 
 
 class _Photographs:
-    def __init__(self, source: Source, *, mirror: bool):
+    def __init__(self, source: Source, found: Survey, *, mirror: bool):
         self.mirror = mirror
-        folder = Path(source.data_dir).expanduser()
-        found = survey(source.name, folder, seed=partonomy_dataset.SEED)
-        if not found.annotated:
-            raise DataError(f"{folder} holds conversations, whose words are given; leave fresh_records out")
         self.members, self.part_graph = found.members[source.train_split], found.part_graph
-        self.source = open_source(source.name, folder, split=source.train_split)
+        self.source = open_source(source.name, Path(source.data_dir).expanduser(), split=source.train_split)
 
     def __call__(self, row: int, number: int) -> dict[str, Any]:
         example = self.source.example(self.members[row])

@@ -7,12 +7,13 @@ import pytest
 
 import partonomy_dataset
 from images_plum import read_image
-from partkit.masks import DataError, decode, encode
+from partkit.masks import decode, encode
 from partkit.schema import PartExample, PartMask, check_turns, tagged_phrases
 from plumkit.data import FreshConversationDataset
 from plumkit.fresh import mirror_example, open_fresh
 from plumkit.mixture import Source, mix
 from tests.tiny import random_image, random_mask
+from tests.training import make_records, record
 
 
 def pixels(record: dict) -> bytes:
@@ -41,21 +42,21 @@ def photographs(tmp_path) -> Source:
 
 @pytest.mark.parametrize("name, side", [("mini", 128), ("mini_instances", 128), ("mini_hard", 256)])
 def test_every_number_is_another_drawing_and_none_is_stored(name, side):
-    draw = open_fresh(Source("partonomy", name), mirror=False)
+    draw = open_fresh(Source("partonomy", name), None, mirror=False)
     records = [draw(0, number) for number in range(4)]
     stored = partonomy_dataset.DRAWING_SIZES[name]["train"]
-    assert [record["id"] for record in records] == [
+    assert [drawn["id"] for drawn in records] == [
         f"{name}-train-{stored + number:05d}-conversation" for number in range(4)
     ]
-    assert len({pixels(record) for record in records}) == 4
+    assert len({pixels(drawn) for drawn in records}) == 4
     assert draw(7, 2) == records[2]
-    for record in records:
-        check_turns(record["messages"], len(record["masks"]), where="here")
-        assert all(decode(mask["rle"]).shape == (side, side) for mask in record["masks"])
+    for drawn in records:
+        check_turns(drawn["messages"], len(drawn["masks"]), where="here")
+        assert all(decode(mask["rle"]).shape == (side, side) for mask in drawn["masks"])
 
 
 def test_a_photograph_is_talked_about_in_new_words_each_time(photographs):
-    make = open_fresh(photographs, mirror=False)
+    make = open_fresh(photographs, None, mirror=False)
     first, again, other = make(3, 0), make(3, 0), make(3, 1)
     assert first == again and first["id"] == other["id"] and first["messages"] != other["messages"]
     assert pixels(first) == pixels(other)
@@ -78,13 +79,13 @@ def test_a_mirrored_photograph_has_mirrored_masks_and_the_names_of_the_other_sid
 
 
 def test_half_of_the_photographs_are_mirrored(photographs):
-    plain, make = open_fresh(photographs, mirror=False), open_fresh(photographs, mirror=True)
+    plain, make = open_fresh(photographs, None, mirror=False), open_fresh(photographs, None, mirror=True)
     turned = [pixels(make(2, number)) != pixels(plain(2, number)) for number in range(60)]
     assert 15 < sum(turned) < 45
 
 
 def test_a_mixture_of_fresh_records_depends_on_seed_epoch_and_index_alone(photographs):
-    makers = [open_fresh(Source("partonomy", "mini"), mirror=False), open_fresh(photographs, mirror=True)]
+    makers = [open_fresh(Source("partonomy", "mini"), None, mirror=False), open_fresh(photographs, None, mirror=True)]
     places = [partonomy_dataset.datasets.Dataset.from_dict({"part": [i] * 6, "row": range(6)}) for i in range(2)]
 
     def ids(epoch, indices):
@@ -101,7 +102,7 @@ def test_a_mixture_of_fresh_records_depends_on_seed_epoch_and_index_alone(photog
 
 
 def test_a_follow_up_is_a_turn_after_another_one_of_its_record_with_the_masks_of_both():
-    makers = [open_fresh(Source("partonomy", "mini"), mirror=False)]
+    makers = [open_fresh(Source("partonomy", "mini"), None, mirror=False)]
     places = partonomy_dataset.datasets.Dataset.from_dict({"part": [0] * 30, "row": range(30)})
     examples = FreshConversationDataset(places, makers, turns_per_record=3, follow_up_probability=0.5)
     lengths = []
@@ -116,8 +117,21 @@ def test_a_follow_up_is_a_turn_after_another_one_of_its_record_with_the_masks_of
     assert set(lengths) == {1, 2} and 25 < lengths.count(2) < 65
 
 
-def test_sources_with_words_of_their_own_are_refused():
-    with pytest.raises(
-        DataError, match=r"fresh_records makes new records of mini, .* found the source partonomy llava"
-    ):
-        open_fresh(Source("partonomy", "llava_instruct"), mirror=False)
+def test_conversations_in_words_of_their_own_are_read_as_they_are_stored(tmp_path):
+    stored = make_records([record(number, 2) for number in range(3)])
+    make = open_fresh(Source("somebody/conversations"), stored, mirror=True)
+    assert [make(row, 7)["messages"] for row in range(3)] == stored["messages"][:]
+    (tmp_path / "chats.jsonl").write_text(
+        json.dumps(
+            {
+                "id": "1",
+                "image": "1.png",
+                "messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "It is red."}],
+                "masks": [],
+            }
+        )
+        + "\n"
+    )
+    random_image(40, 60).save(tmp_path / "1.png")
+    own = Source("partonomy", "own_parts", str(tmp_path))
+    assert open_fresh(own, stored, mirror=True)(1, 5)["id"] == "record-1"
