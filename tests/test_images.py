@@ -4,6 +4,7 @@ import base64
 import io
 import struct
 import threading
+import zipfile
 import zlib
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -15,6 +16,7 @@ import torch
 from PIL import Image
 
 from images_plum import FORMATS, read_image
+from partkit.images import read_image as read_stored_image
 from partkit.masks import DataError, encode
 from partkit.schema import GROUNDED_CONVERSATION_FEATURES
 from partkit.sources.files import ImageFiles
@@ -160,6 +162,16 @@ def test_an_image_is_fetched_from_its_url(tmp_path):
             read_image(f"http://127.0.0.1:{server.server_port}/grey.png", max_bytes=10)
         server.shutdown()
     np.testing.assert_array_equal(np.asarray(image), GREY_RGB)
+
+
+def test_an_image_that_datasets_streams_from_an_archive_is_read(tmp_path):
+    GREY.save(tmp_path / "grey.png")
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        archive.write(tmp_path / "grey.png", "grey.png")
+    stored = {"bytes": None, "path": f"zip://grey.png::{tmp_path / 'images.zip'}"}
+    np.testing.assert_array_equal(np.asarray(read_stored_image(stored, where="record 0")), GREY_RGB)
+    with pytest.raises(DataError, match="record 0: the image cannot be read from 'zip://none.png"):
+        read_stored_image({"bytes": None, "path": f"zip://none.png::{tmp_path / 'images.zip'}"}, where="record 0")
 
 
 @pytest.mark.parametrize("file_format", ["EPS", "PPM", "ICO", "TGA", "DDS", "AVIF"])

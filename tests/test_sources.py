@@ -75,6 +75,16 @@ def test_an_official_record_becomes_a_question_with_its_masks_united(tmp_path):
     np.testing.assert_array_equal(decode(question.masks[1].rle), LEFT | RIGHT)
 
 
+@pytest.mark.parametrize("path", ["./images/bus.png", "images/../images/bus.png", "linked/bus.png"])
+def test_one_photograph_has_one_path_however_it_is_written(tmp_path, path):
+    content = descriptor_content()
+    content["instances"][0]["image_path"] = path
+    folder = descriptor_folder(tmp_path / "data", content)
+    (folder / "linked").symlink_to(folder / "images")
+    source = Descriptor(folder)
+    assert (source.image_path(0), source.example(0).image_id) == ("images/bus.png", "images/bus.png#bus")
+
+
 def test_masks_may_be_nested_polygons_or_uncompressed(tmp_path):
     record = official_record()
     polygon = {"size": [HEIGHT, WIDTH], "polygon": [1, 1, 3, 1, 3, 3, 1, 3]}

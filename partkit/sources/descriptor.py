@@ -71,7 +71,7 @@ class Descriptor:
 
     def image_path(self, index: int) -> str:
         """The image of an instance, relative to the folder; several instances may share one."""
-        return typed(self._record(index), "image_path", str, where=self._where(index))
+        return self._images.spell(typed(self._record(index), "image_path", str, where=self._where(index)))
 
     def splits(self, *, seed: int) -> dict[str, list[int]]:
         """Split -> indices, see `hold_out`."""
