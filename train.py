@@ -32,6 +32,7 @@ from transformers import (
 
 from configuration_plum import PlumConfig
 from modeling_plum import PlumForConditionalGeneration
+from partkit.masks import DataError
 from plumkit.cards import make_model_card, write_recipe
 from plumkit.checkpoint import check_config_fields, load_checkpoint, load_processor, with_floats
 from plumkit.data import Collator, ConversationDataset, FreshConversationDataset, stream_examples
@@ -559,4 +560,7 @@ def main(argv: list[str]):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except DataError as error:
+        sys.exit(f"train.py: {error}")

@@ -309,7 +309,7 @@ def _summarise_counts(prediction) -> dict[str, float]:
         "strict_macro_giou": float((iou[grounded] / masks[grounded]).mean()) if grounded.any() else float("nan"),
         "strict_micro_giou": float(iou.sum() / max(1.0, masks.sum())),
         "span_f1": float(2 * right.sum() / max(1.0, predicted.sum() + true.sum())),
-        "language_modeling_loss": float(likelihoods.sum() / tokens.sum()),
+        "language_modeling_loss": float(likelihoods.sum() / tokens.sum()) if tokens.any() else float("nan"),
     }
 
 

@@ -345,6 +345,24 @@ def test_the_curves_hold_every_named_loss_and_metric_of_the_log(trained):
         assert image.format == "PNG" and image.width > image.height > 100
 
 
+@pytest.mark.parametrize(("max_length", "fits"), [(8, False), (45, True)])
+def test_the_log_counts_the_conversations_that_max_length_cuts_or_leaves_out(
+    max_length, fits, trained, data_folder, tmp_path
+):
+    options = base_options(data_folder, tmp_path) | {"model": trained, "max_steps": 2, "logging_steps": 1}
+    run_main(options | {"max_length": max_length, "eval_strategy": "steps", "eval_steps": 2})
+    counted = [(entry["cut"], entry["left_out"]) for entry in log_history(tmp_path) if "loss" in entry]
+    assert len(counted) == 2 and all((cut > 0, left_out > 0) == (fits, not fits) for cut, left_out in counted)
+
+
+def test_what_cannot_be_trained_on_is_one_sentence(trained, data_folder, tmp_path):
+    options = base_options(data_folder, tmp_path / "out") | {"model": tmp_path, "max_steps": 1}
+    words = [str(word) for name in options for word in (f"--{name}", options[name])]
+    run = subprocess.run([sys.executable, "train.py", *words], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 1 and "Traceback" not in run.stderr
+    assert run.stderr.splitlines()[-1].startswith(f"train.py: {tmp_path / 'config.json'} cannot be read")
+
+
 def test_tensorboard_shows_every_figure_of_the_log(data_folder, trained, tmp_path):
     options = base_options(data_folder, tmp_path) | {"model": trained, "max_steps": 4, "report_to": "tensorboard"}
     run_main(options | {"save_strategy": "no", "eval_strategy": "steps", "eval_steps": 2})
