@@ -6,11 +6,13 @@ recipe and state of its training and its metrics.json. The data set's is written
 import json
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from partkit.corrections import METRICS as CORRECTION_METRICS
 from plumkit.checkpoint import count_stored, weight_files
 
 RECIPE_FILE, TRAINER_STATE_FILE, CURVES_FILE = "recipe.yaml", "trainer_state.json", "training_curves.png"
@@ -24,6 +26,7 @@ FIGURES = {
     "choice_accuracy": "choice accuracy",
     "generated_part_precision": "parts of the generated answer, precision",
     "generated_part_recall": "parts of the generated answer, recall",
+    "generated_exact": "generated sets of parts that are exactly right",
     "end_to_end_giou": "gIoU of the generated answer",
 }
 
@@ -71,6 +74,26 @@ another record, and what guessing gets.
 `{{ run.command }}`, {{ run.date }}
 {%- else -%}
 Not measured on a benchmark.
+{%- endif %}
+{%- for table in further %}
+
+{{ table.title }}
+
+| figure | {% for column in table.columns %}{{ column }} | {% endfor %}
+|---|{% for column in table.columns %}---:|{% endfor %}
+{%- for row in table.rows %}
+| {{ row | join(" | ") }} |
+{%- endfor %}
+
+`{{ table.command }}`
+{%- endfor %}
+{%- if known %}
+
+Confidence: `answer.confidence` is the probability that an image is of the kinds that the model has learnt
+{%- if known.kinds %} ({{ known.kinds }}){% endif %}. On test images its AUROC against images of other kinds is
+{{ "%.3f" | format(known.auroc) }}; the threshold accepts {{ "%.3f" | format(known.known_accepted) }} of
+{{ known.images.known }} known images and rejects {{ "%.3f" | format(known.other_rejected) }} of
+{{ known.images.other }} others.
 {%- endif %}
 
 ## Training
@@ -125,6 +148,7 @@ def make_model_card(
     repo_id: str | None = None,
     revision: str = "main",
     metrics: dict | None = None,
+    further: Sequence[dict] = (),
     license: str | None = None,
 ) -> ModelCard:
     """
@@ -135,6 +159,7 @@ def make_model_card(
         repo_id: Its name on the Hub; default: the name of the folder.
         revision: The commit, tag or branch that the example loads.
         metrics: Content of the metrics.json of its evaluation.
+        further: Those of other evaluations, of questions or by `--task correction`.
         license: Of the weights. Known without being told for a model trained from scratch on drawings alone.
     """
     recipe, name = _read_recipe(folder), (repo_id or folder.resolve().name).split("/")[-1]
@@ -164,6 +189,8 @@ def make_model_card(
         run=run,
         count=overall.get("n"),
         photographs=overall.get("photographs"),
+        further=[_as_table(other) for other in further],
+        known=json.loads((folder / "config.json").read_text()).get("image_statistics"),
         selected=bool(recipe) and run.get("split") == recipe.get("eval_split", "validation"),
         recipe=yaml.safe_dump(recipe, sort_keys=False).strip() if recipe else None,
         training=_describe_training(folder),
@@ -235,6 +262,22 @@ def _as_rows(overall: dict) -> list[list[str]]:
         if values[0] is not None:
             rows.append([label, *("-" if value is None else f"{value:.3f}" for value in values)])
     return rows
+
+
+def _as_table(metrics: dict) -> dict:
+    """Title, columns, rows and command of one further evaluation."""
+    overall, run = metrics["overall"], metrics["run"]
+    place = f"`{run['name']}`, split `{run['split']}`"
+    if run.get("task") != "correction":
+        title = f"{place}, {overall['n']} questions:"
+        return {"title": title, "columns": ("model", "wrong image", "by chance"), "rows": _as_rows(overall)} | run
+    intervals, rows = metrics["intervals"]["overall"], []
+    for name, meaning in CORRECTION_METRICS.items():
+        if overall[name] is not None:
+            limits = "{:.3f} to {:.3f}".format(*intervals[name])
+            rows.append([f"`{name}`: {meaning}", f"{overall[name]:.3f}", limits])
+    title = f"{place}, masks of {overall['n']} answers, corrected one after the other:"
+    return {"title": title, "columns": ("model", "95 % interval"), "rows": rows} | run
 
 
 def _as_eval_results(overall: dict, run: dict) -> list[EvalResult]:

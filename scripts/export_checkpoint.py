@@ -1,10 +1,11 @@
 """
-Makes the checkpoint that travels with the repository from a training run: bf16 weights, code, processor, and a card
-whose figures are measured on the very weights that it describes.
+Writes the checkpoint that travels with the repository from a training run: bf16 weights, code, processor, and a card
+with results that are measured on these weights.
 
-    python scripts/export_checkpoint.py runs/demo/model --output_dir checkpoints/plum-tiny
+    python scripts/export_checkpoint.py runs/plum_tiny --output_dir checkpoints/plum-tiny
 
-From the repository's root. The evaluation (its folder is printed) is the one of `make demo`.
+The first of `--questions` is the evaluation of the card's metadata. A confidence that
+`scripts/calibrate_confidence.py` wrote into the run's config is kept.
 """
 
 import argparse
@@ -26,6 +27,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="output folder of train.py")
     parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--questions", nargs="+", default=["mini_questions", "mini_hard_questions"])
+    parser.add_argument("--corrections", nargs="*", default=["mini_instances"])
+    parser.add_argument("--data_dir", help="folder of your files, where the configurations read some")
+    parser.add_argument("--license", help="of the weights, where the recipe does not tell")
     arguments = parser.parse_args()
     output_dir = arguments.output_dir
     if output_dir.exists():
@@ -38,14 +43,19 @@ def main():
         if (arguments.folder / name).is_file():
             shutil.copyfile(arguments.folder / name, output_dir / name)
 
-    evaluation = arguments.folder.parent / f"{output_dir.name}-evaluation"
-    command = ["evaluate_plum.py", "--model", str(output_dir), "--dataset", "partonomy"]
-    command += ["--name", "mini_questions", "--split", "test", "--choice_reduction", "answer_mean"]
-    command += ["--output_dir", str(evaluation)]
-    subprocess.run([sys.executable, *command], check=True)
-    metrics = json.loads((evaluation / "metrics.json").read_text())
-    make_model_card(output_dir, metrics=metrics).save(output_dir / "README.md")
-    print(f"{output_dir} is written; its evaluation is in {evaluation}.")
+    def evaluate(name: str, *options: str) -> dict:
+        evaluation = arguments.folder.parent / f"{output_dir.name}-{name}"
+        command = ["evaluate_plum.py", "--model", str(output_dir), "--name", name, "--output_dir", str(evaluation)]
+        subprocess.run([sys.executable, *command, *data, *options], check=True)
+        print(f"The evaluation on {name} is in {evaluation}.")
+        return json.loads((evaluation / "metrics.json").read_text())
+
+    data = [] if arguments.data_dir is None else ["--data_dir", arguments.data_dir]
+    metrics, *further = [evaluate(name, "--choice_reduction", "answer_mean") for name in arguments.questions]
+    further += [evaluate(name, "--task", "correction") for name in arguments.corrections]
+    card = make_model_card(output_dir, metrics=metrics, further=further, license=arguments.license)
+    card.save(output_dir / "README.md")
+    print(f"{output_dir} is written.")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
+from partkit.corrections import METRICS
 from plumkit.cards import FIGURES, make_model_card, write_recipe
 from tests.tiny import tiny_model
 from train import parse_arguments, read_options
@@ -39,6 +40,30 @@ def test_the_figures_of_metrics_json_stand_in_the_metadata_and_in_the_table(fold
     assert results["choice_accuracy"].dataset_config == "mini_questions" and again.data.model_name == "plum"
     assert "| choice accuracy | 0.250 | - | 0.200 |\n" in again.text and "884 questions" in again.text
     assert FIGURES["end_to_end_giou"] not in again.text, "it was not measured"
+
+
+def test_further_evaluations_and_the_calibration_have_tables_and_a_sentence(folder):
+    run = {
+        **RUN,
+        "name": "mini_instances",
+        "task": "correction",
+        "command": "python evaluate_plum.py --task correction",
+    }
+    corrections = {name: 0.5 for name in METRICS} | {"n": 9, "repeat_overlap": None}
+    limits = {"overall": {name: [0.25, 0.75] for name in METRICS}}
+    hard = {"overall": {"n": 5, "choice_accuracy": 0.75}, "run": {**RUN, "name": "mini_hard_questions"}}
+    further = [hard, {"overall": corrections, "intervals": limits, "run": run}]
+    path = folder / "config.json"
+    known = {"auroc": 0.97, "known_accepted": 0.98, "other_rejected": 1.0, "kinds": "birds"}
+    known["images"] = {"known": 30, "other": 40}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"image_statistics": known}))
+    card = make_model_card(folder, metrics={"overall": {"n": 1, "span_f1": 1.0}, "run": RUN}, further=further)
+    assert "`mini_hard_questions`, split `test`, 5 questions:" in card.text
+    assert "| choice accuracy | 0.750 | - | - |" in card.text
+    assert f"| `matched_iou`: {METRICS['matched_iou']} | 0.500 | 0.250 to 0.750 |" in card.text
+    assert "`repeat_overlap`" not in card.text and "`python evaluate_plum.py --task x`" in card.text
+    assert "(birds). On test images its AUROC against images of other kinds is\n0.970" in card.text
+    assert "accepts 0.980 of\n30 known images and rejects 1.000 of\n40 others" in card.text
 
 
 def test_a_model_from_scratch_has_the_licence_of_its_drawings_and_no_base_model(folder):
