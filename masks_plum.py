@@ -45,7 +45,8 @@ def to_binary_mask(mask, size: tuple[int, int]) -> np.ndarray:
     if isinstance(mask, (list, tuple)):
         mask = [item.tolist() if hasattr(item, "tolist") else item for item in mask]
         if not _is_dense(mask, size):
-            return decode_rle(polygons_to_rle(mask, size=size, where="mask"))
+            polygons = [list(item) if isinstance(item, tuple) else item for item in mask]
+            return decode_rle(polygons_to_rle(polygons, size=size, where="mask"))
     mask = _as_array(mask, size)
     if mask.shape in ((1, *size), (*size, 1)):
         mask = mask.reshape(size)

@@ -43,7 +43,7 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     about_an_image = argparse.ArgumentParser(add_help=False)
-    about_an_image.add_argument("image", metavar="IMAGE", help="image file, or - for the standard input")
+    about_an_image.add_argument("image", metavar="IMAGE", help="image file, its URL, or - for the standard input")
     about_an_image.add_argument("--model", default=DEFAULT_MODEL, help="folder, or name on the Hub; plum-tiny if none")
     about_an_image.add_argument("--json", action="store_true", help="one JSON object a line, masks as RLE")
     about_an_image.add_argument("--save", type=Path, metavar="DIR", help="write overlay, masks and COCO json here")

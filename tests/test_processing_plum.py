@@ -138,6 +138,7 @@ def test_masks_in_every_form_are_the_same_mask():
         {"size": [50, 70], "counts": runs},
         [[20, 10, 60, 10, 60, 30, 20, 30]],
         [np.array([20, 10, 60, 10, 60, 30, 20, 30], dtype=np.float32)],
+        ((20, 10, 60, 10, 60, 30, 20, 30),),
         mask[None],
         mask[..., None],
         torch.from_numpy(mask)[None].to(torch.bfloat16),
