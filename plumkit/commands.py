@@ -180,6 +180,8 @@ def show(plum, reply, options: argparse.Namespace, *, folder: Path | None = None
     if options.json:
         print(json.dumps(as_json(answer)), flush=True)
         return
+    if answer.is_truncated:
+        print("plum: the answer is cut off, it is too long.", file=sys.stderr)
     console = PipedConsole(highlight=False, soft_wrap=True)
     pieces = highlight(answer.text, answer.spans)
     console.print(Text.assemble(*((piece, f"bold {colour}" if colour else "") for piece, colour in pieces)))

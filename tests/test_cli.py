@@ -89,7 +89,9 @@ def test_a_chat_goes_on_after_a_bad_line_and_has_failed_in_the_end(checkpoint, i
     monkeypatch.setattr(sys, "stdin", io.StringIO("Which parts?\n\nWhat is </s>?\nIs it red?\n"))
     assert plumkit.cli.main(["chat", str(image_file), "--model", str(checkpoint), "--json"]) == 1
     captured = capsys.readouterr()
-    assert [sorted(json.loads(line)) for line in captured.out.splitlines()] == [["is_truncated", "spans", "text"]] * 2
+    assert [sorted(json.loads(line)) for line in captured.out.splitlines()] == [
+        ["confidence", "is_truncated", "spans", "text"]
+    ] * 2
     assert captured.err.startswith("plum: Conversation 0, message 2: the text holds '</s>'")
     assert len(captured.err.splitlines()) == 1
 
