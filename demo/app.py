@@ -52,6 +52,7 @@ from plumkit.inference import (
     segment_apart,
     segment_words,
     stream,
+    warn_of_unknown_image,
 )
 from plumkit.predictor import Predictor
 from processing_plum import PlumAnswer
@@ -122,7 +123,8 @@ class Demo:
         answer = self.finish(reply, *thresholds)
         choices = [(f"{n}. {span.text}", n - 1) for n, span in enumerate(answer.spans, start=1)]
         masks = gr.Dropdown(choices=choices, value=None)
-        return pages.draw_answer(reply.image, answer), self.replies.keep(reply), masks, "", None, None, "", None
+        page = pages.draw_answer(reply.image, answer, warn_of_unknown_image(self.plum, answer))
+        return page, self.replies.keep(reply), masks, "", None, None, "", None
 
     def ask(self, path: Path | None, question: str, *thresholds: float) -> Iterator[tuple]:
         with problems_shown():

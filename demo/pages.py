@@ -57,8 +57,8 @@ def draw_text(text: str) -> str:
     return _render('<p class="plum-answer" aria-busy="true">{{ text }}</p>', text=text)
 
 
-def draw_answer(image: Image.Image, answer: PlumAnswer) -> str:
-    """The image with its masks, and the answer whose spans isolate them (view.js)."""
+def draw_answer(image: Image.Image, answer: PlumAnswer, warning: str | None = None) -> str:
+    """The image with its masks, and the answer whose spans isolate them (view.js), under a warning if there is one."""
     size = shown_size(image)
     spans = [
         {
@@ -71,7 +71,7 @@ def draw_answer(image: Image.Image, answer: PlumAnswer) -> str:
     ]
     shown = _address(image.resize(size, Image.Resampling.BICUBIC), format="JPEG")
     pieces = _cut(answer.text, answer.spans)
-    return _render(ANSWER, image=shown, spans=spans, pieces=pieces)
+    return _render(ANSWER, image=shown, spans=spans, pieces=pieces, warning=warning)
 
 
 def _cut(text: str, spans: Sequence[PlumSpan]) -> list[tuple[str, int | None]]:
@@ -84,6 +84,9 @@ def _cut(text: str, spans: Sequence[PlumSpan]) -> list[tuple[str, int | None]]:
 
 
 ANSWER = """
+{% if warning %}
+<p class="plum-warning" role="status">{{ warning }}</p>
+{% endif %}
 <div class="plum-stage">
 <img src="{{ image }}" alt="the image">
 {% for span in spans %}

@@ -61,7 +61,7 @@ def test_further_evaluations_and_the_calibration_have_tables_and_a_sentence(fold
     assert "`mini_hard_questions`, split `test`, 5 questions:" in card.text
     assert "| choice accuracy | 0.750 | - | - |" in card.text
     assert f"| `matched_iou`: {METRICS['matched_iou']} | 0.500 | 0.250 to 0.750 |" in card.text
-    assert "`repeat_overlap`" not in card.text and "`python evaluate_plum.py --task x`" in card.text
+    assert "| `repeat_overlap`" not in card.text and "`python evaluate_plum.py --task correction`" in card.text
     assert "(birds). On test images its AUROC against images of other kinds is\n0.970" in card.text
     assert "accepts 0.980 of\n30 known images and rejects 1.000 of\n40 others" in card.text
 

@@ -73,6 +73,13 @@ def test_an_answer_is_escaped_and_its_pieces_are_the_text(demo, reply):
     assert pages.draw_text("<script>") == '<p class="plum-answer" aria-busy="true">&lt;script&gt;</p>'
 
 
+def test_an_image_unlike_the_known_ones_has_a_warning_above_its_answer(demo, reply):
+    answer = finish(demo.plum, reply)
+    assert "plum-warning" not in pages.draw_answer(reply.image, answer)
+    page = pages.draw_answer(reply.image, answer, "unlike <all> others")
+    assert page.index("unlike &lt;all&gt; others") < page.index("plum-stage")
+
+
 def test_a_drawn_mask_has_the_shape_and_the_colour_of_the_span():
     mask = random_mask(seed=3)
     drawn = np.asarray(pages.draw_mask(mask, "#0072b2", (70, 50)))
