@@ -233,7 +233,7 @@ def test_data_is_validated_counted_and_drawn(raw_data, capsys):
     of_train = ["descriptor", "--data_dir", str(raw_data), "--split", "train"]
     assert plumkit.cli.main(["data", "stats", *of_train, "--json"]) == 0
     counts = json.loads(capsys.readouterr().out)
-    assert (counts["images"], counts["objects"], counts["parts"], counts["masks"]) == (9, 1, 2, 18)
-    assert counts["masks by part"] == {"door": 9, "wheel": 9}
+    assert (counts["images"], counts["objects"], counts["parts"], counts["masks"]) == (8, 1, 2, 16)
+    assert counts["masks by part"] == {"door": 8, "wheel": 8}
     assert plumkit.cli.main(["data", "preview", *of_train, "--save", str(raw_data / "drawn"), "--count", "3"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == len(list((raw_data / "drawn").iterdir())) == 3
