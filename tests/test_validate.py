@@ -30,8 +30,8 @@ def test_whole_copies_are_fit_and_say_what_they_hold(tmp_path):
     pascal = validate("pascal_part", pascal_folder(tmp_path / "pascal", whole_pascal_content()))
     assert pascal.problems == []
     assert pascal.notes == [
-        "train: 2 images, 0 objects, 4 parts, of which 0 give nothing to talk about; 2 conversations, 6 questions, "
-        "8 spans of 3 masks"
+        "train: 2 images, 0 objects, 4 parts, of which 0 give nothing to talk about; 2 conversations, 10 questions, "
+        "11 spans of 3 masks"
     ]
     descriptor = validate("descriptor", descriptor_folder(tmp_path / "descriptor", descriptor_content()))
     assert descriptor.problems == []
