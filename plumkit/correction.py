@@ -16,7 +16,7 @@ import torch
 from accelerate import PartialState
 from tqdm import tqdm
 
-from partkit.benchmark import load_rows
+from partkit.benchmark import data_folder, fingerprint_rows, load_rows
 from partkit.corrections import (
     CURVE_STEPS,
     CorrectedAnswer,
@@ -215,7 +215,8 @@ def evaluate_correction(arguments: Any, **options: Any) -> None:
         raise DataError("--task correction runs in one process: start it with python.")
     folder, plum = load_model(arguments.model, dtype=arguments.dtype, device=state.device)
     settings = {"task": "correction", "dataset": arguments.dataset, **place, "dtype": arguments.dtype}
-    settings |= {"data_dir": arguments.data_dir, "records_fingerprint": records._fingerprint}
+    told = records.select_columns(["id", "messages", "masks"])
+    settings |= {"data_dir": data_folder(arguments.data_dir), "records_fingerprint": fingerprint_rows(told)}
     settings |= {"model_fingerprint": fingerprint_model(folder)}
     output_dir = Path(arguments.output_dir)
     check_run(output_dir, settings)
