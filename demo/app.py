@@ -29,13 +29,14 @@ from gradio.components.base import server
 from PIL import Image
 from starlette.middleware import Middleware
 
-import partonomy_dataset  # noqa: F401  (makes load_dataset("partonomy", ...) work)
 from demo import pages
 from demo.replies import Replies, Ticket
 from demo.uploads import BoundedRequests, Drawings, own_file, read_upload
+from images_plum import read_image
 from partkit.benchmark import load_image, load_questions
 from partkit.masks import DataError
 from partkit.schema import Question
+from partonomy_dataset import converse_about_drawing
 from plumkit.inference import (
     MAX_IMAGE_BYTES,
     MAX_NEW_TOKENS,
@@ -61,6 +62,8 @@ HERE = Path(__file__).resolve().parent
 DEFAULT_MODEL = HERE.parent / "checkpoints" / "plum-tiny"
 QUESTION = "What visible parts does the object in the image have?"
 EXAMPLES = (0, 8, 200, 400)
+# A drawing of mini_instances, test split, about which one corrected mask mends the later ones.
+CORRECTION_EXAMPLE = 6
 """Which questions of the benchmark give the example images."""
 WAITING_REQUESTS = 64
 SECONDS_BETWEEN_UPDATES = 0.1
@@ -260,12 +263,17 @@ def make_app(demo: Demo) -> gr.Blocks:
     return app.queue(max_size=WAITING_REQUESTS)
 
 
-def save_examples(demo: Demo) -> list[str]:
+def save_examples(demo: Demo) -> list[list[str]]:
+    """Images of the benchmark, each with the question of the page, and one whose parts have the same name."""
     indices = sorted({min(index, len(demo.questions) - 1) for index in EXAMPLES})
     paths = [demo.uploads / f"{index}.png" for index in indices]
     for index, path in zip(indices, paths, strict=True):
         load_image(demo.rows, index, demo.questions[index]).save(path)
-    return [str(path) for path in paths]
+    repeated = converse_about_drawing("mini_instances", "test", CORRECTION_EXAMPLE)
+    paths.append(demo.uploads / "repeated_parts.png")
+    read_image(repeated.image).save(paths[-1])
+    questions = [*[QUESTION] * len(indices), repeated.messages[0]["content"]]
+    return [[str(path), question] for path, question in zip(paths, questions, strict=True)]
 
 
 class OwnComponent(ComponentMeta):
@@ -297,7 +305,7 @@ def make_inputs(demo: Demo) -> tuple[type[gr.Image], type[gr.ImageEditor]]:
     return Upload, Drawing
 
 
-def add_ask_tab(demo: Demo, examples: list[str]) -> None:
+def add_ask_tab(demo: Demo, examples: list[list[str]]) -> None:
     upload_of, drawing_of = make_inputs(demo)
     reply = gr.State(time_to_live=KEPT_SECONDS)
     picked = gr.State(time_to_live=KEPT_SECONDS)
@@ -312,7 +320,12 @@ def add_ask_tab(demo: Demo, examples: list[str]) -> None:
             )
             question = gr.Textbox(QUESTION, label="Question", max_length=MAX_TEXT_CHARACTERS, lines=2, max_lines=4)
             ask = gr.Button("Ask", variant="primary")
-            gr.Examples(examples, image, label="Examples", cache_examples=False)
+            gr.Examples(
+                examples,
+                [image, question],
+                label="Examples; the last one is for Correct a mask: mend one of its masks and see the later ones follow",
+                cache_examples=False,
+            )
             with gr.Accordion("Thresholds", open=False):
                 span_threshold = gr.Slider(0, 1, 0, step=0.01, label="Span threshold", info="least score of a span")
                 mask_threshold = gr.Slider(

@@ -164,7 +164,7 @@ def score_corrections(
     """Writes metrics.json and report.html; returns the metrics."""
     metrics = {**summarise_corrections(answers), "run": run}
     write_whole(output_dir / "metrics.json", [json.dumps(metrics, indent=2, allow_nan=False), "\n"])
-    gains = sorted(answers, key=lambda answer: (-_gain(answer), answer.id))
+    gains = sorted(answers, key=lambda answer: (-gain(answer), answer.id))
     page = render_page(
         PAGE,
         title="Evaluation: correction of masks",
@@ -177,7 +177,7 @@ def score_corrections(
     return metrics
 
 
-def _gain(answer: CorrectedAnswer) -> float:
+def gain(answer: CorrectedAnswer) -> float:
     """What the first given mask changed in the others, on average."""
     others = [iou for i, iou in enumerate(answer.matched) if i != answer.corrected]
     return answer.curve[1] - fsum(others) / len(others)
@@ -192,7 +192,7 @@ def _example(answer: CorrectedAnswer, image: Image.Image) -> dict[str, Any]:
         "phrases": list(zip(answer.phrases, colours, strict=True)),
         "given": answer.phrases[answer.corrected],
         "given_colour": colours[answer.corrected],
-        "gain": f"{_gain(answer):+.2f}",
+        "gain": f"{gain(answer):+.2f}",
         "panels": [(caption, panel(image, rles, colours)) for caption, rles in panels],
     }
 
