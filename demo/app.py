@@ -323,7 +323,7 @@ def add_ask_tab(demo: Demo, examples: list[list[str]]) -> None:
             gr.Examples(
                 examples,
                 [image, question],
-                label="Examples; the last one is for Correct a mask: mend one of its masks and see the later ones follow",
+                label="Examples; the last one is for Correct a mask: mend one mask, and the later ones follow",
                 cache_examples=False,
             )
             with gr.Accordion("Thresholds", open=False):
