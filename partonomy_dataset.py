@@ -43,6 +43,7 @@ from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 import partkit
 from partkit import schema, synthesis
 from partkit.conversations import converse, converse_about_instances
+from partkit.features import GROUNDED_CONVERSATION_FEATURES, QUESTION_FEATURES
 from partkit.knowledge import PartKnowledge
 from partkit.problems import ERRORS_FILE, read_problems, write_problems
 from partkit.questions import SCHEMES, QuestionMaker, make_questions
@@ -130,7 +131,7 @@ class Partonomy(datasets.GeneratorBasedBuilder):
 
     def _info(self) -> datasets.DatasetInfo:
         self.config.check()
-        features = schema.QUESTION_FEATURES if self.config.asks else schema.GROUNDED_CONVERSATION_FEATURES
+        features = QUESTION_FEATURES if self.config.asks else GROUNDED_CONVERSATION_FEATURES
         return datasets.DatasetInfo(description=self.config.description, features=features)
 
     def _split_generators(self, dl_manager: datasets.DownloadManager) -> list[datasets.SplitGenerator]:

@@ -1,4 +1,4 @@
-"""The records every source is turned into, as dataclasses; what is stored also as `datasets.Features`.
+"""The records every source is turned into, as dataclasses; features.py holds the types they are stored with.
 
     source files --> PartExample --> GroundedConversation   (training)
                                \\--> Question               (benchmark)
@@ -13,13 +13,9 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from datasets import Features, Image, List, Value
-
 from partkit.masks import RLE, DataError
 
 __all__ = [
-    "GROUNDED_CONVERSATION_FEATURES",
-    "QUESTION_FEATURES",
     "QUESTION_TYPES",
     "UNNAMED_OBJECT",
     "DataError",
@@ -254,43 +250,6 @@ def _check_choices(choices: list[str], *, correct: int, where: str, field: str) 
     if len(set(choices)) != len(choices):
         repeated = next(choice for choice in choices if choices.count(choice) > 1)
         raise DataError(f"{where}, field {field!r}: {repeated!r} occurs more than once")
-
-
-_MASKS = List({"label": Value("string"), "rle": {"size": List(Value("int32")), "counts": Value("string")}})
-
-GROUNDED_CONVERSATION_FEATURES = Features(
-    {
-        "id": Value("string"),
-        "image": Image(),
-        "image_id": Value("string"),
-        "image_label": Value("string"),
-        "messages": List({"role": Value("string"), "content": Value("string")}),
-        "masks": _MASKS,
-        "source": Value("string"),
-        "licence": Value("string"),
-    }
-)
-
-QUESTION_FEATURES = Features(
-    {
-        "id": Value("string"),
-        "image": Image(),
-        "image_id": Value("string"),
-        "image_label": Value("string"),
-        "question_type": Value("string"),
-        "question": Value("string"),
-        "choices": List(Value("string")),
-        "correct": Value("int32"),
-        "choice_parts": List(List(Value("string"))),
-        "masks": _MASKS,
-        "object_question": Value("string"),
-        "object_choices": List(Value("string")),
-        "object_classes": List(Value("string")),
-        "object_correct": Value("int32"),
-        "source": Value("string"),
-        "licence": Value("string"),
-    }
-)
 
 
 def as_chat(messages: list[dict], image: Any) -> list[dict]:

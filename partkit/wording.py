@@ -6,8 +6,10 @@ the object compared with, the contrast the second one of a difference question.
 
 from dataclasses import dataclass
 from functools import cache
+from typing import TYPE_CHECKING
 
-import inflect
+if TYPE_CHECKING:
+    import inflect
 
 WITH_LABEL = "_with_label"
 OBJECT_QUESTION = "What is the object in the image?"
@@ -89,5 +91,8 @@ def with_article(phrase: str) -> str:
 
 
 @cache
-def inflect_engine() -> inflect.engine:
+def inflect_engine() -> "inflect.engine":
+    """The grammar of `inflect`, which takes seconds to import and is needed for articles and plurals alone."""
+    import inflect
+
     return inflect.engine()

@@ -68,13 +68,20 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def add_data_commands(parser: argparse.ArgumentParser) -> None:
-    from partkit.validate import CHECKS
+def known_source(name: str) -> str:
+    from partkit.validate import CHECKS  # takes longer to import than all of --help
 
+    if name not in CHECKS:
+        raise argparse.ArgumentTypeError(f"expected one of {', '.join(CHECKS)}, found {name!r}")
+    return name
+
+
+def add_data_commands(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     command = commands.add_parser("validate", help="check your copy of a data set before a long build")
-    command.add_argument("source", nargs="?", choices=CHECKS, default="own_parts", help="default: own_parts")
-    command.add_argument("folder")
+    help = "what the copy is of, such as pascal_part; default: own_parts"
+    command.add_argument("source", nargs="?", type=known_source, default="own_parts", metavar="SOURCE", help=help)
+    command.add_argument("folder", metavar="FOLDER")
     command.add_argument("--errors", metavar="FILE.jsonl", help="write every problem to this file")
     command.set_defaults(run=validate)
 

@@ -17,7 +17,8 @@ import datasets
 from datasets import Dataset, IterableDataset, concatenate_datasets, interleave_datasets, load_dataset
 
 import partonomy_dataset  # noqa: F401  (makes load_dataset("partonomy") work)
-from partkit.schema import GROUNDED_CONVERSATION_FEATURES, DataError
+from partkit.features import GROUNDED_CONVERSATION_FEATURES
+from partkit.schema import DataError
 
 COLUMNS = ("id", "image", "messages", "masks")
 SHUFFLE_BUFFER = 500

@@ -6,8 +6,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from partkit.benchmark import fingerprint, load_image, load_questions, make_batches, pick_wrong_images
+from partkit.features import QUESTION_FEATURES
 from partkit.masks import DataError, encode
-from partkit.schema import QUESTION_FEATURES, PartMask, Question, as_row
+from partkit.schema import PartMask, Question, as_row
 
 
 def make_question(number, *, image_number=0, size=(6, 8), **changes):

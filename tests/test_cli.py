@@ -237,3 +237,39 @@ def test_data_is_validated_counted_and_drawn(raw_data, capsys):
     assert counts["masks by part"] == {"door": 8, "wheel": 8}
     assert plumkit.cli.main(["data", "preview", *of_train, "--save", str(raw_data / "drawn"), "--count", "3"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == len(list((raw_data / "drawn").iterdir())) == 3
+
+
+IMPORTED_BY_A_COMMAND = """
+import sys
+from plumkit.cli import main
+
+try:
+    main(sys.argv[1:])
+except SystemExit:
+    pass
+costly = ("torch", "transformers", "datasets", "inflect", "pandas", "matplotlib", "peft")
+print("imported", [name for name in costly if name in sys.modules])
+"""
+
+
+@pytest.mark.parametrize(
+    ("command", "imported"),
+    [
+        (["--help"], []),
+        (["data", "validate", "--help"], []),
+        (["ask", "IMAGE", "Which parts?", "--jsno"], []),
+        (["segment", "IMAGE", "--spans", "tail"], ["torch", "transformers"]),
+    ],
+)
+def test_a_command_imports_only_what_it_needs(command, imported, checkpoint, image_file):
+    command = [str(image_file) if word == "IMAGE" else word for word in command]
+    command = [sys.executable, "-c", IMPORTED_BY_A_COMMAND, *command]
+    model = ["--model", checkpoint] if imported else []
+    run = subprocess.run([*command, *model], capture_output=True, text=True, cwd=ROOT)
+    assert run.stdout.splitlines()[-1] == f"imported {imported}"
+
+
+def test_an_unknown_kind_of_data_set_is_answered_with_the_known_ones(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        plumkit.cli.main(["data", "validate", "no_such", str(tmp_path)])
+    assert "expected one of core, own_parts, descriptor, pascal_part" in capsys.readouterr().err

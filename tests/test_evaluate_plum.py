@@ -19,10 +19,11 @@ import evaluate_plum
 from evaluate_plum import EvaluationArguments, evaluate, evaluate_answers
 from heads_plum import keep_last_answer
 from modeling_plum import PlumForConditionalGeneration
+from partkit.features import QUESTION_FEATURES
 from partkit.masks import DataError, encode
 from partkit.metrics import evaluate_predictions, true_masks
 from partkit.predictions import read_predictions
-from partkit.schema import QUESTION_FEATURES, PartMask, Question, as_row
+from partkit.schema import PartMask, Question, as_row
 from plumkit.predictor import Predictor
 from tests.tiny import random_image, random_mask, tiny_model, tiny_processor
 

@@ -16,9 +16,9 @@ import torch
 from PIL import Image
 
 from images_plum import FORMATS, read_image
+from partkit.features import GROUNDED_CONVERSATION_FEATURES
 from partkit.images import read_image as read_stored_image
 from partkit.masks import DataError, encode
-from partkit.schema import GROUNDED_CONVERSATION_FEATURES
 from partkit.sources.files import ImageFiles
 from plumkit.data import ConversationDataset
 

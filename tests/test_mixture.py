@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader
 
 import train
 from heads_plum import IGNORE_INDEX
+from partkit.features import GROUNDED_CONVERSATION_FEATURES
 from partkit.masks import DataError, encode
-from partkit.schema import GROUNDED_CONVERSATION_FEATURES
 from plumkit.data import Collator, ConversationDataset, stream_examples
 from plumkit.mixture import Source, load_eval_records, load_records, mix, parse_source
 from plumkit.survey import SHOWN, format_table, survey, write_samples

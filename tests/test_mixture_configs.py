@@ -12,8 +12,9 @@ from datasets import load_dataset
 from PIL import Image
 
 import partonomy_dataset  # noqa: F401  (makes load_dataset("partonomy") work)
+from partkit.features import GROUNDED_CONVERSATION_FEATURES
 from partkit.masks import DataError, decode
-from partkit.schema import GROUNDED_CONVERSATION_FEATURES, GroundedConversation, PartMask, tagged_phrases
+from partkit.schema import GroundedConversation, PartMask, tagged_phrases
 from partkit.sources.catalogue import SOURCES
 from partkit.sources.llava import LlavaInstruct
 from partkit.sources.referring import RefClef, Referring

@@ -15,8 +15,9 @@ from PIL import Image
 
 import partonomy_dataset
 from partkit import synthesis
+from partkit.features import GROUNDED_CONVERSATION_FEATURES, QUESTION_FEATURES
 from partkit.masks import DataError, decode
-from partkit.schema import GROUNDED_CONVERSATION_FEATURES, QUESTION_FEATURES, GroundedConversation, PartMask, Question
+from partkit.schema import GroundedConversation, PartMask, Question
 from partkit.sources.official import QUESTIONS_FILE
 from tests.test_sources_coco import (
     paco_content,

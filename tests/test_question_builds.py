@@ -14,8 +14,9 @@ from PIL import Image
 
 import evaluate_plum
 from partkit.benchmark import load_questions
+from partkit.features import QUESTION_FEATURES
 from partkit.masks import encode
-from partkit.schema import QUESTION_FEATURES, QUESTION_TYPES, DataError
+from partkit.schema import QUESTION_TYPES, DataError
 from partkit.sources.official import QUESTIONS_FILE
 from partonomy_dataset import left_out
 from tests.digests import without_image

@@ -5,10 +5,9 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
+from partkit.features import GROUNDED_CONVERSATION_FEATURES, QUESTION_FEATURES
 from partkit.masks import encode
 from partkit.schema import (
-    GROUNDED_CONVERSATION_FEATURES,
-    QUESTION_FEATURES,
     QUESTION_TYPES,
     DataError,
     GroundedConversation,

@@ -8,8 +8,9 @@ import pytest
 from datasets import Dataset
 from PIL import Image
 
+from partkit.features import GROUNDED_CONVERSATION_FEATURES
 from partkit.masks import DataError, decode
-from partkit.schema import GROUNDED_CONVERSATION_FEATURES, as_row, tagged_phrases
+from partkit.schema import as_row, tagged_phrases
 from partkit.sources.llava import LlavaInstruct, LlavaMixture
 from partkit.sources.question_chats import CoreConversations, CoreStage2
 from partkit.sources.reasonseg import ANSWERS, ASKING_WHY, EXPLANATIONS_FILE, WORDS_FOR_THE_ANSWER, ReasonSeg

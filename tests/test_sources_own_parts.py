@@ -15,8 +15,8 @@ from PIL import Image
 
 import partonomy_dataset  # noqa: F401
 from partkit.__main__ import main
+from partkit.features import GROUNDED_CONVERSATION_FEATURES
 from partkit.masks import DataError, decode, encode
-from partkit.schema import GROUNDED_CONVERSATION_FEATURES
 from partkit.sources.conversation_file import ConversationFile
 from partkit.sources.descriptor import Descriptor, hold_out
 from partkit.sources.own_parts import OwnParts, open_own_parts

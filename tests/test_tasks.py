@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from evaluate_plum import EvaluationArguments
+from partkit.features import GROUNDED_CONVERSATION_FEATURES
 from partkit.masks import DataError, encode
-from partkit.schema import GROUNDED_CONVERSATION_FEATURES
 from partkit.tasks import load_task_questions, read_task_answers
 from plumkit.tasks import evaluate_task
 from tests.tiny import tiny_model, tiny_processor

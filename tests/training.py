@@ -5,8 +5,8 @@ from pathlib import Path
 from datasets import Dataset
 
 import train
+from partkit.features import GROUNDED_CONVERSATION_FEATURES
 from partkit.masks import encode
-from partkit.schema import GROUNDED_CONVERSATION_FEATURES
 from plumkit.data import Collator, ConversationDataset
 from tests.tiny import random_image, random_mask
 
