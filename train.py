@@ -220,8 +220,10 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Plu
         SystemExit: An unknown option, or a value of the wrong type; the message names it.
     """
     parser = _make_parser()
+    words = _expand_recipe(parser, argv)
+    parser.parse_args(words)  # an unknown option is named before the one is missed that it was meant for
     try:
-        return parser.parse_args_into_dataclasses(_expand_recipe(parser, argv), look_for_args_file=False)
+        return parser.parse_args_into_dataclasses(words, look_for_args_file=False)
     except ValueError as error:
         parser.error(str(error))
 

@@ -26,7 +26,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import filter_repo_objects
 from transformers import AutoModel, AutoProcessor
 
-from evaluate_plum import fingerprint_model
+from partkit.scoring import fingerprint_model
 from plumkit.cards import CURVES_FILE, RECIPE_FILE, make_model_card
 from plumkit.checkpoint import check_checkpoint
 

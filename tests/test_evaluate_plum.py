@@ -15,15 +15,16 @@ import datasets
 import pytest
 import torch
 
-import evaluate_plum
-from evaluate_plum import EvaluationArguments, evaluate, evaluate_answers
+from evaluate_plum import EvaluationArguments
 from heads_plum import keep_last_answer
 from modeling_plum import PlumForConditionalGeneration
+from partkit.benchmark import load_questions
 from partkit.features import QUESTION_FEATURES
 from partkit.masks import DataError, encode
 from partkit.metrics import evaluate_predictions, true_masks
 from partkit.predictions import read_predictions
 from partkit.schema import PartMask, Question, as_row
+from plumkit.evaluation import evaluate, evaluate_answers
 from plumkit.predictor import Predictor
 from tests.tiny import random_image, random_mask, tiny_model, tiny_processor
 
@@ -142,7 +143,7 @@ def test_a_run_leaves_predictions_metrics_and_report_and_nothing_else(finished):
 
 
 def test_the_metrics_follow_from_questions_and_predictions_alone(finished, question_set):
-    _, questions = evaluate_plum.load_questions(str(question_set), name="default", split="test")
+    _, questions = load_questions(str(question_set), name="default", split="test")
     figures = evaluate_predictions(questions, read_predictions(finished / "predictions.jsonl"))
     assert {name: load_metrics(finished)[name] for name in figures} == figures
 
@@ -278,7 +279,7 @@ def test_the_masks_of_the_predicted_answer_are_those_of_the_parts_the_model_chos
 
 
 def test_a_file_of_answers_is_scored_without_a_model(question_set, tmp_path, capsys):
-    _, questions = evaluate_plum.load_questions(str(question_set), name="default", split="test")
+    _, questions = load_questions(str(question_set), name="default", split="test")
     path = tmp_path / "answers.jsonl"
     lines = []
     for question in questions:
@@ -350,8 +351,9 @@ def test_exactly_one_thing_to_score_is_asked_for(sources):
 KILLED_WHILE_WRITING = """
 import os, signal
 import evaluate_plum
+from plumkit import evaluation
 
-append = evaluate_plum.append_predictions
+append = evaluation.append_predictions
 
 def append_half(path, predictions):
     is_second = path.exists()
@@ -360,7 +362,7 @@ def append_half(path, predictions):
         os.truncate(path, path.stat().st_size - 40)
         os.kill(os.getpid(), signal.SIGKILL)
 
-evaluate_plum.append_predictions = append_half
+evaluation.append_predictions = append_half
 evaluate_plum.main()
 """
 

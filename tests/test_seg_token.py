@@ -11,12 +11,12 @@ from torch.testing import assert_close
 
 import train
 from chat_plum import PlainChat, find_last_phrase, insert_seg_tokens
-from evaluate_plum import evaluate
 from losses_plum import dice_loss
 from masks_plum import upscale_masks
 from modeling_plum import PlumForConditionalGeneration
 from partkit.predictions import read_predictions
 from plumkit.checkpoint import load_checkpoint
+from plumkit.evaluation import evaluate
 from processing_plum import PlumProcessor
 from tests.test_evaluate_plum import arguments, question_set  # noqa: F401
 from tests.tiny import conversation, random_image, random_mask, tiny_config, tiny_model, tiny_processor
