@@ -38,12 +38,10 @@ from partkit.masks import DataError
 from partkit.schema import Question
 from partonomy_dataset import converse_about_drawing
 from plumkit.inference import (
-    MAX_IMAGE_BYTES,
     MAX_NEW_TOKENS,
     Plum,
     Range,
     Reply,
-    check_text,
     correct_mask,
     find_ranges,
     finish,
@@ -55,6 +53,7 @@ from plumkit.inference import (
     stream,
     warn_of_unknown_image,
 )
+from plumkit.inputs import MAX_IMAGE_BYTES, check_text
 from plumkit.predictor import Predictor
 from processing_plum import PlumAnswer
 

@@ -18,7 +18,7 @@ from starlette.responses import PlainTextResponse
 
 from images_plum import open_image
 from partkit.masks import DataError
-from plumkit.inference import MAX_IMAGE_BYTES, MAX_IMAGE_PIXELS
+from plumkit.inputs import MAX_IMAGE_BYTES, MAX_IMAGE_PIXELS
 
 READ_SECONDS = 20
 """Longest time that an image may take to be decoded."""

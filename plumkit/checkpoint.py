@@ -27,7 +27,7 @@ from transformers.generation import GenerationMode
 
 from configuration_plum import PlumConfig
 from modeling_plum import PlumForConditionalGeneration
-from partkit.masks import DataError
+from plumkit.inputs import ModelError
 from processing_plum import PlumProcessor
 
 # A checkpoint is read by the code of this folder, so nobody is asked whether to trust the copy saved with it.
@@ -57,10 +57,6 @@ LOCAL_DECODING = (
     GenerationMode.ASSISTED_GENERATION,
 )
 """Ways to generate whose code is in transformers; that of the others is fetched from the Hub."""
-
-
-class ModelError(DataError):
-    """A checkpoint that cannot be loaded, or is none of PLUM."""
 
 
 def load_checkpoint(

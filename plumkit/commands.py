@@ -5,7 +5,6 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
@@ -14,6 +13,7 @@ from rich.text import Text
 from partkit.masks import DataError
 from plumkit.cli import BAD_INPUT, NO_MODEL
 from plumkit.cli import __doc__ as USAGE
+from plumkit.inputs import ModelError, check_phrases, check_text, read_image
 
 DEFAULT_MODEL = Path(__file__).resolve().parents[1] / "checkpoints" / "plum-tiny"
 
@@ -34,7 +34,7 @@ def run(arguments: Sequence[str] | None) -> int:
         return options.run(options, rest) or 0
     except DataError as error:
         print(f"plum: {error}", file=sys.stderr)
-        return BAD_INPUT
+        return NO_MODEL if isinstance(error, ModelError) else BAD_INPUT
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -102,26 +102,28 @@ def add_data_commands(parser: argparse.ArgumentParser) -> None:
 
 
 def ask(options: argparse.Namespace, rest: Sequence[str]) -> None:
+    check_text(options.question, what="a question")
+    plum, image = open_both(options)
     from plumkit.inference import ask
 
-    plum, image = open_both(options)
     show(plum, ask(plum, image, options.question), options)
 
 
 def segment(options: argparse.Namespace, rest: Sequence[str]) -> None:
+    phrases = check_phrases(options.spans.split(","))
+    plum, image = open_both(options)
     from plumkit.inference import segment_phrases
 
-    plum, image = open_both(options)
-    show(plum, segment_phrases(plum, image, options.spans.split(",")), options)
+    show(plum, segment_phrases(plum, image, phrases), options)
 
 
 def chat(options: argparse.Namespace, rest: Sequence[str]) -> int:
     """Goes on after a question that cannot be answered, and counts as failed in the end."""
-    from plumkit.inference import ask, remember
-
     if options.image == "-":
         raise DataError("The questions come from the standard input: give the image as a file.")
     plum, image = open_both(options)
+    from plumkit.inference import ask, remember
+
     history: list[dict[str, str]] = []
     code = 0
     for number, question in enumerate(read_questions(), start=1):
@@ -150,28 +152,15 @@ def read_questions() -> Iterator[str]:
 
 
 def open_both(options: argparse.Namespace):
-    """The image first, which is read in no time, then the model."""
+    """The image first, which is read in no time, then the model and all that it takes to import."""
+    image = read_image(sys.stdin.buffer if options.image == "-" else options.image)
     from transformers.utils.logging import disable_progress_bar
 
-    from plumkit.inference import load_model, read_image
+    from plumkit.inference import load_model
 
     disable_progress_bar()
-    image = read_image(sys.stdin.buffer if options.image == "-" else options.image)
-    with model_problems_named():
-        _, plum = load_model(options.model)
+    _, plum = load_model(options.model)
     return plum, image
-
-
-@contextmanager
-def model_problems_named() -> Iterator[None]:
-    """A model that cannot be loaded ends the command with an exit code of its own."""
-    from plumkit.inference import ModelError
-
-    try:
-        yield
-    except ModelError as error:
-        print(f"plum: {error}", file=sys.stderr)
-        sys.exit(NO_MODEL)
 
 
 def show(plum, reply, options: argparse.Namespace, *, folder: Path | None = None) -> None:
@@ -205,8 +194,7 @@ def show(plum, reply, options: argparse.Namespace, *, folder: Path | None = None
 def evaluate(options: argparse.Namespace, rest: Sequence[str]) -> None:
     import evaluate_plum
 
-    with model_problems_named():
-        evaluate_plum.main(list(rest))
+    evaluate_plum.main(list(rest))
 
 
 def validate(options: argparse.Namespace, rest: Sequence[str]) -> int:

@@ -14,24 +14,22 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from transformers import TextIteratorStreamer
 
-import images_plum
 from partkit.masks import DataError, area, encode
 from partkit.overlays import overlay
 from partkit.schema import as_chat, escape_tags
 from partkit.spans import join_parts
 from partkit.wording import official_answer, official_question
-from plumkit.checkpoint import ModelError, load_checkpoint
+from plumkit.checkpoint import load_checkpoint
+from plumkit.inputs import check_phrases, check_text
 from processing_plum import PlumAnswer, PlumProcessor, parse_span_tags
 
-MAX_IMAGE_BYTES = 10_000_000
-MAX_IMAGE_PIXELS = 40_000_000
 MAX_NEW_TOKENS = 96
 
 Range = tuple[int, int]
@@ -77,28 +75,6 @@ def load_model(name: str | Path, *, dtype: str = "float32", device: str | torch.
     """
     model, processor = load_checkpoint(name, dtype=getattr(torch, dtype))
     return Path(model.name_or_path), Plum(model.to(device).eval(), processor)
-
-
-def read_image(source: str | Path | BinaryIO) -> Image.Image:
-    """An image file as RGB, upright, as training reads it. Its size is checked before it is decoded.
-
-    Raises:
-        DataError: no image, or one of more than MAX_IMAGE_BYTES or MAX_IMAGE_PIXELS.
-    """
-    name = getattr(source, "name", "the file") if hasattr(source, "read") else str(source)
-    return images_plum.read_image(source, where=str(name), max_pixels=MAX_IMAGE_PIXELS, max_bytes=MAX_IMAGE_BYTES)
-
-
-def check_text(text: str, *, what: str, max_characters: int | None = None) -> str:
-    """The text without outer spaces; raises DataError if that is empty, longer than allowed or not UTF-8."""
-    text = text.strip()
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise DataError(f"Expected {what} in UTF-8, found {text!r}.")
-    if not text:
-        raise DataError(f"Expected {what}, found an empty text.")
-    if max_characters is not None and len(text) > max_characters:
-        raise DataError(f"Expected {what} of 1 to {max_characters} characters, found {len(text)}.")
-    return text
 
 
 def find_ranges(text: str, phrases: Sequence[str], *, taken: Sequence[Range] = ()) -> list[Range]:
@@ -225,10 +201,7 @@ def segment_phrases(plum: Plum, image: Image.Image, phrases: Sequence[str]) -> R
     Raises:
         DataError: no phrases, or an empty one.
     """
-    listed = check_text(", ".join(phrases), what="parts")
-    if not all(phrase.strip() for phrase in phrases):
-        raise DataError(f"Expected words between the commas, found {listed!r}.")
-    parts = join_parts([f"<p>{escape_tags(phrase.strip())}</p>" for phrase in phrases])
+    parts = join_parts([f"<p>{escape_tags(phrase)}</p>" for phrase in check_phrases(phrases)])
     text, ranges = parse_span_tags(official_answer("identification", parts, image_label="object"))
     question = official_question("identification", image_label="object")
     return segment_words(plum, image, [{"role": "user", "content": question}], text, ranges)
@@ -323,7 +296,6 @@ def save(answer: PlumAnswer, image: Image.Image, folder: Path, *, file_name: str
 
 
 __all__ = [
-    "ModelError",
     "Plum",
     "Reply",
     "as_coco",
@@ -333,7 +305,6 @@ __all__ = [
     "find_ranges",
     "finish",
     "load_model",
-    "read_image",
     "remember",
     "save",
     "segment_apart",

@@ -258,6 +258,11 @@ print("imported", [name for name in costly if name in sys.modules])
         (["--help"], []),
         (["data", "validate", "--help"], []),
         (["ask", "IMAGE", "Which parts?", "--jsno"], []),
+        (["ask", "absent.png", "Which parts?"], []),
+        (["ask", "IMAGE", " "], []),
+        (["segment", "IMAGE", "--spans", "tail,"], []),
+        (["eval", "--help"], ["transformers"]),
+        (["eval", "--output_dir", "out", "--modle", "none"], ["transformers"]),
         (["segment", "IMAGE", "--spans", "tail"], ["torch", "transformers"]),
     ],
 )

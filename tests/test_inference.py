@@ -9,16 +9,13 @@ from pycocotools.coco import COCO
 
 from partkit.masks import DataError, decode
 from plumkit.inference import (
-    MAX_IMAGE_BYTES,
     Plum,
     as_coco,
     as_json,
     ask,
-    check_text,
     correct_mask,
     find_ranges,
     finish,
-    read_image,
     remember,
     save,
     segment_apart,
@@ -26,6 +23,7 @@ from plumkit.inference import (
     segment_words,
     stream,
 )
+from plumkit.inputs import MAX_IMAGE_BYTES, check_text, read_image
 from tests.tiny import conversation, random_image, random_mask, tiny_model, tiny_processor
 
 TEXT = "A wheel, another wheel and a left wing."
