@@ -177,11 +177,13 @@ def small_descriptor(fixtures_dir: Path, folder: Path, *, instances: int) -> Pat
     return folder
 
 
-def test_a_descriptor_gives_a_tenth_of_its_images_to_validation(fixtures_dir, tmp_path):
+def test_a_descriptor_gives_images_to_validation_and_test_and_most_to_training(fixtures_dir, tmp_path):
     folder = small_descriptor(fixtures_dir, tmp_path / "data", instances=60)
     splits = load_dataset("partonomy", "descriptor", data_dir=str(folder), num_proc=2, cache_dir=tmp_path / "cache")
-    assert {split: len(rows) for split, rows in splits.items()} == {"train": 54, "validation": 6}
-    assert not set(splits["train"]["image_id"]) & set(splits["validation"]["image_id"])
+    images = {split: set(rows["image_id"]) for split, rows in splits.items()}
+    assert set(images) == {"train", "validation", "test"} and len(set.union(*images.values())) == 60
+    assert sum(map(len, images.values())) == 60 and len(images["train"]) >= 42
+    assert min(len(images["validation"]), len(images["test"])) >= 2
     for row in splits["validation"]:
         assert all(mask["rle"]["size"] == [row["image"].height, row["image"].width] for mask in row["masks"])
 
@@ -189,7 +191,7 @@ def test_a_descriptor_gives_a_tenth_of_its_images_to_validation(fixtures_dir, tm
 def test_a_changed_file_is_read_again_and_not_served_from_the_cache(fixtures_dir, tmp_path):
     folder = small_descriptor(fixtures_dir, tmp_path / "data", instances=12)
     load = {"path": "partonomy", "name": "descriptor", "data_dir": str(folder), "cache_dir": tmp_path / "cache"}
-    assert len(load_dataset(**load, split="train")) == 11
+    assert sum(len(rows) for rows in load_dataset(**load).values()) == 12
     content = json.loads((folder / "descriptor.json").read_text())
     content["instances"] = content["instances"][:5]
     (folder / "descriptor.json").write_text(json.dumps(content))
