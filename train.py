@@ -25,7 +25,6 @@ from torch import nn
 from transformers import (
     HfArgumentParser,
     PreTrainedTokenizerFast,
-    SamImageProcessor,
     TrainingArguments,
     set_seed,
 )
@@ -42,7 +41,7 @@ from plumkit.mixture import Source, load_eval_records, load_records, mix, parse_
 from plumkit.resume import describe_run, find_checkpoint
 from plumkit.survey import format_table, survey, write_samples
 from plumkit.trainer import PlumTrainer, TrainingCurves
-from processing_plum import PlumProcessor, parse_span_tags
+from processing_plum import PlumProcessor, image_processor_class, parse_span_tags
 
 # What a model from scratch writes after each grounded phrase if its span_source is "seg_token".
 SEG_TOKEN = "[SEG]"
@@ -324,7 +323,8 @@ def build_processor(
     """The processor of a model that looks through SAM's encoder; `options` are further ones of [`PlumProcessor`]."""
     config = model.config
     side, grid = config.sam_config.vision_config.image_size, config.sam_grid_size
-    sam_image_processor = SamImageProcessor(size={"longest_edge": side}, pad_size={"height": side, "width": side})
+    square = {"height": side, "width": side}
+    sam_image_processor = image_processor_class("SamImageProcessor")(size={"longest_edge": side}, pad_size=square)
     blank = torch.zeros(1, config.sam_config.vision_config.output_channels, grid, grid)
     return PlumProcessor(
         sam_image_processor,

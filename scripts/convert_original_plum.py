@@ -37,7 +37,7 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from transformers import AutoTokenizer, CLIPVisionConfig, LlavaImageProcessor, SamImageProcessor
+from transformers import AutoTokenizer, CLIPVisionConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -46,7 +46,7 @@ import original_plum as original
 
 from configuration_plum import PlumConfig
 from modeling_plum import PlumForConditionalGeneration
-from processing_plum import PlumProcessor
+from processing_plum import PlumProcessor, image_processor_class
 
 PROJECTOR = "vlm.model.multi_modal_projector."
 WITH_PLACEHOLDER = ("vlm.lm_head.weight", "vlm.model.language_model.embed_tokens.weight")
@@ -337,10 +337,10 @@ def make_processor(tokenizer_folder: Path, config: PlumConfig, center_crop: bool
     vision, sam = config.vlm_config.vision_config, config.sam_config.vision_config
     cells = (vision.image_size // vision.patch_size) ** 2
     return PlumProcessor(
-        LlavaImageProcessor(
+        image_processor_class("LlavaImageProcessor")(
             size={"shortest_edge": vision.image_size}, crop_size=vision.image_size, do_pad=not center_crop
         ),
-        SamImageProcessor(
+        image_processor_class("SamImageProcessor")(
             size={"longest_edge": sam.image_size}, pad_size={"height": sam.image_size, "width": sam.image_size}
         ),
         tokenizer,

@@ -22,9 +22,10 @@ import numpy as np
 import torch
 import transformers
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoConfig, AutoTokenizer, BatchFeature, LlavaImageProcessor, ProcessorMixin
+from transformers import AutoConfig, AutoTokenizer, BatchFeature, ProcessorMixin
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+from transformers.utils import is_torchvision_available
 
 try:
     from .chat_plum import (
@@ -183,6 +184,11 @@ class PlumProcessor(ProcessorMixin):
             options = vlm_processor_options or {}
             self._vlm_processor = _images_only_processor(vlm_processor_class, image_processor, tokenizer, options)
 
+    @staticmethod
+    def get_possibly_dynamic_module(module_name: str) -> type:
+        """Where transformers looks up the class of the second image processor when it loads this one."""
+        return image_processor_class(module_name)
+
     @classmethod
     def from_backbones(cls, vlm: str, sam: str) -> "PlumProcessor":
         """
@@ -204,7 +210,8 @@ class PlumProcessor(ProcessorMixin):
         tokenizer = AutoTokenizer.from_pretrained(vlm, **own_code)
         image_processor = AutoImageProcessor.from_pretrained(vlm, **own_code)
         if getattr(image_processor, "do_center_crop", False):
-            image_processor = LlavaImageProcessor.from_dict({**image_processor.to_dict(), "do_pad": True})
+            padding = image_processor_class("LlavaImageProcessor")
+            image_processor = padding.from_dict({**image_processor.to_dict(), "do_pad": True})
         names = inspect.signature(_find_processor_class(name)).parameters.keys() - {"chat_template"}
         options = {key: value for key, value in settings.items() if key in names and "processor" not in key}
         processor = cls(
@@ -618,6 +625,16 @@ def _read_images(sources: list) -> list:
             kept = source is None or isinstance(source, PreparedImage)
             images[key] = source if kept else read_image(source, where=f"Image {i}")
     return [images[source if isinstance(source, (str, PurePath)) else id(source)] for source in sources]
+
+
+def image_processor_class(name: str) -> type:
+    """
+    An image processor of transformers by its name: the class that needs torchvision where that is installed, and its
+    twin without elsewhere, which transformers chooses as well, but not without a warning at every start.
+    """
+    twin = f"{name}Pil"
+    use_twin = not is_torchvision_available() and hasattr(transformers, twin)
+    return ProcessorMixin.get_possibly_dynamic_module(twin if use_twin else name)
 
 
 def _find_processor_class(name: str | None) -> type[ProcessorMixin]:
