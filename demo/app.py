@@ -48,8 +48,8 @@ from plumkit.inference import (
     load_model,
     overlaps,
     save,
+    segment_again,
     segment_apart,
-    segment_words,
     stream,
     warn_of_unknown_image,
 )
@@ -174,7 +174,7 @@ class Demo:
             else:
                 new = find_ranges(text, [phrase.strip() for phrase in words.split(",")], taken=known)
             ranges = [place for place in known if not overlaps(place, new)] + new
-            reply = segment_words(self.plum, reply.image, reply.messages, text, ranges, given_masks=reply.given_masks)
+            reply = segment_again(self.plum, reply, ranges, given_masks=reply.given_masks)
             return self.present(reply, *thresholds)
 
     def ranges(self, reply: Reply, *thresholds: float) -> list[Range]:

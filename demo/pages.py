@@ -58,7 +58,10 @@ def draw_text(text: str) -> str:
 
 
 def draw_answer(image: Image.Image, answer: PlumAnswer, warning: str | None = None) -> str:
-    """The image with its masks, and the answer whose spans isolate them (view.js), under a warning if there is one."""
+    """The image with its masks, and the answer whose spans isolate them (view.js), under a warning if there is one.
+
+    Below an answer that was cut off it says so.
+    """
     size = shown_size(image)
     spans = [
         {
@@ -71,7 +74,7 @@ def draw_answer(image: Image.Image, answer: PlumAnswer, warning: str | None = No
     ]
     shown = _address(image.resize(size, Image.Resampling.BICUBIC), format="JPEG")
     pieces = _cut(answer.text, answer.spans)
-    return _render(ANSWER, image=shown, spans=spans, pieces=pieces, warning=warning)
+    return _render(ANSWER, image=shown, spans=spans, pieces=pieces, warning=warning, cut=answer.is_truncated)
 
 
 def _cut(text: str, spans: Sequence[PlumSpan]) -> list[tuple[str, int | None]]:
@@ -101,6 +104,8 @@ style="--colour: {{ spans[index].colour }}" title="score {{ spans[index].score }
 {%- endif -%}
 {%- endfor -%}
 </p>
+{% if cut %}<p class="plum-warning" role="status">The answer is cut off, it is too long.</p>
+{% endif %}
 {% if not spans %}<p class="plum-note">No span of this answer is tagged, or none reaches the span threshold.</p>
 {% endif %}
 """

@@ -55,6 +55,7 @@ class Reply:
         text: The answer's words.
         outputs: What `segment` returned for it.
         given_masks: Boolean masks (height, width) that a person drew, by the range of their words.
+        is_truncated: Whether the text was cut off before the model ended it.
     """
 
     image: Image.Image
@@ -62,6 +63,7 @@ class Reply:
     text: str
     outputs: Any
     given_masks: dict[Range, np.ndarray] = field(default_factory=dict)
+    is_truncated: bool = False
 
 
 # ---------------------------------------------------------------- what comes in
@@ -145,7 +147,7 @@ def stream(
             closed = True
         outputs = running.result()
     (answer,) = plum.processor.post_process_segmentation(outputs)
-    yield Reply(image, messages, answer.text, outputs)
+    yield Reply(image, messages, answer.text, outputs, is_truncated=answer.is_truncated)
 
 
 def ask(plum: Plum, image: Image.Image, question: str, **options) -> Reply:
@@ -207,22 +209,30 @@ def segment_phrases(plum: Plum, image: Image.Image, phrases: Sequence[str]) -> R
     return segment_words(plum, image, [{"role": "user", "content": question}], text, ranges)
 
 
+def segment_again(
+    plum: Plum, reply: Reply, ranges: Sequence[Range], *, given_masks: Mapping[Range, np.ndarray] | None = None
+) -> Reply:
+    """The answer of a reply with other spans; arguments and errors as of [`segment_words`]."""
+    again = segment_words(plum, reply.image, reply.messages, reply.text, ranges, given_masks=given_masks)
+    return replace(again, is_truncated=reply.is_truncated)
+
+
 def correct_mask(plum: Plum, reply: Reply, ranges: Sequence[Range], place: Range, mask: np.ndarray) -> Reply:
     """The spans at `ranges` of a reply with a person's mask (height, width) for one, those after it decoded anew."""
-    given = {**reply.given_masks, place: mask}
-    return segment_words(plum, reply.image, reply.messages, reply.text, ranges, given_masks=given)
+    return segment_again(plum, reply, ranges, given_masks={**reply.given_masks, place: mask})
 
 
 def segment_apart(plum: Plum, reply: Reply, ranges: Sequence[Range]) -> list[Reply]:
     """Each span segmented as if it were the only one: what its mask is without feedback from the earlier masks."""
-    return [segment_words(plum, reply.image, reply.messages, reply.text, [place]) for place in ranges]
+    return [segment_again(plum, reply, [place]) for place in ranges]
 
 
 def finish(plum: Plum, reply: Reply, *, span_threshold: float = 0.0, mask_threshold: float = 0.5) -> PlumAnswer:
     """Text and spans of a reply: those of at least this score, with the pixels above this probability."""
     logit = math.log(mask_threshold / (1 - mask_threshold))
     (answer,) = plum.processor.post_process_segmentation(reply.outputs, mask_threshold=logit)
-    return replace(answer, spans=[span for span in answer.spans if span.score >= span_threshold])
+    spans = [span for span in answer.spans if span.score >= span_threshold]
+    return replace(answer, spans=spans, is_truncated=reply.is_truncated)
 
 
 def warn_of_unknown_image(plum: Plum, answer: PlumAnswer) -> str | None:
@@ -307,6 +317,7 @@ __all__ = [
     "load_model",
     "remember",
     "save",
+    "segment_again",
     "segment_apart",
     "segment_phrases",
     "segment_words",

@@ -3,6 +3,7 @@
 import concurrent.futures
 import contextlib
 import copy
+import dataclasses
 import gc
 import html
 import io
@@ -78,6 +79,17 @@ def test_an_image_unlike_the_known_ones_has_a_warning_above_its_answer(demo, rep
     assert "plum-warning" not in pages.draw_answer(reply.image, answer)
     page = pages.draw_answer(reply.image, answer, "unlike <all> others")
     assert page.index("unlike &lt;all&gt; others") < page.index("plum-stage")
+
+
+def test_an_answer_that_was_cut_off_says_so_whatever_is_segmented_in_it(demo, tmp_path):
+    random_image().save(tmp_path / "image.png")
+    *_, (page, ticket, *_) = demo.ask(tmp_path / "image.png", "Which parts?", *THRESHOLDS)
+    reply = demo.replies.get(ticket)
+    assert reply.is_truncated and page.index("plum-answer") < page.index("The answer is cut off")
+    word = reply.text.split()[0]
+    assert "The answer is cut off" in demo.segment(ticket, word, None, *THRESHOLDS)[0]
+    whole = demo.replies.keep(dataclasses.replace(reply, is_truncated=False))
+    assert "The answer is cut off" not in demo.segment(whole, word, None, *THRESHOLDS)[0]
 
 
 def test_a_drawn_mask_has_the_shape_and_the_colour_of_the_span():
