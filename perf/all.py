@@ -22,6 +22,7 @@ SCRIPTS = [
     "metrics",
     "build_questions",
     "growth",
+    "startup",
 ]
 
 
