@@ -27,7 +27,7 @@ from partkit.corrections import (
     score_corrections,
 )
 from partkit.mask_metrics import iou_matrix
-from partkit.masks import RLE, DataError, encode
+from partkit.masks import RLE, DataError, decode, encode
 from partkit.predictions import check_run, write_whole
 from partkit.schema import as_chat, tagged_phrases
 from partkit.scoring import describe_command, fingerprint_model
@@ -180,7 +180,7 @@ def answers_of(records: datasets.Dataset, indices: Iterable[int]) -> list[dict[s
                 "row": index,
                 "image": example["image"],
                 "messages": conversation["messages"],
-                "masks": conversation["masks"],
+                "masks": [decode(mask) for mask in conversation["masks"]],
             }
             for number, conversation in enumerate(example["conversations"])
             if len(conversation["masks"]) > 1

@@ -13,7 +13,7 @@ from PIL import Image
 
 from heads_plum import IGNORE_INDEX, TAG_INSIDE
 from partkit.images import read_image, undecoded
-from partkit.masks import decode as decode_rle
+from partkit.masks import RLE, area, decode, encode, validate_rle
 from partkit.schema import DataError, as_chat, check_turns, tagged_phrases
 from partkit.seeding import seeded_generator
 from plumkit.fresh import FreshRecords
@@ -50,10 +50,10 @@ class ExampleMaker:
     def __call__(self, record: dict, generator: np.random.Generator) -> dict:
         """
         Returns:
-            `id`, `image` (RGB or None) and `conversations`, each with `messages`, `masks` (bool arrays
-            `(height, width)` of the image), `chosen`, the sorted indices of the masks that are supervised,
-            `teacher_forced` (bool `(masks,)`), and `tagged`, whether answers tag what they name, so that tags can be
-            learnt from them.
+            `id`, `image` (RGB or None) and `conversations`, each with `messages`, `masks` (RLEs at the size of the
+            image; decoded, those of a photograph take more memory than all else), `chosen`, the sorted indices of the
+            masks that are supervised, `teacher_forced` (bool `(masks,)`), and `tagged`, whether answers tag what they
+            name, so that tags can be learnt from them.
 
         Raises:
             DataError: The turns, tags, masks and image do not fit together; the message names record and field.
@@ -61,7 +61,7 @@ class ExampleMaker:
         image = record["image"]
         if image is not None:
             image = read_image(image, where=f"record {record['id']}, field 'image'")
-        masks = decode_masks(record, image)
+        masks = check_masks(record, image)
         if image is not None:
             if self.jitter:
                 gain, offset = generator.uniform(-self.jitter, self.jitter, (2, 3))
@@ -102,22 +102,23 @@ class ExampleMaker:
 
 
 def random_crop(
-    image: Image.Image, masks: list[np.ndarray], largest: float, generator: np.random.Generator, attempts: int = 10
-) -> tuple[Image.Image, list[np.ndarray]]:
+    image: Image.Image, rles: list[RLE], largest: float, generator: np.random.Generator, attempts: int = 10
+) -> tuple[Image.Image, list[RLE]]:
     """
     A random box of the image, and the masks in it. At most `largest` of each side is cut off, and each mask keeps half
     of its area, so that what the conversation calls visible still is; where `attempts` boxes lose more, all is kept.
     """
-    frame, areas = np.array([image.height, image.width]), [mask.sum() for mask in masks]
+    frame, areas = np.array([image.height, image.width]), [area(rle) for rle in rles]
+    masks = [decode(rle) for rle in rles]
     for _ in range(attempts):
         share, place = 1 - generator.uniform(0, largest, 2), generator.uniform(0, 1, 2)
         size = np.maximum(1, (share * frame).astype(int))
         top, left = (place * (frame - size)).astype(int).tolist()
         bottom, right = (size + (top, left)).tolist()
         cropped = [mask[top:bottom, left:right] for mask in masks]
-        if all(2 * inside.sum() >= area for inside, area in zip(cropped, areas, strict=True)):
-            return image.crop((left, top, right, bottom)), cropped
-    return image, masks
+        if all(2 * inside.sum() >= whole for inside, whole in zip(cropped, areas, strict=True)):
+            return image.crop((left, top, right, bottom)), [encode(mask) for mask in cropped]
+    return image, rles
 
 
 class ConversationDataset(torch.utils.data.Dataset):
@@ -177,7 +178,7 @@ def stream_examples(records: IterableDataset, seed: int = 0, **options) -> Itera
     return undecoded(records).map(make, with_indices=True, remove_columns=["messages", "masks"])
 
 
-def decode_masks(record: dict, image: Image.Image | None) -> list[np.ndarray]:
+def check_masks(record: dict, image: Image.Image | None) -> list[RLE]:
     """The masks of a record; `DataError` naming the record and the field if they do not fit the rest of it."""
     where = f"record {record['id']}"
     masks = record["masks"] or []
@@ -185,12 +186,12 @@ def decode_masks(record: dict, image: Image.Image | None) -> list[np.ndarray]:
     if image is None and masks:
         raise DataError(f"{where}, field 'image': expected an image for {len(masks)} masks, found none")
     return [
-        decode_rle(mask["rle"], expected_size=(image.height, image.width), where=f"{where}, field 'masks[{i}]'")
+        validate_rle(mask["rle"], expected_size=(image.height, image.width), where=f"{where}, field 'masks[{i}]'")
         for i, mask in enumerate(masks)
     ]
 
 
-def split_into_turns(messages: list[dict], masks: list[np.ndarray]) -> list[dict]:
+def split_into_turns(messages: list[dict], masks: list[RLE]) -> list[dict]:
     """Each question with its answer as a conversation of its own, with the masks of its own span tags."""
     turns, start = [], 0
     for question, answer in zip(messages[::2], messages[1::2], strict=True):

@@ -15,7 +15,6 @@ import pyarrow.compute as pc
 import torch
 from datasets import Dataset, IterableDataset
 
-from partkit.masks import encode
 from partkit.overlays import COLOURS, highlight, panel
 from partkit.pages import render_page
 from partkit.predictions import SpanMask, write_whole
@@ -131,7 +130,7 @@ def write_samples(path: Path, rows: list[dict[str, str]], examples: torch.utils.
 def _drawn(example: dict) -> Iterator[dict]:
     """For each conversation its turns in pieces (see `partkit.overlays.highlight`) and its image with the masks."""
     for conversation in example["conversations"]:
-        rles = [encode(conversation["masks"][i]) for i in conversation["chosen"]]
+        rles = [conversation["masks"][i] for i in conversation["chosen"]]
         colours = {span: COLOURS[i % len(COLOURS)] for i, span in enumerate(conversation["chosen"].tolist())}
         turns, first = [], 0
         for message in conversation["messages"]:

@@ -5,9 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
-from partkit.masks import DataError, encode
+from partkit.masks import DataError, area, decode, encode
 from plumkit.data import Collator, ConversationDataset, stream_examples
-from tests.tiny import random_mask, tiny_processor
+from tests.tiny import random_image, random_mask, tiny_processor
 from tests.training import batch_of, make_records, record
 
 
@@ -43,10 +43,24 @@ def test_a_random_crop_cuts_image_and_masks_alike_and_keeps_half_of_each_mask():
         image, masks = examples[0]["image"], examples[0]["conversations"][0]["masks"]
         sizes.add(image.size)
         for channel, (mask, stripe) in enumerate(zip(masks, stripes, strict=True)):
-            assert np.array_equal(np.asarray(image)[..., channel] > 0, mask)
-            assert 2 * mask.sum() >= stripe.sum()
+            assert np.array_equal(np.asarray(image)[..., channel] > 0, decode(mask))
+            assert 2 * area(mask) >= stripe.sum()
     assert len(sizes) > 10
     assert min(width for width, _ in sizes) >= 28 and min(height for _, height in sizes) >= 16
+
+
+@pytest.mark.parametrize("crop", [0.0, 0.5])
+def test_masks_of_a_photograph_stay_run_lengths_and_give_the_labels_of_their_pixels(crop):
+    photograph, masks = random_image(600, 900), [random_mask(600, 900, seed) for seed in (1, 2)]
+    row = record(0, 2) | {"image": photograph, "masks": [{"label": "wheel", "rle": encode(mask)} for mask in masks]}
+    example, processor = ConversationDataset(make_records([row]), crop=crop)[0], tiny_processor()
+    (made,) = example["conversations"]
+    assert all(isinstance(mask["counts"], str) for mask in made["masks"])
+    as_pixels = {**example, "conversations": [{**made, "masks": [decode(mask) for mask in made["masks"]]}]}
+    found, expected = (Collator(processor)([each])["mask_labels"] for each in (example, as_pixels))
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True)) and len(found) == 2
+    assert example["image"].size == (900, 600) or crop
+    assert found[0].numel() < example["image"].width * example["image"].height
 
 
 def test_masks_beyond_the_largest_number_are_left_out_of_the_batch_with_their_spans():
