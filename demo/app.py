@@ -62,7 +62,7 @@ DEFAULT_MODEL = HERE.parent / "checkpoints" / "plum-tiny"
 QUESTION = "What visible parts does the object in the image have?"
 EXAMPLES = (0, 8, 200, 400)
 # A drawing of mini_instances, test split, about which one corrected mask mends the later ones.
-CORRECTION_EXAMPLE = 6
+CORRECTION_EXAMPLE = 32
 """Which questions of the benchmark give the example images."""
 WAITING_REQUESTS = 64
 SECONDS_BETWEEN_UPDATES = 0.1

@@ -61,7 +61,7 @@ print(answer.text, *[(span.text, span.score, span.box, span.mask.shape) for span
 
 {% if figures -%}
 `{{ run.name }}`, split `{{ run.split }}`, {{ count }} questions
-{%- if photographs %} about {{ photographs }} photographs{% endif %}; beside each figure the one with the image of
+{%- if photographs %} about {{ photographs }} images{% endif %}; beside each figure the one with the image of
 another record, and what guessing gets.
 {%- if selected %} This split also selected the checkpoint during training, so that the figures flatter it.{% endif %}
 
