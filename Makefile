@@ -13,8 +13,8 @@ demo: $(INSTALLED)
 	rm -rf runs/demo
 	.venv/bin/plum ask examples/sailboat.png "What visible parts does the object in the image have?" --save runs/demo/answer
 	$(PYTHON) evaluate_plum.py --model checkpoints/plum-tiny --choice_reduction answer_mean --output_dir runs/demo/evaluation
-	$(PYTHON) train.py recipes/plum_tiny.yaml --max_steps 60 --eval_steps 30 --save_steps 60 --logging_steps 5 \
-		--lr_scheduler_kwargs '{"num_decay_steps": 20}' --warmup_steps 5 --output_dir runs/demo/training
+	$(PYTHON) train.py recipes/plum_tiny.yaml --max_steps 40 --eval_steps 20 --save_steps 40 --logging_steps 5 \
+		--lr_scheduler_kwargs '{"num_decay_steps": 15}' --warmup_steps 5 --output_dir runs/demo/training
 	@echo "answer: runs/demo/answer/overlay.png  scores: runs/demo/evaluation/report.html  curves: runs/demo/training/training_curves.png"
 
 train: $(INSTALLED)
