@@ -31,6 +31,7 @@ from partkit.masks import RLE, DataError, decode, encode
 from partkit.predictions import check_run, write_whole
 from partkit.schema import as_chat, tagged_phrases
 from partkit.scoring import describe_command, fingerprint_model
+from partkit.tasks import cut_off_unfinished
 from plumkit.data import ConversationDataset
 from plumkit.inference import load_model
 from processing_plum import PlumProcessor
@@ -236,8 +237,7 @@ def evaluate_correction(arguments: Any, **options: Any) -> None:
 def _measure_all(plum, records: datasets.Dataset, path: Path, *, batch_size: int) -> list[CorrectedAnswer]:
     """All answers, those that an interrupted run wrote down read from its file."""
     if path.is_file():
-        *whole, _unfinished = path.read_text(encoding="utf-8").split("\n")
-        write_whole(path, [line + "\n" for line in whole])
+        cut_off_unfinished(path)
     done = read_corrections(path) if path.is_file() else []
     measured = {answer.row for answer in done}
     batches = [range(start, min(start + batch_size, len(records))) for start in range(0, len(records), batch_size)]
