@@ -208,7 +208,7 @@ NOTHING = {
     "teacher_forced": np.zeros(0, bool),
     "tagged": False,
 }
-"""A conversation that stands for those of a batch that were all left out; nothing is learnt from it."""
+"""Placeholder for a batch whose conversations were all left out; no loss is computed on it."""
 
 
 class Collator:

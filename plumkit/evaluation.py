@@ -59,7 +59,7 @@ from plumkit.predictor import Predictor
 
 
 def run_settings(arguments: Any, *, folder: Path, questions: Sequence[Question]) -> dict[str, Any]:
-    """All that a prediction depends on; a run goes on only under the same."""
+    """Return all settings that a prediction depends on; a run resumes only with the same settings."""
     names = ("name", "split", "control", "choice_reduction", "mask_source", "max_new_tokens", "batch_size")
     names += ("limit", "dtype")
     return {
@@ -275,7 +275,7 @@ def evaluate(arguments: Any) -> None:
     )
     if state.is_main_process:
         run = {"model": arguments.model, **describe_run(arguments, settings, started=started)}
-        # a model of the Hub lies in a folder that bears the name of its commit
+        # a model of the Hub is in a folder named after its commit
         run["model_revision"] = folder.name if folder.parent.name == "snapshots" else None
         run |= {"device": str(state.device), "processes": state.num_processes, "predictions_found": resumed}
         run["image_cache"] = predictor.images.summary()  # of the first process
