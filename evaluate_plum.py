@@ -42,11 +42,12 @@ class EvaluationArguments:
     format: Literal["jsonl", "official"] = field(
         default="jsonl", metadata={"help": "Form of --predictions; official is the json of the authors' scripts."}
     )
-    on_error: Literal["refuse", "report"] = field(
-        default="refuse",
+    on_error: Literal["refuse", "report"] | None = field(
+        default=None,
         metadata={
-            "help": "Unusable lines of --predictions and records of --data_dir: refuse their file, or leave them out "
-            "and write errors.jsonl."
+            "help": "Unusable lines of --predictions and records of --data_dir: refuse their file (the default), or "
+            "leave them out and write errors.jsonl. With refuse, masks of core whose size is not their image's are "
+            "unusable, too; by default they are resized and counted."
         },
     )
     task: Literal[

@@ -26,9 +26,13 @@ A bad record raises `partkit.schema.DataError`, or a DatasetGenerationError with
 `on_error="report"` bad records are left out: `left_out(rows)` reads what errors.jsonl, beside the prepared data, says
 of each, and a warning and the description in `rows.info` say how many they are. A stream has no place for that file:
 there, every one of them is a warning. A file that was cut short is refused in any case: nothing can tell what it lost.
+
+Masks of `core` whose size is not that of their image are resized (nearest pixel), as by the authors' loader;
+`masks_resized(rows)` says how many they are, a warning says it too, and `on_error="refuse"` refuses them.
 """
 
 import hashlib
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -45,6 +49,7 @@ from partkit import schema, synthesis
 from partkit.conversations import converse, converse_about_instances
 from partkit.features import GROUNDED_CONVERSATION_FEATURES, QUESTION_FEATURES
 from partkit.knowledge import PartKnowledge
+from partkit.predictions import write_whole
 from partkit.problems import ERRORS_FILE, read_problems, write_problems
 from partkit.questions import SCHEMES, QuestionMaker, make_questions
 from partkit.sources.catalogue import SOURCES
@@ -70,6 +75,7 @@ DRAWING_SIZES = {
 }
 SCENES = {scene.name: scene for scene in (synthesis.MINI, synthesis.HARD)}
 EXAMPLES_PER_SHARD = 50
+RESIZED_FILE = "masks_resized.json"
 SEED = synthesis.DEFAULT_SEED
 
 Shards = list[list[int]]
@@ -82,11 +88,12 @@ class PartonomyConfig(datasets.BuilderConfig):
     """
     Args:
         scheme: how the wrong choices of questions about your files are made: "official" or "balanced".
-        on_error: "refuse" files with a bad record, or "report": leave it out and say so.
+        on_error: "refuse" files with a bad record (the default), or "report": leave it out and say so. A mask of
+            `core` that has another size than its image is bad only under "refuse"; else it is resized and counted.
     """
 
     scheme: str | None = None
-    on_error: str = "refuse"
+    on_error: str | None = None
 
     @property
     def source(self) -> str:
@@ -102,7 +109,7 @@ class PartonomyConfig(datasets.BuilderConfig):
             raise schema.DataError(f'the config "{self.name}" makes no questions about your files: leave out scheme')
         if self.scheme not in (None, *SCHEMES):
             raise schema.DataError(f"unknown scheme {self.scheme!r}; known are {', '.join(SCHEMES)}")
-        if self.on_error not in ("refuse", "report"):
+        if self.on_error not in (None, "refuse", "report"):
             raise schema.DataError(f'on_error is "refuse" or "report", found {self.on_error!r}')
 
 
@@ -137,11 +144,12 @@ class Partonomy(datasets.GeneratorBasedBuilder):
     def _split_generators(self, dl_manager: datasets.DownloadManager) -> list[datasets.SplitGenerator]:
         name = self.config.source
         problems: list[schema.DataError] = []
-        on_error: OnError = refuse if self.config.on_error == "refuse" else problems.append
+        on_error: OnError = problems.append if self.config.on_error == "report" else refuse
+        self._streaming = dl_manager.is_streaming
         knowledge = None
         if name == "core":
             members = {"test": None}
-            if on_error is not refuse and not sum(1 for _ in read_questions(self._data_dir(), on_error=on_error)):
+            if on_error is not refuse and not sum(1 for _ in self._core_questions(on_error, resized=[])):
                 raise schema.DataError(f"not one question can be used; the first problem: {problems[0]}")
         elif name in PART_SOURCES:
             found = survey(name, self._data_dir(), seed=SEED, on_error=on_error)
@@ -178,15 +186,27 @@ class Partonomy(datasets.GeneratorBasedBuilder):
     def _generate_examples(
         self, split: str, shards: Shards | None, knowledge: PartKnowledge | None
     ) -> Iterator[tuple[str, dict[str, Any]]]:
+        resized: list[int] = []
         if self.config.source == "core":
-            ignore = refuse if self.config.on_error == "refuse" else _ignore
-            records = read_questions(self._data_dir(), on_error=ignore)
+            records = self._core_questions(_ignore if self.config.on_error == "report" else refuse, resized=resized)
         elif self.config.source in (*PART_SOURCES, *SOURCES):
             records = self._records_of_files(split, shards, knowledge)
         else:
             records = self._records_of_drawings(split, shards)
         for record in records:
             yield record.id, schema.as_row(record)
+        if resized:
+            self._note_resized(sum(resized))
+
+    def _core_questions(self, on_error: OnError, *, resized: list[int]) -> Iterator[schema.Question]:
+        """The questions of `core`; `resized` gets the number of masks of each record that were resized."""
+        on_resize = None if self.config.on_error == "refuse" else resized.append
+        return read_questions(self._data_dir(), on_error=on_error, on_resize=on_resize)
+
+    def _note_resized(self, count: int) -> None:
+        _logger.warning(f"{count} masks had another size than their image and were resized")
+        if not self._streaming:
+            write_whole(Path(self._output_dir, RESIZED_FILE), [json.dumps({"masks_resized": count}), "\n"])
 
     def _records_of_files(
         self, split: str, shards: Shards, knowledge: PartKnowledge | None
@@ -244,10 +264,20 @@ class Partonomy(datasets.GeneratorBasedBuilder):
 
 def left_out(rows: datasets.Dataset) -> list[str]:
     """One sentence for each record that `on_error="report"` left out of a split as it was loaded."""
-    folder = Path(rows.cache_files[0]["filename"]).parent if rows.cache_files else None
-    if folder is None or not (folder / ERRORS_FILE).is_file():
-        return []
-    return read_problems(folder / ERRORS_FILE)
+    path = _beside(rows, ERRORS_FILE)
+    return [] if path is None else read_problems(path)
+
+
+def masks_resized(rows: datasets.Dataset) -> int:
+    """How many masks of a split, as it was loaded, had another size than their image and were resized to it."""
+    path = _beside(rows, RESIZED_FILE)
+    return 0 if path is None else json.loads(path.read_text())["masks_resized"]
+
+
+def _beside(rows: datasets.Dataset, name: str) -> Path | None:
+    """A file that was written beside the prepared data of a split, if there is one."""
+    path = Path(rows.cache_files[0]["filename"]).parent / name if rows.cache_files else None
+    return path if path is not None and path.is_file() else None
 
 
 @lru_cache(maxsize=32)

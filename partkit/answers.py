@@ -3,8 +3,8 @@
     {"id": "mini-test-3/positive", "choice_scores": [-3.1, -1.2, -4.0, -9.5, -7.7],
      "masks": [{"part": "hull", "rle": {"size": [128, 128], "counts": "Pm2..."}, "confidence": 0.97}]}
 
-docs/predictions.schema.json is the form as a JSON schema. `choice` (the index of the chosen answer) may stand in place
-of `choice_scores` (larger is better), the part-whole types have `object_choice` or `object_choice_scores` as well. A
+docs/predictions.schema.json is the form as a JSON schema. `choice` (the index of the chosen answer in the order that is
+shown, or its text) may stand in place of `choice_scores` (larger is better), the part-whole types have `object_choice` or `object_choice_scores` as well. A
 model that only segments leaves the choices out, one that only chooses leaves out `masks`, on every line. A mask is in
 the frame of the question's image; masks of one part are united; `confidence` ranks masks for average precision.
 """
@@ -138,8 +138,8 @@ def make_prediction(
     return Prediction(
         question_id=question.id,
         image_id=question.image_id,
-        choice_scores=_scores(record, "choice", len(question.choices), where=where),
-        object_choice_scores=_scores(record, "object_choice", len(question.object_choices or ()), where=where),
+        choice_scores=_scores(record, "choice", question.choices, where=where),
+        object_choice_scores=_scores(record, "object_choice", question.object_choices or (), where=where),
         given_spans=None if generated else masks,
         true_tags=None,
         predicted_tags=None,
@@ -212,11 +212,19 @@ def check_fields(record: dict[str, Any], known: Sequence[str], *, where: str) ->
         raise DataError(f"{where}: unknown field {unknown[0]!r}; known are {', '.join(known)}.")
 
 
-def _scores(record: dict[str, Any], name: str, count: int, *, where: str) -> list[float] | None:
-    """What `Prediction` holds, smaller being better; an index becomes 0 for the chosen and 1 for all others."""
+def _scores(record: dict[str, Any], name: str, choices: Sequence[str], *, where: str) -> list[float] | None:
+    """What `Prediction` holds, smaller being better; an index or a text becomes 0 for the chosen, 1 for the others."""
+    count = len(choices)
     index, scores = record.get(name), record.get(f"{name}_scores")
     if index is not None and scores is not None:
         raise DataError(f"{where}: both {name!r} and '{name}_scores' are given; keep one.")
+    if isinstance(index, str):
+        if index not in choices:
+            raise DataError(
+                f"{where}, field {name!r}: expected an index or the text of one of {count} choices, found "
+                f"{index!r:.200}."
+            )
+        index = list(choices).index(index)
     if index is not None:
         if type(index) is not int or not 0 <= index < count:
             raise DataError(f"{where}, field {name!r}: expected an index into {count} choices, found {index!r:.80}.")

@@ -5,6 +5,7 @@ An RLE is `{"size": [height, width], "counts": str}`. Untrusted ones, and polygo
 """
 
 import numpy as np
+from PIL import Image
 from pycocotools import mask as coco
 
 from rle_plum import MAX_PIXELS, RLE, DataError, Size, polygons_to_rle, validate_rle
@@ -19,6 +20,7 @@ __all__ = [
     "decode",
     "encode",
     "polygons_to_rle",
+    "resize",
     "union",
     "validate_rle",
 ]
@@ -30,6 +32,15 @@ def encode(mask: np.ndarray) -> RLE:
         raise ValueError(f"expected a boolean mask of shape (height, width), found {mask.dtype} of shape {mask.shape}")
     rle = coco.encode(np.asfortranarray(mask, dtype=np.uint8))
     return {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode("ascii")}
+
+
+def resize(rle: RLE, size: Size) -> RLE:
+    """A valid RLE stretched to (height, width); each pixel takes the value of the nearest one."""
+    if tuple(rle["size"]) == tuple(size):
+        return rle
+    height, width = size
+    stretched = Image.fromarray(decode(rle)).resize((width, height), Image.Resampling.NEAREST)
+    return encode(np.asarray(stretched))
 
 
 def area(rle: RLE) -> int:

@@ -176,11 +176,14 @@ def score(
 
 
 def describe_left_out(run: dict[str, Any]) -> list[str]:
-    """The line that a printed table has where something was left out."""
+    """The lines that a printed table has where something was left out or resized."""
     questions, records = run.get("left_out", 0), run.get("records_left_out", 0)
-    if not questions and not records:
-        return []
-    return [f"left out: {questions} questions, {records} records of the data set, listed in errors.jsonl"]
+    lines = []
+    if questions or records:
+        lines = [f"left out: {questions} questions, {records} records of the data set, listed in errors.jsonl"]
+    if resized := run.get("masks_resized", 0):
+        lines.append(f"resized: {resized} true masks that had another size than their image")
+    return lines
 
 
 def format_table(metrics: dict[str, Any]) -> str:

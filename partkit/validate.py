@@ -48,13 +48,16 @@ def validate(source: str, folder: str | Path) -> Report:
 
 
 def _check_core(folder: Path, report: Report) -> None:
-    questions = read_questions(folder, on_error=report.refuse)
+    resized: list[int] = []
+    questions = read_questions(folder, on_error=report.refuse, on_resize=resized.append)
     statistics = Statistics()
     for question in tqdm(questions, desc="questions", unit=" questions", disable=None):  # none off a terminal
         statistics.add(as_row(question))
     by_type = ", ".join(f"{count} {name}" for name, count in sorted(statistics.questions.items()))
     counts = statistics.as_row()
     report.notes.append(f"{counts['questions']} questions: {by_type}")
+    if resized:
+        report.notes.append(f"{sum(resized)} masks have another size than their image and are resized when loaded")
     report.notes.append(
         ", ".join(f"{counts[what]} {what} (Partonomy-Core: {found})" for what, found in PUBLISHED_CORE.items())
     )

@@ -167,8 +167,8 @@ def finish(
 def dataset_options(arguments: Any) -> dict[str, str]:
     """What load_dataset is told besides the names."""
     options = {"data_dir": arguments.data_dir, "scheme": arguments.scheme}
-    if arguments.on_error == "report" and arguments.dataset == partonomy_dataset.DATASET_NAME:
-        options["on_error"] = "report"
+    if arguments.dataset == partonomy_dataset.DATASET_NAME:
+        options["on_error"] = arguments.on_error
     return {name: value for name, value in options.items() if value is not None}
 
 
@@ -224,6 +224,7 @@ def evaluate_answers(arguments: Any) -> None:
         write_predictions(output_dir / "predictions.jsonl", predictions)
     run = {"predictions": arguments.predictions, **describe_run(arguments, settings, started=started)}
     run |= {"left_out": len(questions) - len(scored), "records_left_out": len(unusable)}
+    run["masks_resized"] = partonomy_dataset.masks_resized(rows)
     finish(arguments, rows, scored, predictions, run=run)
 
 
@@ -280,6 +281,7 @@ def evaluate(arguments: Any) -> None:
         run |= {"device": str(state.device), "processes": state.num_processes, "predictions_found": resumed}
         run["image_cache"] = predictor.images.summary()  # of the first process
         run |= {"left_out": 0, "records_left_out": len(unusable)}
+        run["masks_resized"] = partonomy_dataset.masks_resized(rows)
         predictions = read_predictions(output_dir / "predictions.jsonl")
         finish(arguments, rows, questions, predictions, run=run, training_curves=folder / "training_curves.csv")
     state.wait_for_everyone()

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from heads_plum import decode_spans, keep_last_answer
-from partkit.masks import encode
+from partkit.masks import encode, resize
 from partkit.metrics import MaskSource
 from partkit.predictions import Prediction, SpanMask
 from partkit.schema import Question, as_chat, escape_tags
@@ -264,8 +264,5 @@ def tags_by_row(spans: torch.LongTensor, starts: Sequence[int]) -> list[list[tup
 
 def make_span(text: str, start: int, end: int, span: Any, *, question: Question) -> SpanMask:
     """The record of a segmented span. A mask in the frame of a wrong image is stretched to the question's image."""
-    height, width = question.masks[0].rle["size"]
-    mask = span.mask
-    if mask.shape != (height, width):
-        mask = Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST)
-    return SpanMask(text=text, start=start, end=end, rle=encode(np.asarray(mask)), score=span.score)
+    rle = resize(encode(np.asarray(span.mask)), question.masks[0].rle["size"])
+    return SpanMask(text=text, start=start, end=end, rle=rle, score=span.score)

@@ -50,7 +50,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--name", nargs="+", default=list(partonomy_dataset.DRAWING_SIZES), help="configs to export")
     parser.add_argument("--data_dir", help="folder of your files, where a config reads some")
     parser.add_argument("--scheme", choices=SCHEMES, help="how wrong choices of questions about your files are made")
-    parser.add_argument("--on_error", choices=("refuse", "report"), default="refuse", help="what bad records do")
+    parser.add_argument("--on_error", choices=("refuse", "report"), help="what bad records do; refuse by default")
     parser.add_argument("--max_shard_bytes", type=int, default=MAX_SHARD_BYTES, help="largest Parquet file")
     parser.add_argument("--num_proc", type=int, help="processes that make records")
     parser.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
@@ -116,8 +116,7 @@ def load(name: str, options: argparse.Namespace, cache_dir: str) -> datasets.Dat
     asked = {"data_dir": options.data_dir, "num_proc": options.num_proc, "cache_dir": cache_dir}
     if name.endswith("_questions") and name not in partonomy_dataset.DRAWING_SIZES:
         asked["scheme"] = options.scheme
-    if options.on_error == "report":
-        asked["on_error"] = options.on_error
+    asked["on_error"] = options.on_error
     asked = {option: value for option, value in asked.items() if value is not None}
     return datasets.load_dataset(partonomy_dataset.DATASET_NAME, name, **asked)
 

@@ -106,6 +106,10 @@ def mask_with(**fields):
         (answer(1, choice_scores=[0, 1]), "line 2, field 'choice_scores': expected 3 numbers"),
         (answer(1, choice=0), "line 2: both 'choice' and 'choice_scores'"),
         (answer(1, choice=3, choice_scores=None), "line 2, field 'choice': expected an index into 3 choices, found 3"),
+        (
+            answer(1, choice="none of these", choice_scores=None),
+            "line 2, field 'choice': expected an index or the text of one of 3 choices, found 'none of these'",
+        ),
         (answer(1, surplus=1), "line 2: unknown field 'surplus'"),
         (answer(1, id=7), "line 2, field 'id': expected the id of a question, found 7"),
         (answer(9), "line 2, field 'id': 'q9' is none of the 3 questions"),
@@ -124,6 +128,14 @@ def test_a_line_that_cannot_be_used_is_named_and_refuses_the_file(tmp_path, line
     predictions, problems = read_answers(path, QUESTIONS)
     with pytest.raises(DataError, match=message):
         leave_out(QUESTIONS, predictions, problems, report_to=None)
+
+
+def test_a_choice_may_be_named_by_its_text(tmp_path):
+    by_index = [answer(n, choice=n, choice_scores=None) for n in range(3)]
+    by_text = [line | {"choice": q.choices[n]} for n, (line, q) in enumerate(zip(by_index, QUESTIONS, strict=True))]
+    indices, _ = read_answers(write(tmp_path / "indices.jsonl", by_index), QUESTIONS)
+    texts, problems = read_answers(write(tmp_path / "texts.jsonl", by_text), QUESTIONS)
+    assert texts == indices and not problems
 
 
 def test_a_question_without_a_line_is_named(tmp_path):

@@ -159,7 +159,7 @@ def bad_core_folder(folder: Path) -> Path:
     ("name", "make_folder", "expected"),
     [
         ("refcoco", bad_refcoco_folder, ["field 'sent' is missing", "has no image 3", "has no annotation 5 of image"]),
-        ("core_conversations", bad_core_folder, ["record 0, field 'image_path'", "record 1, field 'choice_parts'"]),
+        ("core_conversations", bad_core_folder, ["record 0, field 'image_path'", "record 1, field 'answer_parts'"]),
     ],
 )
 def test_records_that_are_bad_when_a_file_is_opened_are_left_out_too(tmp_path, name, make_folder, expected):

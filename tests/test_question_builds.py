@@ -253,6 +253,9 @@ def test_bad_coco_records_leave_out_the_whole_image_and_nothing_else(tmp_path):
         assert f"paco_lvis_v1_train.json, record {place}" in problem
 
 
+OTHER = {"question": "Which parts does it have?"}
+
+
 def core_folder(folder: Path) -> Path:
     records = [official_record() | {"question": f"Question {number}?"} for number in range(6)]
     records[1] = changed(records[1], "segmentations", "door", value=[CORRUPT])
@@ -273,6 +276,21 @@ def test_bad_records_of_the_official_release_are_left_out_and_the_others_keep_th
     ]
     loaded_again = load("core", folder, split="test", on_error="report", cache_dir=tmp_path / "cache")
     assert left_out(loaded_again) == problems
+
+
+def test_resized_masks_of_the_official_release_are_counted_in_the_table_and_the_metrics(tmp_path, monkeypatch, capsys):
+    other = {"door": [encode(np.ones((3, 4), dtype=bool))], "wheel": [encode(np.ones((12, 16), dtype=bool))]}
+    folder = official_folder(
+        tmp_path / "data", official_record(), official_record() | OTHER | {"segmentations": other}
+    )
+    options = ["--name", "core", "--data_dir", folder, "--output_dir", tmp_path / "run"]
+    with pytest.raises(DataError, match="record 1, .*the mask has size"):
+        score(monkeypatch, *options, "--on_error", "refuse")
+    score(monkeypatch, *options)
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["run"]["masks_resized"] == 2
+    assert "resized: 2 true masks that had another size than their image" in capsys.readouterr().out
+    (stream,) = load("core", folder, streaming=True).values()
+    assert [row["masks"][0]["rle"]["size"] for row in stream] == [[6, 8]] * 2
 
 
 def test_a_file_that_was_cut_short_is_refused_either_way_saying_after_how_many_records(tmp_path):

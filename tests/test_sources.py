@@ -70,9 +70,53 @@ def descriptor_folder(folder: Path, content: dict) -> Path:
 def test_an_official_record_becomes_a_question_with_its_masks_united(tmp_path):
     (question,) = read_questions(official_folder(tmp_path / "data", official_record()))
     assert question.image == {"bytes": None, "path": str((tmp_path / "data" / "images" / "bus.png").resolve())}
-    assert (question.image_id, question.image_label, question.correct) == ("images/bus.png", "bus", 0)
+    assert (question.image_id, question.image_label) == ("images/bus.png", "bus")
+    assert (question.choices[question.correct], set(question.choice_parts[question.correct])) == (
+        "door, and wheel",
+        {"door", "wheel"},
+    )
     assert [mask.label for mask in question.masks] == ["door", "wheel"]
     np.testing.assert_array_equal(decode(question.masks[1].rle), LEFT | RIGHT)
+
+
+def test_the_shown_order_of_the_choices_depends_on_the_record_and_not_on_the_order_of_the_file(tmp_path):
+    record = official_record()
+    turned = record | {name: record[name][::-1] for name in ("answer_choices", "answer_types", "answer_parts")}
+    (first,) = read_questions(official_folder(tmp_path / "first", record))
+    (second,) = read_questions(official_folder(tmp_path / "second", turned))
+    assert (first.choices, first.choice_parts, first.correct) == (second.choices, second.choice_parts, second.correct)
+
+
+def test_a_model_that_always_takes_the_first_shown_choice_is_right_as_often_as_by_chance(tmp_path):
+    parts = ["door", "wheel", "hood", "roof", "lamp"]
+    record = official_record() | {
+        "question_type": "whole_to_part",
+        "answer_choices": parts,
+        "answer_types": ["correct"] + ["incorrect"] * 4,
+        "answer_parts": [[part] for part in parts],
+        "object_question": "What is the object in the image?",
+        "object_answer_choices": ["a bus", "a car", "a van", "a tram", "a bike"],
+        "object_answer_types": ["correct"] + ["incorrect"] * 4,
+        "object_answer_classes": ["bus", "car", "van", "tram", "bike"],
+    }
+    folder = official_folder(tmp_path / "data", *[record | {"question": f"Question {n}?"} for n in range(400)])
+    questions = list(read_questions(folder))
+    assert {(q.choices[q.correct], q.object_classes[q.object_correct]) for q in questions} == {("door", "bus")}
+    for first_is_right in ([q.correct == 0 for q in questions], [q.object_correct == 0 for q in questions]):
+        assert abs(np.mean(first_is_right) - 0.2) < 3 * np.sqrt(0.2 * 0.8 / 400)
+    assert 0 < np.mean([q.correct == q.object_correct for q in questions]) < 0.5  # two orders, not one
+
+
+def test_masks_of_another_size_than_their_image_are_resized_and_counted_only_where_that_is_allowed(tmp_path):
+    record = official_record()
+    record["segmentations"]["wheel"] = [encode(LEFT.repeat(2, 0).repeat(2, 1)), encode(RIGHT)]
+    folder = official_folder(tmp_path / "data", record)
+    resized = []
+    (question,) = read_questions(folder, on_resize=resized.append)
+    np.testing.assert_array_equal(decode(question.masks[1].rle), LEFT | RIGHT)
+    assert resized == [1]
+    with pytest.raises(DataError, match=r"segmentations\['wheel'\]': the mask has size"):
+        list(read_questions(folder))
 
 
 @pytest.mark.parametrize("path", ["./images/bus.png", "images/../images/bus.png", "linked/bus.png"])
@@ -281,7 +325,7 @@ def without_image(questions) -> list:
 def test_the_official_sample_loads_and_round_trips(tmp_path, fixtures_dir):
     questions = list(read_questions(fixtures_dir / "official_layout"))
     assert len(questions) == 420
-    assert {question.correct for question in questions} == {0}
+    assert {question.correct for question in questions} == {0, 1, 2, 3, 4}
     write_official(questions, tmp_path / "copy")
     again = list(read_questions(tmp_path / "copy"))
     assert without_image(again) == without_image(questions)

@@ -177,22 +177,30 @@ class ImageFiles:
         size = self.size(image_path, where=where)
         if tuple(annotated) == size:
             return
-        if image_path in self._turned and tuple(annotated) == size[::-1]:
-            raise DataError(
-                f"{where}: {image_path!r} is turned by its EXIF orientation to [height, width] {list(size)}, but its "
-                f"masks are drawn on the unturned image {list(annotated)}; remove the orientation from the file"
-            )
+        self.check_turn(image_path, annotated, where=where)
         raise DataError(
             f"{where}: the mask has size {list(annotated)}, but its image {image_path!r} has [height, width] "
             f"{list(size)}"
         )
 
+    def check_turn(self, image_path: str, annotated: Any, *, where: str) -> None:
+        """Raises DataError if a size [height, width] that was annotated is that of the image before its EXIF turn."""
+        size = self.size(image_path, where=where)
+        if image_path in self._turned and tuple(annotated) == size[::-1]:
+            raise DataError(
+                f"{where}: {image_path!r} is turned by its EXIF orientation to [height, width] {list(size)}, but its "
+                f"masks are drawn on the unturned image {list(annotated)}; remove the orientation from the file"
+            )
 
-def read_part_masks(segmentations: dict[str, Any], *, where: str) -> list[PartMask]:
+
+def read_part_masks(
+    segmentations: dict[str, Any], *, resize: Callable[[RLE], RLE] | None = None, where: str
+) -> list[PartMask]:
     """One mask per part, all of one size, sorted by label, from part name -> list of segmentations, which are united.
 
     A segmentation is an RLE, an RLE under the key `segmentation`, or a flat `polygon` [x0, y0, ...] beside `size`.
-    Raises DataError. Whether the size is that of the image is left to `ImageFiles.check_frame`.
+    `resize` brings each of them to one size. Raises DataError. Whether the size is that of the image is left to
+    `ImageFiles.check_frame`.
     """
     check_labels(segmentations, where=f"{where}, field 'segmentations'")
     masks, size = [], None
@@ -202,6 +210,8 @@ def read_part_masks(segmentations: dict[str, Any], *, where: str) -> list[PartMa
         if not isinstance(pieces, list) or not pieces:
             raise DataError(f"{place}: expected a list of masks, found {pieces!r:.80}")
         rles = [_read_mask(piece, where=place) for piece in pieces]
+        if resize is not None:
+            rles = [resize(rle) for rle in rles]
         size = size or rles[0]["size"]
         if other := next((rle["size"] for rle in rles if rle["size"] != size), None):
             raise DataError(f"{place}: the mask has size {other}, but an earlier one of the record has {size}")
