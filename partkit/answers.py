@@ -3,10 +3,11 @@
     {"id": "mini-test-3/positive", "choice_scores": [-3.1, -1.2, -4.0, -9.5, -7.7],
      "masks": [{"part": "hull", "rle": {"size": [128, 128], "counts": "Pm2..."}, "confidence": 0.97}]}
 
-docs/predictions.schema.json is the form as a JSON schema. `choice` (the index of the chosen answer in the order that is
-shown, or its text) may stand in place of `choice_scores` (larger is better), the part-whole types have `object_choice` or `object_choice_scores` as well. A
-model that only segments leaves the choices out, one that only chooses leaves out `masks`, on every line. A mask is in
-the frame of the question's image; masks of one part are united; `confidence` ranks masks for average precision.
+docs/predictions.schema.json is the form as a JSON schema. `choice` (the index of the chosen answer in the order in
+which the data set shows them, or its text) may stand in place of `choice_scores` (larger is better), the part-whole
+types have `object_choice` or `object_choice_scores` as well. A model that only segments leaves the choices out, one
+that only chooses leaves out `masks`, on every line. A mask is in the frame of the question's image; masks of one part
+are united; `confidence` ranks masks for average precision.
 """
 
 import sys
