@@ -278,7 +278,7 @@ def test_bad_records_of_the_official_release_are_left_out_and_the_others_keep_th
     assert left_out(loaded_again) == problems
 
 
-def test_resized_masks_of_the_official_release_are_counted_in_the_table_and_the_metrics(tmp_path, monkeypatch, capsys):
+def test_resized_masks_of_the_official_release_are_counted_in_table_and_metrics(tmp_path, monkeypatch, capsys):
     other = {"door": [encode(np.ones((3, 4), dtype=bool))], "wheel": [encode(np.ones((12, 16), dtype=bool))]}
     folder = official_folder(
         tmp_path / "data", official_record(), official_record() | OTHER | {"segmentations": other}

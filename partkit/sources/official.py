@@ -79,7 +79,8 @@ def write_official(questions: Iterable[Question], folder: str | Path) -> None:
     """Writes questions in the official layout; reading the new folder gives equal records.
 
     As the format has it the correct choice comes first; the others keep the order in which they are shown. Images are
-    copied unchanged. Raises DataError if the folder exists or two images claim one name; an incomplete folder is never left behind.
+    copied unchanged. Raises DataError if the folder exists or two images claim one name; an incomplete folder is never
+    left behind.
     """
     folder = Path(folder)
     if folder.exists():
