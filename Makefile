@@ -40,8 +40,8 @@ docs: $(INSTALLED)
 
 fuzz: $(INSTALLED)
 	.venv/bin/pip install --quiet --constraint constraints.txt atheris
-	for target in $$($(PYTHON) -c "import fuzz.targets; print(*fuzz.targets.TARGETS)"); do \
-		$(PYTHON) fuzz/run.py $$target -max_total_time=60 || exit 1; done
+	for target in $$($(PYTHON) -c "import tests.fuzz.targets as fuzz; print(*fuzz.TARGETS)"); do \
+		$(PYTHON) tests/fuzz/run.py $$target -max_total_time=60 || exit 1; done
 
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	python3 -m venv .venv

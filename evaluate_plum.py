@@ -14,126 +14,16 @@ Every question is put to a PLUM model three times: the choices are scored, an an
 is segmented, and an answer is generated, tagged and segmented freely. The control asks all of it again with
 the image of another record. Then the figures are computed from the questions and what was written down, no more:
 
-    questions --model--> predictions.jsonl --partkit.metrics--> metrics.json --partkit.report--> report.html
+    questions --model--> predictions.jsonl --scoring/metrics.py--> metrics.json --scoring/report.py--> report.html
 
 A run that was interrupted goes on where it stopped. `torchrun --nproc_per_node 2 evaluate_plum.py ...` shares the
 batches out over processes; what a batch holds depends on neither, so that the figures are those of one process.
 """
 
 import sys
-from dataclasses import dataclass, field
-from typing import Literal
 
-from transformers import HfArgumentParser
-
-from partkit.masks import DataError
-
-
-@dataclass
-class EvaluationArguments:
-    """What to score, on what, and how."""
-
-    output_dir: str = field(metadata={"help": "Folder for predictions.jsonl, metrics.json and report.html."})
-    model: str | None = field(default=None, metadata={"help": "Folder of a PLUM checkpoint, or its name on the Hub."})
-    predictions: str | None = field(default=None, metadata={"help": "File with the answers of any model instead."})
-    baseline: Literal["random", "majority", "full_image", "ground_truth"] | None = field(
-        default=None, metadata={"help": "Answers that need no model instead."}
-    )
-    format: Literal["jsonl", "official"] = field(
-        default="jsonl", metadata={"help": "Form of --predictions; official is the json of the authors' scripts."}
-    )
-    on_error: Literal["refuse", "report"] | None = field(
-        default=None,
-        metadata={
-            "help": "Unusable lines of --predictions and records of --data_dir: refuse their file (the default), or "
-            "leave them out and write errors.jsonl. With refuse, masks of core whose size is not their image's are "
-            "unusable, too; by default they are resized and counted."
-        },
-    )
-    task: Literal[
-        "partonomy",
-        "correction",
-        "referring",
-        "reasoning",
-        "generalized_referring",
-        "semantic_parts",
-        "gqa",
-        "textvqa",
-        "pope",
-    ] = field(default="partonomy", metadata={"help": "What is asked; docs/benchmark.md lists the figures of each."})
-    dataset: str = field(default="partonomy", metadata={"help": "Data set, as in datasets.load_dataset."})
-    name: str = field(default="mini_questions", metadata={"help": "Its configuration; it must hold questions."})
-    split: str = field(default="test", metadata={"help": "Its split."})
-    data_dir: str | None = field(default=None, metadata={"help": "Folder of your files, where --name reads some."})
-    scheme: Literal["official", "balanced"] | None = field(
-        default=None, metadata={"help": "How the wrong choices of questions about --data_dir are made."}
-    )
-    control: Literal["wrong_image", "none"] = field(
-        default="wrong_image", metadata={"help": "Ask everything again with the image of another record, or not."}
-    )
-    choice_reduction: Literal["sequence_mean", "answer_mean", "answer_sum"] = field(
-        default="sequence_mean",
-        metadata={
-            "help": "Log-likelihood of a choice: mean over prompt and answer, as published, or over the answer alone."
-        },
-    )
-    mask_source: Literal["gt_answer", "predicted_answer", "generated"] = field(
-        default="gt_answer",
-        metadata={
-            "help": "Whose masks gIoU, cIoU and AP50 speak of: the correct, the chosen, the generated answer's."
-        },
-    )
-    match: Literal["exact", "lemmatised", "embedding"] = field(
-        default="exact", metadata={"help": "How part names of generated answers are compared."}
-    )
-    match_model: str | None = field(
-        default=None,
-        metadata={"help": "For --match embedding: folder or Hub name of a sentence-embedding model of transformers."},
-    )
-    max_new_tokens: int = field(default=96, metadata={"help": "Longest generated answer, in tokens."})
-    batch_size: int = field(default=16, metadata={"help": "Questions per step."})
-    image_cache_size: int = field(default=128, metadata={"help": "Images whose features are kept in memory."})
-    limit: int | None = field(default=None, metadata={"help": "Only the first questions of the split."})
-    device: Literal["auto", "cpu", "cuda"] = field(default="auto", metadata={"help": "auto takes a GPU if any."})
-    dtype: Literal["float32", "bfloat16"] = field(default="float32", metadata={"help": "Of the model's weights."})
-    cache_image_embeddings: str | None = field(
-        default=None, metadata={"help": "Folder that keeps what SAM's encoder makes of each image, in bfloat16."}
-    )
-
-    def __post_init__(self):
-        if sum(source is not None for source in (self.model, self.predictions, self.baseline)) != 1:
-            raise DataError("Expected one of --model, --predictions and --baseline: say what to score.")
-        if self.task == "correction" and self.model is None:
-            raise DataError("--task correction gives a model true masks: pass --model.")
-        if self.task != "partonomy" and (self.baseline is not None or self.format != "jsonl"):
-            raise DataError(f"--task {self.task} scores a --model or --predictions of the format jsonl: give one.")
-        if (self.match == "embedding") != (self.match_model is not None):
-            raise DataError("--match embedding and --match_model belong together: give both or neither.")
-        for name in ("max_new_tokens", "batch_size", "image_cache_size", "limit"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise DataError(f"--{name} must be at least 1, found {value}.")
-
-
-def main(options: list[str] | None = None) -> None:
-    """The run that a command line asks for; raises DataError if it cannot be done."""
-    parser = HfArgumentParser(EvaluationArguments, allow_abbrev=False)
-    parser.parse_args(options)  # an unknown option is named before the one is missed that it was meant for
-    (arguments,) = parser.parse_args_into_dataclasses(options, look_for_args_file=False)
-    # These bring torch and the readers of data sets, which take seconds that --help and a wrong option do not need.
-    from plumkit.correction import evaluate_correction
-    from plumkit.evaluation import dataset_options, evaluate, evaluate_answers
-    from plumkit.tasks import evaluate_task
-
-    if arguments.task == "correction":
-        evaluate_correction(arguments, **dataset_options(arguments))
-    elif arguments.task != "partonomy":
-        evaluate_task(arguments, **dataset_options(arguments))
-    elif arguments.model is not None:
-        evaluate(arguments)
-    else:
-        evaluate_answers(arguments)
-
+from plum_partonomy.evaluation.run import main
+from plum_partonomy.masks import DataError
 
 if __name__ == "__main__":
     try:

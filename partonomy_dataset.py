@@ -9,20 +9,20 @@
     load_dataset("partonomy", "core", data_dir=FOLDER)            # the official release: benchmark questions
     load_dataset("partonomy", "own_parts", data_dir=FOLDER)       # your photographs: COCO, Labelme, conversations
     load_dataset("partonomy", "descriptor", data_dir=FOLDER)      # the authors' input format: grounded conversations
-    load_dataset("partonomy", "pascal_part", data_dir=FOLDER)     # your copy of any of partkit.sources.catalogue
+    load_dataset("partonomy", "pascal_part", data_dir=FOLDER)     # your copy of any of plum_partonomy/sources/
     load_dataset("partonomy", "pascal_part_questions", data_dir=FOLDER, scheme="balanced")    # all ten types
 
-What a folder must hold stands in docs/mixtures.md; `python -m partkit validate NAME FOLDER` checks it.
+What a folder must hold stands in docs/mixtures.md; `plum data validate NAME FOLDER` checks it.
 `streaming=True` and `num_proc` work as everywhere. Records depend neither on the number of processes nor on the order
 of the records in your files. `own_parts`, `descriptor`, `pascal_part`, `paco_lvis` and `partimagenet` have questions,
 too.
 
 Splits are those of the published files; of your own parts or a descriptor, about a tenth of the images, each drawn by
 its path, is for validation and a tenth for the test. The conversations and the questions of one folder have the same
-splits. `scheme` is how wrong choices are made ("official", the default, or "balanced"; see partkit/distractors.py);
-they follow counts over all splits that the folder holds.
+splits. `scheme` is how wrong choices are made ("official", the default, or "balanced"; see
+plum_partonomy/questions/distractors.py); they follow counts over all splits that the folder holds.
 
-A bad record raises `partkit.schema.DataError`, or a DatasetGenerationError with it as its `__cause__`. With
+A bad record raises `plum_partonomy.records.DataError`, or a DatasetGenerationError with it as its `__cause__`. With
 `on_error="report"` bad records are left out: `left_out(rows)` reads what errors.jsonl, beside the prepared data, says
 of each, and a warning and the description in `rows.info` say how many they are. A stream has no place for that file:
 there, every one of them is a warning. A file that was cut short is refused in any case: nothing can tell what it lost.
@@ -44,20 +44,22 @@ import datasets.load
 from datasets.data_files import DataFilesDict
 from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 
-import partkit
-from partkit import schema, synthesis
-from partkit.conversations import converse, converse_about_instances
-from partkit.features import GROUNDED_CONVERSATION_FEATURES, QUESTION_FEATURES
-from partkit.knowledge import PartKnowledge
-from partkit.predictions import write_whole
-from partkit.problems import ERRORS_FILE, read_problems, write_problems
-from partkit.questions import SCHEMES, QuestionMaker, make_questions
-from partkit.sources.catalogue import SOURCES
-from partkit.sources.descriptor import DESCRIPTOR_FILE
-from partkit.sources.files import OnError, refuse
-from partkit.sources.official import QUESTIONS_FILE, read_questions
-from partkit.sources.own_parts import record_files
-from partkit.sources.survey import PART_SOURCES, Opened, open_source, survey, usable
+import plum_partonomy
+from plum_partonomy.drawn import miniature
+from plum_partonomy.features import GROUNDED_CONVERSATION_FEATURES, QUESTION_FEATURES
+from plum_partonomy.masks import DataError
+from plum_partonomy.questions.conversations import converse, converse_about_instances
+from plum_partonomy.questions.maker import SCHEMES, QuestionMaker, make_questions
+from plum_partonomy.questions.part_statistics import PartKnowledge
+from plum_partonomy.records import QUESTION_TYPES, UNNAMED_OBJECT, GroundedConversation, PartExample, Question, as_row
+from plum_partonomy.scoring.predictions import write_whole
+from plum_partonomy.sources.catalogue import SOURCES
+from plum_partonomy.sources.descriptor import DESCRIPTOR_FILE
+from plum_partonomy.sources.official import QUESTIONS_FILE, read_questions
+from plum_partonomy.sources.own_parts import record_files
+from plum_partonomy.sources.problems import ERRORS_FILE, read_problems, write_problems
+from plum_partonomy.sources.splits import PART_SOURCES, Opened, open_source, survey, usable
+from plum_partonomy.sources.untrusted import OnError, refuse
 
 DATASET_NAME = "partonomy"
 MINI_SIZES = {"train": 2400, "validation": 100, "test": 150}
@@ -73,10 +75,10 @@ DRAWING_SIZES = {
     "mini_hard": MINI_HARD_SIZES,
     "mini_hard_questions": MINI_HARD_QUESTIONS_SIZES,
 }
-SCENES = {scene.name: scene for scene in (synthesis.MINI, synthesis.HARD)}
+SCENES = {scene.name: scene for scene in (miniature.MINI, miniature.HARD)}
 EXAMPLES_PER_SHARD = 50
 RESIZED_FILE = "masks_resized.json"
-SEED = synthesis.DEFAULT_SEED
+SEED = miniature.DEFAULT_SEED
 
 Shards = list[list[int]]
 
@@ -106,11 +108,11 @@ class PartonomyConfig(datasets.BuilderConfig):
     def check(self) -> None:
         """Raises DataError for an option that is unknown or that the config has no use for."""
         if self.scheme is not None and not (self.asks and self.source in PART_SOURCES):
-            raise schema.DataError(f'the config "{self.name}" makes no questions about your files: leave out scheme')
+            raise DataError(f'the config "{self.name}" makes no questions about your files: leave out scheme')
         if self.scheme not in (None, *SCHEMES):
-            raise schema.DataError(f"unknown scheme {self.scheme!r}; known are {', '.join(SCHEMES)}")
+            raise DataError(f"unknown scheme {self.scheme!r}; known are {', '.join(SCHEMES)}")
         if self.on_error not in (None, "refuse", "report"):
-            raise schema.DataError(f'on_error is "refuse" or "report", found {self.on_error!r}')
+            raise DataError(f'on_error is "refuse" or "report", found {self.on_error!r}')
 
 
 def _config(name: str, description: str) -> PartonomyConfig:
@@ -119,7 +121,7 @@ def _config(name: str, description: str) -> PartonomyConfig:
 
 class Partonomy(datasets.GeneratorBasedBuilder):
     """One builder for every source. `core` and names in `_questions` give questions, the others grounded
-    conversations, with the features of `partkit.schema`."""
+    conversations, with the features of `plum_partonomy.records`."""
 
     DEFAULT_CONFIG_NAME = "mini"
     BUILDER_CONFIG_CLASS = PartonomyConfig
@@ -143,19 +145,19 @@ class Partonomy(datasets.GeneratorBasedBuilder):
 
     def _split_generators(self, dl_manager: datasets.DownloadManager) -> list[datasets.SplitGenerator]:
         name = self.config.source
-        problems: list[schema.DataError] = []
+        problems: list[DataError] = []
         on_error: OnError = problems.append if self.config.on_error == "report" else refuse
         self._streaming = dl_manager.is_streaming
         knowledge = None
         if name == "core":
             members = {"test": None}
             if on_error is not refuse and not sum(1 for _ in self._core_questions(on_error, resized=[])):
-                raise schema.DataError(f"not one question can be used; the first problem: {problems[0]}")
+                raise DataError(f"not one question can be used; the first problem: {problems[0]}")
         elif name in PART_SOURCES:
             found = survey(name, self._data_dir(), seed=SEED, on_error=on_error)
             members, knowledge = found.members, found.knowledge()
             if self.config.asks and not found.annotated:
-                raise schema.DataError(
+                raise DataError(
                     f"{self._data_dir()} holds conversations, but questions are made about masks of parts; train on "
                     f'it with the config "{name}"'
                 )
@@ -173,7 +175,7 @@ class Partonomy(datasets.GeneratorBasedBuilder):
             for split, indices in members.items()
         ]
 
-    def _report(self, problems: list[schema.DataError], *, streaming: bool) -> None:
+    def _report(self, problems: list[DataError], *, streaming: bool) -> None:
         self.info.description += f" {len(problems)} bad records were left out."
         if streaming:
             for problem in problems:
@@ -194,11 +196,11 @@ class Partonomy(datasets.GeneratorBasedBuilder):
         else:
             records = self._records_of_drawings(split, shards)
         for record in records:
-            yield record.id, schema.as_row(record)
+            yield record.id, as_row(record)
         if resized:
             self._note_resized(sum(resized))
 
-    def _core_questions(self, on_error: OnError, *, resized: list[int]) -> Iterator[schema.Question]:
+    def _core_questions(self, on_error: OnError, *, resized: list[int]) -> Iterator[Question]:
         """The questions of `core`; `resized` gets the number of masks of each record that were resized."""
         on_resize = None if self.config.on_error == "refuse" else resized.append
         return read_questions(self._data_dir(), on_error=on_error, on_resize=on_resize)
@@ -210,7 +212,7 @@ class Partonomy(datasets.GeneratorBasedBuilder):
 
     def _records_of_files(
         self, split: str, shards: Shards, knowledge: PartKnowledge | None
-    ) -> Iterator[schema.GroundedConversation | schema.Question]:
+    ) -> Iterator[GroundedConversation | Question]:
         source = _opened(self.config.source, self._data_dir(), split, state=self.hash)
         if not self.config.asks:
             for index in _flat(shards):
@@ -219,20 +221,18 @@ class Partonomy(datasets.GeneratorBasedBuilder):
         maker = QuestionMaker(knowledge, scheme=self.config.scheme or SCHEMES[0], seed=SEED)
         for index in _flat(shards):
             example = source.example(index)
-            named = example.image_label != schema.UNNAMED_OBJECT
-            yield from maker.questions(example, schema.QUESTION_TYPES if named else ("identification",))
+            named = example.image_label != UNNAMED_OBJECT
+            yield from maker.questions(example, QUESTION_TYPES if named else ("identification",))
 
-    def _records_of_drawings(
-        self, split: str, shards: Shards
-    ) -> Iterator[schema.GroundedConversation | schema.Question]:
+    def _records_of_drawings(self, split: str, shards: Shards) -> Iterator[GroundedConversation | Question]:
         for index in _flat(shards):
             if self.config.asks:
                 scene = SCENES[self.config.source]
                 yield from make_questions(
                     _drawn(self.config.source, split, index),
-                    part_graph=synthesis.part_graph(scene),
-                    instance_graph=synthesis.instance_graph(scene),
-                    presence=synthesis.presence(scene),
+                    part_graph=miniature.part_graph(scene),
+                    instance_graph=miniature.instance_graph(scene),
+                    presence=miniature.presence(scene),
                     seed=SEED,
                 )
             else:
@@ -247,7 +247,7 @@ class Partonomy(datasets.GeneratorBasedBuilder):
             if self.config.scheme == "balanced":
                 reason = 'scheme="balanced" finds too few parts that objects may have or lack; "official" needs none'
             others = "".join(f", or load the split {name} alone" for name in self.info.splits if name not in empty)
-            raise schema.DataError(
+            raise DataError(
                 f'the config "{self.config.name}" makes no record of the split {asked[0]} ({reason}); use a larger '
                 f"copy{others}"
             )
@@ -255,7 +255,7 @@ class Partonomy(datasets.GeneratorBasedBuilder):
 
     def _data_dir(self) -> Path:
         if self.config.data_dir is None:
-            raise schema.DataError(
+            raise DataError(
                 f'the config "{self.config.name}" reads your files: call load_dataset("{DATASET_NAME}", '
                 f'"{self.config.name}", data_dir=FOLDER)'
             )
@@ -289,24 +289,24 @@ def _opened(name: str, folder: Path, split: str, *, state: str) -> Opened:
     return open_source(name, folder, split=split, on_error=_ignore)
 
 
-def _ignore(error: schema.DataError) -> None:
+def _ignore(error: DataError) -> None:
     """For what was refused or reported before."""
 
 
-def converse_about_drawing(name: str, split: str, index: int) -> schema.GroundedConversation:
+def converse_about_drawing(name: str, split: str, index: int) -> GroundedConversation:
     """The conversation about one drawing of a configuration of drawings; an index may lie beyond the stored split."""
     example = _drawn(name, split, index)
     if name == "mini_instances":
         return converse_about_instances(example, seed=SEED)
-    return converse(example, part_graph=synthesis.part_graph(SCENES[name]), seed=SEED)
+    return converse(example, part_graph=miniature.part_graph(SCENES[name]), seed=SEED)
 
 
-def _drawn(name: str, split: str, index: int) -> schema.PartExample:
+def _drawn(name: str, split: str, index: int) -> PartExample:
     if name == "mini_instances":
-        example = synthesis.draw_instances_example(split, index, seed=SEED)
+        example = miniature.draw_instances_example(split, index, seed=SEED)
     else:
-        example = synthesis.draw_example(split, index, scene=SCENES[name], seed=SEED)
-    example.image = synthesis.encode_image(example.image)
+        example = miniature.draw_example(split, index, scene=SCENES[name], seed=SEED)
+    example.image = miniature.encode_image(example.image)
     return example
 
 
@@ -352,7 +352,7 @@ class _ModuleFactory(datasets.load.PackagedDatasetModuleFactory):
 
 def _source_hash() -> str:
     """Changes whenever the code that makes the records does, so that no stale cache is served."""
-    files = [Path(__file__), *sorted(Path(partkit.__file__).parent.rglob("*.py"))]
+    files = [Path(__file__), *sorted(Path(plum_partonomy.__file__).parent.rglob("*.py"))]
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 

@@ -33,11 +33,9 @@ from demo import pages
 from demo.replies import Replies, Ticket
 from demo.uploads import BoundedRequests, Drawings, own_file, read_upload
 from images_plum import read_image
-from partkit.benchmark import load_image, load_questions
-from partkit.masks import DataError
-from partkit.schema import Question
 from partonomy_dataset import converse_about_drawing
-from plumkit.inference import (
+from plum_partonomy.inference.inputs import MAX_IMAGE_BYTES, check_text
+from plum_partonomy.inference.one_image import (
     MAX_NEW_TOKENS,
     Plum,
     Range,
@@ -53,8 +51,10 @@ from plumkit.inference import (
     stream,
     warn_of_unknown_image,
 )
-from plumkit.inputs import MAX_IMAGE_BYTES, check_text
-from plumkit.predictor import Predictor
+from plum_partonomy.inference.predictor import Predictor
+from plum_partonomy.masks import DataError
+from plum_partonomy.records import Question
+from plum_partonomy.scoring.benchmark import load_image, load_questions
 from processing_plum import PlumAnswer
 
 HERE = Path(__file__).resolve().parent

@@ -12,12 +12,12 @@ import jinja2
 import numpy as np
 from PIL import Image, ImageColor
 
-from partkit.mask_metrics import normalise
-from partkit.masks import encode
-from partkit.metrics import true_masks
-from partkit.overlays import COLOURS, highlight, mask_opacity, panel
-from partkit.predictions import Prediction
-from partkit.schema import Question
+from plum_partonomy.masks import encode
+from plum_partonomy.records import Question
+from plum_partonomy.scoring.mask_metrics import normalise
+from plum_partonomy.scoring.metrics import true_masks
+from plum_partonomy.scoring.overlays import COLOURS, highlight, mask_opacity, panel
+from plum_partonomy.scoring.predictions import Prediction
 from processing_plum import PlumAnswer, PlumSpan
 
 LONGEST_SIDE = 640

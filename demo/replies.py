@@ -6,8 +6,8 @@ from collections import OrderedDict
 
 import torch
 
-from partkit.masks import DataError
-from plumkit.inference import Reply
+from plum_partonomy.inference.one_image import Reply
+from plum_partonomy.masks import DataError
 
 KEPT_REPLIES = 64
 KEPT_BYTES = 10**9

@@ -17,8 +17,8 @@ from PIL import Image
 from starlette.responses import PlainTextResponse
 
 from images_plum import open_image
-from partkit.masks import DataError
-from plumkit.inputs import MAX_IMAGE_BYTES, MAX_IMAGE_PIXELS
+from plum_partonomy.inference.inputs import MAX_IMAGE_BYTES, MAX_IMAGE_PIXELS
+from plum_partonomy.masks import DataError
 
 READ_SECONDS = 20
 """Longest time that an image may take to be decoded."""

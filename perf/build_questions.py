@@ -19,12 +19,12 @@ import numpy as np
 from measure import result
 from transformers import HfArgumentParser
 
-from partkit.knowledge import collect_knowledge
-from partkit.masks import encode
-from partkit.questions import QuestionMaker
-from partkit.schema import PartExample, PartMask
-from partkit.seeding import seeded_generator
-from partkit.wording import with_article
+from plum_partonomy.masks import encode
+from plum_partonomy.questions.maker import QuestionMaker
+from plum_partonomy.questions.part_statistics import collect_knowledge
+from plum_partonomy.questions.wording import with_article
+from plum_partonomy.records import PartExample, PartMask
+from plum_partonomy.seeding import seeded_generator
 
 FAMILY = 10
 PARTS_PER_OBJECT = (4, 12)

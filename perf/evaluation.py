@@ -11,10 +11,10 @@ from measure import compare
 from plum_tiny import build_plum_tiny
 
 from heads_plum import keep_last_answer
-from partkit.benchmark import load_image, load_questions, make_batches, pick_wrong_images
-from partkit.masks import decode
-from partkit.schema import as_chat
-from plumkit.predictor import Predictor, ask, choose, write_choice
+from plum_partonomy.inference.predictor import Predictor, ask, choose, write_choice
+from plum_partonomy.masks import decode
+from plum_partonomy.records import as_chat
+from plum_partonomy.scoring.benchmark import load_image, load_questions, make_batches, pick_wrong_images
 
 QUESTIONS, BATCH, NEW_TOKENS = 16, 16, 24
 

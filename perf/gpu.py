@@ -25,7 +25,8 @@ from configuration_plum import PlumConfig
 from heads_plum import IGNORE_INDEX
 from losses_plum import count_loss_items
 from modeling_plum import PlumForConditionalGeneration
-from train import ModelArguments, add_lora
+from plum_partonomy.training.model import add_lora
+from plum_partonomy.training.options import ModelArguments
 
 QUESTIONS, CHOICES, QUESTION_TOKENS, ANSWER_TOKENS = 10, 5, 24, 28
 ROWS, SPANS = 8, 3

@@ -3,7 +3,7 @@
     python perf/metrics.py [--pairs 4968] [--side 1024] [--dense_pairs 50]
 
 Draws pairs of overlapping shapes with a wavy outline, as many as Partonomy-Core has masks, and takes intersection and
-union of each, once from the runs (partkit/mask_metrics.py) and, for some of the same pairs, once from decoded arrays.
+union of each, once from the runs (scoring/mask_metrics.py) and, for some of the same pairs, once from decoded arrays.
 Both are timed in one process on one core; what it prints is the time of all pairs and the ratio per pair.
 """
 
@@ -14,8 +14,8 @@ import numpy as np
 from measure import result
 from pycocotools import mask as coco
 
-from partkit.mask_metrics import RLE, overlap
-from partkit.masks import decode
+from plum_partonomy.masks import decode
+from plum_partonomy.scoring.mask_metrics import RLE, overlap
 
 
 def draw(generator: np.random.Generator, side: int) -> RLE:

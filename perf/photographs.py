@@ -16,8 +16,8 @@ from PIL import Image
 
 from configuration_plum import PlumConfig
 from modeling_plum import PlumForConditionalGeneration
+from plum_partonomy.training.model import build_processor
 from processing_plum import PlumProcessor
-from train import build_processor
 
 SIDE, HEIGHT, WIDTH = 1024, 3000, 4000
 IMAGES, SPANS = 8, 6

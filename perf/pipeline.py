@@ -18,10 +18,10 @@ from plum_tiny import ANSWER, QUESTION
 from torch.utils.data import DataLoader
 from transformers import CLIPImageProcessor, SamImageProcessor
 
-from partkit.schema import as_chat
-from partkit.seeding import seeded_generator
+from plum_partonomy.records import as_chat
+from plum_partonomy.seeding import seeded_generator
+from plum_partonomy.training.model import train_tokenizer
 from processing_plum import PlumProcessor
-from train import train_tokenizer
 
 IMAGES = 24
 TARGETS = {256: 60.0, 1024: 12.0}  # images a second

@@ -5,8 +5,8 @@ import yaml
 from measure import ROOT
 from PIL import Image
 
-from partkit.seeding import seeded_generator
-from train import build_from_scratch
+from plum_partonomy.seeding import seeded_generator
+from plum_partonomy.training.model import build_from_scratch
 
 QUESTION = "What visible parts does the object in the image have?"
 ANSWER = "The object in the image has the following visible parts: left wing, right wing, tail, wheel, and hull."

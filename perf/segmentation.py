@@ -8,7 +8,7 @@ import torch
 from measure import compare
 from plum_tiny import QUESTION, build_plum_tiny, draw_images
 
-from partkit.schema import as_chat
+from plum_partonomy.records import as_chat
 
 TOKENS = 40
 

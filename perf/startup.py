@@ -16,9 +16,9 @@ from measure import ROOT, result
 PICTURE, QUESTION = "examples/sailboat.png", "What visible parts does the object in the image have?"
 # Words after `python`, exit code, seconds aimed at.
 COMMANDS = {
-    "plum --help": (["-m", "plumkit.cli", "--help"], 0, 1),
-    "plum ask, plum-tiny": (["-m", "plumkit.cli", "ask", PICTURE, QUESTION], 0, 5),
-    "plum ask, no such image": (["-m", "plumkit.cli", "ask", "absent.png", QUESTION], 1, 1),
+    "plum --help": (["-m", "plum_partonomy.cli", "--help"], 0, 1),
+    "plum ask, plum-tiny": (["-m", "plum_partonomy.cli", "ask", PICTURE, QUESTION], 0, 5),
+    "plum ask, no such image": (["-m", "plum_partonomy.cli", "ask", "absent.png", QUESTION], 1, 1),
     "train.py --help": (["train.py", "--help"], 0, None),
     "train.py, misspelt option": (["train.py", "recipes/plum_tiny.yaml", "--modle", "none"], 2, None),
     "evaluate_plum.py --help": (["evaluate_plum.py", "--help"], 0, 1),

@@ -11,8 +11,8 @@ from measure import compare
 from plum_tiny import build_plum_tiny, draw_images
 
 from losses_plum import count_loss_items, mask_losses
-from partkit.schema import as_chat
-from partkit.seeding import seeded_generator
+from plum_partonomy.records import as_chat
+from plum_partonomy.seeding import seeded_generator
 
 ROWS, SPANS = 8, 4
 ANSWER = "I can see a <p>wing</p>, a <p>tail</p>, a <p>wheel</p> and a <p>hull</p>."

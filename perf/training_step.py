@@ -15,7 +15,7 @@ from measure import compare
 
 from configuration_plum import PlumConfig
 from modeling_plum import PlumForConditionalGeneration
-from plumkit.embedding_cache import EmbeddingCache
+from plum_partonomy.inference.embedding_cache import EmbeddingCache
 
 SIDE, HEIGHT, WIDTH = 1024, 768, 1024
 IMAGE_TOKENS, TEXT_TOKENS = 256, 64

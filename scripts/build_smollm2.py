@@ -23,8 +23,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from configuration_plum import PlumConfig
 from modeling_plum import PlumForConditionalGeneration
+from plum_partonomy.training.model import SEG_TOKEN, build_processor
 from processing_plum import PlumProcessor
-from train import SEG_TOKEN, build_processor
 
 WEIGHTS_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 IMAGE_TOKEN = "<filename>"

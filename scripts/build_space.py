@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-CODE = ["*.py", "partkit/**/*.py", "plumkit/*.py", "demo/*.py", "demo/*.css", "demo/*.js"]
+CODE = ["*.py", "plum_partonomy/**/*.py", "demo/*.py", "demo/*.css", "demo/*.js"]
 CHECKPOINT = ["checkpoints/plum-tiny/*"]
 
 

@@ -18,7 +18,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from configuration_plum import PlumConfig
 from modeling_plum import PlumForConditionalGeneration
-from train import add_lora, parse_arguments
+from plum_partonomy.training.model import add_lora
+from plum_partonomy.training.options import parse_arguments
 
 
 def module_of(name: str) -> str:

@@ -21,9 +21,9 @@ from transformers import AutoModel, AutoProcessor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import partonomy_dataset  # noqa: F401  (makes load_dataset("partonomy") work)
-from partkit.corrections import gain, read_corrections
-from partkit.masks import decode
-from partkit.overlays import COLOURS, highlight, overlay
+from plum_partonomy.masks import decode
+from plum_partonomy.scoring.corrections import gain, read_corrections
+from plum_partonomy.scoring.overlays import COLOURS, highlight, overlay
 
 LINE_LENGTH = 58
 """Characters of the answer on one line of the picture."""

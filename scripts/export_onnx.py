@@ -22,7 +22,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from modeling_plum import PlumForConditionalGeneration
-from plumkit.checkpoint import load_checkpoint
+from plum_partonomy.inference.checkpoint import load_checkpoint
 
 STEP_OUTPUTS = ["mask", "iou", "key", "value"]
 TOLERANCE = 1e-3

@@ -24,16 +24,16 @@ import datasets
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import partonomy_dataset  # noqa: E402
-from partkit import synthesis  # noqa: E402
-from partkit.dataset_card import ConfigFacts, make_card  # noqa: E402
-from partkit.leak import leak_of_copy, leak_of_drawings, leak_of_published  # noqa: E402
-from partkit.problems import ERRORS_FILE, write_problems  # noqa: E402
-from partkit.questions import SCHEMES  # noqa: E402
-from partkit.schema import DataError, Question  # noqa: E402
-from partkit.shards import MAX_SHARD_BYTES, write_checksums, write_shards  # noqa: E402
-from partkit.sources.survey import PART_SOURCES, Survey, survey  # noqa: E402
-from partkit.statistics import Statistics  # noqa: E402
-from plumkit.cards import CITATION  # noqa: E402
+from plum_partonomy.drawn import miniature  # noqa: E402
+from plum_partonomy.hub.dataset_card import ConfigFacts, make_card  # noqa: E402
+from plum_partonomy.hub.model_card import CITATION  # noqa: E402
+from plum_partonomy.hub.shards import MAX_SHARD_BYTES, write_checksums, write_shards  # noqa: E402
+from plum_partonomy.questions.maker import SCHEMES  # noqa: E402
+from plum_partonomy.records import DataError, Question  # noqa: E402
+from plum_partonomy.scoring.blind_baselines import leak_of_copy, leak_of_drawings, leak_of_published  # noqa: E402
+from plum_partonomy.sources.problems import ERRORS_FILE, write_problems  # noqa: E402
+from plum_partonomy.sources.splits import PART_SOURCES, Survey, survey  # noqa: E402
+from plum_partonomy.sources.statistics import Statistics  # noqa: E402
 
 
 def main() -> None:
@@ -170,9 +170,9 @@ def graphs_of(source: str, found: Survey | None) -> dict[str, Any] | None:
     if source in partonomy_dataset.SCENES:
         scene = partonomy_dataset.SCENES[source]
         return {
-            "part_graph": synthesis.part_graph(scene),
-            "required_parts": synthesis.required_parts(scene),
-            "instance_graph": synthesis.instance_graph(scene),
+            "part_graph": miniature.part_graph(scene),
+            "required_parts": miniature.required_parts(scene),
+            "instance_graph": miniature.instance_graph(scene),
         }
     if found is None or not found.part_graph:
         return None

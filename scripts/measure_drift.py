@@ -19,7 +19,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from modeling_plum import PlumForConditionalGeneration
-from plumkit.checkpoint import load_checkpoint
+from plum_partonomy.inference.checkpoint import load_checkpoint
 
 TOPICS = ("assignment", "calls", "comparisons", "debugger", "execmodel", "import", "objects", "strings")
 NUM_TOKENS = 512

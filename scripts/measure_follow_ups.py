@@ -17,11 +17,11 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from partkit.benchmark import load_image, load_questions  # noqa: E402
-from partkit.metrics import part_counts, true_parts  # noqa: E402
-from partkit.schema import Question, as_chat, escape_tags  # noqa: E402
-from plumkit.inference import load_model  # noqa: E402
-from plumkit.predictor import ask  # noqa: E402
+from plum_partonomy.inference.one_image import load_model  # noqa: E402
+from plum_partonomy.inference.predictor import ask  # noqa: E402
+from plum_partonomy.records import Question, as_chat, escape_tags  # noqa: E402
+from plum_partonomy.scoring.benchmark import load_image, load_questions  # noqa: E402
+from plum_partonomy.scoring.metrics import part_counts, true_parts  # noqa: E402
 
 BATCH_SIZE = 16
 MAX_NEW_TOKENS = 96

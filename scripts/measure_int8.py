@@ -22,11 +22,11 @@ from torch.ao.quantization import quantize_dynamic
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import partonomy_dataset
-from partkit.benchmark import load_image, load_questions, make_batches
-from partkit.metrics import evaluate_predictions
-from partkit.schema import Question
-from plumkit.inference import Plum, load_model
-from plumkit.predictor import Predictor
+from plum_partonomy.inference.one_image import Plum, load_model
+from plum_partonomy.inference.predictor import Predictor
+from plum_partonomy.records import Question
+from plum_partonomy.scoring.benchmark import load_image, load_questions, make_batches
+from plum_partonomy.scoring.metrics import evaluate_predictions
 
 BATCH_SIZE, NEW_TOKENS, ROUNDS = 8, 48, 2
 

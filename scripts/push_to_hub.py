@@ -26,9 +26,9 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import filter_repo_objects
 from transformers import AutoModel, AutoProcessor
 
-from partkit.scoring import fingerprint_model
-from plumkit.cards import CURVES_FILE, RECIPE_FILE, make_model_card
-from plumkit.checkpoint import check_checkpoint
+from plum_partonomy.hub.model_card import CURVES_FILE, RECIPE_FILE, make_model_card
+from plum_partonomy.inference.checkpoint import check_checkpoint
+from plum_partonomy.scoring.results import fingerprint_model
 
 # What a repository holds of a folder. Optimizer states and pickled arguments stay at home.
 MODEL_FILES = ["config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json"]

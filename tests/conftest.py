@@ -43,7 +43,7 @@ def recording(request, tmp_path_factory):
 @pytest.fixture(scope="session")
 def data_folder(tmp_path_factory) -> Path:
     """Grounded conversations for `load_dataset`, in the splits train and validation."""
-    from tests.training import make_records, record
+    from tests.runs import make_records, record
 
     folder = tmp_path_factory.mktemp("data")
     rows = [record(number, number % 4, number % 8 != 0) for number in range(24)]
@@ -55,9 +55,9 @@ def data_folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def trained(data_folder, tmp_path_factory) -> Path:
     """The output folder of a model trained from scratch by a recipe."""
-    import train
+    from plum_partonomy.training.run import main as train
+    from tests.runs import base_options
     from tests.tiny import tiny_config
-    from tests.training import base_options
 
     folder = tmp_path_factory.mktemp("trained")
     config = tiny_config().to_dict()
@@ -65,5 +65,5 @@ def trained(data_folder, tmp_path_factory) -> Path:
     best = {"load_best_model_at_end": True, "metric_for_best_model": "strict_macro_giou"}
     recipe = base_options(data_folder, folder / "out") | {"model_config": config, "tokenizer_vocab_size": 300}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(json.loads(json.dumps({**recipe, **evaluated, **best}))))
-    train.main([str(folder / "recipe.yaml"), "--max_steps", "8"])
+    train([str(folder / "recipe.yaml"), "--max_steps", "8"])
     return folder / "out"

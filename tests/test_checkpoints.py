@@ -12,8 +12,8 @@ from huggingface_hub import ModelCard
 from transformers import AutoModel, AutoProcessor
 
 import partonomy_dataset  # noqa: F401  (makes load_dataset("partonomy", ...) work)
-from partkit.mask_metrics import matched_ious
-from partkit.masks import encode
+from plum_partonomy.masks import encode
+from plum_partonomy.scoring.mask_metrics import matched_ious
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "checkpoints" / "plum-tiny"

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import plumkit.cli
-from partkit.masks import encode
+from plum_partonomy import cli
+from plum_partonomy.masks import encode
 from tests.tiny import random_image, random_mask, tiny_model, tiny_processor
 
 ROOT = Path(__file__).parents[1]
@@ -57,7 +57,7 @@ def raw_data(tmp_path, image_file):
 
 
 def test_an_image_from_a_pipe_is_segmented_and_nothing_but_the_answer_comes_out(checkpoint, image_file):
-    command = [sys.executable, "-m", "plumkit.cli", "segment", "-", "--spans", "left wing, tail", "--json"]
+    command = [sys.executable, "-m", "plum_partonomy.cli", "segment", "-", "--spans", "left wing, tail", "--json"]
     done = subprocess.run(
         [*command, "--model", checkpoint], input=image_file.read_bytes(), capture_output=True, timeout=120, cwd=ROOT
     )
@@ -69,7 +69,7 @@ def test_an_image_from_a_pipe_is_segmented_and_nothing_but_the_answer_comes_out(
 
 
 def test_a_problem_is_one_sentence_on_the_standard_error(tmp_path, capfd):
-    assert plumkit.cli.main(["data", "stats", "descriptor", "--data_dir", str(tmp_path), "--split", "train"]) == 1
+    assert cli.main(["data", "stats", "descriptor", "--data_dir", str(tmp_path), "--split", "train"]) == 1
     out, err = capfd.readouterr()
     assert out == "" and err.startswith("plum: Cannot load 'descriptor'") and len(err.splitlines()) == 1
 
@@ -77,7 +77,7 @@ def test_a_problem_is_one_sentence_on_the_standard_error(tmp_path, capfd):
 def test_an_answer_off_the_terminal_is_plain_and_its_files_are_named(checkpoint, image_file, tmp_path, capsys):
     folder = tmp_path / "answer"
     options = ["--spans", "tail", "--model", str(checkpoint), "--save", str(folder)]
-    assert plumkit.cli.main(["segment", str(image_file), *options]) == 0
+    assert cli.main(["segment", str(image_file), *options]) == 0
     out = capsys.readouterr().out
     assert out.startswith("The object in the image has the following visible parts: tail.\n  tail  score 0.")
     assert "\x1b" not in out and str(folder / "overlay.png") in out
@@ -87,7 +87,7 @@ def test_an_answer_off_the_terminal_is_plain_and_its_files_are_named(checkpoint,
 
 def test_a_chat_goes_on_after_a_bad_line_and_has_failed_in_the_end(checkpoint, image_file, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("Which parts?\n\nWhat is </s>?\nIs it red?\n"))
-    assert plumkit.cli.main(["chat", str(image_file), "--model", str(checkpoint), "--json"]) == 1
+    assert cli.main(["chat", str(image_file), "--model", str(checkpoint), "--json"]) == 1
     captured = capsys.readouterr()
     assert [sorted(json.loads(line)) for line in captured.out.splitlines()] == [
         ["confidence", "is_truncated", "spans", "text"]
@@ -123,7 +123,7 @@ def test_each_kind_of_problem_has_its_exit_code(arguments, code, message, image_
     monkeypatch.chdir(image_file.parent)
     arguments = [str(image_file) if argument == "IMAGE" else argument for argument in arguments]
     try:
-        found = plumkit.cli.main(arguments)
+        found = cli.main(arguments)
     except SystemExit as error:
         found = error.code if isinstance(error.code, int) else 1  # a text is printed and counts as 1
     assert found == code and message in capsys.readouterr().err
@@ -131,12 +131,12 @@ def test_each_kind_of_problem_has_its_exit_code(arguments, code, message, image_
 
 def test_questions_that_are_no_text_end_the_chat_with_one_sentence(checkpoint, image_file, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\n"), encoding="utf-8"))
-    assert plumkit.cli.main(["chat", str(image_file), "--model", str(checkpoint)]) == 1
+    assert cli.main(["chat", str(image_file), "--model", str(checkpoint)]) == 1
     assert capsys.readouterr().err.startswith("plum: The questions are not text in UTF-8")
 
 
 def test_a_reader_that_leaves_early_is_no_problem(raw_data):
-    command = [sys.executable, "-m", "plumkit.cli", "data", "stats", "descriptor", "--data_dir", raw_data]
+    command = [sys.executable, "-m", "plum_partonomy.cli", "data", "stats", "descriptor", "--data_dir", raw_data]
     process = subprocess.Popen(
         [*command, "--split", "train"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
     )
@@ -150,7 +150,7 @@ def test_no_command_minds_a_reader_that_has_left(command, closed, checkpoint, im
     command = [image_file if word == "IMAGE" else word for word in command]
     model = ["--model", checkpoint] if "segment" in command else []
     process = subprocess.Popen(
-        [sys.executable, "-m", "plumkit.cli", *command, *model],
+        [sys.executable, "-m", "plum_partonomy.cli", *command, *model],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -166,7 +166,7 @@ def test_letters_that_the_output_lacks_are_written_as_escapes(encoding, checkpoi
     command = [
         sys.executable,
         "-m",
-        "plumkit.cli",
+        "plum_partonomy.cli",
         "segment",
         image_file,
         "--spans",
@@ -193,7 +193,7 @@ class Interrupting:
 
 module, sys.argv = sys.argv[1], ["plum", *sys.argv[2:]]
 sys.meta_path.insert(0, Interrupting())
-from plumkit.cli import main
+from plum_partonomy.cli import main
 code = main()
 sys.exit(f"{module} was not imported, code {code}")
 """
@@ -201,18 +201,18 @@ sys.exit(f"{module} was not imported, code {code}")
 
 @pytest.mark.parametrize(
     "module",
-    ["plumkit.commands", "argparse", "rich.console", "numpy", "torch", "torch.distributed", "modeling_plum"]
-    + ["transformers.models.sam.modeling_sam", "safetensors.torch", "partkit.overlays"],
+    ["plum_partonomy.commands", "argparse", "rich.console", "numpy", "torch", "torch.distributed", "modeling_plum"]
+    + ["transformers.models.sam.modeling_sam", "safetensors.torch", "plum_partonomy.scoring.overlays"],
 )
 def test_ctrl_c_ends_the_command_quietly_whatever_is_being_imported(module, checkpoint, image_file):
     command = [sys.executable, "-c", CTRL_C_AT_AN_IMPORT, module, "segment", image_file, "--spans", "tail"]
     run = subprocess.run([*command, "--model", checkpoint], capture_output=True, text=True, cwd=ROOT)
-    assert (run.returncode, run.stderr) == (plumkit.cli.INTERRUPTED, "")
+    assert (run.returncode, run.stderr) == (cli.INTERRUPTED, "")
 
 
 def test_ctrl_c_ends_a_chat_that_waits_for_a_question(checkpoint, image_file):
     process = subprocess.Popen(
-        [sys.executable, "-m", "plumkit.cli", "chat", image_file, "--json", "--model", checkpoint],
+        [sys.executable, "-m", "plum_partonomy.cli", "chat", image_file, "--json", "--model", checkpoint],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -223,25 +223,25 @@ def test_ctrl_c_ends_a_chat_that_waits_for_a_question(checkpoint, image_file):
     process.stdin.flush()
     assert "spans" in json.loads(process.stdout.readline())
     process.send_signal(signal.SIGINT)
-    assert (process.communicate(timeout=120), process.returncode) == (("", ""), plumkit.cli.INTERRUPTED)
+    assert (process.communicate(timeout=120), process.returncode) == (("", ""), cli.INTERRUPTED)
 
 
 def test_data_is_validated_counted_and_drawn(raw_data, capsys):
-    assert plumkit.cli.main(["data", "validate", "descriptor", str(raw_data)]) == 0
+    assert cli.main(["data", "validate", "descriptor", str(raw_data)]) == 0
     captured = capsys.readouterr()
     assert "is complete" in captured.out and captured.err == ""
     of_train = ["descriptor", "--data_dir", str(raw_data), "--split", "train"]
-    assert plumkit.cli.main(["data", "stats", *of_train, "--json"]) == 0
+    assert cli.main(["data", "stats", *of_train, "--json"]) == 0
     counts = json.loads(capsys.readouterr().out)
     assert (counts["images"], counts["objects"], counts["parts"], counts["masks"]) == (8, 1, 2, 16)
     assert counts["masks by part"] == {"door": 8, "wheel": 8}
-    assert plumkit.cli.main(["data", "preview", *of_train, "--save", str(raw_data / "drawn"), "--count", "3"]) == 0
+    assert cli.main(["data", "preview", *of_train, "--save", str(raw_data / "drawn"), "--count", "3"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == len(list((raw_data / "drawn").iterdir())) == 3
 
 
 IMPORTED_BY_A_COMMAND = """
 import sys
-from plumkit.cli import main
+from plum_partonomy.cli import main
 
 try:
     main(sys.argv[1:])
@@ -276,5 +276,5 @@ def test_a_command_imports_only_what_it_needs(command, imported, checkpoint, ima
 
 def test_an_unknown_kind_of_data_set_is_answered_with_the_known_ones(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
-        plumkit.cli.main(["data", "validate", "no_such", str(tmp_path)])
+        cli.main(["data", "validate", "no_such", str(tmp_path)])
     assert "expected one of core, own_parts, descriptor, pascal_part" in capsys.readouterr().err

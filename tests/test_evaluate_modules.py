@@ -15,9 +15,9 @@ import evaluate
 import pytest
 import yaml
 
-from partkit.baselines import answer_without_model
-from partkit.metrics import evaluate_predictions, part_counts, pool, true_masks
-from tests.test_answers import QUESTIONS
+from plum_partonomy.scoring.baselines import answer_without_model
+from plum_partonomy.scoring.metrics import evaluate_predictions, part_counts, pool, true_masks
+from tests.scoring.test_answers import QUESTIONS
 
 ROOT = Path(__file__).parents[1]
 
@@ -29,7 +29,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def masks():
-    """Predictions and references of three images, and the figures of partkit."""
+    """Predictions and references of three images, and the figures of the library."""
     answers = answer_without_model("random", QUESTIONS)
     predictions = [
         [{"label": span.text, "rle": span.rle, "score": span.score} for span in answer.given_spans]
@@ -43,7 +43,7 @@ def load(path, tmp_path, **options):
     return evaluate.load(str(path), cache_dir=str(tmp_path / "cache"), **options)
 
 
-def test_masks_added_in_batches_have_the_figures_of_partkit(folder, tmp_path, masks):
+def test_masks_added_in_batches_have_the_figures_of_the_library(folder, tmp_path, masks):
     predictions, references, expected = masks
     metric = load(folder / "partonomy_masks", tmp_path)
     metric.add_batch(predictions=predictions[:2], references=references[:2])
@@ -53,7 +53,7 @@ def test_masks_added_in_batches_have_the_figures_of_partkit(folder, tmp_path, ma
     assert figures == {name: pytest.approx(expected[name]) for name in figures}
 
 
-def test_part_names_have_the_counts_of_partkit_in_both_protocols(folder, tmp_path):
+def test_part_names_have_the_counts_of_the_library_in_both_protocols(folder, tmp_path):
     predictions, references = [["hull", "Hull ", "flag"], ["mast"]], [["hull", "mast"], ["mast"]]
     metric = load(folder / "partonomy_parts", tmp_path)
     for protocol in ("strict", "reference"):
@@ -91,7 +91,7 @@ def test_two_processes_give_the_figures_of_all(folder, tmp_path):
     assert '"precision": 0.75' in outputs[0] and outputs[1].strip() == "null"
 
 
-def test_choices_have_the_accuracy_of_partkit_and_indices_beyond_the_choices_are_refused(folder, tmp_path):
+def test_choices_have_the_accuracy_of_the_library_and_indices_beyond_the_choices_are_refused(folder, tmp_path):
     metric = load(folder / "partonomy_choices", tmp_path)
     answers = answer_without_model("random", QUESTIONS)
     predictions, references = [answer.choice for answer in answers], [question.correct for question in QUESTIONS]
@@ -173,5 +173,7 @@ def test_a_damaged_mask_or_score_is_refused_naming_image_and_mask(folder, tmp_pa
 def test_the_files_beside_the_mask_metric_are_those_of_the_project():
     assert len({path.read_bytes() for path in (ROOT / "metrics").glob("*/app.py")}) == 1
     copies = ROOT / "metrics" / "partonomy_masks"
-    assert (copies / "mask_metrics.py").read_bytes() == (ROOT / "partkit" / "mask_metrics.py").read_bytes()
+    assert (copies / "mask_metrics.py").read_bytes() == (
+        ROOT / "plum_partonomy" / "scoring" / "mask_metrics.py"
+    ).read_bytes()
     assert (copies / "rle_plum.py").read_bytes() == (ROOT / "rle_plum.py").read_bytes()

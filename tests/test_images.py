@@ -16,11 +16,11 @@ import torch
 from PIL import Image
 
 from images_plum import FORMATS, read_image
-from partkit.features import GROUNDED_CONVERSATION_FEATURES
-from partkit.images import read_image as read_stored_image
-from partkit.masks import DataError, encode
-from partkit.sources.files import ImageFiles
-from plumkit.data import ConversationDataset
+from plum_partonomy.features import GROUNDED_CONVERSATION_FEATURES
+from plum_partonomy.images import read_image as read_stored_image
+from plum_partonomy.masks import DataError, encode
+from plum_partonomy.sources.untrusted import ImageFiles
+from plum_partonomy.training.examples import ConversationDataset
 
 HEIGHT, WIDTH = 4, 6
 RAMP = np.arange(HEIGHT * WIDTH, dtype=np.uint8).reshape(HEIGHT, WIDTH) * 10

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 from tests.digests import digest
-from tests.test_mixture_configs import FOLDERS
-from tests.test_question_builds import small_descriptor
+from tests.questions.test_question_builds import small_descriptor
+from tests.sources.test_mixture_configs import FOLDERS
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = ("pascal_part", "semantic_paco_lvis", "ade20k", "grefcoco", "reasonseg", "core_stage2")

@@ -7,9 +7,9 @@ import shutil
 import sys
 from pathlib import Path
 
-import evaluate_plum
-import partkit.__main__
-import train
+from plum_partonomy.cli import main as plum
+from plum_partonomy.evaluation.run import main as evaluate_plum
+from plum_partonomy.training.run import main as train
 from tests.tiny import tiny_model, tiny_processor
 
 ROOT = Path(__file__).parents[1]
@@ -40,13 +40,13 @@ def coco_of_photographs(source: Path, folder: Path) -> None:
 
 def run_command(words: list[str], monkeypatch) -> None:
     match words:
-        case ["python", "-m", "partkit", *arguments]:
-            assert partkit.__main__.main(arguments) == 0
+        case ["plum", *arguments]:
+            assert plum(arguments) == 0
         case ["accelerate", "launch", "train.py", *arguments]:
-            train.main([*arguments, *QUICKLY])
+            train([*arguments, *QUICKLY])
         case ["python", "evaluate_plum.py", *arguments]:
             monkeypatch.setattr(sys, "argv", ["evaluate_plum.py", *arguments, "--max_new_tokens", "4"])
-            evaluate_plum.main()
+            evaluate_plum()
         case _:
             raise AssertionError(f"the test does not know how to run {shlex.join(words)}")
 
@@ -56,7 +56,7 @@ def test_the_commands_of_the_page_lead_from_photographs_to_an_evaluated_model(
 ):
     page = (ROOT / "docs" / "own_data.md").read_text()
     commands = [shlex.split(block) for block in re.findall(r"```sh\n(.*?)```", page, re.DOTALL)]
-    assert [command[2] for command in commands] == ["partkit", "train.py", "--model"]
+    assert [command[:3][-1] for command in commands] == ["validate", "train.py", "--model"]
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipes").symlink_to(ROOT / "recipes", target_is_directory=True)
     coco_of_photographs(fixtures_dir / "data" / "real_parts", tmp_path / "photos")

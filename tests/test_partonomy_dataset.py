@@ -14,12 +14,12 @@ from datasets import load_dataset
 from PIL import Image
 
 import partonomy_dataset
-from partkit import synthesis
-from partkit.features import GROUNDED_CONVERSATION_FEATURES, QUESTION_FEATURES
-from partkit.masks import DataError, decode
-from partkit.schema import GroundedConversation, PartMask, Question
-from partkit.sources.official import QUESTIONS_FILE
-from tests.test_sources_coco import (
+from plum_partonomy.drawn import miniature
+from plum_partonomy.features import GROUNDED_CONVERSATION_FEATURES, QUESTION_FEATURES
+from plum_partonomy.masks import DataError, decode
+from plum_partonomy.records import GroundedConversation, PartMask, Question
+from plum_partonomy.sources.official import QUESTIONS_FILE
+from tests.sources.test_coco import (
     paco_content,
     paco_folder,
     partimagenet_content,
@@ -109,7 +109,7 @@ def run_python(code: str, *, cwd: Path, tmp_path: Path) -> str:
 def test_the_folder_is_served_from_the_repository_root_without_any_import_of_the_project(tmp_path):
     code = (
         "import sys; from datasets import load_dataset; d = load_dataset('partonomy', split='test');"
-        "print(d[0]['id'], d[0]['image'].size, 'partkit' in sys.modules)"
+        "print(d[0]['id'], d[0]['image'].size, 'plum_partonomy' in sys.modules)"
     )
     assert run_python(code, cwd=ROOT, tmp_path=tmp_path) == "mini-test-00000-conversation (128, 128) False\n"
 
@@ -137,9 +137,9 @@ def test_the_parquet_files_stay_within_their_limit_and_graphs_match_the_drawings
     assert sum(path.stat().st_size for path in PARQUET.rglob("*.parquet")) < 9_500_000
     graphs = json.loads((PARQUET / "graphs" / "mini.json").read_text())
     assert graphs == {
-        "part_graph": synthesis.part_graph(),
-        "required_parts": synthesis.required_parts(),
-        "instance_graph": synthesis.instance_graph(),
+        "part_graph": miniature.part_graph(),
+        "required_parts": miniature.required_parts(),
+        "instance_graph": miniature.instance_graph(),
     }
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.test_evaluate_plum import question_set  # noqa: F401
+from tests.evaluation.test_evaluate_plum import question_set  # noqa: F401
+from tests.runs import base_options
 from tests.tiny import random_image, tiny_config
-from tests.training import base_options
 
 ROOT = Path(__file__).parents[1]
 PROGRESS = re.compile(r"\d+%\||\d+ examples \[|^\s*$")
@@ -59,11 +59,13 @@ def test_an_evaluation_prints_progress_alone(trained_in_a_process, question_set,
 def test_loading_a_checkpoint_warns_of_nothing(trained_in_a_process, tmp_path):
     """As the app loads it, with the verbosity of transformers left as it is."""
     model, _ = trained_in_a_process
-    code = "import sys; from plumkit.inference import load_model; load_model(sys.argv[1])"
+    code = "import sys; from plum_partonomy.inference.one_image import load_model; load_model(sys.argv[1])"
     assert without_progress(run("-c", code, model)) == []
 
 
 def test_the_shell_prints_an_answer_and_nothing_else(trained_in_a_process, tmp_path):
     model, _ = trained_in_a_process
     random_image().save(tmp_path / "image.png")
-    assert run("-m", "plumkit.cli", "segment", tmp_path / "image.png", "--spans", "tail", "--model", model) == ""
+    assert (
+        run("-m", "plum_partonomy.cli", "segment", tmp_path / "image.png", "--spans", "tail", "--model", model) == ""
+    )

@@ -20,5 +20,7 @@ def test_every_file_and_command_that_is_named_exists():
     text = (ROOT / "README.md").read_text()
     targets = (ROOT / "Makefile").read_text()
     assert all(f"\n{target}:" in targets for target in re.findall(r"^make (\w+)", text, re.MULTILINE))
-    paths = set(re.findall(r"(?<![\w/])(?:recipes|docs|partkit|partonomy|scripts|checkpoints|demo)/[\w./-]*\w", text))
+    paths = set(
+        re.findall(r"(?<![\w/])(?:recipes|docs|plum_partonomy|partonomy|scripts|checkpoints|demo)/[\w./-]*\w", text)
+    )
     assert paths and all((ROOT / path).exists() for path in paths)

@@ -1,1 +1,0 @@
-"""One module per raw data set, each turning files into the records of `partkit.schema`."""

@@ -1,0 +1,1 @@
+"""The library behind PLUM and PARTONOMY: records, readers, questions, scoring, training and inference."""

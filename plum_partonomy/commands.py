@@ -1,0 +1,288 @@
+"""What `plum` does with its arguments: a parser, and a function for each command."""
+
+import argparse
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+from plum_partonomy.cli import BAD_INPUT, NO_MODEL
+from plum_partonomy.cli import __doc__ as USAGE
+from plum_partonomy.inference.inputs import ModelError, check_phrases, check_text, read_image
+from plum_partonomy.masks import DataError
+
+LISTED_PROBLEMS = 20
+DEFAULT_MODEL = Path(__file__).resolve().parents[1] / "checkpoints" / "plum-tiny"
+
+
+class PipedConsole(Console):
+    """A console that leaves it to `main` what happens when the reader of its output has left."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
+def run(arguments: Sequence[str] | None) -> int:
+    """Runs the command of a command line and returns its exit code; problems are exceptions."""
+    options, rest = make_parser().parse_known_args(arguments)
+    if rest and options.run not in (evaluate, train):
+        make_parser().parse_args(arguments)  # says which argument is unknown
+    try:
+        return options.run(options, rest) or 0
+    except DataError as error:
+        print(f"plum: {error}", file=sys.stderr)
+        return NO_MODEL if isinstance(error, ModelError) else BAD_INPUT
+
+
+def make_parser() -> argparse.ArgumentParser:
+    kind = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="plum", description=USAGE, formatter_class=kind, allow_abbrev=False)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    about_an_image = argparse.ArgumentParser(add_help=False)
+    about_an_image.add_argument("image", metavar="IMAGE", help="image file, its URL, or - for the standard input")
+    about_an_image.add_argument("--model", default=DEFAULT_MODEL, help="folder, or name on the Hub; plum-tiny if none")
+    about_an_image.add_argument("--json", action="store_true", help="one JSON object a line, masks as RLE")
+    about_an_image.add_argument("--save", type=Path, metavar="DIR", help="write overlay, masks and COCO json here")
+
+    command = commands.add_parser("ask", parents=[about_an_image], help="ask one question about an image")
+    command.add_argument("question", help="the question")
+    command.set_defaults(run=ask)
+    command = commands.add_parser("chat", parents=[about_an_image], help="ask questions, one a line")
+    command.set_defaults(run=chat)
+    command = commands.add_parser("segment", parents=[about_an_image], help="segment parts that you name")
+    command.add_argument("--spans", required=True, metavar='"PART, PART"', help="the parts, with commas between")
+    command.set_defaults(run=segment)
+    command = commands.add_parser("eval", add_help=False, help="score a model or its answers (evaluate_plum.py)")
+    command.set_defaults(run=evaluate)
+    command = commands.add_parser("train", add_help=False, help="train a model (train.py)")
+    command.set_defaults(run=train)
+    add_data_commands(commands.add_parser("data", help="check, count or draw a data set"))
+    return parser
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"expected a number from 1, found {text!r}")
+    return int(text)
+
+
+def known_source(name: str) -> str:
+    from plum_partonomy.sources.validate import CHECKS  # takes longer to import than all of --help
+
+    if name not in CHECKS:
+        raise argparse.ArgumentTypeError(f"expected one of {', '.join(CHECKS)}, found {name!r}")
+    return name
+
+
+def add_data_commands(parser: argparse.ArgumentParser) -> None:
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    command = commands.add_parser("validate", help="check your copy of a data set before a long build")
+    help = "what the copy is of, such as pascal_part; default: own_parts"
+    command.add_argument("source", nargs="?", type=known_source, default="own_parts", metavar="SOURCE", help=help)
+    command.add_argument("folder", type=Path, metavar="FOLDER")
+    command.add_argument("--errors", type=Path, metavar="FILE.jsonl", help="write every problem to this file")
+    command.set_defaults(run=validate)
+
+    of_a_split = argparse.ArgumentParser(add_help=False)
+    of_a_split.add_argument("name", help='configuration of load_dataset("partonomy", ...), such as mini_questions')
+    of_a_split.add_argument("--split", default="test", help="default: test")
+    of_a_split.add_argument("--data_dir", help="folder of raw data, for the names that need one")
+    command = commands.add_parser("stats", parents=[of_a_split], help="count records, objects, parts and masks")
+    command.add_argument("--json", action="store_true", help="as JSON")
+    command.set_defaults(run=count)
+    command = commands.add_parser("preview", parents=[of_a_split], help="draw the masks of the first records")
+    command.add_argument("--save", type=Path, required=True, metavar="DIR", help="folder for a PNG a record")
+    command.add_argument("--count", type=positive, default=8, help="how many records; default: 8")
+    command.set_defaults(run=preview)
+
+
+# ---------------------------------------------------------------- about an image
+
+
+def ask(options: argparse.Namespace, rest: Sequence[str]) -> None:
+    check_text(options.question, what="a question")
+    plum, image = open_both(options)
+    from plum_partonomy.inference.one_image import ask
+
+    show(plum, ask(plum, image, options.question), options)
+
+
+def segment(options: argparse.Namespace, rest: Sequence[str]) -> None:
+    phrases = check_phrases(options.spans.split(","))
+    plum, image = open_both(options)
+    from plum_partonomy.inference.one_image import segment_phrases
+
+    show(plum, segment_phrases(plum, image, phrases), options)
+
+
+def chat(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    """Goes on after a question that cannot be answered, and counts as failed in the end."""
+    if options.image == "-":
+        raise DataError("The questions come from the standard input: give the image as a file.")
+    plum, image = open_both(options)
+    from plum_partonomy.inference.one_image import ask, remember
+
+    history: list[dict[str, str]] = []
+    code = 0
+    for number, question in enumerate(read_questions(), start=1):
+        try:
+            reply = ask(plum, image, question, history=history)
+        except DataError as error:
+            print(f"plum: {error}", file=sys.stderr)
+            code = BAD_INPUT
+            continue
+        history = remember(reply)
+        show(plum, reply, options, folder=options.save and options.save / f"{number:02}")
+    return code
+
+
+def read_questions() -> Iterator[str]:
+    """The lines of the standard input, with a prompt on a terminal."""
+    while True:
+        try:
+            line = input("> ") if sys.stdin.isatty() and sys.stdout.isatty() else input()
+        except EOFError:
+            return
+        except UnicodeDecodeError as error:
+            raise DataError(f"The questions are not text in UTF-8: {error}.") from error
+        if line.strip():
+            yield line
+
+
+def open_both(options: argparse.Namespace):
+    """The image first, which is read in no time, then the model and all that it takes to import."""
+    image = read_image(sys.stdin.buffer if options.image == "-" else options.image)
+    from transformers.utils.logging import disable_progress_bar
+
+    from plum_partonomy.inference.one_image import load_model
+
+    disable_progress_bar()
+    _, plum = load_model(options.model)
+    return plum, image
+
+
+def show(plum, reply, options: argparse.Namespace, *, folder: Path | None = None) -> None:
+    """Prints an answer, its spans in the colours of their masks, and saves it where that is asked for."""
+    from plum_partonomy.inference.one_image import as_json, finish, save, warn_of_unknown_image
+    from plum_partonomy.scoring.overlays import COLOURS, highlight
+
+    answer = finish(plum, reply)
+    if warning := warn_of_unknown_image(plum, answer):
+        print(f"plum: {warning}", file=sys.stderr)
+    folder = folder or options.save
+    files = save(answer, reply.image, folder, file_name=Path(options.image).name) if folder else []
+    if options.json:
+        print(json.dumps(as_json(answer)), flush=True)
+        return
+    if answer.is_truncated:
+        print("plum: the answer is cut off, it is too long.", file=sys.stderr)
+    console = PipedConsole(highlight=False, soft_wrap=True)
+    pieces = highlight(answer.text, answer.spans)
+    console.print(Text.assemble(*((piece, f"bold {colour}" if colour else "") for piece, colour in pieces)))
+    for index, span in enumerate(answer.spans):
+        line = f"  score {span.score:.2f}  box {span.box}  {int(span.mask.sum())} pixels"
+        console.print(Text.assemble("  ", (span.text, COLOURS[index % len(COLOURS)]), line))
+    for path in files:
+        console.print(Text(f"wrote {path}", style="dim"))
+
+
+# ---------------------------------------------------------------- benchmark and data
+
+
+def evaluate(options: argparse.Namespace, rest: Sequence[str]) -> None:
+    from plum_partonomy.evaluation.run import main
+
+    main(list(rest))
+
+
+def train(options: argparse.Namespace, rest: Sequence[str]) -> None:
+    from plum_partonomy.training.run import main
+
+    main(list(rest))
+
+
+def validate(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    """Prints the first problems; returns 1 if there is one."""
+    from plum_partonomy.sources.problems import write_problems
+    from plum_partonomy.sources.validate import validate
+
+    report = validate(options.source, options.folder)
+    if options.errors is not None:
+        write_problems(options.errors, report.problems)
+    for note in report.notes:
+        print(note)
+    for problem in report.problems[:LISTED_PROBLEMS]:
+        print(f"problem: {problem}")
+    if len(report.problems) > LISTED_PROBLEMS:
+        print(f"and {len(report.problems) - LISTED_PROBLEMS} more problems")
+    if report.problems:
+        count = "1 problem" if len(report.problems) == 1 else f"{len(report.problems)} problems"
+        print(f"{options.folder} is not fit for a build: {count}")
+        return BAD_INPUT
+    print(f"{options.folder} is complete")
+    return 0
+
+
+def open_split(options: argparse.Namespace):
+    """The records of a split; raises DataError if there is none."""
+    import datasets
+
+    import partonomy_dataset
+
+    datasets.utils.logging.disable_progress_bar()
+    try:
+        return datasets.load_dataset(
+            partonomy_dataset.DATASET_NAME, options.name, data_dir=options.data_dir, split=options.split
+        )
+    except (ValueError, OSError, datasets.exceptions.DatasetGenerationError) as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        raise DataError(f"Cannot load {options.name!r}, split {options.split!r}: {cause}") from error
+
+
+def distinct_masks(row: dict) -> list[dict]:
+    """The masks of a record, each once: a conversation names the same part again and again."""
+    return list({(mask["label"], mask["rle"]["counts"]): mask for mask in row["masks"]}.values())
+
+
+def count(options: argparse.Namespace, rest: Sequence[str]) -> None:
+    rows = open_split(options).select_columns(["image_id", "image_label", "masks"])
+    masks = {
+        (row["image_id"], mask["label"], mask["rle"]["counts"]): mask["label"]
+        for row in rows
+        for mask in distinct_masks(row)
+    }
+    by_part = Counter(masks.values())
+    counts = {
+        "records": len(rows),
+        "images": len(set(rows["image_id"])),
+        "objects": len(set(rows["image_label"])),
+        "parts": len(by_part),
+        "masks": len(masks),
+    }
+    if options.json:
+        print(json.dumps({**counts, "masks by part": by_part}, sort_keys=True))
+        return
+    for name, number in [*counts.items(), *((f"  {part}", by_part[part]) for part in sorted(by_part))]:
+        print(f"{number:>10,}  {name}")
+
+
+def preview(options: argparse.Namespace, rest: Sequence[str]) -> None:
+    from plum_partonomy.images import read_image, undecoded
+    from plum_partonomy.masks import decode
+    from plum_partonomy.scoring.overlays import overlay
+
+    rows = undecoded(open_split(options))
+    options.save.mkdir(parents=True, exist_ok=True)
+    for index, row in enumerate(rows.select(range(min(options.count, len(rows))))):
+        image, masks = read_image(row["image"], where=f"record {row['id']}, field 'image'"), distinct_masks(row)
+        drawn = overlay(image, [decode(mask["rle"], expected_size=(image.height, image.width)) for mask in masks])
+        path = options.save / f"{index:04}.png"
+        drawn.save(path)
+        print(f"{path}  {row['image_label']}: {', '.join(mask['label'] for mask in masks)}")

@@ -1,0 +1,1 @@
+"""The drawn miniature: objects with parts, drawn with exact masks."""

@@ -1,0 +1,1 @@
+"""Evaluation runs: PARTONOMY's questions, other tasks, and corrections."""

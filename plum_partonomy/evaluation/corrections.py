@@ -1,0 +1,251 @@
+"""
+`evaluate_plum.py --task correction`: masks of given answers after the model's own earlier masks and after true ones.
+
+    records ──> one batch of answers with two or more masks ──> segment, again and again with other given masks
+            ──> plum_partonomy.scoring.corrections
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from accelerate import PartialState
+from tqdm import tqdm
+
+from plum_partonomy.inference.one_image import load_model
+from plum_partonomy.masks import RLE, DataError, decode, encode
+from plum_partonomy.records import as_chat, tagged_phrases
+from plum_partonomy.scoring.benchmark import data_folder, fingerprint_rows, load_rows
+from plum_partonomy.scoring.corrections import (
+    CURVE_STEPS,
+    CorrectedAnswer,
+    as_line,
+    format_correction_table,
+    match_equal,
+    read_corrections,
+    score_corrections,
+)
+from plum_partonomy.scoring.mask_metrics import iou_matrix
+from plum_partonomy.scoring.predictions import check_run, write_whole
+from plum_partonomy.scoring.results import describe_command, fingerprint_model
+from plum_partonomy.scoring.tasks import cut_off_unfinished
+from plum_partonomy.training.examples import ConversationDataset
+from processing_plum import PlumProcessor
+
+# Given masks of one answer: index of a span -> index of the true mask that it is given.
+Given = Mapping[int, int]
+
+
+class _Answers:
+    """A batch of answers with their true masks, segmented as often as needed; the language model reads it once."""
+
+    def __init__(self, model, processor: PlumProcessor, answers: Sequence[dict[str, Any]]):
+        self.model, self.processor = model, processor
+        self.true = [answer["masks"] for answer in answers]
+        self.true_rles = [[encode(mask) for mask in masks] for masks in self.true]
+        self.first = np.cumsum([0, *(len(masks) for masks in self.true)]).tolist()
+        self.phrases = [tagged_phrases(answer["messages"][1]["content"]) for answer in answers]
+        inputs = processor.apply_chat_template(
+            [as_chat(answer["messages"], answer["image"]) for answer in answers],
+            masks=self.true,
+            tokenize=True,
+            return_dict=True,
+            padding_side="right",
+        )
+        self.inputs = dict(inputs.to(model.device))
+        self.inputs["sam_image_embeddings"] = model.get_image_embeddings(self.inputs.pop("sam_pixel_values"))
+        self.inputs["hidden_states"] = model.encode_conversations(**self.inputs)
+
+    def segment(self, given: Sequence[Given]) -> list[list[RLE]]:
+        """The masks of each answer, with the given true masks of each in their places."""
+        masks = {
+            self.first[row] + span: self.true[row][mask]
+            for row, of_row in enumerate(given)
+            for span, mask in of_row.items()
+        }
+        outputs = self.model.segment(**self.inputs, given_masks=masks)
+        answers = self.processor.post_process_segmentation(outputs)
+        return [[encode(span.mask) for span in answer.spans] for answer in answers]
+
+    def compare(self, masks: Sequence[Sequence[RLE]]) -> list[np.ndarray]:
+        """`(S, S)` IoU of each mask with each true one, by answer."""
+        return [iou_matrix(found, true) for found, true in zip(masks, self.true_rles, strict=True)]
+
+
+@torch.no_grad()
+def measure_answers(model, processor: PlumProcessor, answers: Sequence[dict[str, Any]]) -> list[CorrectedAnswer]:
+    """
+    What correcting does to given answers, each a question and an answer with two or more masks.
+
+    Args:
+        answers: `id`, `image_id`, `row`, `image` (RGB), `messages` (two) and `masks` (bool, of the image's size).
+    """
+    batch, rows = _Answers(model, processor, answers), range(len(answers))
+    before = batch.segment([{}] * len(answers))
+    ious = batch.compare(before)
+    targets = [match_equal(ious[row], batch.phrases[row], {}) for row in rows]
+    given, matched_given = _give_in_listed_order(batch, ious)
+    curves, corrected, after = _give_worst_first(batch, ious, targets)
+    return [
+        CorrectedAnswer(
+            id=answers[row]["id"],
+            image_id=answers[row]["image_id"],
+            row=answers[row]["row"],
+            question=answers[row]["messages"][0]["content"],
+            phrases=batch.phrases[row],
+            own=ious[row].diagonal().tolist(),
+            given=given[row],
+            matched=[float(ious[row][span, mask]) for span, mask in enumerate(targets[row])],
+            matched_given=matched_given[row],
+            repeats=_repeats(before[row], batch.phrases[row]),
+            curve=curves[row],
+            corrected=corrected[row],
+            true=[batch.true_rles[row][mask] for mask in targets[row]],
+            before=before[row],
+            after=after[row],
+        )
+        for row in rows
+    ]
+
+
+def _give_in_listed_order(
+    batch: _Answers, own: Sequence[np.ndarray]
+) -> tuple[list[list[float]], list[list[list[float]]]]:
+    """
+    IoU of each span after the true masks of all earlier ones were given; and for each number of given masks the
+    matched IoUs of the spans after them.
+    """
+    ious = [[float(matrix[0, 0])] for matrix in own]
+    matched: list[list[list[float]]] = [[] for _ in own]
+    for count in range(1, max(len(matrix) for matrix in own)):
+        given = [{i: i for i in range(count)} if count < len(matrix) else {} for matrix in own]
+        for row, matrix in enumerate(batch.compare(batch.segment(given))):
+            if given[row]:
+                ious[row].append(float(matrix[count, count]))
+                targets = match_equal(matrix, batch.phrases[row], given[row])
+                matched[row].append([float(matrix[i, targets[i]]) for i in range(count, len(matrix))])
+    return ious, matched
+
+
+def _give_worst_first(
+    batch: _Answers, own: Sequence[np.ndarray], targets: Sequence[Sequence[int]]
+) -> tuple[list[list[float]], list[int], list[list[RLE]]]:
+    """The correction curve of each answer, the span that was given first, and the masks after it was given."""
+    ious, targets = list(own), list(targets)
+    given: list[dict[int, int]] = [{} for _ in own]
+    curves: list[list[float]] = [[] for _ in own]
+    corrected, after = [], []
+    for step in range(CURVE_STEPS):
+        for row, matrix in enumerate(ious):
+            left = {span: float(matrix[span, targets[row][span]]) for span in range(len(matrix))}
+            left = {span: iou for span, iou in left.items() if span not in given[row]}
+            if left:
+                curves[row].append(float(np.mean(list(left.values()))))
+                worst = min(left, key=left.get)
+                given[row][worst] = targets[row][worst]
+        if step == CURVE_STEPS - 1:
+            break
+        masks = batch.segment(given)
+        if step == 0:
+            corrected, after = [next(iter(of_row)) for of_row in given], masks
+        ious = batch.compare(masks)
+        targets = [match_equal(ious[row], batch.phrases[row], given[row]) for row in range(len(ious))]
+    return curves, corrected, after
+
+
+def _repeats(masks: Sequence[RLE], phrases: Sequence[str]) -> list[float]:
+    """For each mask that has an earlier one of the same words, its largest IoU with such a one."""
+    ious = iou_matrix(masks, masks)
+    earlier = [[j for j in range(i) if phrases[j] == phrases[i]] for i in range(len(phrases))]
+    return [float(ious[i, others].max()) for i, others in enumerate(earlier) if others]
+
+
+# ------------------------------------------------------------------------------------------------ a whole run
+
+
+def answers_of(records: datasets.Dataset, indices: Iterable[int]) -> list[dict[str, Any]]:
+    """The answers of some records with two or more masks, with their questions, in the fields of `measure_answers`."""
+    names = records.select_columns(["image_id"])
+    examples = ConversationDataset(records, turns_per_record=0)
+    answers = []
+    for index in indices:
+        example = examples[index]
+        answers += [
+            {
+                "id": f"{example['id']}/{number}",
+                "image_id": names[index]["image_id"],
+                "row": index,
+                "image": example["image"],
+                "messages": conversation["messages"],
+                "masks": [decode(mask) for mask in conversation["masks"]],
+            }
+            for number, conversation in enumerate(example["conversations"])
+            if len(conversation["masks"]) > 1
+        ]
+    return answers
+
+
+def evaluate_correction(arguments: Any, **options: Any) -> None:
+    """
+    Measures a model on the answers of a split; raises DataError before anything is written if it cannot be done.
+
+    Args:
+        arguments: Those of evaluate_plum.py.
+        options: Of the data set's builder, such as data_dir.
+    """
+    place = {name: getattr(arguments, name) for name in ("name", "split", "limit")}
+    records = load_rows(arguments.dataset, **place, **options)
+    missing = sorted({"messages", "masks", "image"} - set(records.column_names))
+    if missing:
+        raise DataError(
+            f"--task correction needs grounded conversations, and the records of {arguments.name!r} have no columns "
+            f"{missing}: name another configuration, such as mini_instances."
+        )
+    texts = (message["content"] for messages in records["messages"] for message in messages[1::2])
+    if not any(len(tagged_phrases(text)) > 1 for text in texts):
+        raise DataError(
+            f"--task correction measures the second and later masks of answers, and no answer of {arguments.name!r}, "
+            f"split {arguments.split!r}, has two masks: name another configuration or split."
+        )
+    state = PartialState(cpu=arguments.device == "cpu")
+    if state.num_processes > 1:
+        raise DataError("--task correction runs in one process: start it with python.")
+    folder, plum = load_model(arguments.model, dtype=arguments.dtype, device=state.device)
+    settings = {"task": "correction", "dataset": arguments.dataset, **place, "dtype": arguments.dtype}
+    told = records.select_columns(["id", "messages", "masks"])
+    settings |= {"data_dir": data_folder(arguments.data_dir), "records_fingerprint": fingerprint_rows(told)}
+    settings |= {"model_fingerprint": fingerprint_model(folder)}
+    output_dir = Path(arguments.output_dir)
+    check_run(output_dir, settings)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    write_whole(output_dir / "run.json", [json.dumps(settings, indent=2), "\n"])
+    answers = _measure_all(plum, records, output_dir / "predictions.jsonl", batch_size=arguments.batch_size)
+    metrics = score_corrections(
+        answers,
+        lambda answer: ConversationDataset(records)[answer.row]["image"],
+        output_dir=output_dir,
+        run={"model": arguments.model, **settings, **describe_command()},
+    )
+    print(format_correction_table(metrics))
+    print(f"report: {output_dir / 'report.html'}")
+
+
+def _measure_all(plum, records: datasets.Dataset, path: Path, *, batch_size: int) -> list[CorrectedAnswer]:
+    """All answers, those that an interrupted run wrote down read from its file."""
+    if path.is_file():
+        cut_off_unfinished(path)
+    done = read_corrections(path) if path.is_file() else []
+    measured = {answer.row for answer in done}
+    batches = [range(start, min(start + batch_size, len(records))) for start in range(0, len(records), batch_size)]
+    for batch in tqdm(batches, desc="correcting", unit="batch"):
+        answers = [] if measured.intersection(batch) else answers_of(records, batch)
+        if answers:
+            found = measure_answers(plum.model, plum.processor, answers)
+            with path.open("a", encoding="utf-8") as file:
+                file.writelines([as_line(answer) for answer in found])
+            done += found
+    return done

@@ -1,0 +1,288 @@
+"""What evaluate_plum.py does with PARTONOMY's questions: a PLUM model's answers, those of a file, or of a baseline.
+
+`arguments` are those of evaluate_plum.py throughout.
+"""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from accelerate import PartialState
+from tqdm import tqdm
+
+import partonomy_dataset
+from plum_partonomy.inference.embedding_cache import EmbeddingCache
+from plum_partonomy.inference.one_image import load_model
+from plum_partonomy.inference.predictor import Predictor
+from plum_partonomy.masks import DataError
+from plum_partonomy.records import Question
+from plum_partonomy.scoring.answers import answer_files, read_answers
+from plum_partonomy.scoring.baselines import SEED as BASELINE_SEED
+from plum_partonomy.scoring.baselines import answer_without_model
+from plum_partonomy.scoring.benchmark import (
+    CONTROL_SEED,
+    data_folder,
+    fingerprint,
+    load_image,
+    load_questions,
+    make_batches,
+    pick_wrong_images,
+)
+from plum_partonomy.scoring.metrics import pair_by_id
+from plum_partonomy.scoring.predictions import (
+    Prediction,
+    append_predictions,
+    check_run,
+    merge_predictions,
+    read_predictions,
+    write_predictions,
+    write_whole,
+)
+from plum_partonomy.scoring.results import (
+    describe_command,
+    describe_protocol,
+    fingerprint_files,
+    fingerprint_model,
+    format_table,
+    leave_out,
+    match_names,
+    score,
+)
+from plum_partonomy.sources.problems import ERRORS_FILE, write_problems
+
+# ---------------------------------------------------------------- stage 1: predictions
+
+
+def run_settings(arguments: Any, *, folder: Path, questions: Sequence[Question]) -> dict[str, Any]:
+    """Return all settings that a prediction depends on; a run resumes only with the same settings."""
+    names = ("name", "split", "control", "choice_reduction", "mask_source", "max_new_tokens", "batch_size")
+    names += ("limit", "dtype")
+    return {
+        "model_fingerprint": fingerprint_model(folder),
+        "dataset": arguments.dataset,
+        **{name: getattr(arguments, name) for name in names},
+        "data_dir": data_folder(arguments.data_dir),
+        "questions": len(questions),
+        "questions_fingerprint": fingerprint(questions),
+        "control_seed": CONTROL_SEED,
+        "image_embeddings": None if arguments.cache_image_embeddings is None else "bfloat16",
+    }
+
+
+def predict(
+    predictor: Predictor,
+    rows: datasets.Dataset,
+    questions: Sequence[Question],
+    *,
+    wrong_images: dict[str, str],
+    batch_size: int,
+    output_dir: Path,
+    state: PartialState,
+) -> int:
+    """Brings predictions.jsonl to completion, each process its share of the batches; returns how many were there.
+
+    A batch is predicted whole even where some of its questions are done, so that a prediction never depends on where a
+    run was interrupted.
+    """
+    ids = [question.id for question in questions]
+    if state.is_main_process:
+        merge_predictions(output_dir, ids)
+    state.wait_for_everyone()
+    done = {prediction.question_id for prediction in read_predictions(output_dir / "predictions.jsonl")}
+    row_of_image: dict[str, int] = {}
+    for index, question in enumerate(questions):
+        row_of_image.setdefault(question.image_id, index)
+
+    batches = [batch for batch in make_batches(questions, batch_size) if {ids[index] for index in batch} - done]
+    share = batches[state.process_index :: state.num_processes]
+    for batch in tqdm(share, desc="predicting", unit="batch", disable=not state.is_main_process):
+        asked = [questions[index] for index in batch]
+        shown = [question.image_id for question in asked]
+        wrong = [wrong_images[image_id] for image_id in shown if wrong_images]
+        indices = {image_id: row_of_image[image_id] for image_id in [*shown, *wrong]}
+        images = {image_id: load_image(rows, index, questions[index]) for image_id, index in indices.items()}
+        image_ids = shown + wrong
+        both = asked + asked if wrong_images else asked
+        predictions = predictor.predict(both, [images[image_id] for image_id in image_ids], image_ids)
+        if wrong_images:
+            pairs = zip(predictions[: len(asked)], predictions[len(asked) :], strict=True)
+            predictions = [replace(prediction, wrong_image=control) for prediction, control in pairs]
+        own_file = output_dir / f"predictions.rank{state.process_index}.jsonl"
+        append_predictions(own_file, [p for p in predictions if p.question_id not in done])
+    state.wait_for_everyone()
+    if state.is_main_process:
+        merge_predictions(output_dir, ids)
+    return len(done)
+
+
+# ---------------------------------------------------------------- run
+
+
+def describe_run(arguments: Any, settings: dict[str, Any], *, started: float) -> dict[str, Any]:
+    """What metrics.json says of a run besides its figures."""
+    protocol = describe_protocol(
+        # which choice a file names was decided by whoever wrote it
+        choice_reduction="as given" if arguments.model is None else arguments.choice_reduction,
+        mask_source=arguments.mask_source,
+        match=arguments.match if arguments.match_model is None else f"{arguments.match} by {arguments.match_model}",
+    )
+    return {
+        **settings,
+        "protocol": protocol,
+        "scheme": arguments.scheme,
+        **describe_command(),
+        "wall_seconds": round(time.perf_counter() - started, 1),
+    }
+
+
+def finish(
+    arguments: Any,
+    rows: datasets.Dataset,
+    questions: Sequence[Question],
+    predictions: Sequence[Prediction],
+    *,
+    run: dict[str, Any],
+    training_curves: Path | None = None,
+) -> None:
+    """Writes what the run leaves behind and says where."""
+    predictions = match_names(questions, predictions, match=arguments.match, model=arguments.match_model)
+    metrics = score(
+        rows,
+        questions,
+        predictions,
+        output_dir=Path(arguments.output_dir),
+        run=run,
+        mask_source=arguments.mask_source,
+        training_curves=training_curves,
+    )
+    print(format_table(metrics))
+    print(f"report: {Path(arguments.output_dir) / 'report.html'}")
+
+
+def dataset_options(arguments: Any) -> dict[str, str]:
+    """What load_dataset is told besides the names."""
+    options = {"data_dir": arguments.data_dir, "scheme": arguments.scheme}
+    if arguments.dataset == partonomy_dataset.DATASET_NAME:
+        options["on_error"] = arguments.on_error
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def load(arguments: Any) -> tuple[datasets.Dataset, list[Question], list[str]]:
+    """The rows, their questions, and one sentence for each record that was left out."""
+    rows, questions = load_questions(
+        arguments.dataset,
+        name=arguments.name,
+        split=arguments.split,
+        limit=arguments.limit,
+        **dataset_options(arguments),
+    )
+    return rows, questions, partonomy_dataset.left_out(rows)
+
+
+def answer_by_baseline(arguments: Any, questions: Sequence[Question]) -> tuple[list[Prediction], dict[str, Any]]:
+    """Predictions of a baseline, and what run.json should say of it."""
+    settings = {"baseline": arguments.baseline, "baseline_seed": BASELINE_SEED}
+    if arguments.baseline != "majority":
+        return answer_without_model(arguments.baseline, questions), settings
+    splits = datasets.get_dataset_split_names(arguments.dataset, arguments.name, **dataset_options(arguments))
+    if arguments.split.startswith("train") or "train" not in splits:
+        settings["counted_over"] = f"the other images of {arguments.split}"
+        return answer_without_model("majority", questions), settings
+    _, training, _ = load(replace(arguments, split="train", limit=None))
+    settings["counted_over"] = "train"
+    return answer_without_model("majority", questions, training=training), settings
+
+
+def evaluate_answers(arguments: Any) -> None:
+    """Scores a predictions file or a baseline; raises DataError before anything is written if it cannot be done."""
+    started = time.perf_counter()
+    rows, questions, unusable = load(arguments)
+    settings: dict[str, Any] = {name: getattr(arguments, name) for name in ("dataset", "name", "split", "limit")}
+    settings |= {"data_dir": data_folder(arguments.data_dir), "questions": len(questions)}
+    settings |= {"questions_fingerprint": fingerprint(questions)}
+    settings |= {"mask_source": arguments.mask_source}
+    if arguments.baseline is not None:
+        predictions, baseline = answer_by_baseline(arguments, questions)
+        problems, settings = [], settings | baseline
+    else:
+        path, form = Path(arguments.predictions), arguments.format
+        predictions, problems = read_answers(path, questions, mask_source=arguments.mask_source, format=form)
+        settings["predictions_fingerprint"] = fingerprint_files(answer_files(path, format=form))
+    output_dir = Path(arguments.output_dir)
+    check_run(output_dir, settings)
+    report_to = output_dir / ERRORS_FILE if arguments.on_error == "report" else None
+    scored = leave_out(questions, predictions, unusable + problems, report_to=report_to)
+    pair_by_id(scored, predictions)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    write_whole(output_dir / "run.json", [json.dumps(settings, indent=2), "\n"])
+    if arguments.baseline is not None:
+        write_predictions(output_dir / "predictions.jsonl", predictions)
+    run = {"predictions": arguments.predictions, **describe_run(arguments, settings, started=started)}
+    run |= {"left_out": len(questions) - len(scored), "records_left_out": len(unusable)}
+    run["masks_resized"] = partonomy_dataset.masks_resized(rows)
+    finish(arguments, rows, scored, predictions, run=run)
+
+
+def evaluate(arguments: Any) -> None:
+    """The whole run of a model; raises DataError before anything is written if it cannot be done."""
+    started = time.perf_counter()
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise DataError("--device cuda was asked for, but there is no GPU: use auto or cpu.")
+    # Without a GPU accelerate starts its processes apart, each believing to be the only one, unless it is told so.
+    state = PartialState(cpu=arguments.device == "cpu" or not torch.cuda.is_available())
+    with state.main_process_first():
+        rows, questions, unusable = load(arguments)
+    wrong_images = {}
+    if arguments.control == "wrong_image":
+        wrong_images = pick_wrong_images(questions)
+    folder, plum = load_model(arguments.model, dtype=arguments.dtype, device=state.device)
+    settings = run_settings(arguments, folder=folder, questions=questions)
+    output_dir = Path(arguments.output_dir)
+    check_run(output_dir, settings)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        write_whole(output_dir / "run.json", [json.dumps(settings, indent=2), "\n"])
+        if unusable:
+            write_problems(output_dir / ERRORS_FILE, unusable)
+
+    embedding_cache = None
+    if arguments.cache_image_embeddings is not None:
+        embedding_cache = EmbeddingCache(arguments.cache_image_embeddings, plum.model)
+        if state.is_main_process:
+            print(embedding_cache.describe(len({question.image_id for question in questions})))
+    predictor = Predictor(
+        plum.model,
+        plum.processor,
+        max_new_tokens=arguments.max_new_tokens,
+        choice_reduction=arguments.choice_reduction,
+        mask_source=arguments.mask_source,
+        image_cache_size=arguments.image_cache_size,
+        embedding_cache=embedding_cache,
+    )
+    resumed = predict(
+        predictor,
+        rows,
+        questions,
+        wrong_images=wrong_images,
+        batch_size=arguments.batch_size,
+        output_dir=output_dir,
+        state=state,
+    )
+    if state.is_main_process:
+        run = {"model": arguments.model, **describe_run(arguments, settings, started=started)}
+        # a model of the Hub is in a folder named after its commit
+        run["model_revision"] = folder.name if folder.parent.name == "snapshots" else None
+        run |= {"device": str(state.device), "processes": state.num_processes, "predictions_found": resumed}
+        run["image_cache"] = predictor.images.summary()  # of the first process
+        run |= {"left_out": 0, "records_left_out": len(unusable)}
+        run["masks_resized"] = partonomy_dataset.masks_resized(rows)
+        predictions = read_predictions(output_dir / "predictions.jsonl")
+        finish(arguments, rows, questions, predictions, run=run, training_curves=folder / "training_curves.csv")
+    state.wait_for_everyone()
+    state.destroy_process_group()

@@ -1,0 +1,101 @@
+"""What evaluate_plum.py --task does: other benchmarks than PARTONOMY, for a PLUM model or a file of answers."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from accelerate import PartialState
+from PIL import Image
+from tqdm import tqdm
+
+import partonomy_dataset
+from plum_partonomy.inference.one_image import Plum, ask, finish, load_model
+from plum_partonomy.masks import DataError, encode
+from plum_partonomy.scoring.answers import answer_files
+from plum_partonomy.scoring.benchmark import data_folder, fingerprint_rows
+from plum_partonomy.scoring.predictions import check_run, write_whole
+from plum_partonomy.scoring.results import describe_command, fingerprint_files, fingerprint_model, leave_out
+from plum_partonomy.scoring.tasks import (
+    TaskQuestion,
+    cut_off_unfinished,
+    format_task_table,
+    load_task_image,
+    load_task_questions,
+    read_task_answers,
+    score_task,
+)
+from plum_partonomy.sources.problems import ERRORS_FILE
+
+
+def answer_line(plum: Plum, image: Image.Image, question: str, *, max_new_tokens: int) -> dict[str, Any]:
+    """The model's own answer to a question about an image, in the fields of an answers file (scoring/tasks.py)."""
+    answer = finish(plum, ask(plum, image, question, max_new_tokens=max_new_tokens))
+    masks = [
+        # a span of blanks has a mask like any other, and a part needs a name
+        {"part": span.text.strip() or "blank", "rle": encode(np.asarray(span.mask)), "confidence": span.score}
+        for span in answer.spans
+    ]
+    return {"answer": answer.text, "masks": masks}
+
+
+def answer_task(
+    arguments: Any, rows: datasets.Dataset, questions: Sequence[TaskQuestion], *, settings: dict[str, Any]
+) -> Path:
+    """The file of a model's answers, one question at a time; an interrupted run goes on. Completes `settings`."""
+    state = PartialState(cpu=arguments.device == "cpu")
+    if state.num_processes > 1:
+        raise DataError(f"--task {arguments.task} runs in one process: start it with python.")
+    folder, plum = load_model(arguments.model, dtype=arguments.dtype, device=state.device)
+    settings |= {"model_fingerprint": fingerprint_model(folder), "dtype": arguments.dtype}
+    settings |= {"max_new_tokens": arguments.max_new_tokens}
+    output_dir = Path(arguments.output_dir)
+    check_run(output_dir, settings)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    write_whole(output_dir / "run.json", [json.dumps(settings, indent=2), "\n"])
+    path = output_dir / "predictions.jsonl"
+    path.touch()
+    done = cut_off_unfinished(path)
+    for question in tqdm(questions, desc="answering", unit="question"):
+        if question.id not in done:
+            image = load_task_image(rows, question)
+            line = answer_line(plum, image, question.text, max_new_tokens=arguments.max_new_tokens)
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"id": question.id, **line}, ensure_ascii=False) + "\n")
+    return path
+
+
+def evaluate_task(arguments: Any, **options: Any) -> None:
+    """Scores a model or a file of answers; raises DataError before anything is written if it cannot be done.
+
+    Args:
+        arguments: those of evaluate_plum.py.
+        options: of the data set's builder, such as data_dir.
+    """
+    names = ("task", "dataset", "name", "split", "limit")
+    settings: dict[str, Any] = {name: getattr(arguments, name) for name in names}
+    place = {name: getattr(arguments, name) for name in ("name", "split", "limit")}
+    rows, questions = load_task_questions(arguments.task, arguments.dataset, **place, **options)
+    unusable = partonomy_dataset.left_out(rows)
+    settings |= {"data_dir": data_folder(arguments.data_dir), "questions": len(questions)}
+    settings["questions_fingerprint"] = fingerprint_rows(map(dataclasses.asdict, questions))
+    output_dir = Path(arguments.output_dir)
+    if arguments.model is not None:
+        path = answer_task(arguments, rows, questions, settings=settings)
+    else:
+        path = Path(arguments.predictions)
+        settings["predictions_fingerprint"] = fingerprint_files(answer_files(path))
+        check_run(output_dir, settings)
+    predictions, problems = read_task_answers(path, questions, task=arguments.task)
+    report_to = output_dir / ERRORS_FILE if arguments.on_error == "report" else None
+    scored = leave_out(questions, predictions, unusable + problems, report_to=report_to)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    write_whole(output_dir / "run.json", [json.dumps(settings, indent=2), "\n"])
+    run = {"model": arguments.model, "predictions": str(path), **settings, **describe_command()}
+    run |= {"left_out": len(questions) - len(scored), "records_left_out": len(unusable)}
+    metrics = score_task(arguments.task, rows, scored, predictions, output_dir=output_dir, run=run)
+    print(format_task_table(metrics))
+    print(f"report: {output_dir / 'report.html'}")

@@ -1,0 +1,297 @@
+"""
+The card of a checkpoint, written from what is known: from its config, the headers of its weights, the
+recipe and state of its training and its metrics.json. The data set's is written by scripts/export_parquet.py.
+"""
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from plum_partonomy.inference.checkpoint import count_stored, weight_files
+from plum_partonomy.scoring.corrections import METRICS as CORRECTION_METRICS
+
+RECIPE_FILE, TRAINER_STATE_FILE, CURVES_FILE = "recipe.yaml", "trainer_state.json", "training_curves.png"
+PRIVATE_OPTIONS = ("output_dir", "data_dir", "logging_dir", "resume_from_checkpoint", "hub_token")
+PAPER = "https://arxiv.org/abs/2505.20759"
+LICENSE = "apache-2.0"  # of the code and of the drawings, so of whatever is trained from them alone
+FIGURES = {
+    "strict_macro_giou": "gIoU, macro, strict (masks of the correct answer)",
+    "strict_micro_giou": "gIoU, micro, strict",
+    "span_f1": "span tags, F1",
+    "choice_accuracy": "choice accuracy",
+    "generated_part_precision": "parts of the generated answer, precision",
+    "generated_part_recall": "parts of the generated answer, recall",
+    "generated_exact": "generated sets of parts that are exactly right",
+    "end_to_end_giou": "gIoU of the generated answer",
+}
+
+MODEL_TEMPLATE = """---
+{{ card_data }}
+---
+
+# {{ name }}
+
+A PLUM: a multimodal language model that answers in plain text, tags the words of its own answer that name something
+visible, and turns each tagged span into a pixel mask. From *Partonomy: Large Multimodal Models with Part-Level Visual
+Understanding* ([arXiv 2505.20759]({{ paper }})), in an independent, Hugging Face-native release.
+
+{{ architecture }}
+
+## Use
+
+```python
+from transformers import AutoModel, AutoProcessor
+
+pinned = {"trust_remote_code": True, "revision": "{{ revision }}"}  # the code that was read is the code that runs
+model = AutoModel.from_pretrained("{{ repo_id }}", **pinned)
+processor = AutoProcessor.from_pretrained("{{ repo_id }}", **pinned)
+question = {"type": "text", "text": "What visible parts does the object in the image have?"}
+chat = [{"role": "user", "content": [{"type": "image", "image": "image.png"}, question]}]
+inputs = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=True)
+answer = processor.post_process_segmentation(model.segment(**inputs, max_new_tokens=96))[0]
+print(answer.text, *[(span.text, span.score, span.box, span.mask.shape) for span in answer.spans], sep="\\n")
+```
+
+## Measured
+
+{% if figures -%}
+`{{ run.name }}`, split `{{ run.split }}`, {{ count }} questions
+{%- if photographs %} about {{ photographs }} images{% endif %}; beside each figure the one with the image of
+another record, and what guessing gets.
+{%- if selected %} This split also selected the checkpoint during training, so that the figures flatter it.{% endif %}
+
+| figure | model | wrong image | by chance |
+|---|---:|---:|---:|
+{%- for row in figures %}
+| {{ row | join(" | ") }} |
+{%- endfor %}
+
+`{{ run.command }}`, {{ run.date }}
+{%- else -%}
+Not measured on a benchmark.
+{%- endif %}
+{%- for table in further %}
+
+{{ table.title }}
+
+| figure | {% for column in table.columns %}{{ column }} | {% endfor %}
+|---|{% for column in table.columns %}---:|{% endfor %}
+{%- for row in table.rows %}
+| {{ row | join(" | ") }} |
+{%- endfor %}
+
+`{{ table.command }}`
+{%- endfor %}
+{%- if known %}
+
+Confidence: `answer.confidence` is the probability that an image is of the kinds that the model has learnt
+{%- if known.kinds %} ({{ known.kinds }}){% endif %}. On test images its AUROC against images of other kinds is
+{{ "%.3f" | format(known.auroc) }}; the threshold accepts {{ "%.3f" | format(known.known_accepted) }} of
+{{ known.images.known }} known images and rejects {{ "%.3f" | format(known.other_rejected) }} of
+{{ known.images.other }} others.
+{%- endif %}
+
+## Training
+
+{% if recipe -%}
+{{ training }}
+
+{% if curves -%}
+![Losses and validation figures by step](training_curves.png)
+
+{% endif -%}
+```yaml
+{{ recipe }}
+```
+{%- else -%}
+The folder that this card was made from says nothing about its training.
+{%- endif %}
+
+## Intended use and limits
+
+Research on grounded, part-level answers. Answers and masks can be wrong together and convincingly; a mask shows where
+the model looks for the words it wrote, not that the part is there. Not for decisions about people, nor for measuring.
+{%- if drawn %}
+Trained on drawings made by code and on nothing else: it says nothing useful about photographs.
+{%- endif %}
+
+## Cite
+
+```bibtex
+{{ citation }}
+```
+"""
+
+CITATION = """@inproceedings{blume2025partonomy,
+  title     = {Partonomy: Large Multimodal Models with Part-Level Visual Understanding},
+  author    = {Blume, Ansel and Kim, Jeonghwan and Ha, Hyeonjeong and Chatikyan, Elen and Jin, Xiaomeng and
+               Nguyen, Khanh Duy and Peng, Nanyun and Chang, Kai-Wei and Hoiem, Derek and Ji, Heng},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year      = {2025},
+  note      = {arXiv:2505.20759}
+}"""
+
+
+def write_recipe(folder: Path, options: dict) -> None:
+    """Writes `recipe.yaml`, the options of a training without tokens and the places of its files on this machine."""
+    (folder / RECIPE_FILE).write_text(yaml.safe_dump(_without_private_options(options), sort_keys=False))
+
+
+def make_model_card(
+    folder: Path,
+    *,
+    repo_id: str | None = None,
+    revision: str = "main",
+    metrics: dict | None = None,
+    further: Sequence[dict] = (),
+    license: str | None = None,
+) -> ModelCard:
+    """
+    The card of a checkpoint.
+
+    Args:
+        folder: The checkpoint, with `recipe.yaml`, `trainer_state.json` and `training_curves.png` where it has them.
+        repo_id: Its name on the Hub; default: the name of the folder.
+        revision: The commit, tag or branch that the example loads.
+        metrics: Content of the metrics.json of its evaluation.
+        further: Those of other evaluations, of questions or by `--task correction`.
+        license: Of the weights. Known without being told for a model trained from scratch on drawings alone.
+    """
+    recipe, name = _read_recipe(folder), (repo_id or folder.resolve().name).split("/")[-1]
+    bases = [recipe[key] for key in ("model", "vlm", "sam") if _is_on_the_hub(recipe.get(key))]
+    overall, run = (metrics or {}).get("overall", {}), (metrics or {}).get("run", {})
+    drawn = bool(recipe) and not {"model", "vlm"} & recipe.keys() and _is_drawn(recipe)
+    data = ModelCardData(
+        language="en",
+        license=license or (LICENSE if drawn else None),
+        library_name="transformers",
+        pipeline_tag="image-text-to-text",
+        tags=["custom_code", "plum", "image-segmentation", "part-segmentation", "arxiv:2505.20759"],
+        base_model=bases or None,
+        datasets=[recipe["dataset"]] if _is_on_the_hub(recipe.get("dataset")) else None,
+        model_name=name,
+        eval_results=_as_eval_results(overall, run) or None,
+    )
+    return ModelCard.from_template(
+        data,
+        template_str=MODEL_TEMPLATE,
+        name=name,
+        repo_id=repo_id or str(folder),
+        revision=revision,
+        paper=PAPER,
+        architecture=_describe_architecture(folder),
+        figures=_as_rows(overall),
+        run=run,
+        count=overall.get("n"),
+        photographs=overall.get("photographs"),
+        further=[_as_table(other) for other in further],
+        known=json.loads((folder / "config.json").read_text()).get("image_statistics"),
+        selected=bool(recipe) and run.get("split") == recipe.get("eval_split", "validation"),
+        recipe=yaml.safe_dump(recipe, sort_keys=False).strip() if recipe else None,
+        training=_describe_training(folder),
+        curves=(folder / CURVES_FILE).is_file(),
+        drawn=drawn,
+        citation=CITATION,
+    )
+
+
+def _is_drawn(recipe: dict) -> bool:
+    """Whether all training data are the drawings that this project makes."""
+    sources = [recipe | entry for entry in recipe.get("mixture", [{}])]
+    return all(
+        source.get("dataset", "partonomy") == "partonomy" and source.get("name", "mini").startswith("mini")
+        for source in sources
+    )
+
+
+def _is_on_the_hub(name: str | None) -> bool:
+    return name is not None and re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not os.path.exists(name)
+
+
+def _without_private_options(options):
+    if isinstance(options, dict):
+        return {key: _without_private_options(value) for key, value in options.items() if key not in PRIVATE_OPTIONS}
+    if isinstance(options, list):
+        return [_without_private_options(value) for value in options]
+    return os.path.basename(options) if isinstance(options, str) and os.path.exists(options) else options
+
+
+def _read_recipe(folder: Path) -> dict:
+    path = folder / RECIPE_FILE
+    return yaml.safe_load(path.read_text()) if path.is_file() else {}
+
+
+def _describe_architecture(folder: Path) -> str:
+    config = json.loads((folder / "config.json").read_text())
+    _, parameters = count_stored(weight_files(folder))
+    vlm, vision = config["vlm_config"], config["sam_config"]["vision_config"]
+    language = vlm["text_config"].get("model_type")
+    spans = "a span tagger" if config.get("span_source", "tagger") == "tagger" else "a special token"
+    return (
+        f"{parameters / 1e6:,.1f} M parameters in {config.get('dtype')}.\n"
+        f"Vision-language model: `{vlm['model_type']}` with language model `{language}`.\n"
+        f"Masks: SAM with an encoder of {vision['num_hidden_layers']} layers at {vision['image_size']} px, spans from "
+        f"{spans}, "
+        f"{'with' if config.get('mask_feedback', True) else 'without'} mask feedback."
+    )
+
+
+def _describe_training(folder: Path) -> str:
+    path = folder / TRAINER_STATE_FILE
+    if not path.is_file():
+        return f"By `train.py` with the options below (`{RECIPE_FILE}`)."
+    state = json.loads(path.read_text())
+    last = next((entry for entry in reversed(state["log_history"]) if "eval_span_f1" in entry), {})
+    seconds = next((entry["train_runtime"] for entry in state["log_history"] if "train_runtime" in entry), 0.0)
+    parts = [f"{state['global_step']} steps ({state['epoch']:.2f} epochs)"]
+    parts += [f"{seconds / 60:.0f} minutes"] if seconds >= 60 else []
+    figures = [f"{key.removeprefix('eval_')} {last[key]:.3f}" for key in last if key.endswith(("giou", "f1"))]
+    measured = f" At its last evaluation: {', '.join(figures)}." if figures else ""
+    return f"{', '.join(parts)} of `train.py` with the options below (`{RECIPE_FILE}`).{measured}"
+
+
+def _as_rows(overall: dict) -> list[list[str]]:
+    rows = []
+    for key, label in FIGURES.items():
+        values = [overall.get(key + suffix) for suffix in ("", "_wrong_image", "_random")]
+        if values[0] is not None:
+            rows.append([label, *("-" if value is None else f"{value:.3f}" for value in values)])
+    return rows
+
+
+def _as_table(metrics: dict) -> dict:
+    """Title, columns, rows and command of one further evaluation."""
+    overall, run = metrics["overall"], metrics["run"]
+    place = f"`{run['name']}`, split `{run['split']}`"
+    if run.get("task") != "correction":
+        title = f"{place}, {overall['n']} questions:"
+        return {"title": title, "columns": ("model", "wrong image", "by chance"), "rows": _as_rows(overall)} | run
+    intervals, rows = metrics["intervals"]["overall"], []
+    for name, meaning in CORRECTION_METRICS.items():
+        if overall[name] is not None:
+            limits = "{:.3f} to {:.3f}".format(*intervals[name])
+            rows.append([f"`{name}`: {meaning}", f"{overall[name]:.3f}", limits])
+    title = f"{place}, masks of {overall['n']} answers, corrected one after the other:"
+    return {"title": title, "columns": ("model", "95 % interval"), "rows": rows} | run
+
+
+def _as_eval_results(overall: dict, run: dict) -> list[EvalResult]:
+    return [
+        EvalResult(
+            task_type="image-segmentation" if "giou" in key else "image-text-to-text",
+            dataset_type=run["dataset"],
+            dataset_name=f"PARTONOMY {run['name']}",
+            dataset_config=run["name"],
+            dataset_split=run["split"],
+            metric_type=key,
+            metric_name=label,
+            metric_value=round(overall[key], 4),
+        )
+        for key, label in FIGURES.items()
+        if overall.get(key) is not None
+    ]

@@ -1,0 +1,1 @@
+"""Loads a checkpoint, asks about one image, and predicts batches of benchmark questions."""

@@ -1,0 +1,332 @@
+"""
+Loading of checkpoints, once it is known that a folder holds one that is safe and sensible to load.
+
+    small files, headers of weights ──check_checkpoint──> nothing is executed, no memory is spent on tensors
+    tensors, tokenizer, processor   ──load_checkpoint───> every tensor of the model came from the files
+
+Code, adapters and pickles of a checkpoint are never used: the code of this repository reads it.
+"""
+
+import json
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from torch.nn.modules.module import (
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
+from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PreTrainedConfig
+from transformers.generation import GenerationMode
+
+from configuration_plum import PlumConfig
+from modeling_plum import PlumForConditionalGeneration
+from plum_partonomy.inference.inputs import ModelError
+from processing_plum import PlumProcessor
+
+# A checkpoint is read by the code of this folder, so nobody is asked whether to trust the copy saved with it.
+AutoConfig.register("plum", PlumConfig, exist_ok=True)
+
+INDEX_FILE, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
+GENERATION_FILE = "generation_config.json"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+JSON_BYTES_LIMIT = 64 * 1024**2
+"""Of tokenizers and of the index of weights."""
+SETTINGS_BYTES_LIMIT = 2 * 1024**2
+SETTINGS_DEPTH_LIMIT = 32
+LARGEST_SIZE = 10**6
+"""Of a number in config.json that counts or measures something; vocabularies are the largest."""
+UNCOUNTED = re.compile("position|length|theta|pixels")
+"""Names in config.json of numbers that nothing is built from one by one."""
+# A quantised checkpoint holds up to two parameters in a byte, stored as elements of up to four bytes.
+PARAMETERS_PER_QUANTISED_ELEMENT = 8
+# Parameters with several names are stored once; layers have modules without parameters.
+REGISTERED_PER_TENSOR = {"parameters": 2, "modules": 20}
+OWN_CODE = re.compile(r"(configuration|modeling|processing)_plum\.Plum\w+")
+LOCAL_DECODING = (
+    GenerationMode.GREEDY_SEARCH,
+    GenerationMode.SAMPLE,
+    GenerationMode.BEAM_SEARCH,
+    GenerationMode.BEAM_SAMPLE,
+    GenerationMode.ASSISTED_GENERATION,
+)
+"""Ways to generate whose code is in transformers; that of the others is fetched from the Hub."""
+
+
+def load_checkpoint(
+    name: str | Path, changes: dict | None = None, *, dtype: str | torch.dtype = "auto"
+) -> tuple[PlumForConditionalGeneration, PlumProcessor]:
+    """
+    A checkpoint, in evaluation mode, and its processor; `name_or_path` of the model is the folder it was read from.
+
+    Args:
+        name: A folder, or a name on the Hub.
+        changes: Fields of its config to overwrite.
+        dtype: Precision of all weights; `"auto"` takes that of the checkpoint.
+
+    Raises:
+        ModelError: As [`open_checkpoint`]; tensors that are not in its files; a processor of another model.
+        ValueError: A change of an unknown field.
+    """
+    folder = open_checkpoint(name)
+    with problems_named(f"{folder / 'config.json'} cannot be used"):
+        config = PlumConfig.from_pretrained(folder, **(changes or {}))
+    check_config_fields(changes or {}, config)
+    with problems_named(f"{folder} cannot be loaded"):
+        model, report = PlumForConditionalGeneration.from_pretrained(
+            folder, config=config, use_safetensors=True, dtype=dtype, trust_remote_code=False, output_loading_info=True
+        )
+        absent = set(report["missing_keys"])
+        if changes and absent:  # modules that a change has added start from nothing
+            absent &= _build_outline(folder).state_dict().keys()
+    if absent:
+        raise ModelError(
+            f"The weights of {folder} lack {len(absent)} tensors of the model, such as {min(absent)!r}; fetch or save "
+            "the checkpoint again."
+        )
+    return model, _load_processor(folder, config)
+
+
+def load_processor(name: str | Path) -> PlumProcessor:
+    """The processor of a checkpoint, alone; errors as of [`load_checkpoint`]."""
+    folder = open_checkpoint(name)
+    with problems_named(f"{folder / 'config.json'} cannot be used"):
+        config = PlumConfig.from_pretrained(folder)
+    return _load_processor(folder, config)
+
+
+def _load_processor(folder: Path, config: PlumConfig) -> PlumProcessor:
+    with problems_named(f"The processor of {folder} cannot be loaded"):
+        processor = PlumProcessor.from_pretrained(folder, trust_remote_code=False)
+        found, side = processor.image_token_id, config.sam_config.vision_config.image_size
+        sizes = dict(processor.sam_image_processor.size), dict(processor.sam_image_processor.pad_size)
+    expected = config.vlm_config.image_token_id
+    if found != expected:
+        raise ModelError(
+            f"{folder}: the processor's image token {processor.image_token!r} has id {found}, the model expects "
+            f"{expected}; save the processor that the model was trained with."
+        )
+    if sizes != ({"longest_edge": side}, {"height": side, "width": side}):
+        raise ModelError(
+            f"{folder}: the processor makes images of {sizes} for SAM, the model expects {side} x {side}; save the "
+            "processor that the model was trained with."
+        )
+    return processor
+
+
+@contextmanager
+def problems_named(beginning: str) -> Iterator[None]:
+    """Whatever a library raises over an unsuitable file becomes one [`ModelError`] that begins like this."""
+    try:
+        yield
+    except (ModelError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # a panic of tokenizers is no Exception
+        reason = " ".join(str(error).split())[:300] or "no reason given"
+        raise ModelError(f"{beginning}: {reason} ({type(error).__name__}).") from error
+
+
+def check_config_fields(given: dict, config: PreTrainedConfig, where: str = "model_config"):
+    """`ValueError` on a field that `config` does not have: transformers would keep it and never read it."""
+    known = {*type(config)().to_dict(), *config.attribute_map}
+    unknown = sorted(set(given) - known)
+    if unknown:
+        raise ValueError(f"{where} has fields {unknown}, which {type(config).__name__} does not know.")
+    for name, value in given.items():
+        if isinstance(getattr(config, name), PreTrainedConfig):
+            check_config_fields(value, getattr(config, name), f"{where}.{name}")
+
+
+def with_floats(given: dict, config: PreTrainedConfig) -> dict:
+    """The fields for a config with 3.0 in place of 3 wherever `config` has a float: its classes refuse integers."""
+    fields = {}
+    for name, value in given.items():
+        default = getattr(config, name, None)
+        if isinstance(default, PreTrainedConfig) and isinstance(value, dict):
+            family = value.get("model_type", default.model_type)
+            known = CONFIG_MAPPING[family]() if family != default.model_type and family in CONFIG_MAPPING else default
+            value = with_floats(value, known)
+        elif isinstance(default, float) and type(value) is int:
+            value = float(value)
+        fields[name] = value
+    return fields
+
+
+def open_checkpoint(name: str | Path) -> Path:
+    """
+    The folder of a checkpoint that [`check_checkpoint`] lets pass, without its pickles if it comes from the Hub.
+
+    Args:
+        name: A folder, or a name on the Hub.
+
+    Raises:
+        ModelError: One sentence that names the file, or says that there is no such checkpoint.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        with problems_named(f"The model {str(name)!r} is not a local folder and was not found on the Hub"):
+            folder = Path(snapshot_download(str(name), ignore_patterns=[f"*{suffix}" for suffix in PICKLES]))
+    check_checkpoint(folder)
+    return folder
+
+
+def check_checkpoint(folder: str | Path) -> None:
+    """
+    Refuses a folder whose weights are pickled, lie outside of it, are damaged, or hold less than its config asks for;
+    one with an adapter; and one whose settings name code or files from elsewhere.
+
+    Raises:
+        ModelError: One sentence that names the file.
+    """
+    folder = Path(folder)
+    settings = _read_json(folder / "config.json", SETTINGS_BYTES_LIMIT)
+    if settings.get("model_type") != "plum":
+        raise ModelError(f"{folder} holds a {settings.get('model_type')!r} model, expected 'plum'.")
+    for path in sorted(folder.glob("adapter_*")):
+        raise ModelError(f"{path} belongs to an adapter, which is not used here: merge it into the weights first.")
+    for path in sorted(folder.glob("*.json")):
+        if path.name.endswith("config.json"):
+            _check_settings(path, _read_json(path, SETTINGS_BYTES_LIMIT))
+        elif path.stat().st_size > JSON_BYTES_LIMIT:
+            raise ModelError(f"{path} is larger than {JSON_BYTES_LIMIT:,} bytes.")
+    _check_sizes(folder / "config.json", settings)
+    if (folder / GENERATION_FILE).exists():
+        _check_generation(folder / GENERATION_FILE)
+    tensors, elements = count_stored(weight_files(folder))
+    if "quantization_config" in settings:
+        elements *= PARAMETERS_PER_QUANTISED_ELEMENT
+    with _bounded(tensors, folder / "config.json"):
+        outline = _build_outline(folder)
+    needed = sum(parameter.numel() for parameter in outline.parameters())
+    if needed > elements:
+        raise ModelError(f"{folder / 'config.json'} asks for {needed:,} parameters, the weights hold {elements:,}.")
+
+
+def _read_json(path: Path, bytes_limit: int) -> dict:
+    try:
+        if not path.is_file():
+            raise ValueError("there is no such file")
+        if path.stat().st_size > bytes_limit:
+            raise ValueError(f"it is larger than {bytes_limit:,} bytes")
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{path} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{path} must hold a JSON object, found a {type(content).__name__}.")
+    return content
+
+
+def _walk(content: Any, depth: int = 0) -> Iterator[tuple[int, str, Any]]:
+    """Depth, name and value of all that settings hold, the outermost first."""
+    if depth > SETTINGS_DEPTH_LIMIT:
+        yield depth, "", None
+        return
+    pairs = content.items() if isinstance(content, dict) else (("", item) for item in content)
+    for name, value in pairs:
+        yield depth, name, value
+        if isinstance(value, dict | list):
+            yield from ((deep, key or name, inner) for deep, key, inner in _walk(value, depth + 1))
+
+
+def _check_settings(path: Path, settings: dict) -> None:
+    """Refuses what would make transformers import code, or load weights from elsewhere."""
+    for depth, name, value in _walk(settings):
+        if depth > SETTINGS_DEPTH_LIMIT:
+            raise ModelError(f"{path} is nested more than {SETTINGS_DEPTH_LIMIT} levels deep.")
+        foreign = (
+            (name == "auto_map" and not _is_own_code(value))
+            or (name.endswith("_implementation") and isinstance(value, str) and "/" in value)
+            or (name in ("audio_tokenizer", "use_pretrained_backbone", "custom_generate") and bool(value))
+        )
+        if foreign:
+            raise ModelError(
+                f"{path} has {name} = {json.dumps(value)[:100]}, code or weights from elsewhere, which are not used."
+            )
+
+
+def _is_own_code(auto_map: Any) -> bool:
+    """Whether code of a checkpoint is a copy of what reads it here: `config.json` names it for other programs."""
+    names = auto_map.values() if isinstance(auto_map, dict) else [None]
+    return all(isinstance(name, str) and OWN_CODE.fullmatch(name.split("--")[-1]) for name in names)
+
+
+def _check_sizes(path: Path, settings: dict) -> None:
+    for _, name, value in _walk(settings):
+        if isinstance(value, int) and abs(value) > LARGEST_SIZE and not UNCOUNTED.search(name):
+            raise ModelError(f"{path} has {name} = {value}, more than {LARGEST_SIZE:,}.")
+
+
+def _check_generation(path: Path) -> None:
+    with problems_named(f"{path} cannot be used"):
+        mode = GenerationConfig.from_dict(_read_json(path, SETTINGS_BYTES_LIMIT)).get_generation_mode()
+    if mode not in LOCAL_DECODING:
+        raise ModelError(f"{path} asks for {mode.value!r}, whose code is not part of transformers.")
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors of a folder: bare names inside it, whatever its index says."""
+    if (folder / SINGLE_FILE).is_file():
+        return [folder / SINGLE_FILE]
+    if not (folder / INDEX_FILE).is_file():
+        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
+        found = f"found {pickles}, which are pickles and may run code" if pickles else "found neither"
+        raise ModelError(f"{folder} needs {SINGLE_FILE} or {INDEX_FILE}, {found}.")
+    weight_map = _read_json(folder / INDEX_FILE, JSON_BYTES_LIMIT).get("weight_map")
+    names = {str(name) for name in weight_map.values()} if isinstance(weight_map, dict) else set()
+    if not names:
+        raise ModelError(f"{folder / INDEX_FILE} has no weight_map of tensor names to file names.")
+    for name in sorted(names):
+        if not re.fullmatch(r"[\w.-]+\.safetensors", name) or not (folder / name).is_file():
+            raise ModelError(f"{folder / INDEX_FILE} names {name!r}, which is no safetensors file of this folder.")
+    return sorted(folder / name for name in names)
+
+
+def count_stored(files: list[Path]) -> tuple[int, int]:
+    """Tensors and elements of safetensors, by their headers."""
+    tensors = elements = 0
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as weights:
+                for name in weights.keys():
+                    elements += torch.Size(weights.get_slice(name).get_shape()).numel()
+                    tensors += 1
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{path} is no whole safetensors file: {error}") from error
+    return tensors, elements
+
+
+def _build_outline(folder: Path) -> PlumForConditionalGeneration:
+    """The model of a config, without memory for its weights."""
+    with problems_named(f"{folder / 'config.json'} describes no model that can be built"), torch.device("meta"):
+        return PlumForConditionalGeneration(PlumConfig.from_pretrained(folder))
+
+
+@contextmanager
+def _bounded(tensors: int, path: Path) -> Iterator[None]:
+    """Ends the building of a model, in this thread, that has many more layers than so many tensors can fill."""
+    thread, counts = threading.get_ident(), dict.fromkeys(REGISTERED_PER_TENSOR, 0)
+
+    def count(kind: str) -> None:
+        if threading.get_ident() != thread:
+            return
+        counts[kind] += 1
+        if counts[kind] > 100 + tensors * REGISTERED_PER_TENSOR[kind]:
+            raise ModelError(
+                f"{path} asks for more {kind} than {counts[kind]:,}, but the weights are {tensors} tensors."
+            )
+
+    hooks = [
+        register_module_parameter_registration_hook(lambda *_: count("parameters")),
+        register_module_module_registration_hook(lambda *_: count("modules")),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,133 @@
+"""SAM's image embeddings on disk, for training and evaluation with a frozen image encoder: an image is encoded once.
+
+    pixel values ──> DIR/<encoder's weights and size>/<precision>/<pixel values>.safetensors ──> embedding
+                     └── missing or damaged: encoded alone, rounded to bfloat16, stored
+
+The names are SHA-256 digests of what they stand for, so that no entry is ever stale, runs may share a folder, and a
+folder may be deleted at any time. A file holds the digest of its embedding, too: one that has changed is made again.
+
+With a cache a run is, bit for bit, the run of a model that encodes its images one by one and rounds the embeddings to
+bfloat16: it does not depend on which of them were there already.
+
+Any number of processes may fill one folder. A file appears under its name once it is whole and on the disk: of a
+process that is killed while it writes nothing remains but `writing.partial`, which the next one overwrites.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from modeling_plum import PlumForConditionalGeneration
+from plum_partonomy.masks import DataError
+
+GIB = 1024**3
+
+
+class EmbeddingCache:
+    """The image embeddings of one model, which stays as it is."""
+
+    def __init__(self, folder: str | Path, model: PlumForConditionalGeneration):
+        """Raises DataError if the folder cannot be made."""
+        self.model = model
+        self.folder = Path(folder) / fingerprint_encoder(model)[:16]
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError(f"--cache_image_embeddings: the folder {folder} cannot be made: {error}") from error
+
+    @torch.no_grad()
+    def embed(self, sam_pixel_values: torch.Tensor) -> torch.Tensor:
+        """
+        In the place of `get_image_embeddings`: `(N, 3, image_size, image_size)` pixels to `(N, C, G, G)` embeddings,
+        on the device of the pixels, in the precision of the image encoder. Where weights are shared out among
+        processes, nobody else moves the encoder there.
+
+        Raises:
+            DataError: An embedding cannot be written.
+        """
+        encoder = self.model.sam.vision_encoder
+        device, precision = sam_pixel_values.device, encoder.dtype
+        if torch.is_autocast_enabled(device.type):
+            precision = torch.get_autocast_dtype(device.type)
+        embeddings = []
+        for pixels in sam_pixel_values:
+            path = self._path(str(precision), _digest(pixels))
+            embedding = self._read(path)
+            if embedding is None:
+                if encoder.device != device:
+                    encoder.to(device)
+                embedding = self.model.get_image_embeddings(pixels[None])[0]
+                embedding = embedding.bfloat16().cpu().contiguous()
+                self._write(path, embedding)
+            embeddings.append(embedding)
+        return torch.stack(embeddings).to(device, encoder.dtype)
+
+    def describe(self, images: int | None) -> str:
+        """What a run with so many images, None if nobody knows, is going to need, to be read before it starts."""
+        there = sum(1 for _ in self.folder.rglob("*.safetensors"))
+        each = torch.bfloat16.itemsize * self._shape.numel()
+        needed = "" if images is None else f" for at most {images} images, {images * each / GIB:.2f} GiB,"
+        free = shutil.disk_usage(self.folder).free / GIB
+        return (
+            f"image embeddings: {each} bytes each,{needed} in {self.folder}, which has {there} of them and {free:.2f} "
+            "GiB of free space"
+        )
+
+    @property
+    def _shape(self) -> torch.Size:
+        grid = self.model.config.sam_grid_size
+        return torch.Size([self.model.config.sam_config.vision_config.output_channels, grid, grid])
+
+    def _path(self, precision: str, digest: str) -> Path:
+        return self.folder / precision.removeprefix("torch.") / digest[:2] / f"{digest}.safetensors"
+
+    def _read(self, path: Path) -> torch.Tensor | None:
+        """None if the file is not there or is damaged."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                embedding, checksum = file.get_tensor("embedding"), (file.metadata() or {}).get("sha256")
+        except (FileNotFoundError, SafetensorError):
+            return None
+        whole = embedding.shape == self._shape and embedding.dtype == torch.bfloat16
+        return embedding if whole and _digest(embedding) == checksum else None
+
+    def _write(self, path: Path, embedding: torch.Tensor):
+        content = save({"embedding": embedding}, metadata={"sha256": _digest(embedding)})
+        partial = self.folder / "writing.partial"
+        with FileLock(self.folder / "writing.lock"):
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with partial.open("wb") as file:
+                    file.write(content)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(partial, path)
+            except OSError as error:
+                partial.unlink(missing_ok=True)
+                raise DataError(
+                    f"--cache_image_embeddings: an embedding of {len(content)} bytes cannot be written to "
+                    f"{self.folder}: {error}; make room and start again, what is there will be used"
+                ) from error
+
+
+def _digest(tensor: torch.Tensor) -> str:
+    return hashlib.sha256(tensor.cpu().contiguous().view(torch.uint8).numpy()).hexdigest()
+
+
+def fingerprint_encoder(model: PlumForConditionalGeneration) -> str:
+    """Changes with the weights and the configuration of the image encoder, its image size among it."""
+    encoder = model.sam.vision_encoder
+    config = model.config.sam_config.vision_config.to_dict()
+    settings = {name: config[name] for name in sorted(config) if name not in ("dtype", "transformers_version")}
+    digest = hashlib.sha256(json.dumps(settings).encode())
+    for name, tensor in sorted(encoder.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -1,0 +1,326 @@
+"""What people do with a PLUM checkpoint: ask about an image, name words to segment, correct a mask, keep the result.
+
+    load_model ──> Plum ──ask, segment_words, correct_mask──> Reply ──finish, thresholds──> PlumAnswer ──save──> files
+
+A [`Reply`] keeps the model's own output, so that a threshold can be moved without asking again. The shell
+(plum_partonomy/cli.py) and the demonstration (demo/app.py) stand on these functions; predictor.py works in batches.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import TextIteratorStreamer
+
+from plum_partonomy.inference.checkpoint import load_checkpoint
+from plum_partonomy.inference.inputs import check_phrases, check_text
+from plum_partonomy.masks import DataError, area, encode
+from plum_partonomy.questions.spans import join_parts
+from plum_partonomy.questions.wording import official_answer, official_question
+from plum_partonomy.records import as_chat, escape_tags
+from plum_partonomy.scoring.overlays import overlay
+from processing_plum import PlumAnswer, PlumProcessor, parse_span_tags
+
+MAX_NEW_TOKENS = 96
+
+Range = tuple[int, int]
+"""Characters [start, end) of an answer."""
+
+
+@dataclass(frozen=True)
+class Plum:
+    """A model, in evaluation mode, and its processor."""
+
+    model: Any
+    processor: PlumProcessor
+
+
+@dataclass(frozen=True)
+class Reply:
+    """
+    An answer as the model gave it.
+
+    Args:
+        image: RGB image that the conversation is about.
+        messages: The conversation up to and with the question; contents are strings.
+        text: The answer's words.
+        outputs: What `segment` returned for it.
+        given_masks: Boolean masks (height, width) that a person drew, by the range of their words.
+        is_truncated: Whether the text was cut off before the model ended it.
+    """
+
+    image: Image.Image
+    messages: list[dict[str, str]]
+    text: str
+    outputs: Any
+    given_masks: dict[Range, np.ndarray] = field(default_factory=dict)
+    is_truncated: bool = False
+
+
+# ---------------------------------------------------------------- what comes in
+
+
+def load_model(name: str | Path, *, dtype: str = "float32", device: str | torch.device = "cpu") -> tuple[Path, Plum]:
+    """Folder and model of a checkpoint, a folder or a name on the Hub.
+
+    Raises:
+        ModelError: it is not safe to load, holds no PLUM, or its processor does not belong to its model.
+    """
+    model, processor = load_checkpoint(name, dtype=getattr(torch, dtype))
+    return Path(model.name_or_path), Plum(model.to(device).eval(), processor)
+
+
+def find_ranges(text: str, phrases: Sequence[str], *, taken: Sequence[Range] = ()) -> list[Range]:
+    """Where each phrase stands in a text: the first place, as whole words, that nothing before it takes up.
+
+    >>> find_ranges("A wheel and another wheel.", ["wheel", "wheel"])
+    [(2, 7), (20, 25)]
+
+    Raises:
+        DataError: a phrase is empty or does not stand there (as often).
+    """
+    found: list[Range] = []
+    for phrase in phrases:
+        places = (match.span() for match in re.finditer(rf"(?<!\w){re.escape(phrase)}(?!\w)", text, re.IGNORECASE))
+        free = (place for place in places if phrase and not overlaps(place, [*taken, *found]))
+        place = next(free, None)
+        if place is None:
+            raise DataError(f"The words {phrase!r} do not stand (so often) in the answer {text!r}.")
+        found.append(place)
+    return found
+
+
+def overlaps(place: Range, others: Sequence[Range]) -> bool:
+    return any(place[0] < end and start < place[1] for start, end in others)
+
+
+# ---------------------------------------------------------------- what the model does
+
+
+def stream(
+    plum: Plum,
+    image: Image.Image,
+    question: str,
+    *,
+    history: Sequence[dict[str, str]] = (),
+    max_new_tokens: int = MAX_NEW_TOKENS,
+) -> Iterator[str | Reply]:
+    """Asks about an image: the answer's words so far, again and again, and the whole [`Reply`] last.
+
+    If the iterator is closed early, generation stops.
+
+    Args:
+        history: Earlier messages of the same conversation, as [`remember`] returns them.
+    """
+    messages = [*history, {"role": "user", "content": check_text(question, what="a question")}]
+    streamer = TextIteratorStreamer(plum.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    closed = False
+
+    def run():
+        try:
+            inputs = _encode(plum, image, messages, add_generation_prompt=True)
+            options = {"max_new_tokens": max_new_tokens, "do_sample": False, "num_beams": 1}
+            return plum.model.segment(**inputs, **options, streamer=streamer, stopping_criteria=[is_closed])
+        finally:
+            streamer.end()
+
+    def is_closed(input_ids, scores, **kwargs) -> torch.BoolTensor:
+        return torch.full((len(input_ids),), closed, device=input_ids.device)
+
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        running = pool.submit(run)
+        try:
+            text = ""
+            for piece in streamer:
+                text += piece
+                yield text
+        finally:
+            closed = True
+        outputs = running.result()
+    (answer,) = plum.processor.post_process_segmentation(outputs)
+    yield Reply(image, messages, answer.text, outputs, is_truncated=answer.is_truncated)
+
+
+def ask(plum: Plum, image: Image.Image, question: str, **options) -> Reply:
+    """The reply to a question about an image; options as for [`stream`]."""
+    *_, reply = stream(plum, image, question, **options)
+    return reply
+
+
+def remember(reply: Reply) -> list[dict[str, str]]:
+    """The conversation with its answer, as the `history` of the next question."""
+    return [*reply.messages, {"role": "assistant", "content": escape_tags(reply.text)}]
+
+
+def segment_words(
+    plum: Plum,
+    image: Image.Image,
+    messages: Sequence[dict[str, str]],
+    text: str,
+    ranges: Sequence[Range],
+    *,
+    given_masks: Mapping[Range, np.ndarray] | None = None,
+) -> Reply:
+    """Segments words that the caller names, in the order of the text, as if the model had tagged them in its answer.
+
+    Args:
+        messages: The conversation up to and with the question.
+        text: The answer.
+        ranges: Characters of the words in it.
+        given_masks: Boolean masks (height, width) of some of the ranges; the spans after them are decoded from them.
+
+    Raises:
+        DataError: no ranges, or ranges that overlap, touch or hold no word.
+    """
+    ranges = sorted(ranges)
+    if not ranges or any(start < end for (_, end), (start, _) in pairwise(ranges)):
+        raise DataError(f"Expected words that stand apart from each other, found the characters {ranges} of {text!r}.")
+    tagged, last = "", 0
+    for start, end in ranges:
+        tagged += f"{escape_tags(text[last:start])}<p>{escape_tags(text[start:end])}</p>"
+        last = end
+    answer = {"role": "assistant", "content": tagged + escape_tags(text[last:])}
+    given = {place: mask for place, mask in (given_masks or {}).items() if place in ranges}
+    inputs = _encode(plum, image, [*messages, answer])
+    outputs = plum.model.segment(
+        **inputs, given_masks={ranges.index(place): torch.tensor(mask) for place, mask in given.items()}
+    )
+    return Reply(image, list(messages), text, outputs, given)
+
+
+def segment_phrases(plum: Plum, image: Image.Image, phrases: Sequence[str]) -> Reply:
+    """Segments parts that the caller names, as if the model had answered with a list of them.
+
+    Raises:
+        DataError: no phrases, or an empty one.
+    """
+    parts = join_parts([f"<p>{escape_tags(phrase)}</p>" for phrase in check_phrases(phrases)])
+    text, ranges = parse_span_tags(official_answer("identification", parts, image_label="object"))
+    question = official_question("identification", image_label="object")
+    return segment_words(plum, image, [{"role": "user", "content": question}], text, ranges)
+
+
+def segment_again(
+    plum: Plum, reply: Reply, ranges: Sequence[Range], *, given_masks: Mapping[Range, np.ndarray] | None = None
+) -> Reply:
+    """The answer of a reply with other spans; arguments and errors as of [`segment_words`]."""
+    again = segment_words(plum, reply.image, reply.messages, reply.text, ranges, given_masks=given_masks)
+    return replace(again, is_truncated=reply.is_truncated)
+
+
+def correct_mask(plum: Plum, reply: Reply, ranges: Sequence[Range], place: Range, mask: np.ndarray) -> Reply:
+    """The spans at `ranges` of a reply with a person's mask (height, width) for one, those after it decoded anew."""
+    return segment_again(plum, reply, ranges, given_masks={**reply.given_masks, place: mask})
+
+
+def segment_apart(plum: Plum, reply: Reply, ranges: Sequence[Range]) -> list[Reply]:
+    """Each span segmented as if it were the only one: what its mask is without feedback from the earlier masks."""
+    return [segment_again(plum, reply, [place]) for place in ranges]
+
+
+def finish(plum: Plum, reply: Reply, *, span_threshold: float = 0.0, mask_threshold: float = 0.5) -> PlumAnswer:
+    """Text and spans of a reply: those of at least this score, with the pixels above this probability."""
+    logit = math.log(mask_threshold / (1 - mask_threshold))
+    (answer,) = plum.processor.post_process_segmentation(reply.outputs, mask_threshold=logit)
+    spans = [span for span in answer.spans if span.score >= span_threshold]
+    return replace(answer, spans=spans, is_truncated=reply.is_truncated)
+
+
+def warn_of_unknown_image(plum: Plum, answer: PlumAnswer) -> str | None:
+    """What a person should know of the image before they believe an answer about it; None if there is nothing."""
+    known = plum.model.config.image_statistics
+    if answer.confidence is None or known is None or answer.confidence >= known["threshold"]:
+        return None
+    kinds = f", {known['kinds']}" if known.get("kinds") else ""
+    return f"This image is unlike what the model was trained on{kinds}: its answer and masks may mean nothing."
+
+
+def _encode(plum: Plum, image, messages, **options) -> dict[str, torch.Tensor]:
+    chat = as_chat(list(messages), image)
+    try:
+        inputs = plum.processor.apply_chat_template(chat, tokenize=True, return_dict=True, **options)
+    except ValueError as error:
+        raise DataError(str(error)) from error
+    return dict(inputs.to(plum.model.device))
+
+
+# ---------------------------------------------------------------- what goes out
+
+
+def as_json(answer: PlumAnswer) -> dict[str, Any]:
+    """
+    An answer for `json.dump`: its text, whether that was cut off, its confidence, and of each span text, characters,
+    score, box and mask as RLE.
+    """
+    spans = [{**vars(span), "mask": encode(span.mask)} for span in answer.spans]
+    return {"text": answer.text, "is_truncated": answer.is_truncated, "confidence": answer.confidence, "spans": spans}
+
+
+def as_coco(answer: PlumAnswer, image: Image.Image, *, file_name: str) -> dict[str, Any]:
+    """An answer in COCO's format for instances: a category for each wording, an annotation for each span."""
+    categories = list(dict.fromkeys(span.text for span in answer.spans))
+    annotations = []
+    for number, span in enumerate(answer.spans, start=1):
+        x0, y0, x1, y1 = span.box or (0, 0, 0, 0)
+        rle = encode(span.mask)
+        annotations.append(
+            {
+                "id": number,
+                "image_id": 1,
+                "category_id": categories.index(span.text) + 1,
+                "segmentation": rle,
+                "area": area(rle),
+                "bbox": [x0, y0, x1 - x0, y1 - y0],
+                "iscrowd": 0,
+                "score": span.score,
+            }
+        )
+    return {
+        "images": [{"id": 1, "file_name": file_name, "width": image.width, "height": image.height}],
+        "categories": [{"id": number, "name": name} for number, name in enumerate(categories, start=1)],
+        "annotations": annotations,
+    }
+
+
+def save(answer: PlumAnswer, image: Image.Image, folder: Path, *, file_name: str) -> list[Path]:
+    """Writes overlay.png, a black-and-white PNG for each span and masks.json (COCO) into a folder, and says which."""
+    folder.mkdir(parents=True, exist_ok=True)
+    drawings = {"overlay.png": overlay(image, [span.mask for span in answer.spans])}
+    for number, span in enumerate(answer.spans, start=1):
+        words = re.sub(r"\W+", "_", span.text).strip("_")[:60]
+        drawings[f"{number:02}_{words}.png"] = Image.fromarray(span.mask)
+    for name, drawing in drawings.items():
+        drawing.save(folder / name)
+    coco = json.dumps(as_coco(answer, image, file_name=file_name), indent=1)
+    (folder / "masks.json").write_text(coco + "\n", encoding="utf-8")
+    return [folder / name for name in [*drawings, "masks.json"]]
+
+
+__all__ = [
+    "Plum",
+    "Reply",
+    "as_coco",
+    "as_json",
+    "ask",
+    "correct_mask",
+    "find_ranges",
+    "finish",
+    "load_model",
+    "remember",
+    "save",
+    "segment_again",
+    "segment_apart",
+    "segment_phrases",
+    "segment_words",
+    "stream",
+    "warn_of_unknown_image",
+]

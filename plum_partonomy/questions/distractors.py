@@ -1,0 +1,189 @@
+"""Wrong choices beside a right one: part lists, and objects. Two schemes.
+
+official (the published way): a wrong list is the right one after 1 or 2 edits, so that 1 to 4 parts differ. An edit
+    adds, deletes or replaces a part. What is added comes nine times out of ten from the parts of the objects
+    involved, else from parts that are often seen beside the right ones; what an edit removes does not come back.
+    Simple, but it leaks: the right list lies in the middle of the five, and impossible parts give wrong ones away.
+
+balanced: the five lists differ only in parts which the object may have or lack, and each of the five is about equally
+    likely to be the right one. Parts that are visible about every second time are added and removed freely (1 to
+    TOGGLES of them differ, the same TOGGLES parts for all five lists). Other parts are exchanged for parts that are
+    about as often visible, so that the five lists are equally long, too. Where there are too few such parts there is
+    no question.
+"""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import combinations
+from math import comb
+
+import numpy as np
+
+from plum_partonomy.questions.part_statistics import PartKnowledge, Similarity
+
+DISTRACTORS = 4
+
+MAX_EDITS = 2
+RELATED_SHARE = 0.9
+_MAX_DRAWS = 100
+
+TOGGLES = 3
+EVEN = 0.05
+"""A part is visible about every second time if its share of images is this close to one half."""
+ODDS_RATIO = 1.5
+"""Parts are exchanged for each other if the odds that they are visible differ by no larger factor."""
+EXCHANGED = range(4, 9)
+"""Among how many parts may be exchanged."""
+
+_LEAST_SIMILARITY = 0.05
+
+
+def edited_distractors(
+    truth: Sequence[str], *, related: Collection[str], knowledge: PartKnowledge, rng: np.random.Generator
+) -> list[list[str]] | None:
+    """The official scheme: four wrong lists, or None where the edits do not lead to as many.
+
+    Args:
+        related: parts of the objects involved; where none is left to add, only co-occurrence decides.
+    """
+    truth_keys = {knowledge.part_key(part) for part in truth}
+    cumulative = _addition_weights(truth, related=related, knowledge=knowledge).cumsum()
+    found: dict[frozenset[str], list[str]] = {}
+    for _ in range(_MAX_DRAWS):
+        parts = list(truth)
+        for _ in range(rng.integers(1, MAX_EDITS + 1)):
+            _edit(parts, cumulative=cumulative, knowledge=knowledge, rng=rng)
+        keys = frozenset(map(knowledge.part_key, parts))
+        if keys != truth_keys:
+            found.setdefault(keys, sorted(parts))
+        if len(found) == DISTRACTORS:
+            return list(found.values())
+    return None
+
+
+def _addition_weights(truth: Sequence[str], *, related: Collection[str], knowledge: PartKnowledge) -> np.ndarray:
+    """How likely each part of the knowledge is to be added; zero for the right ones and their synonyms."""
+    weights = knowledge.conditional[[knowledge.position[part] for part in truth]].mean(0)
+    for part in truth:
+        weights[knowledge.positions_of_key[knowledge.part_key(part)]] = 0
+    weights /= weights.sum() or 1
+    truth_keys = {knowledge.part_key(part) for part in truth}
+    spare = [knowledge.position[part] for part in related if knowledge.part_key(part) not in truth_keys]
+    if spare:
+        weights *= 1 - RELATED_SHARE
+        weights[spare] += RELATED_SHARE / len(spare)
+    return weights
+
+
+def _edit(parts: list[str], *, cumulative: np.ndarray, knowledge: PartKnowledge, rng: np.random.Generator) -> None:
+    """Adds, deletes or replaces one part in place; does nothing if that would empty the list or nothing can come."""
+    edit = rng.integers(3)
+    deletes, adds = edit > 0, edit != 1
+    added = None
+    if adds and cumulative[-1] > 0:
+        drawn = np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right")
+        added = knowledge.parts[min(drawn, len(cumulative) - 1)]
+    if deletes and (len(parts) > 1 or added):
+        parts.pop(rng.integers(len(parts)))
+    if added and knowledge.part_key(added) not in map(knowledge.part_key, parts):
+        parts.append(added)
+
+
+def toggled_distractors(truth: Sequence[str], *, eligible: Sequence[str], rng: np.random.Generator) -> list[list[str]]:
+    """Four wrong part lists: TOGGLES of the eligible parts are drawn, and each list adds or removes some of them.
+
+    Where eligible parts are present about every second time, independently, all five lists are equally likely to be
+    the true one.
+    """
+    toggles = rng.choice(eligible, TOGGLES, replace=False).tolist()
+    subsets = [subset for size in range(1, TOGGLES + 1) for subset in combinations(toggles, size)]
+    wrong = [sorted(set(truth) ^ set(subset)) for subset in subsets]
+    wrong = [parts for parts in wrong if parts]
+    return [wrong[position] for position in rng.choice(len(wrong), DISTRACTORS, replace=False)]
+
+
+def exchanged_distractors(truth: Sequence[str], *, pool: Sequence[str], rng: np.random.Generator) -> list[list[str]]:
+    """Four wrong part lists as long as the right one: other members of the pool take the place of those in it."""
+    fixed = sorted(set(truth) - set(pool))
+    kept = tuple(part for part in pool if part in truth)
+    others = [subset for subset in combinations(pool, len(kept)) if subset != kept]
+    return [sorted([*fixed, *others[index]]) for index in rng.choice(len(others), DISTRACTORS, replace=False)]
+
+
+def balanced_distractors(
+    truth: Sequence[str], *, presence: Mapping[str, float], rng: np.random.Generator
+) -> list[list[str]] | None:
+    """The balanced scheme: four wrong lists, or None where too few parts could be there or not.
+
+    Args:
+        presence: share of the object's images that show the part, for each part that passes the question's filter.
+    """
+    even = _even_parts(presence)
+    if len(even) >= TOGGLES:
+        return toggled_distractors(truth, eligible=even, rng=rng)
+    pools = list(_exchange_pools(truth, presence))
+    return exchanged_distractors(truth, pool=pools[rng.integers(len(pools))], rng=rng) if pools else None
+
+
+def can_balance(truth: Sequence[str], *, presence: Mapping[str, float]) -> bool:
+    """Whether `balanced_distractors` finds four."""
+    return len(_even_parts(presence)) >= TOGGLES or next(_exchange_pools(truth, presence), None) is not None
+
+
+def _even_parts(presence: Mapping[str, float]) -> list[str]:
+    return sorted(part for part, share in presence.items() if abs(share - 0.5) <= EVEN)
+
+
+def _exchange_pools(truth: Sequence[str], presence: Mapping[str, float]) -> Iterator[list[str]]:
+    """Neighbours by their odds, enough of them in the truth and enough not for five different lists."""
+    ranked = sorted((share / (1 - share), part) for part, share in presence.items() if 0 < share < 1)
+    for size in EXCHANGED:
+        for start in range(len(ranked) - size + 1):
+            neighbours = ranked[start : start + size]
+            pool = [part for _, part in neighbours]
+            if (
+                neighbours[-1][0] <= ODDS_RATIO * neighbours[0][0]
+                and comb(size, len(set(truth).intersection(pool))) > DISTRACTORS
+            ):
+                yield sorted(pool)
+
+
+class WrongObjects:
+    """Draws four objects that the right one might be taken for, guided by similarity among its siblings."""
+
+    def __init__(self, knowledge: PartKnowledge, *, scheme: str, similarity: Similarity):
+        self.knowledge, self.scheme = knowledge, scheme
+        self.labels = sorted(knowledge.part_graph)
+        self.row = {label: row for row, label in enumerate(self.labels)}
+        self.similarity = np.asarray(similarity(self.labels))
+        self._rivals: dict[str, list[str]] = {}
+        self._groups: dict[str, list[list[str]]] = {}
+
+    def draw(self, label: str, *, rng: np.random.Generator) -> list[str] | None:
+        """None where fewer than four other objects are known.
+
+        official: without replacement, weighted by similarity to `label`. balanced: `label` stands in one of the
+        groups that an object forms with those most similar to it, so that being most like the others tells nothing.
+        """
+        if label not in self._rivals:
+            self._rivals[label] = self.knowledge.rivals(label, at_least=DISTRACTORS)
+        rivals = self._rivals[label]
+        if len(rivals) < DISTRACTORS:
+            return None
+        if self.scheme == "balanced":
+            if label not in self._groups:
+                self._groups[label] = self._groups_with(label, rivals)
+            group = self._groups[label][rng.integers(len(self._groups[label]))]
+            return [other for other in group if other != label]
+        weights = self.similarity[self.row[label], [self.row[rival] for rival in rivals]] + _LEAST_SIMILARITY
+        drawn = rng.choice(len(rivals), DISTRACTORS, replace=False, p=weights / weights.sum())
+        return [rivals[position] for position in drawn]
+
+    def _groups_with(self, label: str, rivals: list[str]) -> list[list[str]]:
+        """Each of the candidates with its four most similar ones, where `label` is among the five."""
+        members = sorted([label, *rivals])
+        rows = [self.row[member] for member in members]
+        similarity = self.similarity[np.ix_(rows, rows)].copy()
+        np.fill_diagonal(similarity, np.inf)
+        nearest = np.argsort(-similarity, axis=1, kind="stable")[:, : DISTRACTORS + 1]
+        groups = [[members[position] for position in group] for group in nearest.tolist()]
+        return [group for group in groups if label in group]

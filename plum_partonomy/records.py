@@ -1,0 +1,260 @@
+"""The records every source is turned into, as dataclasses; features.py holds the types they are stored with.
+
+    source files --> PartExample --> GroundedConversation   (training)
+                               \\--> Question               (benchmark)
+
+In a conversation the phrases of the assistant that name something visible stand in span tags, `<p>left wing</p>`; the
+i-th tag of the whole conversation is grounded by `masks[i]`. A literal tag in a text has a backslash before it.
+An image is whatever `datasets.Image` encodes: a PIL image or `{"bytes": ..., "path": ...}`.
+"""
+
+import dataclasses
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from plum_partonomy.masks import RLE, DataError
+
+__all__ = [
+    "QUESTION_TYPES",
+    "UNNAMED_OBJECT",
+    "DataError",
+    "GroundedConversation",
+    "PartExample",
+    "PartMask",
+    "Question",
+    "as_chat",
+    "as_row",
+    "check_plain",
+    "check_turns",
+    "defuse",
+    "escape_tags",
+    "tagged_phrases",
+]
+
+QUESTION_TYPES = (
+    "identification",
+    "identification_with_label",
+    "positive",
+    "positive_with_label",
+    "negative",
+    "negative_with_label",
+    "difference",
+    "difference_with_label",
+    "whole_to_part",
+    "part_to_whole",
+)
+TWO_STEP_TYPES = ("whole_to_part", "part_to_whole")
+"""Question types that ask for the object too; only these fill the `object_` fields."""
+
+UNNAMED_OBJECT = "object"
+"""The label of an object that nobody has named."""
+
+_TAG = re.compile(r"(?<!\\)</?p>")
+_JOINED_TAGS = re.compile(r"(?<!\\)</p><p>")
+_LITERAL_TAG = re.compile(r"</?p>")
+_SPECIAL_TOKEN = re.compile(
+    r"<image>|</?s>|<unk>|<pad>|<mask>|<[be]os>|<(?:start|end)_of_[a-z]+>|<[|\uff5c][^<>\s]{1,40}[|\uff5c]>"
+    r"|\[SEG\]|\[/?INST\]"
+)
+"""What tokenizers of vision-language models take for a token of their own wherever it stands in a text."""
+
+
+@dataclass
+class PartMask:
+    """A part name and its visible pixels: RLE in the frame of the image."""
+
+    label: str
+    rle: RLE
+
+
+@dataclass
+class PartExample:
+    """An image of one object and the masks of its visible parts.
+
+    A label occurs once, except where a source keeps instances apart.
+    """
+
+    image: Any
+    image_id: str
+    image_label: str
+    masks: list[PartMask]
+    source: str
+    licence: str
+
+
+@dataclass
+class GroundedConversation:
+    """A training record: `messages` of {"role", "content"}, and one mask per span tag in order of appearance.
+
+    `masks` are None where answers name what is visible without tagging it, so that nothing is to be learnt about tags.
+    """
+
+    id: str
+    image: Any
+    image_id: str
+    image_label: str
+    messages: list[dict[str, str]]
+    masks: list[PartMask] | None
+    source: str
+    licence: str
+
+    def validate(self, *, where: str) -> None:
+        """Raises DataError as [`check_turns`] does."""
+        check_turns(self.messages, len(self.masks or []), where=where)
+
+
+@dataclass
+class Question:
+    """A multiple-choice benchmark record. `masks` holds all visible parts of the image, not only those of the answer.
+
+    `correct` and `object_correct` are indices into `choices` and `object_choices`; the `object_` fields are None
+    except for the types `whole_to_part` and `part_to_whole`.
+    """
+
+    id: str
+    image: Any
+    image_id: str
+    image_label: str
+    question_type: str
+    question: str
+    choices: list[str]
+    correct: int
+    choice_parts: list[list[str]]
+    masks: list[PartMask]
+    object_question: str | None = None
+    object_choices: list[str] | None = None
+    object_classes: list[str] | None = None
+    object_correct: int | None = None
+    source: str = ""
+    licence: str = ""
+
+    @property
+    def photograph(self) -> str:
+        """The image of the question without its object: the same for all objects that one photograph shows.
+
+        Sources that make an example of each object of an image add its label to the id, "0.png#car".
+        """
+        return re.sub(rf"(?<=.)[#-]{re.escape(self.image_label)}$", "", self.image_id)
+
+    def validate(self, *, where: str) -> None:
+        """Raises DataError, naming the field, unless exactly one of several different choices is right and masked."""
+        if self.question_type not in QUESTION_TYPES:
+            known = ", ".join(QUESTION_TYPES)
+            raise DataError(f"{where}, field 'question_type': unknown type {self.question_type!r}; known are {known}")
+        _check_choices(self.choices, correct=self.correct, where=where, field="choices")
+        if len(self.choice_parts) != len(self.choices):
+            raise DataError(
+                f"{where}, field 'choice_parts': {len(self.choices)} choices, but parts of {len(self.choice_parts)}"
+            )
+        part_sets = [frozenset(parts) for parts in self.choice_parts]
+        if len(set(part_sets)) != len(part_sets):
+            raise DataError(f"{where}, field 'choice_parts': two choices name the same parts {self.choice_parts}")
+        empty = [index for index, parts in enumerate(part_sets) if not parts]
+        if empty:
+            raise DataError(f"{where}, field 'choice_parts': choice {empty[0]} names no part")
+        unmasked = sorted(part_sets[self.correct] - {mask.label for mask in self.masks})
+        if unmasked:
+            raise DataError(f"{where}, field 'masks': the correct answer names {unmasked}, which have no mask")
+        self._validate_object_fields(where=where)
+
+    def _validate_object_fields(self, *, where: str) -> None:
+        fields = (self.object_question, self.object_choices, self.object_classes, self.object_correct)
+        if self.question_type not in TWO_STEP_TYPES:
+            if any(value is not None for value in fields):
+                raise DataError(f"{where}, field 'object_question': set, though {self.question_type} asks no object")
+            return
+        if any(value is None for value in fields):
+            raise DataError(f"{where}, field 'object_question': {self.question_type} needs every object field")
+        _check_choices(self.object_choices, correct=self.object_correct, where=where, field="object_choices")
+        if len(set(self.object_classes)) != len(self.object_choices):
+            raise DataError(
+                f"{where}, field 'object_classes': expected {len(self.object_choices)} different classes, "
+                f"found {self.object_classes}"
+            )
+
+
+def check_turns(messages: list[dict[str, str]], masks: int, *, where: str) -> None:
+    """Raises DataError unless questions and answers alternate, tags pair up, and there is a mask for each tag."""
+    if not messages:
+        raise DataError(f"{where}, field 'messages': the conversation is empty")
+    tags = 0
+    for index, message in enumerate(messages):
+        place = f"{where}, field 'messages[{index}]'"
+        expected_role = "assistant" if index % 2 else "user"
+        if message["role"] != expected_role:
+            raise DataError(f"{place}: expected the role {expected_role!r}, found {message['role']!r}")
+        phrases = tagged_phrases(message["content"], where=place)
+        if phrases and (joined := _JOINED_TAGS.search(message["content"])):
+            raise DataError(
+                f"{place}: two span tags need a space or a word between them to have tokens of their own, found "
+                f"{joined[0]!r:.80}"
+            )
+        if phrases and expected_role == "user":
+            raise DataError(f"{place}: a user message holds the span tag <p>; write it as \\<p>")
+        tags += len(phrases)
+    if expected_role == "user":
+        raise DataError(f"{place}: the conversation ends with the user; add the answer or leave the question out")
+    if tags != masks:
+        raise DataError(f"{where}, field 'masks': {tags} span tags, but {masks} masks; give each tag one mask")
+
+
+def as_row(record: GroundedConversation | Question) -> dict[str, Any]:
+    """The record as plain dictionaries and lists, for `datasets`; the image is passed on as it is."""
+    row = {item.name: getattr(record, item.name) for item in dataclasses.fields(record)}
+    row["masks"] = record.masks and [{"label": mask.label, "rle": mask.rle} for mask in record.masks]
+    return row
+
+
+def check_plain(text: str, *, where: str) -> None:
+    """Raises DataError if a text holds what models take for a special token, such as the end of an answer."""
+    if found := _SPECIAL_TOKEN.search(text):
+        raise DataError(
+            f"{where}: the text holds {found[0]!r}, which models take for a token of their own, not for words; write "
+            f"it in another way, such as {defuse(found[0])!r}, or leave it out"
+        )
+
+
+def defuse(text: str) -> str:
+    """A foreign text in which nothing is taken for a special token.
+
+    >>> defuse("an <image> tag, </s>")
+    'an <image > tag, </s >'
+    """
+    return _SPECIAL_TOKEN.sub(lambda match: f"{match[0][:-1]} {match[0][-1]}", text)
+
+
+def escape_tags(text: str) -> str:
+    """Writes literal span tags of a foreign text, such as a label, with a backslash."""
+    return _LITERAL_TAG.sub(lambda match: "\\" + match.group(), text)
+
+
+def tagged_phrases(text: str, *, where: str = "text") -> list[str]:
+    """The phrases between span tags, in order. Raises DataError on unbalanced, nested or empty tags."""
+    tags = list(_TAG.finditer(text))
+    opening, closing = tags[::2], tags[1::2]
+    paired = len(opening) == len(closing) and all(tag.group() == "<p>" for tag in opening)
+    if not paired or any(tag.group() == "<p>" for tag in closing):
+        raise DataError(f"{where}: span tags <p> and </p> must alternate, found {text!r}")
+    phrases = [text[start.end() : end.start()] for start, end in zip(opening, closing, strict=True)]
+    if any(not phrase.strip() for phrase in phrases):
+        raise DataError(f"{where}: a span tag is empty in {text!r}")
+    return phrases
+
+
+def _check_choices(choices: list[str], *, correct: int, where: str, field: str) -> None:
+    if len(choices) < 2:
+        raise DataError(f"{where}, field {field!r}: expected at least two choices, found {len(choices)}")
+    if not 0 <= correct < len(choices):
+        raise DataError(f"{where}, field 'correct': {correct} is no index into {len(choices)} {field}")
+    if len(set(choices)) != len(choices):
+        repeated = next(choice for choice in choices if choices.count(choice) > 1)
+        raise DataError(f"{where}, field {field!r}: {repeated!r} occurs more than once")
+
+
+def as_chat(messages: list[dict], image: Any) -> list[dict]:
+    """The messages as a chat with the image, unless it is None, in front of the first; `messages` stay as they are."""
+    chat = [dict(message) for message in messages]
+    if image is not None:
+        chat[0]["content"] = [{"type": "image", "image": image}, {"type": "text", "text": chat[0]["content"]}]
+    return chat

@@ -1,0 +1,163 @@
+"""The questions of a benchmark split, in the batches and with the wrong images an evaluation uses."""
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import datasets
+from PIL import Image
+
+from plum_partonomy import images
+from plum_partonomy.masks import DataError
+from plum_partonomy.records import PartMask, Question, as_row
+from plum_partonomy.seeding import seeded_generator
+
+__all__ = [
+    "CONTROL_SEED",
+    "data_folder",
+    "fingerprint",
+    "fingerprint_rows",
+    "load_image",
+    "load_questions",
+    "load_rows",
+    "make_batches",
+    "pick_wrong_images",
+    "read_image",
+]
+
+CONTROL_SEED = 0
+
+
+def load_questions(
+    dataset: str, *, name: str, split: str, limit: int | None = None, **options: Any
+) -> tuple[datasets.Dataset, list[Question]]:
+    """A split and its questions, in order and without their images.
+
+    Args:
+        dataset, name, split: as in `datasets.load_dataset`.
+        limit: only this many questions, from the start.
+        options: of the data set's builder, such as data_dir.
+
+    Raises:
+        DataError: the data set, configuration or split does not exist, is empty or holds no questions, or a record is
+            not valid.
+    """
+    asked = _describe(dataset, name, split)
+    rows = load_rows(dataset, name=name, split=split, limit=limit, **options)
+    columns = [item.name for item in fields(Question)]
+    missing = sorted(set(columns) - set(rows.column_names))
+    if missing:
+        raise DataError(f"The {asked} holds no questions, its records lack {missing}: give another name.")
+    questions, ids = [], set()
+    for index, record in enumerate(rows.select_columns(columns).remove_columns("image")):
+        where = f"{asked}, record {index}"
+        question = Question(image=None, **{**record, "masks": [PartMask(**mask) for mask in record["masks"]]})
+        question.validate(where=where)
+        if question.id in ids:
+            raise DataError(f"{where}, field 'id': {question.id!r} occurs more than once")
+        ids.add(question.id)
+        questions.append(question)
+    return rows, questions
+
+
+def load_rows(dataset: str, *, name: str, split: str, limit: int | None = None, **options: Any) -> datasets.Dataset:
+    """The records of a split, or the first of them, with images as they are stored; arguments and errors as for
+    `load_questions`."""
+    try:
+        rows = datasets.load_dataset(dataset, name, split=split, **options)
+    except (ValueError, OSError, datasets.exceptions.DatasetGenerationError) as error:
+        cause = error
+        while not isinstance(cause, DataError) and cause.__cause__ is not None:
+            cause = cause.__cause__
+        raise DataError(f"Cannot load {_describe(dataset, name, split)}: {cause}") from error
+    if limit is not None:
+        rows = rows.select(range(min(limit, len(rows))))
+    return images.undecoded(rows)
+
+
+def _describe(dataset: str, name: str, split: str) -> str:
+    return f"data set {dataset!r}, name {name!r}, split {split!r}"
+
+
+def load_image(rows: datasets.Dataset, index: int, question: Question) -> Image.Image:
+    """The image of one record as RGB; raises DataError if it cannot be read or is not of its masks' size."""
+    image = read_image(rows, index, where=f"Question {question.id!r}, image {question.image_id!r}")
+    size, expected = [image.height, image.width], list(question.masks[0].rle["size"])
+    if size != expected:
+        raise DataError(f"Question {question.id!r}: its image has [height, width] {size}, its masks {expected}.")
+    return image
+
+
+def read_image(rows: datasets.Dataset, index: int, *, where: str) -> Image.Image:
+    """The image of one record as RGB; raises DataError, opening with `where`, if it cannot be read."""
+    return images.read_image(rows[index]["image"], where=where)
+
+
+def fingerprint(questions: Sequence[Question]) -> str:
+    """Changes with any text, mask or image id of the questions, and with their order; not with the machine."""
+    return fingerprint_rows({**as_row(question), "image": None} for question in questions)
+
+
+def fingerprint_rows(rows: Iterable[dict]) -> str:
+    """Changes with any value of the rows, which are ready for JSON, and with their order."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def data_folder(data_dir: str | None) -> str | None:
+    """The folder of raw data as a run's settings name it: the same from every working folder."""
+    return None if data_dir is None else str(Path(data_dir).resolve())
+
+
+def make_batches(questions: Sequence[Question], batch_size: int) -> list[list[int]]:
+    """Indices of the questions of each step, questions about one image next to each other."""
+    first_use: dict[str, int] = {}
+    for index, question in enumerate(questions):
+        first_use.setdefault(question.image_id, index)
+    order = sorted(range(len(questions)), key=lambda index: (first_use[questions[index].image_id], index))
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def pick_wrong_images(questions: Sequence[Question]) -> dict[str, str]:
+    """For every image id another one, of another photograph, and of another label where the labels allow it.
+
+    Each is used once, unless half of all are objects of one photograph.
+
+    Raises:
+        DataError: all questions are about one photograph.
+    """
+    labels = {question.image_id: question.image_label for question in questions}
+    photographs = {question.image_id: question.photograph for question in questions}
+    if len(set(photographs.values())) < 2:
+        raise DataError("The wrong-image control needs at least two images, found one: use --control none.")
+    shuffled = seeded_generator(CONTROL_SEED, "wrong_image").permutation(sorted(labels)).tolist()
+    by_label = sorted(shuffled, key=labels.__getitem__)
+    # Turned by the size of the largest label, no image meets its own label while that has at most half of all images.
+    largest = max(len(list(group)) for _, group in itertools.groupby(by_label, labels.__getitem__))
+    turn = min(largest, len(by_label) - 1)
+    wrong = dict(zip(by_label, by_label[turn:] + by_label[:turn], strict=True))
+    for image in by_label:
+        if photographs[image] == photographs[wrong[image]]:
+            _exchange(image, wrong, labels, photographs)
+    return wrong
+
+
+def _exchange(image: str, wrong: dict[str, str], labels: dict[str, str], photographs: dict[str, str]) -> None:
+    """Gives an image the wrong image of another one in exchange for its own, so that both are of other photographs,
+    and of other labels if possible."""
+
+    def differ(names: dict[str, str], other: str) -> bool:
+        return names[image] != names[wrong[other]] and names[other] != names[wrong[image]]
+
+    fitting = [other for other in wrong if differ(photographs, other)]
+    if fitting:
+        other = next((other for other in fitting if differ(labels, other)), fitting[0])
+        wrong[image], wrong[other] = wrong[other], wrong[image]
+    else:
+        wrong[image] = next(other for other in wrong if photographs[other] != photographs[image])

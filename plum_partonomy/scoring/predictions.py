@@ -1,0 +1,247 @@
+"""What a model answered to one question, and the file such answers are kept in.
+
+One line of predictions.jsonl, shortened (spans are characters of the answer, tags are tokens of it):
+
+    {"question_id": "mini-test-3/positive", "image_id": "mini-test-3", "choice_scores": [0.31, 0.12, 0.4, 0.9, 0.77],
+     "given_spans": [{"text": "hull", "start": 57, "end": 61, "rle": {"size": [128, 128], "counts": "Pm2..."},
+                      "score": 0.97}],
+     "true_tags": [[12, 13]], "predicted_tags": [[12, 13]],
+     "generated_text": "The object in the image has ...: hull, and mast.", "generated_spans": [...],
+     "object_choice_scores": null, "wrong_image": {the same fields for the image of another record} or null}
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from plum_partonomy.masks import RLE, DataError, validate_rle
+from plum_partonomy.sources.json_files import json_lines, parse_json
+from plum_partonomy.sources.untrusted import typed
+
+__all__ = [
+    "Prediction",
+    "SpanMask",
+    "append_predictions",
+    "check_run",
+    "merge_predictions",
+    "read_predictions",
+    "write_predictions",
+    "write_whole",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpanMask:
+    """A span of an answer and its mask.
+
+    Attributes:
+        text: the characters [start, end) of the answer.
+        rle: COCO RLE in the pixel frame of the question's image.
+        score: confidence in [0, 1].
+    """
+
+    text: str
+    start: int
+    end: int
+    rle: RLE
+    score: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """Everything one model run says about one question; None for what this kind of model does not say.
+
+    Attributes:
+        image_id: the image the model saw; another record's in the wrong-image control.
+        choice_scores: negative log-likelihood of each choice, the smallest is chosen.
+        given_spans: masks of the parts of an answer that was given: the correct one, or the one the model chose.
+        true_tags, predicted_tags: [start, end) of the part spans in the given answer, as its tokens were labelled and
+            as the model tags them, counted from the answer's first token.
+        generated_text, generated_spans: the freely generated answer and its masks.
+        object_choice_scores: the same as choice_scores for the object question of the part-whole types, else None.
+        wrong_image: the prediction for the same question with the image of another record, if that control ran.
+    """
+
+    question_id: str
+    image_id: str
+    choice_scores: list[float] | None
+    given_spans: list[SpanMask] | None
+    true_tags: list[tuple[int, int]] | None
+    predicted_tags: list[tuple[int, int]] | None
+    generated_text: str | None
+    generated_spans: list[SpanMask] | None
+    object_choice_scores: list[float] | None = None
+    wrong_image: "Prediction | None" = None
+
+    def __post_init__(self) -> None:
+        for name in ("choice_scores", "object_choice_scores"):
+            scores = getattr(self, name)
+            if scores is not None and (not scores or not all(math.isfinite(score) for score in scores)):
+                raise DataError(f"Question {self.question_id!r}: {name} must be finite numbers, found {scores}.")
+
+    @property
+    def choice(self) -> int:
+        """Index of the most likely choice."""
+        return min(range(len(self.choice_scores)), key=self.choice_scores.__getitem__)
+
+    @property
+    def object_choice(self) -> int:
+        """Index of the most likely object choice."""
+        return min(range(len(self.object_choice_scores)), key=self.object_choice_scores.__getitem__)
+
+    @classmethod
+    def from_dict(cls, record: dict[str, Any], *, where: str) -> "Prediction":
+        """A prediction from its JSON form.
+
+        Raises:
+            DataError: a field is missing, unknown or of another type, a number is not finite, or a mask is no valid
+                RLE; names `where` and the field.
+        """
+        known = [item.name for item in dataclasses.fields(cls)]
+        fields = _known_fields(record, known, optional=("object_choice_scores", "wrong_image"), where=where)
+        for name in ("question_id", "image_id"):
+            typed(fields, name, str, where=where)
+        typed(fields, "generated_text", (str, type(None)), where=where)
+        for name in ("choice_scores", "object_choice_scores"):
+            _optional_list(fields, name, _number, where=where)
+        for name in ("given_spans", "generated_spans"):
+            _optional_list(fields, name, _span, where=where)
+        for name in ("true_tags", "predicted_tags"):
+            _optional_list(fields, name, _tag, where=where)
+        if fields.get("wrong_image") is not None:
+            place = f"{where}, field 'wrong_image'"
+            fields["wrong_image"] = cls.from_dict(typed(fields, "wrong_image", dict, where=where), where=place)
+        return cls(**fields)
+
+
+def _known_fields(record: Any, known: Sequence[str], *, optional: Sequence[str] = (), where: str) -> dict[str, Any]:
+    """A copy of an object with these fields and no others. Raises DataError."""
+    if not isinstance(record, dict):
+        raise DataError(f"{where}: expected an object, found {record!r:.80}")
+    if unknown := sorted(record.keys() - set(known)):
+        raise DataError(f"{where}: unknown field {unknown[0]!r:.80}; known are {', '.join(known)}")
+    if missing := [name for name in known if name not in record and name not in optional]:
+        raise DataError(f"{where}: field {missing[0]!r} is missing")
+    return dict(record)
+
+
+def _optional_list(fields: dict[str, Any], name: str, read: Callable[..., Any], *, where: str) -> None:
+    """Replaces the items of a list field, unless it is null, by what `read` makes of them. Raises DataError."""
+    if fields.get(name) is not None:
+        items = typed(fields, name, list, where=where)
+        fields[name] = [read(item, where=f"{where}, field '{name}[{i}]'") for i, item in enumerate(items)]
+
+
+def _number(value: Any, *, where: str) -> float:
+    if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:
+        raise DataError(f"{where}: expected a finite number, found {value!r:.80}")
+    return value
+
+
+def _tag(value: Any, *, where: str) -> tuple[int, int]:
+    if not isinstance(value, list) or len(value) != 2 or any(type(item) is not int for item in value):
+        raise DataError(f"{where}: expected [start, end) of two integers, found {value!r:.80}")
+    return tuple(value)
+
+
+def _span(value: Any, *, where: str) -> SpanMask:
+    fields = _known_fields(value, [item.name for item in dataclasses.fields(SpanMask)], where=where)
+    for name, kind in (("text", str), ("start", int), ("end", int)):
+        typed(fields, name, kind, where=where)
+    _number(fields["score"], where=f"{where}, field 'score'")
+    fields["rle"] = validate_rle(fields["rle"], where=f"{where}, field 'rle'")
+    return SpanMask(**fields)
+
+
+def _line(prediction: Prediction) -> str:
+    return json.dumps(asdict(prediction), ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def write_predictions(path: Path, predictions: Iterable[Prediction]) -> None:
+    """Writes a predictions file, whole or not at all."""
+    write_whole(path, map(_line, predictions))
+
+
+def append_predictions(path: Path, predictions: Iterable[Prediction]) -> None:
+    """Adds lines to a file and has them on the disk before it returns."""
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(map(_line, predictions))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_predictions(path: Path) -> list[Prediction]:
+    """All complete lines of a predictions file.
+
+    A last line without its line end was cut off when a run was interrupted, and is left out.
+
+    Raises:
+        DataError: any other line is not a prediction; names file and line.
+    """
+    lines = ((where, line) for where, line in json_lines(path) if line.endswith(b"\n"))
+    return [Prediction.from_dict(parse_json(line, where=where), where=where) for where, line in lines]
+
+
+# ---------------------------------------------------------------- the folder of a run
+
+
+def write_whole(path: Path, pieces: Iterable[str]) -> None:
+    """Writes a text file at once: a reader sees the old file or the new one, never a part."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.writelines(pieces)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):  # such as a disk that cannot be written to
+            temporary.unlink()
+        raise
+
+
+def check_run(folder: Path, settings: dict[str, Any]) -> None:
+    """Refuses a folder that holds another run than the one of these settings; changes nothing.
+
+    Raises:
+        DataError: run.json differs, naming the settings, or there are predictions without a run.json.
+    """
+    path = folder / "run.json"
+    if not path.exists():
+        if any(folder.glob("predictions*.jsonl")):
+            raise DataError(f"{folder} holds predictions but no run.json to tell whose: give another folder.")
+        return
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path} is no valid JSON ({error}): give another folder.") from error
+    differing = [name for name in {**found, **settings} if found.get(name) != settings.get(name)]
+    if differing:
+        listed = ", ".join(f"{name} {found.get(name)!r} (now {settings.get(name)!r})" for name in differing)
+        raise DataError(f"{folder} holds another run, with {listed}: give another folder.")
+
+
+def merge_predictions(folder: Path, question_ids: Sequence[str]) -> None:
+    """Gathers predictions.jsonl and what each process wrote beside it into predictions.jsonl, in question order.
+
+    Raises:
+        DataError: a line is damaged or answers none of the questions.
+    """
+    merged, paths = folder / "predictions.jsonl", sorted(folder.glob("predictions.rank*.jsonl"))
+    by_id = {
+        prediction.question_id: prediction
+        for path in [merged, *paths]
+        if path.exists()
+        for prediction in read_predictions(path)
+    }
+    unknown = by_id.keys() - set(question_ids)
+    if unknown:
+        raise DataError(f"{folder} holds predictions for questions that were not asked, such as {min(unknown)!r}.")
+    write_predictions(merged, (by_id[question_id] for question_id in question_ids if question_id in by_id))
+    for path in paths:
+        path.unlink()

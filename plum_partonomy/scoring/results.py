@@ -1,0 +1,199 @@
+"""What an evaluation leaves behind once the predictions are there: metrics.json, report.html and a printed table."""
+
+import hashlib
+import json
+import platform
+import shlex
+import sys
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+
+from plum_partonomy.masks import DataError
+from plum_partonomy.questions.synonyms import lemmatised
+from plum_partonomy.records import Question
+from plum_partonomy.scoring.benchmark import load_image
+from plum_partonomy.scoring.bootstrap import BOOTSTRAP_SEED, LEVEL, RESAMPLES
+from plum_partonomy.scoring.metrics import MaskSource, evaluate_predictions, iou_per_part
+from plum_partonomy.scoring.name_matching import by_embedding, by_key, embed_names, generated_names, rename_generated
+from plum_partonomy.scoring.predictions import Prediction, write_whole
+from plum_partonomy.scoring.report import FIGURES, write_report
+from plum_partonomy.sources.problems import write_problems
+
+__all__ = [
+    "PUBLISHED_PROTOCOL",
+    "describe_command",
+    "describe_left_out",
+    "describe_protocol",
+    "fingerprint_files",
+    "fingerprint_model",
+    "format_table",
+    "leave_out",
+    "match_names",
+    "score",
+]
+
+
+PUBLISHED_PROTOCOL = {"choice_reduction": "sequence_mean", "mask_source": "gt_answer", "match": "exact"}
+"""The rules behind the paper's figures, by the name of the option that sets each."""
+
+
+def describe_protocol(*, choice_reduction: str, mask_source: MaskSource, match: str) -> dict[str, Any]:
+    """The rules that the figures follow, under a name: `published`, or `custom` with what differs.
+
+    >>> describe_protocol(choice_reduction="answer_sum", mask_source="gt_answer", match="exact")["name"]
+    'custom: choice_reduction answer_sum'
+    """
+    rules = {"choice_reduction": choice_reduction, "mask_source": mask_source, "match": match}
+    differing = [f"{name} {rules[name]}" for name in rules if rules[name] != PUBLISHED_PROTOCOL[name]]
+    return {
+        "name": f"custom: {', '.join(differing)}" if differing else "published",
+        **rules,
+        "intervals": f"{LEVEL:.0%} bootstrap over images, {RESAMPLES} resamples, seed {BOOTSTRAP_SEED}",
+    }
+
+
+def describe_command() -> dict[str, Any]:
+    """What was called, when, and with which versions."""
+    packages = ("torch", "transformers", "datasets", "accelerate", "numpy", "scipy", "pycocotools")
+    return {
+        "command": shlex.join(["python", *sys.argv]),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {"python": platform.python_version()} | {package: version(package) for package in packages},
+    }
+
+
+def fingerprint_model(folder: Path) -> str:
+    """Changes with the weights, configuration, processor or code of a checkpoint; not with its place."""
+    return fingerprint_files(
+        path for path in folder.iterdir() if path.suffix in (".safetensors", ".json", ".jinja", ".py")
+    )
+
+
+def fingerprint_files(paths: Iterable[Path]) -> str:
+    """Changes with the names and the contents of files, not with their folder."""
+    digest = hashlib.sha256()
+    for path in sorted(paths):
+        with path.open("rb") as file:
+            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def leave_out(
+    questions: Sequence[Question],
+    predictions: Sequence[Prediction],
+    problems: Sequence[str],
+    *,
+    report_to: Path | None,
+) -> list[Question]:
+    """The questions to score when some predictions cannot be used.
+
+    Args:
+        questions, predictions: all questions and the usable predictions.
+        problems: one sentence for each prediction that cannot be used.
+        report_to: file for the problems, one JSON object per line; None refuses them.
+
+    Raises:
+        DataError: there are problems and no file to report them to, or no prediction is left.
+    """
+    if problems and report_to is None:
+        more = f" (and {len(problems) - 1} more; evaluate_plum.py --on_error report lists them)"
+        raise DataError(problems[0] + more * (len(problems) > 1))
+    answered = {prediction.question_id for prediction in predictions}
+    if problems and not answered:
+        raise DataError(
+            f"None of {len(questions)} questions has a usable prediction; the first problem: {problems[0]}"
+        )
+    if problems:
+        report_to.parent.mkdir(parents=True, exist_ok=True)
+        write_problems(report_to, problems)
+        return [question for question in questions if question.id in answered]
+    return list(questions)
+
+
+def match_names(
+    questions: Sequence[Question],
+    predictions: Sequence[Prediction],
+    *,
+    match: Literal["exact", "lemmatised", "embedding"],
+    model: str | None = None,
+) -> list[Prediction]:
+    """The predictions with the part names of generated answers as `match` reads them.
+
+    Args:
+        questions, predictions: one prediction per question.
+        match: how names are compared.
+        model: for `embedding`, folder or Hub name of the text encoder.
+
+    Raises:
+        DataError: the text encoder cannot be loaded.
+    """
+    if match == "exact":
+        return list(predictions)
+    if match == "lemmatised":
+        return rename_generated(questions, predictions, by_key(lemmatised))
+    embeddings = embed_names(generated_names(questions, predictions), model)
+    return rename_generated(questions, predictions, by_embedding(embeddings))
+
+
+def score(
+    rows: datasets.Dataset,
+    questions: Sequence[Question],
+    predictions: Sequence[Prediction],
+    *,
+    output_dir: Path,
+    run: dict[str, Any],
+    mask_source: MaskSource,
+    training_curves: Path | None = None,
+) -> dict[str, Any]:
+    """Writes metrics.json and report.html from questions and predictions alone; returns the metrics.
+
+    Args:
+        rows: the data set, whose records carry the images of the questions.
+        questions, predictions: one prediction per question.
+        output_dir: folder that exists.
+        run: what should be known about the run, for both files.
+        mask_source: the masks that the mask figures speak of.
+        training_curves: CSV for the report, if that file exists.
+    """
+    metrics = evaluate_predictions(questions, predictions, mask_source=mask_source, intervals=True)
+    metrics |= {"by_part": iou_per_part(questions, predictions, mask_source=mask_source), "run": run}
+    write_whole(output_dir / "metrics.json", [json.dumps(metrics, indent=2, allow_nan=False), "\n"])
+    row_of_question = {name: index for index, name in enumerate(rows["id"])}
+    write_report(
+        output_dir / "report.html",
+        metrics=metrics,
+        questions=questions,
+        predictions=predictions,
+        load_image=lambda question: load_image(rows, row_of_question[question.id], question),
+        training_curves=training_curves if training_curves is not None and training_curves.is_file() else None,
+    )
+    return metrics
+
+
+def describe_left_out(run: dict[str, Any]) -> list[str]:
+    """The lines that a printed table has where something was left out or resized."""
+    questions, records = run.get("left_out", 0), run.get("records_left_out", 0)
+    lines = []
+    if questions or records:
+        lines = [f"left out: {questions} questions, {records} records of the data set, listed in errors.jsonl"]
+    if resized := run.get("masks_resized", 0):
+        lines.append(f"resized: {resized} true masks that had another size than their image")
+    return lines
+
+
+def format_table(metrics: dict[str, Any]) -> str:
+    """The figures with their intervals beside their wrong-image control and their chance level."""
+    overall, intervals = metrics["overall"], metrics["intervals"]["overall"]
+    lines = [f"protocol: {metrics['run']['protocol']['name']}", *describe_left_out(metrics["run"])]
+    lines += [f"{'':34}{'model':>9}{'95 % interval':>18}{'wrong image':>13}{'random':>9}"]
+    for name, title in FIGURES.items():
+        cells = [overall.get(name + suffix) for suffix in ("", "_wrong_image", "_random")]
+        texts = ["-" if cell is None else f"{cell:.3f}" for cell in cells]
+        limits = "[{:.3f}, {:.3f}]".format(*intervals[name]) if name in intervals else "-"
+        lines.append(f"{title:34}{texts[0]:>9}{limits:>18}{texts[1]:>13}{texts[2]:>9}")
+    return "\n".join(lines)

@@ -1,0 +1,82 @@
+"""Every data set that is read split by split into grounded conversations."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import ClassVar, Protocol
+
+from plum_partonomy.records import GroundedConversation
+from plum_partonomy.sources.label_maps import Ade20k, CocoStuff, Mapillary
+from plum_partonomy.sources.llava import LlavaInstruct, LlavaMixture
+from plum_partonomy.sources.paco_lvis import PacoLvis
+from plum_partonomy.sources.partimagenet import PartImageNet
+from plum_partonomy.sources.pascal_part import PascalPart
+from plum_partonomy.sources.question_chats import CoreConversations, CoreStage2
+from plum_partonomy.sources.reasonseg import ReasonSeg
+from plum_partonomy.sources.referring import (
+    GRefCoco,
+    RefClef,
+    RefCoco,
+    RefCocoG,
+    RefCocoGGoogle,
+    RefCocoGoogle,
+    RefCocoPlus,
+)
+from plum_partonomy.sources.semantic_parts import SemanticPacoLvis, SemanticPartImageNet, SemanticPascalPart
+
+
+class Source(Protocol):
+    """One split of a data set, opened."""
+
+    name: ClassVar[str]
+    published_counts: ClassVar[dict[str, dict[str, int]]]
+    """Split -> what the publishers count in it."""
+    split: str
+    path: Path
+    """The file that problems with the whole split are reported for."""
+    counts: dict[str, int]
+    """What the split holds; has every key of its published counts."""
+    blank: int
+    """How much was read so far that gives nothing to talk about."""
+
+    @classmethod
+    def splits(cls, folder: str | Path) -> list[str]:
+        """The splits that lie in the folder. Raises DataError if there are none."""
+
+    @classmethod
+    def record_paths(cls) -> set[str]:
+        """Files of records, and folders of such files, that the folder may hold, relative to it."""
+
+    def __init__(self, folder: str | Path, *, split: str): ...
+
+    def __len__(self) -> int: ...
+
+    def conversations(self, index: int, *, seed: int) -> Iterator[GroundedConversation]:
+        """Those about one image, or one record, of the split. Raises DataError naming file, record and field."""
+
+
+SOURCES: dict[str, type[Source]] = {
+    kind.name: kind
+    for kind in (
+        PascalPart,
+        PacoLvis,
+        PartImageNet,
+        SemanticPascalPart,
+        SemanticPacoLvis,
+        SemanticPartImageNet,
+        Ade20k,
+        CocoStuff,
+        Mapillary,
+        RefCoco,
+        RefCocoGoogle,
+        RefCocoPlus,
+        RefCocoG,
+        RefCocoGGoogle,
+        RefClef,
+        GRefCoco,
+        ReasonSeg,
+        LlavaInstruct,
+        LlavaMixture,
+        CoreConversations,
+        CoreStage2,
+    )
+}

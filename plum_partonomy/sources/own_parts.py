@@ -1,0 +1,334 @@
+"""Your own photographs with part masks, in the form your tool exports them.
+
+What lies in the folder says what it is:
+
+    FOLDER/descriptor.json                       the authors' descriptor, see descriptor.py
+    FOLDER/*.jsonl                               grounded conversations, see conversation_file.py
+    FOLDER/*.json or FOLDER/*/*.json             one COCO file, as CVAT ("COCO 1.0") and others export it
+    FOLDER/{train,valid,test}/_annotations.coco.json   a COCO file for each split, as Roboflow exports them
+    FOLDER/*.json or FOLDER/*/*.json             Labelme files, one for each photograph
+
+Records of a COCO file, shortened; images may lie beside the file, in FOLDER, in images/ or in images/SUBSET/:
+
+    categories:  {"id": 1, "name": "wheel", "supercategory": "car"}
+    images:      {"id": 7, "file_name": "0007.jpg", "height": 480, "width": 640, "image_label": "sedan"}
+    annotations: {"id": 3, "image_id": 7, "category_id": 1, "segmentation": [[10.5, 20.0, ...]]}
+
+A category is a part. The object it belongs to is the `image_label` of its image, else the `supercategory`, else
+"object" (also where the supercategory is empty, "none" or the name of the category itself, as some tools write it).
+
+Of a Labelme file (see labelme.py) the label of a shape is a part, the one flag that is set is the
+object; without one it is "object". Older files, without the size of their image or with null in the place of flags,
+are read, too.
+
+An image gives one example per object label. Masks of one part are united. What an object can have are all the parts
+that any photograph of it shows.
+"""
+
+import posixpath
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from plum_partonomy.masks import RLE, DataError, Size, area, union, validate_rle
+from plum_partonomy.questions.conversations import converse
+from plum_partonomy.records import UNNAMED_OBJECT, GroundedConversation, PartExample, PartMask, check_plain
+from plum_partonomy.sources.conversation_file import ConversationFile
+from plum_partonomy.sources.descriptor import DESCRIPTOR_FILE, Descriptor, hold_out
+from plum_partonomy.sources.json_files import list_records, read_json, stream_fields
+from plum_partonomy.sources.labelme import read_shape
+from plum_partonomy.sources.untrusted import (
+    ImageFiles,
+    OnError,
+    check_labels,
+    find_file,
+    known_id,
+    read_polygons,
+    refuse,
+    typed,
+    typed_list,
+)
+
+LICENCE = "not stated"
+SPLIT_FILE = "_annotations.coco.json"
+SPLIT_FOLDERS = {"train": "train", "valid": "validation", "test": "test"}
+"""Folders of Roboflow's export, each with a COCO file and its images, and the splits they are kept as."""
+NO_SUPERCATEGORY = ("", "none")
+
+
+@dataclass
+class _Photograph:
+    """One object in one image: `segmentations` holds (where it stands, as it was found) for each part, `searched`
+    where the image may lie, `split` the one that the files keep it in."""
+
+    where: str
+    image_path: str
+    size: Size
+    image_label: str = ""
+    searched: tuple[str, ...] = ()
+    split: str | None = None
+    segmentations: dict[str, list[tuple[str, Any]]] = field(default_factory=dict)
+
+
+def record_files(folder: Path) -> list[Path]:
+    """The files of a folder that may hold records of any kind, sorted; not those that tools keep hidden."""
+    found = (
+        path.relative_to(folder) for pattern in ("*.jsonl", "*.json", "*/*.json") for path in folder.glob(pattern)
+    )
+    return sorted(folder / path for path in found if not any(name.startswith(".") for name in path.parts))
+
+
+def open_own_parts(folder: str | Path, *, on_error: OnError = refuse) -> "OwnParts | Descriptor | ConversationFile":
+    """The records of a folder, of whatever kind they are; `on_error` gets what is wrong with one record.
+
+    Raises DataError if the folder holds no records, or records of several kinds, or several COCO files.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder; data_dir must be the folder that holds your annotations")
+    if (folder / DESCRIPTOR_FILE).is_file():
+        return Descriptor(folder, on_error=on_error)
+    found: dict[str, list[Path]] = {}
+    for path in record_files(folder):
+        found.setdefault("conversations" if path.suffix == ".jsonl" else _kind_of_json(path), []).append(path)
+    unknown = found.pop("unknown", [])
+    if not found:
+        others = f" ({len(unknown)} json files are neither, such as {unknown[0].name})" if unknown else ""
+        raise DataError(
+            f"{folder}: no annotations of parts; expected a COCO file, Labelme files{others}, {DESCRIPTOR_FILE} or "
+            "*.jsonl with conversations. From CVAT export 'COCO 1.0'; its XML formats are not read"
+        )
+    (kind, paths), *others = found.items()
+    if others or (kind != "Labelme" and len(paths) > 1 and not (kind == "COCO" and _kept_splits(paths))):
+        listed = "; ".join(f"{kind}: {', '.join(path.name for path in paths[:3])}" for kind, paths in found.items())
+        raise DataError(
+            f"{folder}: expected one COCO file, one file of conversations or Labelme files alone, found {listed}; "
+            "leave one of them in the folder"
+        )
+    if kind == "conversations":
+        return ConversationFile(paths[0], on_error=on_error)
+    return OwnParts(folder, kind=kind, paths=paths, on_error=on_error)
+
+
+def _kept_splits(paths: list[Path]) -> dict[Path, str]:
+    """The split of each file of Roboflow's layout; empty for any other."""
+    if len(paths) < 2 or any(path.name != SPLIT_FILE or path.parent.name not in SPLIT_FOLDERS for path in paths):
+        return {}
+    return {path: SPLIT_FOLDERS[path.parent.name] for path in paths}
+
+
+def _kind_of_json(path: Path) -> str:
+    for name in stream_fields(path):
+        if name in ("images", "annotations", "categories"):
+            return "COCO"
+        if name in ("shapes", "imagePath"):
+            return "Labelme"
+    return "unknown"
+
+
+class OwnParts:
+    """Photographs of a COCO file or of Labelme files. Records are checked at once, masks and images on request.
+
+    Args:
+        on_error: gets what is wrong with one record; the image it belongs to is then left out.
+
+    Attributes:
+        unannotated: images that are listed, but show no part; they give no example.
+    """
+
+    name = "own_parts"
+
+    def __init__(self, folder: Path, *, kind: str, paths: list[Path], on_error: OnError = refuse):
+        """Raises DataError if no image shows a part, or two labels differ only in case or spaces."""
+        self.folder, self.kind = folder, kind
+        self.path = paths[0] if kind == "COCO" and len(paths) == 1 else folder
+        self.unannotated: list[str] = []
+        self._images = ImageFiles(folder, field="file_name" if kind == "COCO" else "imagePath")
+        if kind == "COCO":
+            kept = _kept_splits(paths)
+            photographs = [found for path in paths for found in self._read_coco(path, on_error, split=kept.get(path))]
+        else:
+            photographs = self._read_labelme(paths, on_error)
+        self._photographs = self._check_identities(photographs, on_error)
+        if not self._photographs:
+            raise DataError(f"{folder}: no image shows a part")
+        graph: dict[str, set[str]] = {}
+        for photograph in self._photographs:
+            graph.setdefault(photograph.image_label, set()).update(photograph.segmentations)
+        self.part_graph = {label: sorted(graph[label]) for label in sorted(graph)}
+        self.instance_graph = {"object": sorted(graph)}
+        check_labels(sorted(graph), where=f"{folder}, objects")
+        check_labels(sorted(set().union(*graph.values())), where=f"{folder}, parts")
+        self._objects_of_image: dict[str, int] = {}
+        for photograph in self._photographs:
+            count = self._objects_of_image.get(photograph.image_path, 0)
+            self._objects_of_image[photograph.image_path] = count + 1
+
+    def __len__(self) -> int:
+        return len(self._photographs)
+
+    def image_path(self, index: int) -> str:
+        """The image of an example, relative to the folder; several examples may share one."""
+        return self._photographs[index].image_path
+
+    def splits(self, *, seed: int) -> dict[str, list[int]]:
+        """Split -> indices: those of the files, or see `hold_out`."""
+        if self._photographs[0].split is None:
+            return hold_out([self.image_path(index) for index in range(len(self))], seed=seed)
+        splits: dict[str, list[int]] = {split: [] for split in SPLIT_FOLDERS.values()}
+        for index, photograph in enumerate(self._photographs):
+            splits[photograph.split].append(index)
+        return splits
+
+    def conversations(self, index: int, *, seed: int) -> Iterator[GroundedConversation]:
+        """The one about an example. Raises DataError."""
+        yield converse(self.example(index), part_graph=self.part_graph, seed=seed)
+
+    def example(self, index: int) -> PartExample:
+        """Raises DataError naming file, record and field."""
+        photograph = self._photographs[index]
+        outside = photograph.image_path.startswith(("/", "../"))  # which `locate` refuses
+        if photograph.searched and not outside and find_file(self.folder, [photograph.image_path]) is None:
+            names = " nor ".join(map(repr, dict.fromkeys(map(posixpath.normpath, photograph.searched))))
+            raise DataError(f"{photograph.where}, field 'file_name': there is no image {names} in {self.folder}")
+        file = self._images.locate(photograph.image_path, where=photograph.where)
+        self._images.check_frame(photograph.image_path, photograph.size, where=photograph.where)
+        example = self.annotation(index)
+        example.image = {"bytes": None, "path": str(file)}
+        return example
+
+    def annotation(self, index: int) -> PartExample:
+        """The example without its image, which is not looked at. Raises DataError naming file, record and field."""
+        photograph = self._photographs[index]
+        path, masks = photograph.image_path, []
+        for part in sorted(photograph.segmentations):
+            rles = []
+            for place, found in photograph.segmentations[part]:
+                rles.append(self._read_mask(found, size=photograph.size, where=place))
+                if not area(rles[-1]):
+                    raise DataError(f"{place}: the mask of {part!r} covers no pixel; draw it again or delete it")
+            masks.append(PartMask(part, union(rles)))
+        alone = self._objects_of_image[path] == 1
+        return PartExample(
+            image=None,
+            image_id=path if alone else f"{path}#{photograph.image_label}",
+            image_label=photograph.image_label,
+            masks=masks,
+            source=self.name,
+            licence=LICENCE,
+        )
+
+    def _read_mask(self, found: Any, *, size: Size, where: str) -> RLE:
+        if self.kind == "Labelme":
+            return read_shape(found, size=size, where=where)
+        if isinstance(found, list):
+            return read_polygons(found, size=size, where=where)
+        return validate_rle(found, expected_size=size, where=where)
+
+    def _check_identities(self, photographs: list[_Photograph], on_error: OnError) -> list[_Photograph]:
+        kept: dict[tuple[str, str], _Photograph] = {}
+        for photograph in photographs:
+            first = kept.setdefault((photograph.image_path, photograph.image_label), photograph)
+            if first is not photograph:
+                on_error(
+                    DataError(f"{photograph.where}: has the image {photograph.image_path!r}, as has {first.where}")
+                )
+        return list(kept.values())
+
+    # ---------------------------------------------------------------- COCO
+
+    def _read_coco(self, path: Path, on_error: OnError, *, split: str | None) -> list[_Photograph]:
+        categories: dict[int, tuple[str, str]] = {}
+        for where, record in list_records(path, "categories"):
+            name = typed(record, "name", str, where=where).strip()
+            above = record.get("supercategory") or ""
+            named = isinstance(above, str) and above.strip().lower() not in (*NO_SUPERCATEGORY, name.lower())
+            label = above.strip() if named else UNNAMED_OBJECT
+            check_plain(name, where=f"{where}, field 'name'")
+            check_plain(label, where=f"{where}, field 'supercategory'")
+            _claim(categories, record, (label, name), where=where)
+        images: dict[int, _Photograph] = {}
+        for where, record in list_records(path, "images"):
+            try:
+                _claim(images, record, self._read_coco_image(path, record, split=split, where=where), where=where)
+            except DataError as error:
+                on_error(error)
+        photographs: dict[tuple[int, str], _Photograph] = {}
+        incomplete, seen = set(), set()
+        for where, record in list_records(path, "annotations"):
+            image_id = record.get("image_id") if isinstance(record, dict) else None
+            try:
+                image = images[known_id(record, "image_id", images, where=where)]
+                label, part = categories[known_id(record, "category_id", categories, where=where)]
+                segmentation = typed(record, "segmentation", (list, dict), where=where)
+                if not segmentation:
+                    raise DataError(f"{where}, field 'segmentation': a box without a mask; outline the part")
+            except DataError as error:
+                on_error(error)
+                incomplete.add(image_id)
+                continue
+            seen.add(image_id)
+            label = image.image_label or label
+            new = replace(image, image_label=label, segmentations={})
+            photograph = photographs.setdefault((image_id, label), new)
+            place = f"{where}, field 'segmentation'"
+            photograph.segmentations.setdefault(part, []).append((place, segmentation))
+        self.unannotated += [image.image_path for id, image in images.items() if id not in seen | incomplete]
+        return [photograph for (id, _), photograph in photographs.items() if id not in incomplete]
+
+    def _read_coco_image(self, path: Path, record: Any, *, split: str | None, where: str) -> _Photograph:
+        """The image of a record, wherever it lies in the folder; beside the file if it lies nowhere."""
+        size = (typed(record, "height", int, where=where), typed(record, "width", int, where=where))
+        file_name = typed(record, "file_name", str, where=where).replace("\\", "/")
+        label = typed({"image_label": ""} | record, "image_label", str, where=where).strip()
+        check_plain(label, where=f"{where}, field 'image_label'")
+        beside = path.parent.relative_to(self.folder).as_posix()
+        subset = path.stem.removeprefix("instances_")
+        folders = (beside, "", "images", f"images/{subset}")
+        searched = tuple(posixpath.join(folder, file_name) for folder in folders)
+        image_path = self._images.spell(find_file(self.folder, searched) or searched[0])
+        return _Photograph(where, image_path, size, label, searched, split)
+
+    # ---------------------------------------------------------------- Labelme
+
+    def _read_labelme(self, paths: list[Path], on_error: OnError) -> list[_Photograph]:
+        photographs = []
+        for path in paths:
+            try:
+                photograph = self._read_labelme_file(path)
+            except DataError as error:
+                on_error(error)
+                continue
+            if photograph.segmentations:
+                photographs.append(photograph)
+            else:
+                self.unannotated.append(photograph.image_path)
+        return photographs
+
+    def _read_labelme_file(self, path: Path) -> _Photograph:
+        content, where = read_json(path), str(path)
+        image = typed(content, "imagePath", str, where=where).replace("\\", "/")
+        image = self._images.spell(posixpath.join(path.parent.relative_to(self.folder).as_posix(), image))
+        if content.get("imageHeight") is None and content.get("imageWidth") is None:  # older files do not say
+            size = self._images.size(image, where=where)
+        else:
+            size = (typed(content, "imageHeight", int, where=where), typed(content, "imageWidth", int, where=where))
+        flags = typed(content, "flags", dict, where=where) if content.get("flags") is not None else {}
+        labels = [name.strip() for name, is_set in flags.items() if is_set is True]
+        if len(labels) > 1:
+            raise DataError(f"{where}, field 'flags': the flag that is set names the object, found several: {labels}")
+        photograph = _Photograph(where, image, size, labels[0] if labels else UNNAMED_OBJECT)
+        check_plain(photograph.image_label, where=f"{where}, field 'flags'")
+        for number, shape in enumerate(typed_list(content, "shapes", dict, where=where)):
+            place = f"{where}, field 'shapes[{number}]'"
+            part = typed(shape, "label", str, where=place).strip()
+            check_plain(part, where=f"{place}, field 'label'")
+            photograph.segmentations.setdefault(part, []).append((place, shape))
+        return photograph
+
+
+def _claim(records: dict[int, Any], record: Any, value: Any, *, where: str) -> None:
+    id = typed(record, "id", int, where=where)
+    if records.setdefault(id, value) is not value:
+        raise DataError(f"{where}, field 'id': {id} is the id of an earlier record too")

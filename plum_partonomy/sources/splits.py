@@ -1,0 +1,154 @@
+"""What a build must know of a copy of a raw data set before it makes the first record.
+
+    folder --survey--> Survey: which examples each split has, which parts each of them shows, the graphs --> knowledge
+
+Published splits are kept as they are; those of your own parts and of a descriptor are drawn by image. No image may be
+in two splits.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from plum_partonomy.questions.part_statistics import PartKnowledge, collect_knowledge
+from plum_partonomy.records import DataError
+from plum_partonomy.sources.catalogue import SOURCES, Source
+from plum_partonomy.sources.coco import CocoParts, Graph
+from plum_partonomy.sources.conversation_file import ConversationFile
+from plum_partonomy.sources.descriptor import Descriptor
+from plum_partonomy.sources.own_parts import OwnParts, open_own_parts
+from plum_partonomy.sources.question_chats import CoreConversations
+from plum_partonomy.sources.referring import Referring
+from plum_partonomy.sources.untrusted import OnError, check_labels, refuse
+
+DRAWN_SPLITS = ("descriptor", "own_parts")
+"""Data sets of your own, a tenth of whose images is drawn for validation and a tenth for the test."""
+PUBLISHED_PARTS = ("pascal_part", "paco_lvis", "partimagenet")
+PART_SOURCES = (*DRAWN_SPLITS, *PUBLISHED_PARTS)
+"""Data sets of objects and their parts, which questions can be made about."""
+
+Opened = Source | Descriptor | OwnParts | ConversationFile
+
+
+class Annotated(NamedTuple):
+    image_id: str
+    label: str
+    parts: list[str]
+
+
+@dataclass
+class Survey:
+    """
+    Args:
+        members: split -> indices of its examples in the source that `open_source` gives.
+        annotated: split -> what these examples show, in the same order.
+        part_graph, instance_graph: those of all splits, united.
+    """
+
+    members: dict[str, list[int]] = field(default_factory=dict)
+    annotated: dict[str, list[Annotated]] = field(default_factory=dict)
+    part_graph: Graph = field(default_factory=dict)
+    instance_graph: Graph = field(default_factory=dict)
+
+    def knowledge(self) -> PartKnowledge:
+        """Counts over the examples of all splits."""
+        counted = [(item.label, item.parts) for split in self.annotated.values() for item in split]
+        return collect_knowledge(counted, part_graph=self.part_graph, instance_graph=self.instance_graph)
+
+
+def open_source(name: str, folder: Path, *, split: str, on_error: OnError = refuse) -> Opened:
+    """What the indices of a split belong to. `name` is one of DRAWN_SPLITS or SOURCES."""
+    if name == "own_parts":
+        return open_own_parts(folder, on_error=on_error)
+    if name == "descriptor":
+        return Descriptor(folder, on_error=on_error)
+    kind = SOURCES[name]
+    if issubclass(kind, CocoParts | Referring | CoreConversations):
+        return kind(folder, split=split, on_error=on_error)
+    return kind(folder, split=split)  # the others check no record before it is asked for
+
+
+def usable(name: str, folder: Path, *, on_error: OnError = refuse) -> dict[str, list[int]]:
+    """Split -> indices of the records that can be used. `name` is one of SOURCES.
+
+    Each is read to tell, unless bad records are refused: then the build stops at a bad one.
+    """
+    members = {}
+    for split in SOURCES[name].splits(folder):
+        source = open_source(name, folder, split=split, on_error=on_error)
+        members[split] = list(range(len(source)))
+        if on_error is not refuse:
+            members[split] = [index for index in members[split] if _is_good(source, index, on_error)]
+    return members
+
+
+def _is_good(source: Opened, index: int, on_error: OnError) -> bool:
+    try:
+        for _ in source.conversations(index, seed=0):
+            pass
+    except DataError as error:
+        on_error(error)
+        return False
+    return True
+
+
+def survey(name: str, folder: Path, *, seed: int, on_error: OnError = refuse) -> Survey:
+    """Looks at the annotations of every example of a copy, and, unless bad records are refused, at every image too.
+
+    Conversations of one's own have members alone: what they show is not known by parts.
+
+    Args:
+        name: one of PART_SOURCES.
+        seed: for the splits that are drawn.
+        on_error: gets every bad record as a DataError naming it; the example it belongs to is left out. `refuse`
+            leaves images to the build, which stops at a bad one: each is decoded once, not twice.
+
+    Raises DataError if a file cannot be read, an image is in two splits, or no example is left.
+    """
+    found = Survey()
+    owners: dict[str, str] = {}
+    for split, source, indices in _open_splits(name, folder, seed=seed, on_error=on_error):
+        if isinstance(source, ConversationFile):
+            good = indices if on_error is refuse else [i for i in indices if _is_good(source, i, on_error)]
+            found.members |= {split: good} if good else {}
+            continue
+        _unite(found.part_graph, source.part_graph)
+        _unite(found.instance_graph, source.instance_graph)
+        members, annotated = [], []
+        for index in indices:
+            try:
+                image_path = source.image_path(index)
+                if owners.setdefault(image_path, split) != split:
+                    raise DataError(f"{source.path}: {image_path!r} is in the split {owners[image_path]} too")
+                example = source.annotation(index) if on_error is refuse else source.example(index)
+            except DataError as error:
+                on_error(error)
+                continue
+            members.append(index)
+            parts = [mask.label for mask in example.masks]
+            annotated.append(Annotated(example.image_id, example.image_label, parts))
+        if members:
+            found.members[split], found.annotated[split] = members, annotated
+    if not found.members:
+        raise DataError(f"{folder}: not one example of {name} can be used; see `plum data validate`")
+    check_labels(found.part_graph, where=f"{folder}, labels of all splits")
+    return found
+
+
+def _open_splits(
+    name: str, folder: Path, *, seed: int, on_error: OnError
+) -> Iterator[tuple[str, Opened, list[int] | range]]:
+    if name in DRAWN_SPLITS:
+        source = open_source(name, folder, split="", on_error=on_error)
+        for split, indices in source.splits(seed=seed).items():
+            yield split, source, indices
+        return
+    for split in SOURCES[name].splits(folder):
+        source = open_source(name, folder, split=split, on_error=on_error)
+        yield split, source, range(len(source))
+
+
+def _unite(graph: Graph, other: Graph) -> None:
+    for label, values in other.items():
+        graph[label] = sorted({*graph.get(label, ()), *values})

@@ -1,0 +1,1 @@
+"""Examples, mixtures, the starting model, and the trainer."""

@@ -1,0 +1,320 @@
+"""
+Training examples of PLUM: grounded conversations with random changes, and batches of them.
+
+    records of `plum_partonomy.records` ──> ConversationDataset ──> Collator ──> model inputs
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from datasets import Dataset, IterableDataset
+from PIL import Image
+
+from heads_plum import IGNORE_INDEX, TAG_INSIDE
+from plum_partonomy.images import read_image, undecoded
+from plum_partonomy.masks import RLE, area, decode, encode, validate_rle
+from plum_partonomy.records import DataError, as_chat, check_turns, tagged_phrases
+from plum_partonomy.seeding import seeded_generator
+from plum_partonomy.training.fresh import FreshRecords
+from processing_plum import PlumProcessor
+
+
+class ExampleMaker:
+    """
+    Turns a record (see `plum_partonomy.records`) into an example.
+
+    Args:
+        jitter: Largest relative change of each colour channel.
+        crop: Largest share of each side that is cut off; no box that loses more than half of a mask is taken.
+        turns_per_record: So many random turns, 0 for all, each as a conversation of its own; None: one conversation.
+        follow_up_probability: How often such a turn comes second in its conversation, after another random turn.
+        max_spans: Masks of a record that are supervised; a random choice beyond that.
+        teacher_forcing_probability: How often the true mask of a span is fed back instead of the predicted one.
+    """
+
+    def __init__(
+        self,
+        jitter: float = 0.0,
+        crop: float = 0.0,
+        turns_per_record: int | None = None,
+        follow_up_probability: float = 0.0,
+        max_spans: int | None = None,
+        teacher_forcing_probability: float = 0.0,
+    ):
+        self.jitter, self.crop = jitter, crop
+        self.turns_per_record, self.max_spans = turns_per_record, max_spans
+        self.follow_up_probability = follow_up_probability
+        self.teacher_forcing_probability = teacher_forcing_probability
+
+    def __call__(self, record: dict, generator: np.random.Generator) -> dict:
+        """
+        Returns:
+            `id`, `image` (RGB or None) and `conversations`, each with `messages`, `masks` (RLEs at the size of the
+            image; decoded, those of a photograph take more memory than all else), `chosen`, the sorted indices of the
+            masks that are supervised, `teacher_forced` (bool `(masks,)`), and `tagged`, whether answers tag what they
+            name, so that tags can be learnt from them.
+
+        Raises:
+            DataError: The turns, tags, masks and image do not fit together; the message names record and field.
+        """
+        image = record["image"]
+        if image is not None:
+            image = read_image(image, where=f"record {record['id']}, field 'image'")
+        masks = check_masks(record, image)
+        if image is not None:
+            if self.jitter:
+                gain, offset = generator.uniform(-self.jitter, self.jitter, (2, 3))
+                pixels = np.asarray(image, dtype=np.float32) * (1 + gain) + 128 * offset
+                image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+            if self.crop:
+                image, masks = random_crop(image, masks, self.crop, generator)
+        conversations = [{"messages": record["messages"], "masks": masks}]
+        if self.turns_per_record is not None:
+            conversations = self._draw_turns(split_into_turns(record["messages"], masks), generator)
+        self._choose_spans(conversations, generator)
+        for conversation in conversations:
+            conversation["tagged"] = record["masks"] is not None
+            draws = generator.random(len(conversation["masks"]))
+            conversation["teacher_forced"] = draws < self.teacher_forcing_probability
+        return {"id": record["id"], "image": image, "conversations": conversations}
+
+    def _draw_turns(self, turns: list[dict], generator: np.random.Generator) -> list[dict]:
+        """Some of the turns, each alone or as the follow-up of another one."""
+        count = min(self.turns_per_record or len(turns), len(turns))
+        conversations = []
+        for i in generator.permutation(len(turns))[:count].tolist():
+            conversation = turns[i]
+            if len(turns) > 1 and self.follow_up_probability and generator.random() < self.follow_up_probability:
+                before = turns[(i + generator.integers(1, len(turns))) % len(turns)]
+                conversation = {name: before[name] + conversation[name] for name in ("messages", "masks")}
+            conversations.append(dict(conversation))
+        return conversations
+
+    def _choose_spans(self, conversations: list[dict], generator: np.random.Generator):
+        """Sets which masks of each conversation are supervised: those of whole conversations while they fit."""
+        left = sum(len(conversation["masks"]) for conversation in conversations)
+        left = left if self.max_spans is None else min(left, self.max_spans)
+        for i in generator.permutation(len(conversations)):
+            count = len(conversations[i]["masks"])
+            chosen = generator.choice(count, min(count, left), replace=False)
+            conversations[i]["chosen"], left = np.sort(chosen), left - len(chosen)
+
+
+def random_crop(
+    image: Image.Image, rles: list[RLE], largest: float, generator: np.random.Generator, attempts: int = 10
+) -> tuple[Image.Image, list[RLE]]:
+    """
+    A random box of the image, and the masks in it. At most `largest` of each side is cut off, and each mask keeps half
+    of its area, so that what the conversation calls visible still is; where `attempts` boxes lose more, all is kept.
+    """
+    frame, areas = np.array([image.height, image.width]), [area(rle) for rle in rles]
+    masks = [decode(rle) for rle in rles]
+    for _ in range(attempts):
+        share, place = 1 - generator.uniform(0, largest, 2), generator.uniform(0, 1, 2)
+        size = np.maximum(1, (share * frame).astype(int))
+        top, left = (place * (frame - size)).astype(int).tolist()
+        bottom, right = (size + (top, left)).tolist()
+        cropped = [mask[top:bottom, left:right] for mask in masks]
+        if all(2 * inside.sum() >= whole for inside, whole in zip(cropped, areas, strict=True)):
+            return image.crop((left, top, right, bottom)), [encode(mask) for mask in cropped]
+    return image, rles
+
+
+class ConversationDataset(torch.utils.data.Dataset):
+    """
+    Examples with random changes that depend on seed, epoch and index alone: the same for any number of processes and
+    workers, and after a resume. `options` are those of [`ExampleMaker`].
+    """
+
+    def __init__(self, records: Dataset, seed: int = 0, **options):
+        self.records, self.seed, self.epoch = undecoded(records), seed, 0
+        self.make_example = ExampleMaker(**options)
+
+    def set_epoch(self, epoch: int):
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> dict:
+        return self.make_example(self._read(index), np.random.default_rng([self.seed, self.epoch, index]))
+
+    def _read(self, index: int) -> dict:
+        return self.records[index]
+
+
+class FreshConversationDataset(ConversationDataset):
+    """
+    As above, but records are made when they are read, other ones in every epoch.
+
+    Args:
+        places: The columns `part` and `row`, in the order in which the parts are mixed.
+        makers: By part, what makes its records (see `plum_partonomy.training.fresh`).
+    """
+
+    def __init__(self, places: Dataset, makers: Sequence[FreshRecords], seed: int = 0, **options):
+        self.places, self.makers, self.seed, self.epoch = places, makers, seed, 0
+        self.make_example = ExampleMaker(**options)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def _read(self, index: int) -> dict:
+        place = self.places[index]
+        return self.makers[place["part"]](place["row"], self.epoch * len(self) + index)
+
+
+def stream_examples(records: IterableDataset, seed: int = 0, **options) -> IterableDataset:
+    """
+    The examples of a stream, with random changes that depend on seed, record and position in this worker's part of
+    the stream: the same after a resume with as many processes and workers.
+    """
+    make_example = ExampleMaker(**options)
+
+    def make(record: dict, position: int) -> dict:
+        return make_example(record, seeded_generator(seed, record["id"], position))
+
+    return undecoded(records).map(make, with_indices=True, remove_columns=["messages", "masks"])
+
+
+def check_masks(record: dict, image: Image.Image | None) -> list[RLE]:
+    """The masks of a record; `DataError` naming the record and the field if they do not fit the rest of it."""
+    where = f"record {record['id']}"
+    masks = record["masks"] or []
+    check_turns(record["messages"], len(masks), where=where)
+    if image is None and masks:
+        raise DataError(f"{where}, field 'image': expected an image for {len(masks)} masks, found none")
+    return [
+        validate_rle(mask["rle"], expected_size=(image.height, image.width), where=f"{where}, field 'masks[{i}]'")
+        for i, mask in enumerate(masks)
+    ]
+
+
+def split_into_turns(messages: list[dict], masks: list[RLE]) -> list[dict]:
+    """Each question with its answer as a conversation of its own, with the masks of its own span tags."""
+    turns, start = [], 0
+    for question, answer in zip(messages[::2], messages[1::2], strict=True):
+        end = start + len(tagged_phrases(answer["content"]))
+        turns.append({"messages": [question, answer], "masks": masks[start:end]})
+        start = end
+    return turns
+
+
+NOTHING = {
+    "messages": [{"role": "user", "content": "-"}, {"role": "assistant", "content": "-"}],
+    "masks": [],
+    "chosen": np.zeros(0, int),
+    "teacher_forced": np.zeros(0, bool),
+    "tagged": False,
+}
+"""Placeholder for a batch whose conversations were all left out; no loss is computed on it."""
+
+
+class Collator:
+    """
+    Examples to a batch of model inputs, a row per conversation, without the masks that were not chosen.
+    `record_index` `(B,)` says which example a row belongs to, `record_ids` what the examples are called, and
+    `record_counts` how many rows were cut and left out.
+
+    Args:
+        processor: Of the model that is trained.
+        max_length: Most tokens of a row, those of its image among them. A longer conversation is cut there, and left
+            out if its first question alone does not fit.
+        order_free_targets: Spans of one answer with the same words may take their masks in any order.
+    """
+
+    def __init__(self, processor: PlumProcessor, max_length: int | None = None, *, order_free_targets: bool = False):
+        self.processor, self.max_length = processor, max_length
+        self.order_free_targets = order_free_targets
+
+    def __call__(self, examples: list[dict]) -> dict:
+        rows = [(i, conversation) for i, example in enumerate(examples) for conversation in example["conversations"]]
+        images = [example["image"] for example in examples]
+        batch, cut, left_out = self._encode(rows, images), [], []
+        if self.max_length is not None and batch["input_ids"].shape[1] > self.max_length:
+            cut, left_out = cut_answers(batch, self.max_length, pad_token_id=self._pad_token_id)
+        if left_out:
+            fitting = [row for number, row in enumerate(rows) if number not in left_out]
+            # A process without a row would keep the others waiting.
+            batch = self._encode(fitting or [(0, NOTHING)], images if fitting else [None])
+            if not fitting:
+                batch["labels"] = torch.full_like(batch["labels"], IGNORE_INDEX)
+            cut_answers(batch, self.max_length, pad_token_id=self._pad_token_id)
+        batch["record_ids"] = [example["id"] for example in examples]
+        batch["record_counts"] = {"cut": len(cut), "left_out": len(left_out)}
+        return batch
+
+    @property
+    def _pad_token_id(self) -> int:
+        return self.processor.tokenizer.pad_token_id or 0
+
+    def _encode(self, rows: list[tuple[int, dict]], images: list) -> dict:
+        """A batch of conversations, each with the number of its image."""
+        batch = self.processor.apply_chat_template(
+            [as_chat(conversation["messages"], images[i]) for i, conversation in rows],
+            masks=[conversation["masks"] if conversation["tagged"] else None for _, conversation in rows],
+            tokenize=True,
+            return_dict=True,
+            padding_side="right",
+        )
+        chosen, start = [], 0
+        for _, conversation in rows:
+            chosen += (start + conversation["chosen"]).tolist()
+            start += len(conversation["masks"])
+        batch["spans"] = batch["spans"][chosen]
+        forced = [conversation["teacher_forced"] for _, conversation in rows]
+        batch["teacher_forced"] = torch.from_numpy(np.concatenate(forced))[chosen]
+        groups = torch.arange(len(batch["mask_labels"]))
+        if self.order_free_targets:
+            groups = torch.tensor(group_masks([conversation["messages"] for _, conversation in rows]))
+        batch["span_groups"] = groups[chosen]
+        # An answer's unsupervised masks stay candidates for its supervised spans of the same words.
+        candidates = torch.isin(groups, batch["span_groups"]).nonzero()[:, 0].tolist()
+        batch["mask_groups"] = groups[candidates]
+        batch["mask_labels"] = [batch["mask_labels"][i] for i in candidates]
+        batch["record_index"] = torch.tensor([i for i, _ in rows])
+        return dict(batch)
+
+
+def group_masks(conversations: list[list[dict]]) -> list[int]:
+    """For every mask of the conversations in turn, the number of its group: spans of one answer in the same words."""
+    numbers: dict[tuple, int] = {}
+    groups = []
+    for row, messages in enumerate(conversations):
+        for turn, answer in enumerate(messages[1::2]):
+            keys = [(row, turn, phrase) for phrase in tagged_phrases(answer["content"])]
+            groups += [numbers.setdefault(key, len(numbers)) for key in keys]
+    return groups
+
+
+def cut_answers(batch: dict, max_length: int, *, pad_token_id: int) -> tuple[list[int], list[int]]:
+    """
+    Shortens a batch, padded on the right, to its first `max_length` tokens, in place. A longer row ends with the last
+    token of an answer within the limit that does not leave a tagged span half, without the spans and masks behind it.
+
+    Returns:
+        The numbers of the rows that were cut, and of those that should be left out, as no answer begins in time.
+    """
+    shape, answered = batch["labels"].shape, batch["labels"] != IGNORE_INDEX
+    inside_span = batch["span_labels"] == TAG_INSIDE
+    kept, cut_rows, left_out = batch["attention_mask"].sum(1), [], []
+    for row in (kept > max_length).nonzero()[:, 0].tolist():
+        end = max_length
+        while inside_span[row, end]:
+            end -= 1
+        ends = answered[row, :end].nonzero()[:, 0] + 1
+        (cut_rows if len(ends) else left_out).append(row)
+        kept[row] = ends[-1] if len(ends) else end
+    cut = torch.arange(shape[1]) >= kept[:, None]  # (B, L)
+    fills = {"input_ids": pad_token_id, "labels": IGNORE_INDEX, "span_labels": IGNORE_INDEX}
+    for name, value in batch.items():
+        if isinstance(value, torch.Tensor) and value.shape == shape:
+            batch[name] = value.masked_fill(cut, fills.get(name, 0))[:, : kept.max()]
+    inside = batch["spans"][:, 2] <= kept[batch["spans"][:, 0]]
+    for name in ("spans", "span_groups", "teacher_forced"):
+        batch[name] = batch[name][inside]
+    kept_masks = torch.isin(batch["mask_groups"], batch["span_groups"])
+    batch["mask_groups"] = batch["mask_groups"][kept_masks]
+    batch["mask_labels"] = [batch["mask_labels"][i] for i in kept_masks.nonzero()[:, 0].tolist()]
+    return cut_rows, left_out

@@ -1,0 +1,196 @@
+"""The model that a training run starts from: a checkpoint, pretrained backbones, or from scratch; and LoRA on it."""
+
+import re
+
+import torch
+from datasets import Dataset, IterableDataset
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
+from transformers import PreTrainedTokenizerFast
+
+from configuration_plum import PlumConfig
+from modeling_plum import PlumForConditionalGeneration
+from plum_partonomy.inference.checkpoint import check_config_fields, load_checkpoint, load_processor
+from plum_partonomy.training.options import ModelArguments
+from processing_plum import PlumProcessor, image_processor_class, parse_span_tags
+
+# What a model from scratch writes after each grounded phrase if its span_source is "seg_token".
+SEG_TOKEN = "[SEG]"
+
+# The published run adapts the language model's attention.
+LORA_TARGETS = ("q_proj", "v_proj")
+
+
+def compose_backbones(vlm: str, sam: str, options: dict) -> tuple[PlumForConditionalGeneration, PlumProcessor]:
+    """Pretrained backbones with fresh modules of PLUM, in float32, and their processor; `options` are its config's."""
+    backbones = sorted({"vlm_config", "sam_config"} & set(options))
+    if backbones:
+        raise ValueError(f"model_config gives {backbones}, which come with vlm and sam; leave them out.")
+    check_config_fields(options, PlumConfig())
+    model = PlumForConditionalGeneration.from_backbones(vlm=vlm, sam=sam, dtype=torch.float32, **options)
+    return model, PlumProcessor.from_backbones(vlm=vlm, sam=sam)
+
+
+def build_from_scratch(
+    config: dict, vocab_size: int, texts: list[str]
+) -> tuple[PlumForConditionalGeneration, PlumProcessor]:
+    """A model of random weights that looks through SAM's encoder, and a processor with a tokenizer for `texts`."""
+    seg_token = SEG_TOKEN if config.get("span_source") == "seg_token" else None
+    tokenizer = train_tokenizer(texts, vocab_size, seg_token)
+    if seg_token is not None:
+        config = {**config, "seg_token_id": tokenizer.convert_tokens_to_ids(seg_token)}
+    given, config = config, PlumConfig(**config)
+    check_config_fields(given, config)
+    if config.vlm_image_input != "sam_image_embeddings":
+        raise ValueError("A model from scratch needs vlm_image_input: sam_image_embeddings in its model_config.")
+    text_config = config.vlm_config.text_config
+    text_config.vocab_size = len(tokenizer)
+    config.vlm_config.image_token_id = tokenizer.convert_tokens_to_ids("<image>")
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(text_config, name, getattr(tokenizer, name))
+    model = PlumForConditionalGeneration(config)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(model.generation_config, name, getattr(tokenizer, name))
+
+    return model, build_processor(model, tokenizer, seg_token=seg_token)
+
+
+@torch.no_grad()
+def build_processor(
+    model: PlumForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, **options
+) -> PlumProcessor:
+    """The processor of a model that looks through SAM's encoder; `options` are further ones of [`PlumProcessor`]."""
+    config = model.config
+    side, grid = config.sam_config.vision_config.image_size, config.sam_grid_size
+    square = {"height": side, "width": side}
+    sam_image_processor = image_processor_class("SamImageProcessor")(size={"longest_edge": side}, pad_size=square)
+    blank = torch.zeros(1, config.sam_config.vision_config.output_channels, grid, grid)
+    return PlumProcessor(
+        sam_image_processor,
+        sam_image_processor,
+        tokenizer,
+        num_image_tokens=len(torch.cat(list(model.vlm.get_image_features(blank, return_dict=True).pooler_output))),
+        vlm_image_input=config.vlm_image_input,
+        **options,
+    )
+
+
+def check_span_source(config: PlumConfig, processor: PlumProcessor):
+    """`ValueError` if the processor writes span tokens that the model does not read, or the other way round."""
+    written = processor.seg_token and processor.tokenizer.convert_tokens_to_ids(processor.seg_token)
+    if written != config.seg_token_id:
+        raise ValueError(
+            f"The model has span_source {config.span_source!r} and seg_token_id {config.seg_token_id}, the processor "
+            f"seg_token {processor.seg_token!r} of id {written}; a model keeps the span source it was built with."
+        )
+
+
+def train_tokenizer(texts: list[str], vocab_size: int, seg_token: str | None = None) -> PreTrainedTokenizerFast:
+    """
+    A byte-level BPE tokenizer: any text can be written in it, the words of `texts` in few tokens. A `seg_token` comes
+    on top of `vocab_size`, so that words are cut up as without it.
+    """
+    further_tokens = ["<image>"] if seg_token is None else ["<image>", seg_token]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size + len(further_tokens) - 1,
+        special_tokens=["<pad>", "<s>", "</s>", *further_tokens],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        additional_special_tokens=further_tokens,
+    )
+
+
+def freeze(model: PlumForConditionalGeneration, names: list[str]):
+    """Leaves modules out of the training; `ValueError` naming one that the model does not have."""
+    for name in names:
+        try:
+            model.get_submodule(name).requires_grad_(False)
+        except AttributeError as error:
+            raise ValueError(f"frozen_modules has {name!r}, which is no module of the model: {error}") from error
+
+
+def span_token_rows(model: PlumForConditionalGeneration, trained_whole: list[str]) -> dict[str, list[int]] | None:
+    """
+    The rows of `embed_tokens` and `lm_head` that are trained because a span token is new to the language model, unless
+    the matrices are trained whole. None for a model with a span tagger.
+
+    Raises:
+        ValueError: The two matrices are one: a row of it cannot be trained in both places.
+    """
+    if model.config.seg_token_id is None:
+        return None
+    if model.get_output_embeddings().weight is model.get_input_embeddings().weight:
+        raise ValueError(
+            "LoRA on a model with a span token needs embeddings of its own for input and output; build it with "
+            "tie_word_embeddings: false in its vlm_config."
+        )
+    names = [name for name in ("embed_tokens", "lm_head") if name not in trained_whole]
+    return dict.fromkeys(names, [model.config.seg_token_id]) or None
+
+
+def add_lora(model: PlumForConditionalGeneration, arguments: ModelArguments) -> nn.Module:
+    """LoRA on the language model's attention, the modules of `lora_trained_whole` trained whole."""
+    from peft import LoraConfig, get_peft_model
+
+    # Families call it language_model or text_model, and their vision towers have projections of the same names.
+    decoder = next(name for name, module in model.named_modules() if module is model.vlm.get_decoder())
+    return get_peft_model(
+        model,
+        LoraConfig(
+            r=arguments.lora_r,
+            lora_alpha=arguments.lora_alpha,
+            lora_dropout=arguments.lora_dropout,
+            target_modules=rf"{re.escape(decoder)}\..*\.({'|'.join(LORA_TARGETS)})",
+            modules_to_save=arguments.lora_trained_whole,
+            trainable_token_indices=span_token_rows(model, arguments.lora_trained_whole),
+        ),
+    )
+
+
+def conversation_texts(records: Dataset | IterableDataset) -> list[str]:
+    """All texts of the records, without span tags; `ValueError` of a stream, which has no end."""
+    if isinstance(records, IterableDataset):
+        raise ValueError("A model from scratch learns its tokenizer from all texts first; leave streaming out.")
+    texts = []
+    for messages in records["messages"]:
+        for message in messages:
+            text = message["content"]
+            texts.append(" " + (parse_span_tags(text)[0] if message["role"] == "assistant" else text))
+    return texts
+
+
+def load_processor_alone(arguments: ModelArguments) -> PlumProcessor | None:
+    """The processor alone, which a look at the data needs; None of a model from scratch, which is quickly built."""
+    if arguments.model is not None:
+        return load_processor(arguments.model)
+    if arguments.vlm is not None:
+        return PlumProcessor.from_backbones(vlm=arguments.vlm, sam=arguments.sam)
+    return None
+
+
+def load_model(
+    arguments: ModelArguments, train_records: Dataset | IterableDataset
+) -> tuple[PlumForConditionalGeneration, PlumProcessor]:
+    """The model as the training starts from it, before LoRA, and its processor."""
+    if arguments.model is not None:
+        # small updates would be lost in the 8 bits of a checkpoint saved in bf16
+        model, processor = load_checkpoint(arguments.model, arguments.model_config, dtype=torch.float32)
+    elif arguments.vlm is not None:
+        model, processor = compose_backbones(arguments.vlm, arguments.sam, arguments.model_config or {})
+    else:
+        texts = conversation_texts(train_records)
+        model, processor = build_from_scratch(arguments.model_config, arguments.tokenizer_vocab_size, texts)
+    check_span_source(model.config, processor)
+    model.config.image_statistics = None  # those of the encoder as it was
+    freeze(model, arguments.frozen_modules)
+    return model, processor

@@ -1,0 +1,140 @@
+"""
+What a training leaves in its checkpoints to be resumed by, and which checkpoint a run may resume from.
+
+    options, training records, processes ──describe_run──┐
+    files of checkpoint-N ───────────────────────────────┴─seal──> checkpoint-N/resume.json
+
+A run resumes from the last checkpoint of its folder that is whole and of the same run: every file as it was saved, the
+same options, records and number of processes. What is passed over is said.
+"""
+
+import dataclasses
+import hashlib
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from datasets import Dataset, IterableDataset
+from transformers import TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from plum_partonomy.masks import DataError
+from plum_partonomy.scoring.predictions import write_whole
+
+SEAL_FILE = "resume.json"
+LISTED = 6
+"""Settings that a message lists."""
+
+# What decides where a run is, what it says, keeps and measures, and not what it learns.
+FREE = re.compile(
+    "output_dir|run_name|project|local_rank|use_cpu|no_cuda|use_mps_device|disable_tqdm|prediction_loss_only|debug|"
+    "per_device_eval_batch_size|dry_run|sources|cache_image_embeddings|data_dir|resume_from_checkpoint|report_to|"
+    "(trackio|hub|push_to_hub|logging|log|save|eval|batch_eval|do|ddp|include|load_best|metric_for|greater_is)_.*|"
+    "dataloader_.*|.*_token"
+)
+SETTINGS_OF_STREAMS = ("data_dir", "dataloader_num_workers")
+"""Of a stream the records are not known beforehand, and their order depends on how many read it."""
+
+
+def describe_run(model: Any, data: Any, args: TrainingArguments, parts: Sequence[Dataset | IterableDataset]) -> dict:
+    """
+    What a resumed run must agree with, ready for JSON.
+
+    Args:
+        model, data: The options of train.py, dataclasses.
+        parts: The training records of each source.
+    """
+    options = dataclasses.asdict(model) | dataclasses.asdict(data) | args.to_dict()
+    kept = {name: value for name, value in options.items() if not FREE.fullmatch(name)}
+    if data.streaming:
+        kept |= {name: options[name] for name in SETTINGS_OF_STREAMS}
+    kept["image embeddings from a cache"] = data.cache_image_embeddings is not None
+    kept["processes"] = args.world_size
+    kept["training records"] = [fingerprint_records(part) for part in parts]
+    return json.loads(json.dumps(kept, default=str))
+
+
+def fingerprint_records(records: Dataset | IterableDataset) -> str | None:
+    """Changes with identities, texts and masks of records, and not with their place; None of a stream."""
+    if isinstance(records, IterableDataset):
+        return None
+    digest = hashlib.sha256()
+    for table in records.select_columns(["id", "messages", "masks"]).with_format("arrow").iter(batch_size=1000):
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table.combine_chunks())
+        digest.update(sink.getvalue())
+    return digest.hexdigest()
+
+
+def seal(folder: Path, run: dict) -> None:
+    """Writes `resume.json` once all else but the Trainer's state is in a checkpoint: the run, and a digest a file."""
+    files = {path.relative_to(folder).as_posix(): _digest(path) for path in _files(folder)}
+    write_whole(folder / SEAL_FILE, [json.dumps({"run": run, "files": files}, indent=1)])
+
+
+def _files(folder: Path) -> list[Path]:
+    unsealed = (SEAL_FILE, TRAINER_STATE_NAME, "README.md")
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in unsealed)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def find_checkpoint(args: TrainingArguments, run: dict) -> str | None:
+    """
+    The checkpoint to resume from: the given folder, or for `true` the last one of the output folder that fits; None if
+    nothing is to be resumed. Those that are passed over are named on the standard error.
+
+    Raises:
+        DataError: There is none, with the reason for each.
+    """
+    wanted = args.resume_from_checkpoint or "false"
+    if wanted.lower() == "false":
+        return None
+    if wanted.lower() == "true":
+        numbered = {}
+        for folder in Path(args.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+            if match := re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-([0-9]+)", folder.name):
+                numbered[folder] = int(match[1])
+        folders = sorted(numbered, key=numbered.get, reverse=True)
+    else:
+        folders = [Path(wanted)]
+    problems = []
+    for folder in folders:
+        problem = find_problem(folder, run)
+        if problem is None:
+            if problems and args.process_index == 0:
+                print(f"Resuming from {folder}, as {'; '.join(problems)}.", file=sys.stderr)
+            return str(folder)
+        problems.append(f"{folder.name} {problem}")
+    if not problems:
+        raise DataError(f"resume_from_checkpoint is true but {args.output_dir} holds no checkpoint.")
+    raise DataError(f"No checkpoint to resume from in {folders[0].parent}: {'; '.join(problems)}.")
+
+
+def find_problem(folder: Path, run: dict) -> str | None:
+    """Why a run cannot resume from a checkpoint, as the end of a sentence; None if it can."""
+    try:
+        sealed = json.loads((folder / SEAL_FILE).read_text(encoding="utf-8"))
+        json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+        files, found = sealed["files"], sealed["run"]
+        damaged = sorted(name for name in files if _digest(folder / name) != files[name])
+    except FileNotFoundError as error:
+        return f"is not whole: {Path(error.filename).name} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"is damaged: {error}"
+    if damaged:
+        return f"is damaged: {', '.join(damaged)} changed since it was saved"
+    names = sorted(name for name in {**found, **run} if found.get(name) != run.get(name))
+    if names:
+        listed = "; ".join(f"{name} was {found.get(name)!r:.80}, is {run.get(name)!r:.80}" for name in names[:LISTED])
+        return f"is of another run ({listed}{' ...' if len(names) > LISTED else ''})"
+    return None

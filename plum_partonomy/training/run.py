@@ -1,0 +1,119 @@
+"""A training run from its options to the folder with the trained model; train.py and `plum train` call `main`."""
+
+from pathlib import Path
+
+from datasets import Dataset
+from torch import nn
+from transformers import set_seed
+
+from plum_partonomy.hub.model_card import make_model_card, write_recipe
+from plum_partonomy.inference.embedding_cache import EmbeddingCache
+from plum_partonomy.training.examples import Collator, ConversationDataset, FreshConversationDataset, stream_examples
+from plum_partonomy.training.fresh import open_fresh
+from plum_partonomy.training.mixture import load_eval_records, load_records, mix
+from plum_partonomy.training.model import add_lora, load_model, load_processor_alone
+from plum_partonomy.training.options import DataArguments, parse_arguments, read_options
+from plum_partonomy.training.preview import format_table, survey, write_samples
+from plum_partonomy.training.resume import describe_run, find_checkpoint
+from plum_partonomy.training.trainer import PlumTrainer, TrainingCurves
+
+
+def main(argv: list[str]):
+    model_arguments, data_arguments, args = parse_arguments(argv)
+    set_seed(args.seed)
+
+    # Data
+    sources, streaming = data_arguments.sources, data_arguments.streaming
+    parts = [load_records(source, source.train_split, streaming) for source in sources]
+    run = describe_run(model_arguments, data_arguments, args, parts)
+    checkpoint = find_checkpoint(args, run)
+    train_records = mix(parts, [source.rate for source in sources], args.seed)
+    turns_per_record, max_length = data_arguments.turns_per_record, data_arguments.max_length
+    example_options = {
+        "seed": args.seed,
+        "jitter": data_arguments.color_jitter,
+        "crop": data_arguments.random_crop,
+        "turns_per_record": turns_per_record,
+        "follow_up_probability": data_arguments.follow_up_probability,
+        "max_spans": data_arguments.max_spans,
+        "teacher_forcing_probability": data_arguments.teacher_forcing_probability,
+    }
+    if streaming:
+        train_dataset = stream_examples(train_records, **example_options)
+    elif data_arguments.fresh_records:
+        places = [
+            Dataset.from_dict({"part": [i] * len(part), "row": range(len(part))}) for i, part in enumerate(parts)
+        ]
+        train_dataset = FreshConversationDataset(
+            mix(places, [source.rate for source in sources], args.seed),
+            [
+                open_fresh(source, part, mirror=data_arguments.mirror)
+                for source, part in zip(sources, parts, strict=True)
+            ],
+            **example_options,
+        )
+    else:
+        train_dataset = ConversationDataset(train_records, **example_options)
+    eval_dataset = load_eval_records(sources, streaming)
+    if eval_dataset is not None:
+        eval_dataset = ConversationDataset(eval_dataset, turns_per_record=None if turns_per_record is None else 0)
+
+    # Model
+    model, processor = None, load_processor_alone(model_arguments) if data_arguments.dry_run else None
+    if processor is None:
+        model, processor = load_model(model_arguments, train_records)
+    if args.process_index == 0:
+        rows = survey(sources, parts, processor, max_length=max_length, turns_per_record=turns_per_record)
+        print(format_table(rows), flush=True)
+        if data_arguments.dry_run:
+            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+            write_samples(Path(args.output_dir, "samples.html"), rows, train_dataset, seed=args.seed)
+    if data_arguments.dry_run:
+        return
+    if model_arguments.lora_r:
+        model = add_lora(model, model_arguments)
+
+    # Training
+    embedding_cache = open_embedding_cache(model, data_arguments)
+    trainer = PlumTrainer(
+        model=model,
+        args=args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        data_collator=Collator(processor, max_length, order_free_targets=data_arguments.order_free_targets),
+        processing_class=processor,
+        callbacks=[TrainingCurves()],
+        embedding_cache=embedding_cache,
+        run=run,
+    )
+    if embedding_cache is not None and trainer.is_world_process_zero():
+        images = None if streaming else len(train_dataset) + len(eval_dataset or [])
+        print(embedding_cache.describe(images))
+    trainer.train(resume_from_checkpoint=checkpoint)
+
+    # Output
+    if model_arguments.lora_r:
+        trainer.merge_adapter()
+    trainer.save_model()
+    trainer.save_state()
+    if trainer.is_world_process_zero():
+        write_recipe(Path(args.output_dir), read_options(argv))
+        make_model_card(Path(args.output_dir)).save(Path(args.output_dir, "README.md"))
+        print(f"The trained model, its processor and its curves are in {args.output_dir}")
+
+
+def open_embedding_cache(model: nn.Module, arguments: DataArguments) -> EmbeddingCache | None:
+    """The cache that the options ask for; `ValueError` if the embedding of an image changes during the training."""
+    if arguments.cache_image_embeddings is None:
+        return None
+    if any(parameter.requires_grad for parameter in model.sam.vision_encoder.parameters()):
+        raise ValueError(
+            "cache_image_embeddings needs an image encoder that is not trained; add sam.vision_encoder to "
+            "frozen_modules, or leave it out of lora_trained_whole."
+        )
+    if arguments.color_jitter or arguments.random_crop:
+        raise ValueError(
+            "cache_image_embeddings needs images that stay the same; set color_jitter and random_crop to 0, found "
+            f"{arguments.color_jitter} and {arguments.random_crop}."
+        )
+    return EmbeddingCache(arguments.cache_image_embeddings, model)

@@ -1,0 +1,311 @@
+"""The demonstration in a real browser: Debian's chromium, driven by Playwright.
+
+PLUM_DEMO_MODEL=FOLDER names another checkpoint than the released one; PLUM_DEMO_PICTURES=docs makes the pictures of
+docs/app.md.
+"""
+
+import base64
+import io
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageColor
+from scipy.ndimage import distance_transform_edt
+
+from demo.app import BRUSH_COLOUR, DEFAULT_MODEL, Demo, serve
+from plum_partonomy.inference.one_image import load_model
+from plum_partonomy.scoring.benchmark import load_questions
+
+try:
+    from playwright import sync_api
+except ImportError:
+    sync_api = None
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
+CHROMIUM = shutil.which("chromium")
+EXAMPLE = 8
+BEYOND_THE_EDGE = """() => [...document.querySelectorAll("body :not(.visually-hidden *)")].filter((part) => {
+    const box = part.getBoundingClientRect();
+    return part.checkVisibility({ visibilityProperty: true }) && box.width > 1 && box.right > innerWidth + 1;
+}).map((part) => part.outerHTML.slice(0, 200))"""
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory):
+    if CHROMIUM is None or sync_api is None:
+        pytest.skip("apt-get install chromium; pip install plum-partonomy[browser]")
+    sync_api.expect.set_options(timeout=120_000)
+    _, plum = load_model(os.environ.get("PLUM_DEMO_MODEL", DEFAULT_MODEL))
+    data_dir = str(ROOT / "partonomy" / "mini_questions")
+    rows, questions = load_questions("parquet", name="default", split="test", data_dir=data_dir)
+    folder = tmp_path_factory.mktemp("demo")
+    patch = pytest.MonkeyPatch()
+    patch.setenv("GRADIO_TEMP_DIR", str(folder))
+    app = serve(Demo(plum, rows, questions, uploads=folder), prevent_thread_lock=True, quiet=True)
+    rows[EXAMPLE]["image"].save(folder / "upload.png")
+    yield app.local_url, folder / "upload.png"
+    app.close()
+    patch.undo()
+
+
+@pytest.fixture(params=[1280, 390], ids=["desktop", "phone"])
+def new_page(request, address):
+    """The page as it first comes up; afterwards it must have asked nothing of any other machine."""
+    address, _ = address
+    arguments = ["--no-sandbox", "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
+    requests = []
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
+        page = browser.new_page(viewport={"width": request.param, "height": 900})
+        page.set_default_timeout(120_000)
+        page.on("request", lambda sent: requests.append(sent.url))
+        page.goto(address)
+        yield page
+        browser.close()
+    assert [url for url in requests if not url.startswith((address, "data:", "blob:"))] == []
+
+
+@pytest.fixture
+def page(new_page, address):
+    """A page that has been asked about an image."""
+    upload(new_page, address[1])
+    ask(new_page)
+    return new_page
+
+
+def upload(page, path):
+    page.locator("input[type=file]").first.set_input_files(path)
+    page.get_by_label("Remove Image").wait_for()
+
+
+def ask(page):
+    page.get_by_role("button", name="Ask", exact=True).click()
+    page.locator(".plum-stage").wait_for()
+
+
+def open_tab(page, name):
+    """Tabs that do not fit on a phone are in a menu."""
+    if not page.get_by_role("tab", name=name).is_visible():
+        page.get_by_label("More tabs").locator("visible=true").last.click()
+        page.get_by_role("button", name=name).or_(page.get_by_role("tab", name=name)).locator("visible=true").click()
+    else:
+        page.get_by_role("tab", name=name).click()
+
+
+def keep(page, name):
+    """Nothing of the page is beyond the edge of the screen; and, where pictures are wanted, a picture of it."""
+    assert page.evaluate(BEYOND_THE_EDGE) == []
+    folder = os.environ.get("PLUM_DEMO_PICTURES")
+    if folder:
+        path = Path(folder) / f"app_{name}_{'desktop' if page.viewport_size['width'] > 600 else 'phone'}.png"
+        picture = Image.open(io.BytesIO(page.screenshot(full_page=True))).convert("RGB")
+        picture.quantize(256, method=Image.Quantize.MAXCOVERAGE, kmeans=1).save(path, optimize=True)
+
+
+def select_first_word(page):
+    page.evaluate(
+        """() => {
+            const text = document.querySelector(".plum-answer").firstChild, range = document.createRange();
+            range.setStart(text, 0);
+            range.setEnd(text, text.textContent.indexOf(" ", 1));
+            getSelection().removeAllRanges();
+            getSelection().addRange(range);
+        }"""
+    )
+
+
+def wait_for_colour(element, colour):
+    """The brush draws by WebGL, which a page cannot read: what is on the screen counts."""
+    for _ in range(100):
+        pixels = np.asarray(Image.open(io.BytesIO(element.screenshot())).convert("RGB"))
+        if (pixels == ImageColor.getrgb(colour)).all(axis=-1).sum() > 100:
+            return
+    raise AssertionError(f"{colour} never appeared")
+
+
+def addresses_of(page):
+    """Where the masks on the page are shown from, in the order of their spans."""
+    return page.locator(".plum-mask").evaluate_all("masks => masks.map(mask => mask.getAttribute('src'))")
+
+
+def masks_of(page):
+    """The masks on the page: bool (spans, height, width)."""
+    files = [io.BytesIO(base64.b64decode(address.partition(",")[2])) for address in addresses_of(page)]
+    return np.array([np.asarray(Image.open(file).getchannel("A")) > 0 for file in files])
+
+
+def press_tab_until_at(page, element):
+    for _ in range(80):
+        page.keyboard.press("Tab")
+        if element.evaluate("element => element === document.activeElement"):
+            return
+    raise AssertionError(f"{element} is not to be reached from the keyboard")
+
+
+def test_a_span_isolates_its_mask_and_escape_lets_go(page):
+    spans = page.locator(".plum-span")
+    keep(page, "answer")
+    assert page.locator(".plum-mask").count() == spans.count() > 1
+    spans.nth(1).click()
+    sync_api.expect(spans.nth(1)).to_have_attribute("aria-pressed", "true")
+    sync_api.expect(page.locator(".plum-mask").nth(0)).to_have_css("opacity", "0")
+    sync_api.expect(page.locator(".plum-mask").nth(1)).to_have_css("opacity", "1")
+    keep(page, "span")
+    page.keyboard.press("Escape")
+    page.mouse.move(0, 0)
+    sync_api.expect(page.locator(".plum-mask").nth(0)).to_have_css("opacity", "1")
+
+
+def test_the_picture_isolates_the_mask_under_the_pointer(page):
+    masks, stage = masks_of(page), page.locator(".plum-stage")
+    box = stage.bounding_box()
+
+    def middle_of(area):
+        """The point of the stage that is farthest from the edge of an area."""
+        distance = distance_transform_edt(np.pad(area, 1))[1:-1, 1:-1]
+        y, x = np.unravel_index(distance.argmax(), distance.shape)
+        return {"x": (x + 0.5) * box["width"] / area.shape[1], "y": (y + 0.5) * box["height"] / area.shape[0]}
+
+    on_top = [mask & ~masks[index + 1 :].any(axis=0) for index, mask in enumerate(masks)]
+    for index, area in enumerate(on_top):
+        stage.hover(position=middle_of(area))
+        sync_api.expect(page.locator(".plum-mask.plum-on")).to_have_count(1)
+        sync_api.expect(page.locator(".plum-mask").nth(index)).to_have_class("plum-mask plum-on")
+    first = page.locator(".plum-span").first
+    for let_go in (lambda: page.keyboard.press("Escape"), lambda: stage.click(position=middle_of(~masks.any(axis=0)))):
+        stage.click(position=middle_of(on_top[0]))
+        page.mouse.move(0, 0)
+        sync_api.expect(first).to_have_attribute("aria-pressed", "true")
+        sync_api.expect(page.locator(".plum-mask.plum-on")).to_have_count(1)
+        let_go()
+        sync_api.expect(first).to_have_attribute("aria-pressed", "false")
+
+
+def test_all_but_the_upload_is_done_from_the_keyboard(new_page, address):
+    page, spans = new_page, new_page.locator(".plum-span")
+    upload(page, address[1])
+    press_tab_until_at(page, page.get_by_role("button", name="Ask", exact=True))
+    page.keyboard.press("Enter")
+    spans.first.wait_for()
+    press_tab_until_at(page, spans.nth(1))
+    page.keyboard.press("Enter")
+    sync_api.expect(spans.nth(1)).to_have_attribute("aria-pressed", "true")
+    page.keyboard.press("Space")
+    sync_api.expect(spans.nth(1)).to_have_attribute("aria-pressed", "false")
+    press_tab_until_at(page, page.get_by_label("Words of the answer"))
+    page.keyboard.type(page.locator(".plum-answer").inner_text().split()[0])
+    page.keyboard.press("Enter")
+    sync_api.expect(spans.first).to_have_text(page.locator(".plum-answer").inner_text().split()[0])
+
+
+def test_sliders_change_spans_and_masks_and_their_last_position_counts(page):
+    text, masks, spans = page.locator(".plum-answer").inner_text(), masks_of(page), page.locator(".plum-span")
+    scores = [float(title.removeprefix("score ")) for title in spans.evaluate_all("spans => spans.map(s => s.title)")]
+    page.get_by_role("button", name="Thresholds").click()
+
+    def move(name, key):
+        """Moves a slider by one key, and says where the masks are shown from once they have changed."""
+        before = addresses_of(page)
+        page.get_by_label(f"range slider for {name}").press(key)
+        sync_api.expect(page.locator(".plum-mask").first).not_to_have_attribute("src", before[0])
+        return addresses_of(page)
+
+    strictest = move("Mask threshold", "End")
+    strict = masks_of(page)
+    move("Mask threshold", "Home")
+    assert (strict <= masks).all() and (masks <= masks_of(page)).all() and strict.sum() < masks_of(page).sum()
+    for _ in range(18):
+        page.keyboard.press("ArrowRight")
+    for index, source in enumerate(strictest):
+        sync_api.expect(page.locator(".plum-mask").nth(index)).to_have_attribute("src", source)
+
+    span_threshold = page.get_by_label("range slider for Span threshold")
+    span_threshold.press("End")
+    sync_api.expect(spans).to_have_count(0)
+    page.get_by_text("none reaches the span threshold").wait_for()
+    span_threshold.press("Home")
+    sync_api.expect(spans).to_have_count(len(scores))
+    for _ in range(round(100 * min(scores)) + 1):
+        page.keyboard.press("ArrowRight")
+    sync_api.expect(page.locator(f".plum-span[title='score {min(scores):.2f}']")).to_have_count(0)
+    assert 0 < spans.count() < len(scores) and page.locator(".plum-answer").inner_text() == text
+
+
+@pytest.mark.parametrize("origin", ["example", "camera"])
+def test_an_example_and_a_picture_of_the_camera_are_asked_about(new_page, origin):
+    if origin == "example":
+        new_page.locator(".gallery-item").first.click()
+    else:
+        new_page.get_by_label("Capture from camera").click()
+        new_page.get_by_title("grant webcam access").click()
+        new_page.wait_for_function("document.querySelector('video')?.videoWidth > 0")
+        new_page.get_by_label("capture photo").click()
+    new_page.get_by_label("Remove Image").wait_for()
+    ask(new_page)
+
+
+def test_selected_words_become_a_span(page):
+    before = page.locator(".plum-answer").inner_text()
+    select_first_word(page)
+    words = page.get_by_label("Words of the answer")
+    sync_api.expect(words).not_to_have_value("")
+    word = words.input_value()
+    page.get_by_role("button", name="Segment", exact=True).click()
+    sync_api.expect(page.locator(".plum-span").first).to_have_text(word)
+    assert page.locator(".plum-answer").inner_text() == before
+
+
+@pytest.mark.parametrize(("tool", "heights"), [("Brush", (0.15, 0.25, 0.35)), ("Erase", (0.5,))])
+def test_a_painted_mask_replaces_that_of_the_span_and_those_after_it_follow(page, tool, heights):
+    """The first mask of this drawing covers the middle of it, and nothing near the upper edge."""
+    before, sources = masks_of(page)[0], addresses_of(page)
+    open_tab(page, "Correct a mask")
+    page.get_by_label("Mask", exact=True).click()
+    page.get_by_role("option").first.click()
+    canvas = page.locator("canvas").last
+    canvas.scroll_into_view_if_needed()
+    wait_for_colour(canvas, BRUSH_COLOUR)
+    page.get_by_label(tool, exact=True).click()
+    box = canvas.bounding_box()
+    for height in heights:
+        y = box["y"] + height * box["height"]
+        page.mouse.move(box["x"] + 0.3 * box["width"], y)
+        page.mouse.down()
+        page.mouse.move(box["x"] + 0.7 * box["width"], y, steps=8)
+        page.mouse.up()
+    keep(page, tool.lower())
+    page.get_by_role("button", name="Use this mask").click()
+    sync_api.expect(page.locator(".plum-mask").first).not_to_have_attribute("src", sources[0])
+    after = masks_of(page)[0]
+    grown, shrunk = (after & ~before).sum(), (before & ~after).sum()
+    assert len(addresses_of(page)) == len(sources)
+    if tool == "Brush":
+        assert grown > 2 * shrunk and addresses_of(page)[1:] != sources[1:]
+    else:
+        assert shrunk > 2 * grown
+
+
+def test_steps_files_and_benchmark_questions_are_shown(page):
+    spans = page.locator(".plum-span").count()
+    open_tab(page, "Steps")
+    page.get_by_role("button", name="Show how each mask").click()
+    sync_api.expect(page.locator(".plum-step")).to_have_count(spans)
+    keep(page, "steps")
+    open_tab(page, "Files")
+    page.get_by_role("button", name="Make files").click()
+    with page.expect_download() as download:
+        page.get_by_role("link").filter(has_text="KB").or_(page.locator("a[download='masks.json']")).last.click()
+    assert len(json.loads(Path(download.value.path()).read_text())["annotations"]) == spans
+    open_tab(page, "Benchmark")
+    page.locator(".plum-choices").wait_for()
+    name = page.locator(".plum-note").locator("visible=true").first
+    first = name.inner_text()
+    page.get_by_role("button", name="Next").click()
+    sync_api.expect(name).not_to_have_text(first)
+    keep(page, "benchmark")

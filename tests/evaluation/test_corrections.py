@@ -1,0 +1,173 @@
+"""`--task correction`: measured on a tiny model against segmenting one answer at a time, and its metrics by hand."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from plum_partonomy.evaluation.corrections import measure_answers
+from plum_partonomy.evaluation.run import main as evaluate_plum
+from plum_partonomy.masks import DataError, encode
+from plum_partonomy.scoring.corrections import match_equal, read_corrections, summarise_corrections
+from plum_partonomy.scoring.mask_metrics import iou_matrix
+from tests.runs import make_records, record
+from tests.tiny import conversation, random_image, random_mask, tiny_model, tiny_processor
+
+WHEELS = "I can see a <p>wheel</p>, another <p>wheel</p>, a <p>tail</p> and a third <p>wheel</p>."
+TWO = "A <p>wheel</p> and a <p>wheel</p>."
+
+
+def answer(number: int, text: str) -> dict:
+    count = text.count("<p>")
+    return {
+        "id": f"{number}/0",
+        "image_id": str(number),
+        "row": number,
+        "image": random_image(40, 60, seed=number),
+        "messages": [{"role": "user", "content": "Which?"}, {"role": "assistant", "content": text}],
+        "masks": [random_mask(40, 60, seed=10 * number + i) for i in range(count)],
+    }
+
+
+def restless_model():
+    """A tiny model whose later masks depend visibly on earlier ones."""
+    model = tiny_model()
+    generator = torch.Generator().manual_seed(5)
+    for parameter in model.mask_feedback.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.5
+    return model
+
+
+def segment_alone(model, processor, asked: dict, given: dict) -> list:
+    """The masks of one answer by itself, given true masks by span."""
+    chat = conversation(asked["image"], asked["messages"][1]["content"], "Which?")
+    inputs = processor.apply_chat_template([chat], masks=[asked["masks"]], tokenize=True, return_dict=True)
+    outputs = model.segment(**inputs, given_masks={span: asked["masks"][mask] for span, mask in given.items()})
+    return [encode(span.mask) for span in processor.post_process_segmentation(outputs)[0].spans]
+
+
+@pytest.fixture(scope="module")
+def measured():
+    model, processor = restless_model(), tiny_processor()
+    answers = [answer(1, WHEELS), answer(2, TWO), answer(3, WHEELS)]
+    return model, processor, answers, measure_answers(model, processor, answers)
+
+
+def test_each_iou_equals_that_of_the_answer_segmented_alone(measured):
+    model, processor, answers, results = measured
+    for asked, found in zip(answers, results, strict=True):
+        true = [encode(mask) for mask in asked["masks"]]
+        own = iou_matrix(segment_alone(model, processor, asked, {}), true)
+        assert found.own == pytest.approx(own.diagonal().tolist(), abs=1e-6)
+        for span in range(len(true)):
+            masks = segment_alone(model, processor, asked, {i: i for i in range(span)})
+            matrix = iou_matrix(masks, true)
+            assert found.given[span] == pytest.approx(matrix[span, span], abs=1e-6)
+            if span:
+                targets = match_equal(matrix, found.phrases, {i: i for i in range(span)})
+                wanted = [matrix[i, targets[i]] for i in range(span, len(true))]
+                assert found.matched_given[span - 1] == pytest.approx(wanted, abs=1e-6)
+    assert any(found.given[1:] != pytest.approx(found.own[1:], abs=1e-3) for found in results)
+
+
+def test_the_curve_gives_the_worst_mask_first_and_looks_at_those_not_given(measured):
+    model, processor, answers, results = measured
+    for asked, found in zip(answers, results, strict=True):
+        true, given, curve = [encode(mask) for mask in asked["masks"]], {}, []
+        while len(given) < min(4, len(true)):
+            masks = segment_alone(model, processor, asked, given)
+            matrix = iou_matrix(masks, true)
+            targets = match_equal(matrix, found.phrases, given)
+            left = {i: matrix[i, targets[i]] for i in range(len(true)) if i not in given}
+            curve.append(np.mean(list(left.values())))
+            worst = min(left, key=left.get)
+            if len(given) == 1:
+                assert found.corrected == next(iter(given)) and found.after == masks
+            given[worst] = targets[worst]
+        assert found.curve == pytest.approx(curve, abs=1e-6)
+        assert len(found.curve) == min(4, len(true))
+
+
+def test_equal_spans_are_matched_among_themselves_and_without_those_given():
+    ious = np.array([[0.1, 0.9, 0.9, 0.2], [0.0, 0.8, 0.9, 0.3], [0.9, 0.9, 0.3, 0.9], [0.5, 0.6, 0.9, 0.0]])
+    phrases = ["wheel", "wheel", "tail", "wheel"]
+    assert match_equal(ious, phrases, {}) == [1, 3, 2, 0]
+    assert match_equal(ious, phrases, {1: 0}) == [1, 0, 2, 3]
+
+
+def test_metrics_are_means_over_spans_with_intervals_over_images(measured):
+    *_, results = measured
+    metrics = summarise_corrections(results)
+    overall, intervals = metrics["overall"], metrics["intervals"]["overall"]
+    assert (overall["n"], overall["images"]) == (3, 3)
+    own = np.concatenate([found.own[1:] for found in results])
+    given = np.concatenate([found.given[1:] for found in results])
+    assert overall["later_iou_own"] == pytest.approx(own.mean())
+    assert overall["later_iou_given"] == pytest.approx(given.mean())
+    assert overall["correction_gain"] == pytest.approx(given.mean() - own.mean())
+    assert overall["matched_iou"] == pytest.approx(np.concatenate([found.matched for found in results]).mean())
+    assert overall["matched_iou"] >= np.concatenate([found.own for found in results]).mean()
+    repeats = np.concatenate([found.repeats for found in results])
+    assert len(repeats) == 2 + 1 + 2 and overall["repeat_overlap"] == pytest.approx(repeats.mean())
+    assert overall["correction_curve"][2] == pytest.approx(np.mean([results[0].curve[2], results[2].curve[2]]))
+    for name in ("later_iou_own", "correction_gain", "matched_iou"):
+        assert intervals[name][0] <= overall[name] <= intervals[name][1]
+
+
+# ------------------------------------------------------------------------------------------------ the command
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A tiny checkpoint, and a data set of six answers with two masks and two with one."""
+    folder = tmp_path_factory.mktemp("correction")
+    tiny_model().save_pretrained(folder / "model")
+    tiny_processor().save_pretrained(folder / "model")
+    records = make_records([record(number, 2 if number < 6 else 1) for number in range(8)])
+    (folder / "data").mkdir()
+    records.to_parquet(str(folder / "data" / "test.parquet"))
+    return folder
+
+
+def options(folder, output_dir, **changes) -> list[str]:
+    chosen = {"model": folder / "model", "task": "correction", "dataset": folder / "data", "name": "default"}
+    chosen |= {"batch_size": 2, "device": "cpu", "output_dir": output_dir} | changes
+    return [word for name, value in chosen.items() for word in (f"--{name}", str(value))]
+
+
+def test_a_run_writes_metrics_report_and_answers_and_goes_on_where_it_stopped(folders, tmp_path, capsys):
+    evaluate_plum(options(folders, tmp_path / "whole"))
+    assert "correction gain" in capsys.readouterr().out
+    metrics = json.loads((tmp_path / "whole" / "metrics.json").read_text())
+    assert metrics["overall"]["n"] == 6 and metrics["run"]["task"] == "correction"
+    assert (tmp_path / "whole" / "report.html").read_text().count("<figcaption>after one given mask") == 6
+    lines = (tmp_path / "whole" / "predictions.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "part").mkdir()
+    (tmp_path / "part" / "run.json").write_text((tmp_path / "whole" / "run.json").read_text())
+    (tmp_path / "part" / "predictions.jsonl").write_text("".join(lines[:2]) + lines[2][:40])
+    evaluate_plum(options(folders, tmp_path / "part"))
+    assert read_corrections(tmp_path / "part" / "predictions.jsonl") == read_corrections(
+        tmp_path / "whole" / "predictions.jsonl"
+    )
+    assert json.loads((tmp_path / "part" / "metrics.json").read_text())["overall"] == metrics["overall"]
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"dataset": "partonomy", "name": "mini_questions"}, "needs grounded conversations, .* 'mini_questions' have"),
+        ({"split": "test[6:]"}, r"no answer of 'default', split 'test\[6:\]', has two masks"),
+    ],
+)
+def test_records_without_later_masks_are_refused(folders, tmp_path, changes, message):
+    with pytest.raises(DataError, match=message):
+        evaluate_plum(options(folders, tmp_path / "out", **changes))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_of_answers_cannot_be_corrected(folders, tmp_path):
+    words = options(folders, tmp_path / "out")
+    words[words.index("--model")] = "--predictions"
+    with pytest.raises(DataError, match="--task correction gives a model true masks: pass --model"):
+        evaluate_plum(words)

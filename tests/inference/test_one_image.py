@@ -1,0 +1,202 @@
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pycocotools.coco import COCO
+
+from plum_partonomy.inference.inputs import MAX_IMAGE_BYTES, check_text, read_image
+from plum_partonomy.inference.one_image import (
+    Plum,
+    as_coco,
+    as_json,
+    ask,
+    correct_mask,
+    find_ranges,
+    finish,
+    remember,
+    save,
+    segment_apart,
+    segment_phrases,
+    segment_words,
+    stream,
+)
+from plum_partonomy.masks import DataError, decode
+from tests.tiny import conversation, random_image, random_mask, tiny_model, tiny_processor
+
+TEXT = "A wheel, another wheel and a left wing."
+MESSAGES = [{"role": "user", "content": "Which parts can you see?"}]
+RANGES = [(2, 7), (17, 22), (29, 38)]
+
+
+@pytest.fixture(scope="module")
+def plum():
+    return Plum(tiny_model(), tiny_processor())
+
+
+def masks_of(plum, reply):
+    return [span.mask for span in finish(plum, reply).spans]
+
+
+def test_a_streamed_answer_grows_to_the_reply_and_is_what_segment_says(plum):
+    image = random_image()
+    *growing, reply = stream(plum, image, "Which parts can you see?", max_new_tokens=12)
+    assert all(later.startswith(earlier) for earlier, later in zip(growing, growing[1:], strict=False))
+    assert growing[-1].strip() == reply.text
+    inputs = plum.processor.apply_chat_template(
+        conversation(image, None), add_generation_prompt=True, tokenize=True, return_dict=True
+    )
+    outputs = plum.model.segment(**inputs, max_new_tokens=12, do_sample=False)
+    assert torch.equal(reply.outputs.sequences, outputs.sequences)
+    assert torch.equal(reply.outputs.pred_masks, outputs.pred_masks)
+
+
+def test_generation_stops_when_nobody_reads_on(plum):
+    forwarded = []
+    handle = plum.model.vlm.register_forward_hook(lambda *_: forwarded.append(None))
+    pieces = stream(plum, random_image(), "Which parts can you see?", max_new_tokens=400)
+    next(pieces)
+    pieces.close()
+    handle.remove()
+    assert len(forwarded) < 400
+
+
+def test_the_next_question_sees_the_earlier_ones(plum):
+    first = ask(plum, random_image(), "Which parts?", max_new_tokens=4)
+    second = ask(plum, random_image(), "Is it red?", history=remember(first), max_new_tokens=4)
+    prompt = plum.processor.tokenizer.decode(second.outputs.sequences[0])
+    assert "Which parts?" in prompt and first.text in prompt and second.messages[-1]["content"] == "Is it red?"
+
+
+def test_words_that_are_named_are_segmented_in_the_order_of_the_text(plum):
+    reply = segment_words(plum, random_image(), MESSAGES, TEXT, RANGES[::-1])
+    spans = finish(plum, reply).spans
+    assert reply.text == TEXT
+    assert [(span.start, span.end) for span in spans] == RANGES
+    assert [span.text for span in spans] == ["wheel", "wheel", "left wing"]
+
+
+def test_a_literal_tag_in_an_answer_stays_text(plum):
+    text = "A <p> wheel"
+    reply = segment_words(plum, random_image(), MESSAGES, text, find_ranges(text, ["wheel"]))
+    assert reply.text == text and finish(plum, reply).spans[0].text == "wheel"
+
+
+@pytest.mark.parametrize("ranges", [[], [(2, 7), (4, 9)], [(1, 2)]])
+def test_words_that_cannot_be_spans_are_refused(plum, ranges):
+    with pytest.raises(DataError):
+        segment_words(plum, random_image(), MESSAGES, TEXT, ranges)
+
+
+def test_phrases_become_the_parts_of_an_answer(plum):
+    answer = finish(plum, segment_phrases(plum, random_image(), ["left wing", " tail"]))
+    assert answer.text == "The object in the image has the following visible parts: left wing, and tail."
+    assert [span.text for span in answer.spans] == ["left wing", "tail"]
+    with pytest.raises(DataError, match="between the commas"):
+        segment_phrases(plum, random_image(), ["left wing", " "])
+
+
+def test_a_corrected_mask_changes_the_later_masks_only_and_stays_when_words_are_added(plum):
+    image, drawn = random_image(), random_mask(seed=5)
+    reply = segment_words(plum, image, MESSAGES, TEXT, RANGES)
+    before = reply.outputs.pred_masks
+    corrected = correct_mask(plum, reply, RANGES, RANGES[1], drawn)
+    after = corrected.outputs.pred_masks
+    assert torch.equal(after[0], before[0])
+    assert not torch.equal(after[2], before[2])
+    chat = conversation(image, "A <p>wheel</p>, another <p>wheel</p> and a <p>left wing</p>.")
+    inputs = plum.processor.apply_chat_template(chat, tokenize=True, return_dict=True)
+    expected = plum.model.segment(**inputs, given_masks={1: torch.from_numpy(drawn)})
+    assert torch.equal(after, expected.pred_masks)
+    fewer = segment_words(plum, image, MESSAGES, TEXT, RANGES[1:], given_masks=corrected.given_masks)
+    assert torch.equal(fewer.outputs.pred_masks[0], after[1])
+
+
+def test_a_span_apart_from_the_others_has_the_mask_of_a_first_span(plum):
+    reply = segment_words(plum, random_image(), MESSAGES, TEXT, RANGES)
+    apart = segment_apart(plum, reply, RANGES)
+    assert torch.equal(apart[0].outputs.pred_masks[0], reply.outputs.pred_masks[0])
+    assert not torch.equal(apart[2].outputs.pred_masks[0], reply.outputs.pred_masks[2])
+
+
+def test_thresholds_leave_out_spans_and_pixels_without_asking_again(plum):
+    reply = segment_words(plum, random_image(), MESSAGES, TEXT, RANGES)
+    scores = sorted(span.score for span in finish(plum, reply).spans)
+    kept = finish(plum, reply, span_threshold=scores[1]).spans
+    assert len(kept) == 2 and all(span.score >= scores[1] for span in kept)
+    for strict, loose in zip(
+        finish(plum, reply, mask_threshold=0.9).spans, finish(plum, reply, mask_threshold=0.1).spans, strict=True
+    ):
+        assert (strict.mask <= loose.mask).all() and strict.mask.sum() < loose.mask.sum()
+
+
+def test_phrases_are_found_as_whole_words_each_in_a_place_of_its_own():
+    assert find_ranges(TEXT, ["wheel", "wheel", "LEFT wing"]) == RANGES
+    assert find_ranges(TEXT, ["wheel"], taken=RANGES[:1]) == RANGES[1:2]
+    for phrases in (["wheel"] * 3, ["wing", "left wing"], ["whee"], [""]):
+        with pytest.raises(DataError, match="do not stand"):
+            find_ranges(TEXT, phrases)
+
+
+def test_files_that_are_no_usable_image_are_refused(tmp_path):
+    (tmp_path / "text.png").write_text("no image")
+    (tmp_path / "large.png").write_bytes(bytes(MAX_IMAGE_BYTES + 1))
+    Image.new("1", (8000, 5001)).save(tmp_path / "wide.png")
+    random_image().save(tmp_path / "cut.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:3000])
+    problems = {
+        "text.png": "no readable image .expected JPEG, PNG",
+        "large.png": "more than 10 MB",
+        "wide.png": "more than 40 megapixels",
+        "cut.png": "no readable image",
+        "absent.png": "there is no image file",
+    }
+    for name, problem in problems.items():
+        with pytest.raises(DataError, match=problem):
+            read_image(tmp_path / name)
+
+
+def test_an_image_is_turned_upright():
+    turned, file = Image.new("RGB", (30, 20)), io.BytesIO()
+    exif = turned.getexif()
+    exif[0x0112] = 6  # orientation: turned by a quarter
+    turned.save(file, format="JPEG", exif=exif)
+    assert read_image(io.BytesIO(file.getvalue())).size == (20, 30)
+
+
+@pytest.mark.parametrize(
+    ("question", "message"),
+    [("  ", "found an empty text"), ("What is <image>?", "the text holds '<image>'"), ("a \udcff", "UTF-8")],
+)
+def test_questions_without_words_with_special_tokens_or_of_broken_text_are_refused(plum, question, message):
+    with pytest.raises(DataError, match=message):
+        ask(plum, random_image(), question)
+
+
+def test_a_long_question_is_answered_and_refused_only_where_a_limit_is_set(plum):
+    question = "Which parts can you see? " * 40
+    assert ask(plum, random_image(), question, max_new_tokens=2).messages[0]["content"] == question.strip()
+    with pytest.raises(DataError, match="Expected a question of 1 to 500 characters, found 999"):
+        check_text(question, what="a question", max_characters=500)
+
+
+def test_what_is_saved_can_be_read_by_others(plum, tmp_path):
+    image = random_image()
+    answer = finish(plum, segment_words(plum, image, MESSAGES, TEXT, RANGES))
+    files = save(answer, image, tmp_path / "new", file_name="photo.jpg")
+    assert [path.name for path in files] == [
+        "overlay.png",
+        "01_wheel.png",
+        "02_wheel.png",
+        "03_left_wing.png",
+        "masks.json",
+    ]
+    coco = COCO(str(files[-1]))
+    assert [category["name"] for category in coco.loadCats(coco.getCatIds())] == ["wheel", "left wing"]
+    for span, path, annotation in zip(answer.spans, files[1:], coco.loadAnns(coco.getAnnIds()), strict=False):
+        assert np.array_equal(np.asarray(Image.open(path)), span.mask)
+        assert np.array_equal(coco.annToMask(annotation).astype(bool), span.mask)
+        assert np.array_equal(decode(as_json(answer)["spans"][annotation["id"] - 1]["mask"]), span.mask)
+    json.dumps([as_json(answer), as_coco(answer, image, file_name="photo.jpg")])

@@ -1,0 +1,145 @@
+"""The recipes that need pretrained weights: their options, and their models on the meta device."""
+
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from configuration_plum import PlumConfig
+from partonomy_dataset import Partonomy
+from plum_partonomy.inference.checkpoint import load_checkpoint
+from plum_partonomy.training.model import compose_backbones
+from plum_partonomy.training.options import parse_arguments
+from plum_partonomy.training.run import main as train
+from scripts.count_parameters import count_parameters, format_table
+from tests.tiny_backbones import llava_clip, tiny_sam
+
+ROOT = Path(__file__).parents[2]
+BACKBONES = ROOT / "tests" / "fixtures" / "backbones"
+
+
+def options_of(size: str) -> list[str]:
+    folders = ["--vlm", str(BACKBONES / f"llava-1.5-{size}-hf"), "--sam", str(BACKBONES / "sam-vit-huge")]
+    return [str(ROOT / "recipes" / f"stage1_plum_{size}.yaml"), *folders]
+
+
+def parse_recipe(name: str):
+    return parse_arguments([str(ROOT / "recipes" / f"{name}.yaml"), "--use_cpu", "true", "--data_dir", "data"])
+
+
+@pytest.mark.parametrize("size", ["7b", "13b"])
+def test_stage_1_mixes_semantic_referring_question_and_reasoning_data_as_9_5_5_1(size):
+    sources = parse_recipe(f"stage1_plum_{size}")[1].sources
+    known = {config.name for config in Partonomy.BUILDER_CONFIGS}
+    assert {source.name for source in sources} <= known and {source.dataset for source in sources} == {"partonomy"}
+    kinds = {"ref": "referring", "lla": "questions", "rea": "reasoning"}
+    rates = Counter()
+    for source in sources:
+        rates[kinds.get(source.name[:3], "semantic")] += source.rate
+    assert rates == pytest.approx({"semantic": 9, "referring": 5, "questions": 5, "reasoning": 1})
+    assert [source.name for source in sources if source.eval_split] == ["reasonseg"]
+    assert all(source.data_dir.startswith("data/") for source in sources)
+
+
+@pytest.mark.parametrize("size", ["7b", "13b"])
+def test_stage_2_goes_on_from_stage_1_with_one_question_for_each_image(size):
+    (model, data, args), (_, _, before) = (
+        parse_recipe(f"{name}_{size}") for name in ("stage2_partonomy", "stage1_plum")
+    )
+    assert model.model == before.output_dir and (model.lora_r, model.lora_alpha) == (8, 16)
+    assert [(source.name, source.data_dir, source.eval_split) for source in data.sources] == [
+        ("core_stage2", "data", None)
+    ]
+    assert (args.learning_rate, args.max_steps) == (before.learning_rate, before.max_steps)
+
+
+@pytest.mark.parametrize("size", ["7b", "13b"])
+def test_the_published_hyper_parameters_are_those_of_the_recipe(size):
+    model, data, args = parse_recipe(f"stage1_plum_{size}")
+    assert (model.vlm, model.sam) == (f"llava-hf/llava-1.5-{size}-hf", "facebook/sam-vit-huge")
+    assert data.max_length == 512 - 256 + 576
+    assert (model.lora_r, model.lora_alpha, model.lora_dropout) == (8, 16, 0.05)
+    assert (args.learning_rate, args.adam_beta1, args.adam_beta2, args.weight_decay) == (3e-4, 0.9, 0.95, 0.0)
+    assert (args.lr_scheduler_type, args.warmup_steps, args.max_grad_norm, args.bf16) == ("linear", 100, 1.0, True)
+    assert (args.max_steps, args.gradient_accumulation_steps) == (25 * 500, 10)
+    config = PlumConfig(**model.model_config)
+    assert (
+        config.mask_feedback and config.span_loss_scope == "sequence" and config.mask_overlap_loss == "focal_tversky"
+    )
+    assert (config.language_modeling_loss_weight, config.span_loss_weight) == (1.0, 8.0)
+    assert tuple(config.span_class_weights) == (0.1, 1.0, 1.0)
+    assert (config.mask_overlap_loss_weight, config.mask_bce_loss_weight, config.teacher_kl_loss_weight) == (8, 2, 0.1)
+    assert (config.tversky_false_negative_weight, config.tversky_false_positive_weight) == (0.7, 0.3)
+    assert (config.tversky_focal_exponent, config.mask_iou_loss_weight) == (0.75, 0.0)
+
+
+@pytest.mark.parametrize("size", ["7b", "13b"])
+def test_the_documented_parameter_counts_are_those_of_the_recipes_model(size):
+    table = format_table(count_parameters(options_of(size)))
+    assert table in (ROOT / "docs" / "architecture.md").read_text()
+
+
+def test_the_7b_model_has_the_sizes_of_its_published_backbones():
+    counts = {name: (total, trained) for name, total, trained in count_parameters(options_of("7b"))}
+    language = counts["vlm.language_model"][0] + counts["vlm.lm_head"][0]
+    layer = 4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096
+    assert language == 32 * layer + 2 * 32064 * 4096 + 4096
+    adapters = 32 * 2 * 8 * (4096 + 4096)  # q_proj and v_proj of each layer, rank 8
+    assert counts["vlm.language_model"][1] == adapters + 32064 * 4096
+    assert round(sum(total for name, (total, _) in counts.items() if name.startswith("sam.")) / 1e6) == 641
+    assert counts["vlm.vision_tower"][1] == counts["sam.vision_encoder"][1] == counts["sam.prompt_encoder"][1] == 0
+    for name in ("sam.mask_decoder", "span_tagger", "span_projector", "mask_feedback"):
+        assert counts[name][0] == counts[name][1]
+
+
+def test_training_starts_from_pretrained_backbones_and_leaves_the_frozen_ones_alone(tmp_path):
+    vlm, sam, output = llava_clip(tmp_path / "vlm"), tiny_sam(tmp_path / "sam"), tmp_path / "run"
+    options = {
+        "--vlm": vlm,
+        "--sam": sam,
+        "--model_config": '{"span_tagger_num_heads": 4, "span_tagger_intermediate_size": 64}',
+        "--output_dir": output,
+        "--train_split": "train[:4]",
+        "--eval_split": "validation[:1]",
+        "--turns_per_record": 1,
+        "--lora_r": 2,
+        "--max_steps": 2,
+        "--learning_rate": 0.01,
+        "--per_device_train_batch_size": 2,
+        "--use_cpu": "true",
+        "--report_to": "none",
+    }
+    train([str(word) for option in options.items() for word in option])
+    model, processor = load_checkpoint(output)
+    assert processor.vlm_processor_class == "LlavaProcessor"
+    before = transformers.AutoModelForImageTextToText.from_pretrained(vlm)
+    for part in ("vision_tower", "multi_modal_projector"):
+        found, expected = (getattr(plum.model, part).state_dict() for plum in (model.vlm, before))
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert not torch.equal(
+        model.vlm.model.language_model.layers[0].self_attn.q_proj.weight,
+        before.model.language_model.layers[0].self_attn.q_proj.weight,
+    )
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["--vlm", "a"], "Give vlm and sam together, found vlm='a' and sam=None"),
+        (["--vlm", "a", "--sam", "b", "--model", "c"], "Give either model .* or vlm and sam"),
+        ([], "Give model .*, vlm and sam .* or model_config"),
+    ],
+)
+def test_a_recipe_that_names_too_few_or_too_many_starts_is_refused(options, words, capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments([*options, "--output_dir", "unused", "--use_cpu", "true"])
+    message = " ".join(capsys.readouterr().err.split())
+    assert re.search(words, message)
+
+
+def test_sizes_of_backbones_in_model_config_are_refused():
+    with pytest.raises(ValueError, match=r"model_config gives \['sam_config'\], which come with vlm and sam"):
+        compose_backbones("unread", "unread", {"sam_config": {}})

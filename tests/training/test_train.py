@@ -1,0 +1,454 @@
+"""Whole runs of train.py on tiny models: options, outputs, resumed and killed runs, input that is refused."""
+
+import copy
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from datasets import Dataset
+from huggingface_hub import ModelCard
+from PIL import Image
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModel, AutoProcessor, LlamaConfig
+
+from plum_partonomy.inference.checkpoint import load_checkpoint
+from plum_partonomy.masks import DataError
+from plum_partonomy.training.model import build_from_scratch, freeze, load_model
+from plum_partonomy.training.options import ModelArguments, parse_arguments
+from plum_partonomy.training.run import main as train
+from processing_plum import PlumProcessor
+from tests.runs import EVALUATED, ROOT, base_options, batch_of, losses_by_step, make_records, record, run_main
+from tests.tiny import CORPUS, tiny_config, tiny_model, tiny_processor
+
+# ------------------------------------------------------------------------------------------------ options
+
+
+def parse(tmp_path, content, *words):
+    (tmp_path / "recipe.yaml").write_text(content if isinstance(content, str) else yaml.safe_dump(content))
+    return parse_arguments([str(tmp_path / "recipe.yaml"), "--output_dir", str(tmp_path / "out"), *words])
+
+
+def test_the_command_line_goes_over_the_recipe_which_goes_over_the_defaults(tmp_path):
+    recipe = {"model": "folder", "learning_rate": 0.5, "max_steps": 7, "color_jitter": 0.5, "bf16": False}
+    model, data, training = parse(tmp_path, recipe, "--learning_rate", "0.25", "--color_jitter", "0")
+    assert (training.learning_rate, training.max_steps) == (0.25, 7)
+    assert (model.model, model.lora_r) == ("folder", 0)
+    assert (data.color_jitter, data.name) == (0.0, "mini")
+
+
+def test_a_model_config_is_a_mapping_in_the_recipe_and_json_on_the_command_line(tmp_path):
+    recipe = {"model_config": {"sam_config": {"vision_config": {"image_size": 64}}}}
+    assert parse(tmp_path, recipe)[0].model_config == recipe["model_config"]
+    assert parse(tmp_path, recipe, "--model_config", '{"mask_feedback": false}')[0].model_config == {
+        "mask_feedback": False
+    }
+
+
+def test_whole_numbers_may_stand_for_floats(tmp_path):
+    sam = {"vision_config": {"mlp_ratio": 4, "layer_norm_eps": 1}}
+    vlm = {"model_type": "llava", "text_config": {"model_type": "qwen2", "rms_norm_eps": 1, "num_hidden_layers": 2}}
+    recipe = {"model_config": {"mask_bce_loss_weight": 2, "sam_config": sam, "vlm_config": vlm}, "learning_rate": 1}
+    model, _, training = parse(tmp_path, recipe)
+    config = train.PlumConfig(**model.model_config)
+    assert (config.mask_bce_loss_weight, config.sam_config.vision_config.mlp_ratio) == (2.0, 4.0)
+    assert (config.vlm_config.text_config.rms_norm_eps, config.vlm_config.text_config.num_hidden_layers) == (1.0, 2)
+    assert training.learning_rate == 1.0
+
+
+@pytest.mark.parametrize(
+    "content, words, message",
+    [
+        ({"model": "m", "learning_rat": 1}, [], "unknown options ['learning_rat']"),
+        ({"model": "m"}, ["--learning_rat", "1"], "--learning_rat"),
+        ({"model": "m", "learning_rate": "fast"}, [], "learning-rate: invalid float value: 'fast'"),
+        ({"model": "m", "max_steps": 1.5}, [], "max-steps: invalid int value: '1.5'"),
+        ({"model": "m", "bf16": "perhaps"}, [], "bf16"),
+        ({"model": "m", "max_spans": None}, [], "'max_spans' no value"),
+        ("- model\n- learning_rate", [], "must be a yaml mapping of options, found list"),
+        ("model: [", [], "recipe.yaml is not valid yaml"),
+        ({"learning_rate": 1.0}, [], "Give model (a checkpoint), vlm and sam (backbones) or model_config"),
+        ({"model_config": 5}, [], "model_config must be a mapping, found 5"),
+        ({"model_config": "tiny"}, [], "model_config must be a mapping"),
+        ({"model": "m", "random_crop": 1}, [], "random_crop must be at least 0 and below 1, found 1"),
+        (
+            {"model": "m", "teacher_forcing_probability": 1.5},
+            [],
+            "teacher_forcing_probability must be between 0 and 1, found 1.5",
+        ),
+        ({"model": "m", "follow_up_probability": 0.5}, [], "follow_up_probability needs turns_per_record"),
+        ({"model": "m", "mirror": True}, [], "mirror needs fresh_records: true"),
+        ({"model": "m", "fresh_records": True, "streaming": True}, [], "fresh_records makes records by their number"),
+    ],
+    ids=str,
+)
+def test_a_wrong_recipe_or_option_ends_with_one_error_that_names_it(tmp_path, capsys, content, words, message):
+    with pytest.raises(SystemExit):
+        parse(tmp_path, content, *words)
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_recipe_is_named(capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments(["recipes/none.yaml"])
+    assert "recipes/none.yaml does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("recipe", sorted(ROOT.glob("recipes/*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_is_understood(recipe, tmp_path):
+    words = ["--use_cpu", "true", "--output_dir", str(tmp_path)]
+    model, _, training = parse_arguments([str(recipe), *words])
+    assert training.output_dir == str(tmp_path)
+    if model.model is None:
+        config = train.PlumConfig(**copy.deepcopy(model.model_config))
+        train.check_config_fields(model.model_config, config)
+
+
+def test_a_field_that_no_config_knows_is_refused_wherever_it_stands():
+    with pytest.raises(
+        ValueError, match=r"model_config has fields \['span_tagger_layers'\], which PlumConfig does not"
+    ):
+        build_from_scratch({"span_tagger_layers": 2}, 300, CORPUS)
+    wrong = tiny_config().to_dict()
+    wrong["vlm_config"]["text_config"]["hiden_size"] = 32
+    with pytest.raises(ValueError, match=r"model_config.vlm_config.text_config has fields \['hiden_size'\].*LlamaC"):
+        build_from_scratch(wrong, 300, CORPUS)
+
+
+def test_frozen_modules_keep_their_weights_and_the_others_learn(trained, data_folder, tmp_path):
+    run_main(base_options(data_folder, tmp_path) | {"model": trained, "frozen_modules": "sam.vision_encoder"})
+    before, after = (load_file(Path(folder) / "model.safetensors") for folder in (trained, tmp_path))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and not any(name.startswith("sam.vision_encoder.") for name in changed)
+    assert any(name.startswith("sam.mask_decoder.") for name in changed)
+
+
+def test_a_frozen_module_that_the_model_does_not_have_is_named():
+    with pytest.raises(ValueError, match="frozen_modules has 'sam.encoder', which is no module of the model"):
+        freeze(tiny_model(shared_vision=True), ["sam.encoder"])
+
+
+def test_a_checkpoint_in_bfloat16_is_trained_in_float32(tmp_path):
+    tiny_model().to(torch.bfloat16).save_pretrained(tmp_path)
+    tiny_processor().save_pretrained(tmp_path)
+    model, _ = load_model(ModelArguments(model=str(tmp_path)), make_records([record(0, 1)]))
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+# ------------------------------------------------------------------------------------------------ resume
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"muon_learning_rate": 0.01, "turns_per_record": 2, "follow_up_probability": 0.5},
+        {"teacher_forcing_probability": 0.5, "order_free_targets": True},
+        {"lora_r": 2, "lora_dropout": 0.2},
+        {"streaming": True, "dataloader_num_workers": 1},
+    ],
+    ids=["adamw", "muon_turns", "forcing", "lora", "streaming"],
+)
+def test_a_run_that_goes_on_from_the_middle_of_an_epoch_ends_bit_for_bit_as_if_never_stopped(
+    trained, data_folder, tmp_path, options
+):
+    options = base_options(data_folder, tmp_path / "whole") | {"model": trained} | options
+    run_main(options)
+    # What a run leaves that is killed after its eighth step, in the middle of its second epoch or of a stream.
+    shutil.copytree(tmp_path / "whole" / "checkpoint-8", tmp_path / "killed" / "checkpoint-8")
+    run_main(options | {"output_dir": tmp_path / "killed", "resume_from_checkpoint": True})
+
+    whole, killed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "killed"))
+    assert whole.keys() == killed.keys()
+    assert all(torch.equal(whole[name], killed[name]) for name in whole)
+    whole, killed = (
+        losses_by_step(json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"])
+        for name in ("whole", "killed")
+    )
+    assert whole == killed and len(whole) == 6
+
+
+KILLED_WHILE_SAVING = """
+import os, signal, sys
+import torch, train
+
+save, step = torch.save, sys.argv[1]
+
+def save_half(content, path, **options):
+    save(content, path, **options)
+    if f"checkpoint-{step}" in str(path) and str(path).endswith("optimizer.pt"):
+        os.truncate(path, os.path.getsize(path) // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+torch.save = save_half
+train(sys.argv[2:])
+"""
+
+
+def test_a_run_killed_while_it_saves_goes_on_from_the_last_whole_checkpoint(data_folder, trained, tmp_path, capsys):
+    options = base_options(data_folder, tmp_path) | {"model": trained, "max_steps": 2, "save_steps": 1, "seed": 3}
+    words = [str(word) for name in options for word in (f"--{name}", options[name])]
+    run = subprocess.run([sys.executable, "-c", KILLED_WHILE_SAVING, "2", *words], cwd=ROOT, capture_output=True)
+    assert run.returncode == -signal.SIGKILL, run.stderr
+    assert (tmp_path / "checkpoint-2" / "optimizer.pt").exists() and not (tmp_path / "model.safetensors").exists()
+    capsys.readouterr()
+    run_main(options | {"resume_from_checkpoint": True})
+    said = capsys.readouterr().err
+    assert f"Resuming from {tmp_path / 'checkpoint-1'}, as checkpoint-2 is not whole" in said
+    run_main(options | {"output_dir": tmp_path / "unbroken"})
+    resumed, unbroken = (load_file(folder / "model.safetensors") for folder in (tmp_path, tmp_path / "unbroken"))
+    assert all(torch.equal(resumed[name], unbroken[name]) for name in unbroken)
+
+
+@pytest.fixture(scope="module")
+def two_checkpoints(trained, data_folder, tmp_path_factory) -> dict:
+    """The options of a run whose folder holds its checkpoints 2 and 4, and one that is none."""
+    folder = tmp_path_factory.mktemp("run")
+    options = base_options(data_folder, folder) | {"model": trained, "max_steps": 4, "save_steps": 2}
+    run_main(options)
+    (folder / "checkpoint-x").mkdir()
+    return options
+
+
+def resume(options: dict, copy: Path, damage, **changes) -> Path:
+    """Resumes the run in a copy of its folder, once that has been damaged; returns the copy."""
+    shutil.copytree(options["output_dir"], copy)
+    damage(copy)
+    run_main(options | {"output_dir": copy, "resume_from_checkpoint": True} | changes)
+    return copy
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    one, other = (load_file(folder / "model.safetensors") for folder in (one, other))
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+SAVED = ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "resume.json"]
+
+
+def cut(path: Path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(path: Path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("damage", "name"),
+    [(cut, name) for name in SAVED] + [(flip, name) for name in SAVED[:4]] + [(Path.unlink, name) for name in SAVED],
+)
+def test_a_damaged_last_checkpoint_is_passed_over_by_name_and_the_run_ends_the_same(
+    damage, name, two_checkpoints, tmp_path, capsys
+):
+    copy = resume(two_checkpoints, tmp_path / "run", lambda folder: damage(folder / "checkpoint-4" / name))
+    assert f"Resuming from {copy / 'checkpoint-2'}, as checkpoint-4 is " in (said := capsys.readouterr().err)
+    assert name in said or damage is cut and name.endswith(".json")
+    assert same_weights(copy, Path(two_checkpoints["output_dir"]))
+
+
+def test_where_every_checkpoint_is_damaged_each_is_named(two_checkpoints, tmp_path):
+    def damage(folder: Path):
+        (folder / "checkpoint-2" / "optimizer.pt").unlink()
+        cut(folder / "checkpoint-4" / "model.safetensors")
+
+    with pytest.raises(
+        DataError, match="checkpoint-4 is damaged: model.safetensors .*; checkpoint-2 is .*optimizer.pt"
+    ):
+        resume(two_checkpoints, tmp_path / "run", damage)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"learning_rate": 0.01}, "learning_rate was 0.003, is 0.01"),
+        ({"seed": 7}, "seed was 42, is 7"),
+        ({"max_steps": 6}, "max_steps was 4, is 6"),
+        ({"max_spans": 1, "color_jitter": 0}, "color_jitter was 0.2, is 0.0; max_spans was 2, is 1"),
+        ({"frozen_modules": "sam.vision_encoder"}, "frozen_modules was"),
+        ({"train_split": "validation"}, "training records was"),
+    ],
+)
+def test_a_run_of_other_options_or_records_is_not_resumed_and_the_difference_is_named(
+    changes, message, two_checkpoints, tmp_path
+):
+    with pytest.raises(DataError, match=f"checkpoint-4 is of another run .*{message}"):
+        resume(two_checkpoints, tmp_path / "run", lambda folder: None, **changes)
+    assert same_weights(tmp_path / "run", Path(two_checkpoints["output_dir"]))
+
+
+def test_an_older_run_in_the_same_folder_is_passed_over(two_checkpoints, tmp_path, capsys):
+    other = two_checkpoints | {"learning_rate": 0.01, "output_dir": tmp_path / "other"}
+    run_main(other)
+
+    def replace(folder: Path):
+        shutil.rmtree(folder / "checkpoint-2")
+        shutil.copytree(tmp_path / "other" / "checkpoint-2", folder / "checkpoint-2")
+
+    copy = resume(two_checkpoints, tmp_path / "run", replace, learning_rate=0.01)
+    assert "checkpoint-4 is of another run (learning_rate was 0.003, is 0.01)" in capsys.readouterr().err
+    assert same_weights(copy, tmp_path / "other")
+
+
+def test_what_only_says_keeps_or_measures_may_change_on_resume(two_checkpoints, tmp_path):
+    changes = {"logging_steps": 1, "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1, "run_name": "again"}
+    copy = resume(two_checkpoints, tmp_path / "run", lambda folder: shutil.rmtree(folder / "checkpoint-4"), **changes)
+    assert same_weights(copy, Path(two_checkpoints["output_dir"]))
+
+
+def test_no_token_is_saved_with_a_checkpoint(data_folder, trained, tmp_path):
+    options = base_options(data_folder, tmp_path) | {"model": trained, "max_steps": 1, "save_steps": 1}
+    run_main(options | {"hub_token": "hf_a_secret"})
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert any(path.name == "training_args.bin" for path in files)
+    assert not [path for path in files if b"hf_a_secret" in path.read_bytes()]
+
+
+def test_resuming_without_a_checkpoint_is_an_error(trained, data_folder, tmp_path):
+    options = base_options(data_folder, tmp_path / "out") | {"model": trained, "resume_from_checkpoint": True}
+    with pytest.raises(ValueError, match="out holds no checkpoint"):
+        run_main(options)
+    assert not (tmp_path / "out").exists()
+
+
+# ------------------------------------------------------------------------------------------------ outputs
+
+
+def log_history(output_dir: Path) -> list[dict]:
+    return json.loads((output_dir / "trainer_state.json").read_text())["log_history"]
+
+
+def test_the_curves_hold_every_named_loss_and_metric_of_the_log(trained):
+    with (trained / "training_curves.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows] == ["2", "4", "6", "8"]
+    losses = ["language_modeling", "span_tagging", "mask_overlap", "mask_bce", "mask_iou", "teacher_kl"]
+    names = ["loss", *(f"{name}_loss" for name in losses), *EVALUATED]
+    logged = {}
+    for entry in log_history(trained):
+        logged.setdefault(entry["step"], {}).update(entry)
+    for row in rows:
+        assert {name: float(row[name]) for name in names} == {name: logged[int(row["step"])][name] for name in names}
+        weights = tiny_model().loss_weights
+        total = sum(weights[name] * float(row[f"{name}_loss"]) for name in losses)
+        assert float(row["loss"]) == pytest.approx(total, rel=1e-4)
+    with Image.open(trained / "training_curves.png") as image:
+        assert image.format == "PNG" and image.width > image.height > 100
+
+
+@pytest.mark.parametrize(("max_length", "fits"), [(8, False), (45, True)])
+def test_the_log_counts_the_conversations_that_max_length_cuts_or_leaves_out(
+    max_length, fits, trained, data_folder, tmp_path
+):
+    options = base_options(data_folder, tmp_path) | {"model": trained, "max_steps": 2, "logging_steps": 1}
+    run_main(options | {"max_length": max_length, "eval_strategy": "steps", "eval_steps": 2})
+    counted = [(entry["cut"], entry["left_out"]) for entry in log_history(tmp_path) if "loss" in entry]
+    assert len(counted) == 2 and all((cut > 0, left_out > 0) == (fits, not fits) for cut, left_out in counted)
+
+
+def test_what_cannot_be_trained_on_is_one_sentence(trained, data_folder, tmp_path):
+    options = base_options(data_folder, tmp_path / "out") | {"model": tmp_path, "max_steps": 1}
+    words = [str(word) for name in options for word in (f"--{name}", options[name])]
+    run = subprocess.run([sys.executable, "train.py", *words], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 1 and "Traceback" not in run.stderr
+    assert run.stderr.splitlines()[-1].startswith(f"train.py: {tmp_path / 'config.json'} cannot be read")
+
+
+def test_tensorboard_shows_every_figure_of_the_log(data_folder, trained, tmp_path):
+    options = base_options(data_folder, tmp_path) | {"model": trained, "max_steps": 4, "report_to": "tensorboard"}
+    run_main(options | {"save_strategy": "no", "eval_strategy": "steps", "eval_steps": 2})
+    (events,) = tmp_path.glob("runs/*/events.*")
+    shown = EventAccumulator(str(events)).Reload()
+    found = {(tag, event.step): event.value for tag in shown.Tags()["scalars"] for event in shown.Scalars(tag)}
+    expected = {}
+    for entry in log_history(tmp_path):
+        step = entry.pop("step")
+        for name, value in entry.items():
+            tag = name.replace("eval_", "eval/", 1) if name.startswith("eval_") else f"train/{name}"
+            expected[tag, step] = value
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert {"train/mask_bce_loss", "eval/strict_macro_giou"} <= {tag for tag, _ in found}
+
+
+def test_few_checkpoints_are_kept_and_the_best_one_is_the_result(trained):
+    scores = {
+        entry["step"]: entry["eval_strict_macro_giou"] for entry in log_history(trained) if EVALUATED[0] in entry
+    }
+    assert len(set(scores.values())) > 1
+    best = trained / f"checkpoint-{max(scores, key=scores.get)}"
+    kept = sorted(trained.glob("checkpoint-*"))
+    assert best in kept and len(kept) == 2
+    result, weights = (load_file(folder / "model.safetensors") for folder in (trained, best))
+    assert result.keys() == weights.keys()
+    assert all(torch.equal(result[name], weights[name]) for name in result)
+
+
+def test_the_output_folder_loads_with_the_auto_classes(trained):
+    processor = AutoProcessor.from_pretrained(trained, trust_remote_code=True)
+    model = AutoModel.from_pretrained(trained, trust_remote_code=True)
+    assert type(model).__module__.startswith("transformers_modules")
+    outputs = model.segment(**batch_of([record(0, 2)], processor))
+    answer = processor.post_process_segmentation(outputs)[0]
+    assert answer.text == "I can see a wheel, a left wing."
+    assert [(span.text, span.mask.shape) for span in answer.spans] == [("wheel", (40, 70)), ("left wing", (40, 70))]
+    assert (trained / "recipe.yaml").read_text() in ModelCard.load(trained / "README.md").text
+
+
+def test_training_says_nothing_but_its_figures(data_folder, trained, tmp_path):
+    options = base_options(data_folder, tmp_path) | {"model": trained, "max_steps": 2, "save_steps": 2}
+    options |= {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
+    run = subprocess.run(
+        [sys.executable, "train.py", *(str(word) for name in options for word in (f"--{name}", options[name]))],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+    )
+    assert run.returncode == 0, run.stderr
+    lines = [line for line in run.stdout.splitlines() if line.strip()]
+    table = [line for line in lines if line.startswith("|")]
+    assert lines[: len(table)] == table and len(table) == 3
+    assert [line.startswith("{") for line in lines[len(table) :]] == [True, True, True, False]
+    assert lines[-1] == f"The trained model, its processor and its curves are in {tmp_path}"
+    for word in ("missing keys", "tokens that differ", "custom code", "Traceback"):
+        assert word not in run.stderr
+
+
+# ------------------------------------------------------------------------------------------------ bad input
+
+
+def test_an_empty_split_and_a_split_of_other_records_are_errors_before_any_training(trained, data_folder, tmp_path):
+    options = base_options(data_folder, tmp_path / "out") | {"model": trained}
+    with pytest.raises(ValueError, match=r"validation\[:0\]"):
+        run_main(options | {"eval_split": "validation[:0]"})
+    Dataset.from_dict({"id": ["a"], "question": ["b"]}).to_parquet(tmp_path / "questions" / "train.parquet")
+    with pytest.raises(ValueError, match=r"has no columns \['image', 'masks', 'messages'\]"):
+        run_main(options | {"dataset": tmp_path / "questions"})
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(tmp_path):
+    LlamaConfig().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="holds a 'llama' model, expected 'plum'"):
+        load_checkpoint(tmp_path)
+
+
+def test_a_processor_with_another_image_token_than_its_model_is_refused(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "model", ignore=shutil.ignore_patterns("checkpoint-*"))
+    processor = PlumProcessor.from_pretrained(trained)
+    processor.image_token = "</s>"
+    processor.save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="has id 2, the model expects 3; save the processor that"):
+        load_checkpoint(tmp_path / "model")
