@@ -10,6 +10,11 @@ or the answers of any other model, from a file (docs/predictions.schema.json), a
     python evaluate_plum.py --baseline majority --dataset partonomy --name mini_questions \\
         --output_dir runs/majority
 
+or models of others, alone and together (docs/benchmark.md), or one of your own in a Python file:
+
+    python evaluate_plum.py --baseline vlm+sam3 --vlm Qwen/Qwen3-VL-2B-Instruct --sam3 facebook/sam3 \\
+        --dataset partonomy --name mini_questions --output_dir runs/vlm_sam3
+
 Every question is put to a PLUM model three times: the choices are scored, an answer is given with its parts tagged and
 is segmented, and an answer is generated, tagged and segmented freely. The control asks all of it again with
 the image of another record. Then the figures are computed from the questions and what was written down, no more:

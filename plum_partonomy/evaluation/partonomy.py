@@ -5,8 +5,8 @@
 
 import json
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,24 +58,42 @@ from plum_partonomy.sources.problems import ERRORS_FILE, write_problems
 # ---------------------------------------------------------------- stage 1: predictions
 
 
-def run_settings(arguments: Any, *, folder: Path, questions: Sequence[Question]) -> dict[str, Any]:
-    """Return all settings that a prediction depends on; a run resumes only with the same settings."""
+@dataclass(frozen=True)
+class UnderTest:
+    """A model that is ready to be asked.
+
+    Attributes:
+        predictor: has `predict(questions, images, image_ids)`, which returns one prediction for each question, and
+            `summary()` of its image cache.
+        settings: what its predictions depend on besides the arguments.
+        choice_reduction: what a choice is scored by.
+        run: what metrics.json says of it.
+        training_curves: the CSV of its training, if there is one.
+    """
+
+    predictor: Any
+    settings: dict[str, Any]
+    choice_reduction: str
+    run: dict[str, Any] = field(default_factory=dict)
+    training_curves: Path | None = None
+
+
+def run_settings(arguments: Any, *, questions: Sequence[Question]) -> dict[str, Any]:
+    """Return the settings that every prediction depends on; a run resumes only with the same settings."""
     names = ("name", "split", "control", "choice_reduction", "mask_source", "max_new_tokens", "batch_size")
     names += ("limit", "dtype")
     return {
-        "model_fingerprint": fingerprint_model(folder),
         "dataset": arguments.dataset,
         **{name: getattr(arguments, name) for name in names},
         "data_dir": data_folder(arguments.data_dir),
         "questions": len(questions),
         "questions_fingerprint": fingerprint(questions),
         "control_seed": CONTROL_SEED,
-        "image_embeddings": None if arguments.cache_image_embeddings is None else "bfloat16",
     }
 
 
 def predict(
-    predictor: Predictor,
+    predictor: Any,
     rows: datasets.Dataset,
     questions: Sequence[Question],
     *,
@@ -123,11 +141,10 @@ def predict(
 # ---------------------------------------------------------------- run
 
 
-def describe_run(arguments: Any, settings: dict[str, Any], *, started: float) -> dict[str, Any]:
+def describe_run(arguments: Any, settings: dict[str, Any], *, choice_reduction: str, started: float) -> dict[str, Any]:
     """What metrics.json says of a run besides its figures."""
     protocol = describe_protocol(
-        # which choice a file names was decided by whoever wrote it
-        choice_reduction="as given" if arguments.model is None else arguments.choice_reduction,
+        choice_reduction=choice_reduction,
         mask_source=arguments.mask_source,
         match=arguments.match if arguments.match_model is None else f"{arguments.match} by {arguments.match_model}",
     )
@@ -222,13 +239,49 @@ def evaluate_answers(arguments: Any) -> None:
     write_whole(output_dir / "run.json", [json.dumps(settings, indent=2), "\n"])
     if arguments.baseline is not None:
         write_predictions(output_dir / "predictions.jsonl", predictions)
-    run = {"predictions": arguments.predictions, **describe_run(arguments, settings, started=started)}
+    # which choice a file names was decided by whoever wrote it
+    described = describe_run(arguments, settings, choice_reduction="as given", started=started)
+    run = {"predictions": arguments.predictions, **described}
     run |= {"left_out": len(questions) - len(scored), "records_left_out": len(unusable)}
     run["masks_resized"] = partonomy_dataset.masks_resized(rows)
     finish(arguments, rows, scored, predictions, run=run)
 
 
-def evaluate(arguments: Any) -> None:
+def open_plum(arguments: Any, questions: Sequence[Question], device: torch.device) -> UnderTest:
+    """The PLUM model that `--model` names, on a device; raises DataError if it cannot be opened."""
+    folder, plum = load_model(arguments.model, dtype=arguments.dtype, device=device)
+    embedding_cache = None
+    if arguments.cache_image_embeddings is not None:
+        embedding_cache = EmbeddingCache(arguments.cache_image_embeddings, plum.model)
+        if PartialState().is_main_process:
+            print(embedding_cache.describe(len({question.image_id for question in questions})))
+    predictor = Predictor(
+        plum.model,
+        plum.processor,
+        max_new_tokens=arguments.max_new_tokens,
+        choice_reduction=arguments.choice_reduction,
+        mask_source=arguments.mask_source,
+        image_cache_size=arguments.image_cache_size,
+        embedding_cache=embedding_cache,
+    )
+    settings = {
+        "model_fingerprint": fingerprint_model(folder),
+        "image_embeddings": None if embedding_cache is None else "bfloat16",
+    }
+    # a model of the Hub is in a folder named after its commit
+    revision = folder.name if folder.parent.name == "snapshots" else None
+    return UnderTest(
+        predictor,
+        settings,
+        choice_reduction=arguments.choice_reduction,
+        run={"model": arguments.model, "model_revision": revision},
+        training_curves=folder / "training_curves.csv",
+    )
+
+
+def evaluate(
+    arguments: Any, open_model: Callable[[Any, Sequence[Question], torch.device], UnderTest] = open_plum
+) -> None:
     """The whole run of a model; raises DataError before anything is written if it cannot be done."""
     started = time.perf_counter()
     if arguments.device == "cuda" and not torch.cuda.is_available():
@@ -240,8 +293,8 @@ def evaluate(arguments: Any) -> None:
     wrong_images = {}
     if arguments.control == "wrong_image":
         wrong_images = pick_wrong_images(questions)
-    folder, plum = load_model(arguments.model, dtype=arguments.dtype, device=state.device)
-    settings = run_settings(arguments, folder=folder, questions=questions)
+    model = open_model(arguments, questions, state.device)
+    settings = {**model.settings, **run_settings(arguments, questions=questions)}
     output_dir = Path(arguments.output_dir)
     check_run(output_dir, settings)
     state.wait_for_everyone()
@@ -250,23 +303,8 @@ def evaluate(arguments: Any) -> None:
         write_whole(output_dir / "run.json", [json.dumps(settings, indent=2), "\n"])
         if unusable:
             write_problems(output_dir / ERRORS_FILE, unusable)
-
-    embedding_cache = None
-    if arguments.cache_image_embeddings is not None:
-        embedding_cache = EmbeddingCache(arguments.cache_image_embeddings, plum.model)
-        if state.is_main_process:
-            print(embedding_cache.describe(len({question.image_id for question in questions})))
-    predictor = Predictor(
-        plum.model,
-        plum.processor,
-        max_new_tokens=arguments.max_new_tokens,
-        choice_reduction=arguments.choice_reduction,
-        mask_source=arguments.mask_source,
-        image_cache_size=arguments.image_cache_size,
-        embedding_cache=embedding_cache,
-    )
     resumed = predict(
-        predictor,
+        model.predictor,
         rows,
         questions,
         wrong_images=wrong_images,
@@ -275,14 +313,13 @@ def evaluate(arguments: Any) -> None:
         state=state,
     )
     if state.is_main_process:
-        run = {"model": arguments.model, **describe_run(arguments, settings, started=started)}
-        # a model of the Hub is in a folder named after its commit
-        run["model_revision"] = folder.name if folder.parent.name == "snapshots" else None
+        described = describe_run(arguments, settings, choice_reduction=model.choice_reduction, started=started)
+        run = {"model": None, **model.run, **described}
         run |= {"device": str(state.device), "processes": state.num_processes, "predictions_found": resumed}
-        run["image_cache"] = predictor.images.summary()  # of the first process
+        run["image_cache"] = model.predictor.summary()  # of the first process
         run |= {"left_out": 0, "records_left_out": len(unusable)}
         run["masks_resized"] = partonomy_dataset.masks_resized(rows)
         predictions = read_predictions(output_dir / "predictions.jsonl")
-        finish(arguments, rows, questions, predictions, run=run, training_curves=folder / "training_curves.csv")
+        finish(arguments, rows, questions, predictions, run=run, training_curves=model.training_curves)
     state.wait_for_everyone()
     state.destroy_process_group()

@@ -7,6 +7,10 @@ from transformers import HfArgumentParser
 
 from plum_partonomy.masks import DataError
 
+BASELINES = ("random", "majority", "full_image", "ground_truth")
+"""Those of scoring/baselines.py, named here without its imports: --help stays fast."""
+MODEL_BASELINES = ("sam3", "vlm", "vlm+sam3")
+
 
 @dataclass
 class EvaluationArguments:
@@ -15,9 +19,30 @@ class EvaluationArguments:
     output_dir: str = field(metadata={"help": "Folder for predictions.jsonl, metrics.json and report.html."})
     model: str | None = field(default=None, metadata={"help": "Folder of a PLUM checkpoint, or its name on the Hub."})
     predictions: str | None = field(default=None, metadata={"help": "File with the answers of any model instead."})
-    baseline: Literal["random", "majority", "full_image", "ground_truth"] | None = field(
-        default=None, metadata={"help": "Answers that need no model instead."}
+    baseline: str | None = field(
+        default=None,
+        metadata={
+            "help": "Instead: random, majority, full_image or ground_truth, which need no model; sam3, vlm or "
+            "vlm+sam3; or the path of a Python file with a class Model of your own."
+        },
     )
+    vlm: str | None = field(
+        default=None,
+        metadata={
+            "help": "For --baseline vlm: a vision-language model of transformers, a folder or a name on the Hub; or "
+            "the URL of an API such as http://localhost:8000/v1, asked for the letters of the choices."
+        },
+    )
+    choices_by: Literal["likelihood", "letter"] = field(
+        default="likelihood", metadata={"help": "How --vlm chooses: by likelihood of choices, or of their letters."}
+    )
+    sam3: str | None = field(
+        default=None, metadata={"help": "For --baseline sam3: a SAM 3 of transformers, a folder or a name on the Hub."}
+    )
+    sam3_prompt: Literal["part", "part_of_object"] = field(
+        default="part", metadata={"help": 'What SAM 3 is asked for: "left wing", or "left wing of the plane".'}
+    )
+    sam3_threshold: float = field(default=0.3, metadata={"help": "Least score of an instance that SAM 3 finds."})
     format: Literal["jsonl", "official"] = field(
         default="jsonl", metadata={"help": "Form of --predictions; official is the json of the authors' scripts."}
     )
@@ -82,6 +107,10 @@ class EvaluationArguments:
     def __post_init__(self):
         if sum(source is not None for source in (self.model, self.predictions, self.baseline)) != 1:
             raise DataError("Expected one of --model, --predictions and --baseline: say what to score.")
+        asked = self.baseline in (*BASELINES, *MODEL_BASELINES) or str(self.baseline).endswith(".py")
+        if self.baseline is not None and not asked:
+            known = ", ".join((*BASELINES, *MODEL_BASELINES))
+            raise DataError(f"--baseline {self.baseline}: expected one of {known}, or a Python file.")
         if self.task == "correction" and self.model is None:
             raise DataError("--task correction gives a model true masks: pass --model.")
         if self.task != "partonomy" and (self.baseline is not None or self.format != "jsonl"):
@@ -110,5 +139,9 @@ def main(options: list[str] | None = None) -> None:
         evaluate_task(arguments, **dataset_options(arguments))
     elif arguments.model is not None:
         evaluate(arguments)
+    elif arguments.baseline is not None and arguments.baseline not in BASELINES:
+        from plum_partonomy.baselines.open import open_baseline
+
+        evaluate(arguments, open_baseline)
     else:
         evaluate_answers(arguments)

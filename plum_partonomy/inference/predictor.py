@@ -141,6 +141,10 @@ class Predictor:
             for index, question in enumerate(questions)
         ]
 
+    def summary(self) -> dict[str, Any]:
+        """How often a question found its image encoded."""
+        return self.images.summary()
+
     def _encode(self, rows: Sequence[Row], *, prompt: bool = False) -> dict[str, torch.Tensor]:
         conversations = [as_chat(messages, self._features[name].shown) for name, messages in rows]
         inputs = self.processor.apply_chat_template(

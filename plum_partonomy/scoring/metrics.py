@@ -198,8 +198,8 @@ def _text_ratios(question: Question, prediction: Prediction) -> dict[str, Ratio]
     if prediction.true_tags is not None:
         found, expected = set(prediction.predicted_tags), set(prediction.true_tags)
         ratios["span_f1"] = (2 * len(found & expected), len(prediction.predicted_tags) + len(prediction.true_tags))
-    if prediction.generated_spans is not None:
-        written = part_counts([span.text for span in prediction.generated_spans], true)
+    if prediction.named_parts is not None:
+        written = part_counts(prediction.named_parts, true)
         ratios |= written.ratios("generated_part")
         ratios["generated_exact"] = (written.hits == written.predicted == written.true, 1)
     return ratios

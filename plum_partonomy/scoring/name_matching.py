@@ -87,13 +87,17 @@ def rename_generated(
     by_id = {question.id: question for question in questions}
 
     def rename(prediction: Prediction, true: list[str]) -> Prediction:
-        spans = prediction.generated_spans or []
-        matched = matcher(list(dict.fromkeys(normalise(span.text) for span in spans)), true)
-        spans = [replace(span, text=matched.get(normalise(span.text), span.text)) for span in spans]
+        names = prediction.named_parts or []
+        matched = matcher(list(dict.fromkeys(map(normalise, names))), true)
+        names = [matched.get(normalise(name), name) for name in names]
+        spans, parts = prediction.generated_spans, prediction.generated_parts
+        if spans is not None:
+            spans = [replace(span, text=name) for span, name in zip(spans, names, strict=True)]
         wrong_image = prediction.wrong_image
         return replace(
             prediction,
-            generated_spans=None if prediction.generated_spans is None else spans,
+            generated_spans=spans,
+            generated_parts=parts if parts is None or spans is not None else names,
             wrong_image=None if wrong_image is None else rename(wrong_image, true),
         )
 
@@ -102,15 +106,15 @@ def rename_generated(
 
 def generated_names(questions: Sequence[Question], predictions: Sequence[Prediction]) -> list[str]:
     """Every name that a matcher may be asked about, normalised and sorted."""
-    spans = [
-        span
+    written = [
+        name
         for prediction in predictions
         for shown in (prediction, prediction.wrong_image)
         if shown is not None
-        for span in shown.generated_spans or ()
+        for name in shown.named_parts or ()
     ]
     parts = [part for question in questions for part in true_parts(question)]
-    return sorted({normalise(name) for name in [*parts, *(span.text for span in spans)]})
+    return sorted({normalise(name) for name in [*parts, *written]})
 
 
 def embed_names(names: Sequence[str], model: str, *, batch_size: int = 64) -> dict[str, np.ndarray]:

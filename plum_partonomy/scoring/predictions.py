@@ -65,6 +65,7 @@ class Prediction:
         true_tags, predicted_tags: [start, end) of the part spans in the given answer, as its tokens were labelled and
             as the model tags them, counted from the answer's first token.
         generated_text, generated_spans: the freely generated answer and its masks.
+        generated_parts: the parts that it names, of a model that makes no masks of them; else None.
         object_choice_scores: the same as choice_scores for the object question of the part-whole types, else None.
         wrong_image: the prediction for the same question with the image of another record, if that control ran.
     """
@@ -77,6 +78,7 @@ class Prediction:
     predicted_tags: list[tuple[int, int]] | None
     generated_text: str | None
     generated_spans: list[SpanMask] | None
+    generated_parts: list[str] | None = None
     object_choice_scores: list[float] | None = None
     wrong_image: "Prediction | None" = None
 
@@ -85,6 +87,13 @@ class Prediction:
             scores = getattr(self, name)
             if scores is not None and (not scores or not all(math.isfinite(score) for score in scores)):
                 raise DataError(f"Question {self.question_id!r}: {name} must be finite numbers, found {scores}.")
+
+    @property
+    def named_parts(self) -> list[str] | None:
+        """Parts that the generated answer names; None if there is no such answer."""
+        if self.generated_spans is not None:
+            return [span.text for span in self.generated_spans]
+        return self.generated_parts
 
     @property
     def choice(self) -> int:
@@ -105,7 +114,8 @@ class Prediction:
                 RLE; names `where` and the field.
         """
         known = [item.name for item in dataclasses.fields(cls)]
-        fields = _known_fields(record, known, optional=("object_choice_scores", "wrong_image"), where=where)
+        optional = ("generated_parts", "object_choice_scores", "wrong_image")
+        fields = _known_fields(record, known, optional=optional, where=where)
         for name in ("question_id", "image_id"):
             typed(fields, name, str, where=where)
         typed(fields, "generated_text", (str, type(None)), where=where)
@@ -115,6 +125,7 @@ class Prediction:
             _optional_list(fields, name, _span, where=where)
         for name in ("true_tags", "predicted_tags"):
             _optional_list(fields, name, _tag, where=where)
+        _optional_list(fields, "generated_parts", _name, where=where)
         if fields.get("wrong_image") is not None:
             place = f"{where}, field 'wrong_image'"
             fields["wrong_image"] = cls.from_dict(typed(fields, "wrong_image", dict, where=where), where=place)
@@ -142,6 +153,12 @@ def _optional_list(fields: dict[str, Any], name: str, read: Callable[..., Any], 
 def _number(value: Any, *, where: str) -> float:
     if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:
         raise DataError(f"{where}: expected a finite number, found {value!r:.80}")
+    return value
+
+
+def _name(value: Any, *, where: str) -> str:
+    if not isinstance(value, str):
+        raise DataError(f"{where}: expected the name of a part, found {value!r:.80}")
     return value
 
 

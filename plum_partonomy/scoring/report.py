@@ -150,7 +150,7 @@ def _example(pair: Pair, load_image: Callable[[Question], Image.Image]) -> dict[
         "given": highlight(text, given, colours=of(span.text for span in given)),
         "generated": None
         if own_text is None
-        else highlight(own_text, generated, colours=of(span.text for span in generated)),
+        else highlight(own_text, generated or (), colours=of(span.text for span in generated or ())),
         "choices": [
             {
                 "text": choice,

@@ -1,0 +1,192 @@
+"""Puts PARTONOMY's questions to any model through three small methods, and checks what comes back.
+
+A model under test is an object with some of these methods; what it lacks is not asked and has no metric:
+
+    choose(seen, messages, choices) -> list[float]       one finite score for each choice, larger is better
+    answer(seen, messages) -> str                        its own answer, in plain text
+    segment(seen, question, parts) -> list[(mask, score)]
+                                                         for each part a boolean mask (height, width) of the image
+
+    encode(image) -> seen                                optional: what it keeps of an RGB image for all questions
+
+`messages` are {"role", "content"} with plain texts; the first one is about the image. `Asker` makes predictions of
+them, with the same `predict` as `Predictor` has for PLUM, which answers whole batches at once.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from plum_partonomy.baselines.plain_text import find_parts
+from plum_partonomy.masks import DataError, encode, resize
+from plum_partonomy.records import Question
+from plum_partonomy.scoring.metrics import MaskSource
+from plum_partonomy.scoring.predictions import Prediction, SpanMask
+
+__all__ = ["METHODS", "Asker"]
+
+METHODS = ("choose", "answer", "segment")
+
+
+class Asker:
+    """Puts questions to a model that has some of METHODS.
+
+    Args:
+        model: the model under test.
+        mask_source: whose masks are asked for beside those of its own answer.
+        known_parts: names of parts that are recognised within the sentences of its answers.
+        image_cache_size: images whose encoding is kept.
+    """
+
+    def __init__(
+        self, model: Any, *, mask_source: MaskSource, known_parts: Sequence[str], image_cache_size: int = 128
+    ):
+        if not any(hasattr(model, method) for method in METHODS):
+            raise DataError(f"Expected a model with some of {', '.join(METHODS)}, found {type(model).__name__}.")
+        needed = {"predicted_answer": ["choose", "segment"], "generated": ["answer", "segment"]}
+        if lacking := [method for method in needed.get(mask_source, ()) if not hasattr(model, method)]:
+            raise DataError(
+                f"--mask_source {mask_source} needs the method {lacking[0]!r}, which {type(model).__name__} does not "
+                "have; use --mask_source gt_answer."
+            )
+        self.model = model
+        self.mask_source = mask_source
+        self.known_parts = list(known_parts)
+        self.size = image_cache_size
+        self.uses, self.encoded = 0, 0
+        self._seen: OrderedDict[str, Any] = OrderedDict()
+
+    def predict(
+        self, questions: Sequence[Question], images: Sequence[Image.Image], image_ids: Sequence[str]
+    ) -> list[Prediction]:
+        """Return one prediction per question, from the image given beside it; an id stands for one image.
+
+        Raises:
+            DataError: the model returns something that is no answer; names the question.
+        """
+        return [self._predict(*asked) for asked in zip(questions, images, image_ids, strict=True)]
+
+    def summary(self) -> dict[str, Any]:
+        """Return how often a question found its image encoded."""
+        hit_rate = 1 - self.encoded / self.uses if self.uses else None
+        return {"size": self.size, "uses": self.uses, "encoded": self.encoded, "hit_rate": hit_rate}
+
+    def _predict(self, question: Question, image: Image.Image, image_id: str) -> Prediction:
+        seen = self._look_up(image, image_id)
+        scores = self._choose(seen, question, ask(question), question.choices)
+        object_scores = None
+        if question.object_question is not None:
+            object_scores = self._choose(seen, question, ask_object(question), question.object_choices)
+        given = None
+        if hasattr(self.model, "segment"):
+            index = question.correct if self.mask_source != "predicted_answer" else int(np.argmin(scores))
+            parts = [(part, 0, 0) for part in question.choice_parts[index]]
+            given = self._segment(seen, image, question, parts)
+        return Prediction(
+            question_id=question.id,
+            image_id=image_id,
+            choice_scores=scores,
+            given_spans=given,
+            true_tags=None,
+            predicted_tags=None,
+            object_choice_scores=object_scores,
+            **self._answer(seen, image, question),
+        )
+
+    def _look_up(self, image: Image.Image, image_id: str) -> Any:
+        self.uses += 1
+        if image_id not in self._seen:
+            self.encoded += 1
+            self._seen[image_id] = self.model.encode(image) if hasattr(self.model, "encode") else image
+        self._seen.move_to_end(image_id)
+        if len(self._seen) > self.size:
+            self._seen.popitem(last=False)
+        return self._seen[image_id]
+
+    def _choose(
+        self, seen: Any, question: Question, messages: list[dict[str, str]], choices: Sequence[str]
+    ) -> list[float] | None:
+        """Scores as a prediction holds them: the smallest is chosen."""
+        if not hasattr(self.model, "choose"):
+            return None
+        scores = list(self._call("choose", question, seen, messages, list(choices)))
+        if len(scores) != len(choices) or not all(np.isfinite(score) for score in scores):
+            raise DataError(
+                f"Question {question.id!r}: expected {len(choices)} finite scores from 'choose', found {scores}."
+            )
+        return [-float(score) for score in scores]
+
+    def _answer(self, seen: Any, image: Image.Image, question: Question) -> dict[str, Any]:
+        """The fields of the model's own answer; without masks only the names of its parts."""
+        if not hasattr(self.model, "answer"):
+            return {"generated_text": None, "generated_spans": None}
+        text = self._call("answer", question, seen, ask(question))
+        if not isinstance(text, str):
+            raise DataError(f"Question {question.id!r}: expected a text from 'answer', found {text!r:.80}.")
+        parts = find_parts(text, self.known_parts)
+        if not hasattr(self.model, "segment"):
+            names = [name for name, _, _ in parts]
+            return {"generated_text": text, "generated_spans": None, "generated_parts": names}
+        return {"generated_text": text, "generated_spans": self._segment(seen, image, question, parts)}
+
+    def _segment(
+        self, seen: Any, image: Image.Image, question: Question, parts: Sequence[tuple[str, int, int]]
+    ) -> list[SpanMask]:
+        if not parts:
+            return []
+        names = [name for name, _, _ in parts]
+        masks = list(self._call("segment", question, seen, question, names))
+        if len(masks) != len(names):
+            raise DataError(
+                f"Question {question.id!r}: expected {len(names)} masks from 'segment', found {len(masks)}."
+            )
+        return [
+            SpanMask(text=name, start=start, end=end, rle=rle, score=score)
+            for (name, start, end), (rle, score) in zip(
+                parts, (self._check_mask(mask, image, question) for mask in masks), strict=True
+            )
+        ]
+
+    def _check_mask(self, result: Any, image: Image.Image, question: Question) -> tuple[dict, float]:
+        """A mask in the frame of the question's image, and its score. That of a wrong image is stretched to it."""
+        mask, score = result
+        mask = np.asarray(mask)
+        if mask.dtype != bool or mask.shape != (image.height, image.width):
+            raise DataError(
+                f"Question {question.id!r}: expected boolean masks of [height, width] "
+                f"{[image.height, image.width]} from 'segment', found {mask.dtype} of {list(mask.shape)}."
+            )
+        if not np.isfinite(score):
+            raise DataError(f"Question {question.id!r}: expected a finite score from 'segment', found {score}.")
+        return resize(encode(mask), question.masks[0].rle["size"]), float(score)
+
+    def _call(self, method: str, question: Question, *arguments: Any) -> Any:
+        """What a method of the model returns; what it cannot do is said with the id of the question."""
+        try:
+            return getattr(self.model, method)(*arguments)
+        except DataError as error:
+            raise DataError(f"Question {question.id!r}: {error}") from error
+
+
+def ask(question: Question) -> list[dict[str, str]]:
+    """Return the messages up to the part question; `whole_to_part` asks for the object first, and is told."""
+    messages = [{"role": "user", "content": question.question}]
+    if question.question_type != "whole_to_part":
+        return messages
+    answer = question.object_choices[question.object_correct]
+    return [
+        {"role": "user", "content": question.object_question},
+        {"role": "assistant", "content": answer},
+        *messages,
+    ]
+
+
+def ask_object(question: Question) -> list[dict[str, str]]:
+    """Return the messages up to the object question; `part_to_whole` asks for the parts first, and is told."""
+    messages = [{"role": "user", "content": question.object_question}]
+    if question.question_type != "part_to_whole":
+        return messages
+    return [*ask(question), {"role": "assistant", "content": question.choices[question.correct]}, *messages]

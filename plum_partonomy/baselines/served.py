@@ -1,0 +1,83 @@
+"""A vision-language model behind an endpoint of the OpenAI kind (vLLM, llama.cpp, an endpoint of the Hub)."""
+
+import base64
+import io
+import os
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import httpx
+from PIL import Image
+
+from plum_partonomy.baselines.vlm import LETTERS, LIST_PROMPT, Messages, letter_question
+from plum_partonomy.masks import DataError
+from plum_partonomy.seeding import seeded_generator
+
+__all__ = ["ServedVlm", "read_letter"]
+
+TIMEOUT = 120  # seconds for one answer
+
+
+def read_letter(text: str, count: int) -> int | None:
+    """Return the index of the choice whose letter an answer gives, None if it gives none.
+
+    >>> read_letter("B", 5), read_letter("**C.** a hull", 5), read_letter("The answer is (D).", 5)
+    (1, 2, 3)
+    >>> read_letter("I cannot tell.", 5) is None
+    True
+    """
+    letters = LETTERS[:count]
+    first = re.match(rf"[\W_]*([{letters}])(?![\w'])", text)
+    found = first or re.search(rf"(?<![\w'])([{letters}])(?=[).:*]|\s*$)", text)
+    return None if found is None else letters.index(found[1])
+
+
+class ServedVlm:
+    """Choices by letter and answers of the first model that an endpoint lists.
+
+    Such endpoints give no likelihood of a text of ours. An answer without a letter is a guess: a choice drawn by the
+    question, so that refusing is worth what chance is worth. The token is read from HF_TOKEN.
+    """
+
+    def __init__(self, url: str, *, max_new_tokens: int = 96):
+        self.url, self.max_new_tokens = url, max_new_tokens
+        token = os.environ.get("HF_TOKEN")
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        self.client = httpx.Client(headers=headers, timeout=TIMEOUT)
+        try:
+            listed = self.client.get(f"{url.rstrip('/')}/models").raise_for_status().json()
+            self.model = listed["data"][0]["id"]
+        except (httpx.HTTPError, ValueError, KeyError, IndexError, TypeError) as error:
+            raise DataError(f"--vlm {url}: expected an API that lists its models at /models ({error}).") from error
+
+    def encode(self, image: Image.Image) -> str:
+        """Return the image as a data URL."""
+        content = io.BytesIO()
+        image.save(content, format="PNG")
+        return "data:image/png;base64," + base64.b64encode(content.getvalue()).decode()
+
+    def choose(self, seen: str, messages: Messages, choices: Sequence[str]) -> list[float]:
+        """Return 1 for the choice whose letter the model gives and 0 for the others."""
+        text = self._complete(seen, letter_question(messages, choices), max_tokens=self.max_new_tokens)
+        index = read_letter(text, len(choices))
+        if index is None:
+            index = int(seeded_generator("letter", messages[-1]["content"], *choices).integers(len(choices)))
+        return [float(i == index) for i in range(len(choices))]
+
+    def answer(self, seen: str, messages: Messages) -> str:
+        """Return the model's own answer to the last message; it is asked to list names."""
+        asked = {"role": "user", "content": f"{messages[-1]['content']}\n{LIST_PROMPT}"}
+        return self._complete(seen, [*messages[:-1], asked], max_tokens=self.max_new_tokens).strip()
+
+    def _complete(self, seen: str, messages: Messages, *, max_tokens: int) -> str:
+        chat: list[dict[str, Any]] = [dict(message) for message in messages]
+        image = {"type": "image_url", "image_url": {"url": seen}}
+        chat[0]["content"] = [image, {"type": "text", "text": chat[0]["content"]}]
+        asked = {"model": self.model, "messages": chat, "max_tokens": max_tokens, "temperature": 0.0}
+        try:
+            reply = self.client.post(f"{self.url.rstrip('/')}/chat/completions", json=asked).raise_for_status().json()
+            content = reply["choices"][0]["message"]["content"]
+        except (httpx.HTTPError, ValueError, KeyError, IndexError, TypeError) as error:
+            raise DataError(f"the endpoint {self.url} gave no answer: {error!r}") from error
+        return content or ""
