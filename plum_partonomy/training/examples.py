@@ -27,6 +27,7 @@ class ExampleMaker:
     Args:
         jitter: Largest relative change of each colour channel.
         crop: Largest share of each side that is cut off; no box that loses more than half of a mask is taken.
+        affine: Largest entry by which a linear map of the image differs from the identity (see [`random_affine`]).
         turns_per_record: So many random turns, 0 for all, each as a conversation of its own; None: one conversation.
         follow_up_probability: How often such a turn comes second in its conversation, after another random turn.
         max_spans: Masks of a record that are supervised; a random choice beyond that.
@@ -37,12 +38,13 @@ class ExampleMaker:
         self,
         jitter: float = 0.0,
         crop: float = 0.0,
+        affine: float = 0.0,
         turns_per_record: int | None = None,
         follow_up_probability: float = 0.0,
         max_spans: int | None = None,
         teacher_forcing_probability: float = 0.0,
     ):
-        self.jitter, self.crop = jitter, crop
+        self.jitter, self.crop, self.affine = jitter, crop, affine
         self.turns_per_record, self.max_spans = turns_per_record, max_spans
         self.follow_up_probability = follow_up_probability
         self.teacher_forcing_probability = teacher_forcing_probability
@@ -67,6 +69,8 @@ class ExampleMaker:
                 gain, offset = generator.uniform(-self.jitter, self.jitter, (2, 3))
                 pixels = np.asarray(image, dtype=np.float32) * (1 + gain) + 128 * offset
                 image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+            if self.affine:
+                image, masks = random_affine(image, masks, self.affine, generator)
             if self.crop:
                 image, masks = random_crop(image, masks, self.crop, generator)
         conversations = [{"messages": record["messages"], "masks": masks}]
@@ -118,6 +122,29 @@ def random_crop(
         cropped = [mask[top:bottom, left:right] for mask in masks]
         if all(2 * inside.sum() >= whole for inside, whole in zip(cropped, areas, strict=True)):
             return image.crop((left, top, right, bottom)), [encode(mask) for mask in cropped]
+    return image, rles
+
+
+def random_affine(
+    image: Image.Image, rles: list[RLE], largest: float, generator: np.random.Generator, attempts: int = 10
+) -> tuple[Image.Image, list[RLE]]:
+    """
+    The image and its masks, stretched, turned and sheared about the middle: the map from new pixels to old ones is the
+    identity plus a number within `largest` in each of its four places. As in [`random_crop`], each mask keeps half of
+    its area, and where `attempts` maps lose more, all stays as it is.
+    """
+    masks, centre = [Image.fromarray(decode(rle)) for rle in rles], np.array(image.size) / 2
+    for _ in range(attempts):
+        matrix = np.eye(2) + generator.uniform(-largest, largest, (2, 2))
+        shift = centre - matrix @ centre
+        move = {"size": image.size, "method": Image.Transform.AFFINE}
+        move["data"] = (*matrix[0], shift[0], *matrix[1], shift[1])
+        moved = [np.asarray(mask.transform(**move)) for mask in masks]
+        scale = np.linalg.det(matrix)  # of old areas over new ones
+        if all(2 * scale * mask.sum() >= area(rle) for mask, rle in zip(moved, rles, strict=True)):
+            mean_colour = tuple(np.asarray(image).mean((0, 1)).astype(int).tolist())
+            image = image.transform(**move, resample=Image.Resampling.BILINEAR, fillcolor=mean_colour)
+            return image, [encode(mask) for mask in moved]
     return image, rles
 
 

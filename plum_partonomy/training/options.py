@@ -104,6 +104,10 @@ class DataArguments:
     random_crop: float = field(
         default=0.0, metadata={"help": "Largest share of each side of an image that is cut off; below 1."}
     )
+    random_affine: float = field(
+        default=0.0,
+        metadata={"help": "Largest change of each number of a linear map that stretches, turns and shears an image."},
+    )
     turns_per_record: int | None = field(
         default=None,
         metadata={
@@ -149,6 +153,8 @@ class DataArguments:
     def __post_init__(self):
         if not 0 <= self.random_crop < 1:
             raise ValueError(f"random_crop must be at least 0 and below 1, found {self.random_crop}.")
+        if not 0 <= self.random_affine <= 0.5:
+            raise ValueError(f"random_affine must be between 0 and 0.5, found {self.random_affine}.")
         for name in ("teacher_forcing_probability", "follow_up_probability"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be between 0 and 1, found {getattr(self, name)}.")

@@ -33,6 +33,7 @@ def main(argv: list[str]):
         "seed": args.seed,
         "jitter": data_arguments.color_jitter,
         "crop": data_arguments.random_crop,
+        "affine": data_arguments.random_affine,
         "turns_per_record": turns_per_record,
         "follow_up_probability": data_arguments.follow_up_probability,
         "max_spans": data_arguments.max_spans,
@@ -111,9 +112,10 @@ def open_embedding_cache(model: nn.Module, arguments: DataArguments) -> Embeddin
             "cache_image_embeddings needs an image encoder that is not trained; add sam.vision_encoder to "
             "frozen_modules, or leave it out of lora_trained_whole."
         )
-    if arguments.color_jitter or arguments.random_crop:
+    changes = {name: getattr(arguments, name) for name in ("color_jitter", "random_crop", "random_affine")}
+    if any(changes.values()):
         raise ValueError(
-            "cache_image_embeddings needs images that stay the same; set color_jitter and random_crop to 0, found "
-            f"{arguments.color_jitter} and {arguments.random_crop}."
+            "cache_image_embeddings needs images that stay the same; set color_jitter, random_crop and random_affine "
+            f"to 0, found {', '.join(map(str, changes.values()))}."
         )
     return EmbeddingCache(arguments.cache_image_embeddings, model)

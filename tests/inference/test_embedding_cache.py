@@ -207,11 +207,11 @@ def test_the_option_of_train_fills_the_folder_that_it_announced(checkpoint, data
         ({"color_jitter": 0}, "an image encoder that is not trained; add sam.vision_encoder to frozen_modules"),
         (
             {"frozen_modules": "sam.vision_encoder"},
-            "images that stay the same; set color_jitter and random_crop to 0, found 0.2 and 0.0",
+            "images that stay the same; set color_jitter, random_crop and random_affine to 0, found 0.2, 0.0, 0.0",
         ),
         (
             {"frozen_modules": "sam.vision_encoder", "color_jitter": 0, "random_crop": 0.1},
-            "set color_jitter and random_crop to 0, found 0.0 and 0.1",
+            "random_affine to 0, found 0.0, 0.1, 0.0",
         ),
     ],
 )

@@ -49,6 +49,26 @@ def test_a_random_crop_cuts_image_and_masks_alike_and_keeps_half_of_each_mask():
     assert min(width for width, _ in sizes) >= 28 and min(height for _, height in sizes) >= 16
 
 
+def test_a_random_affine_map_moves_image_and_masks_alike_and_keeps_them_in_sight():
+    row = record(0, 2)
+    blocks = [np.zeros((80, 120), dtype=bool) for _ in range(2)]
+    blocks[0][10:50, 20:60], blocks[1][40:80, 80:120] = True, True
+    row["image"] = Image.fromarray(np.stack([*blocks, blocks[0]], 2) * np.uint8(255))
+    row["masks"] = [{"label": "wheel", "rle": encode(block)} for block in blocks]
+    examples = ConversationDataset(make_records([row]), affine=0.3)
+    areas = set()
+    for epoch in range(20):
+        examples.set_epoch(epoch)
+        image, masks = examples[0]["image"], [decode(mask) for mask in examples[0]["conversations"][0]["masks"]]
+        assert image.size == (120, 80)
+        for channel, mask in enumerate(masks):
+            seen = np.asarray(image)[..., channel] > 127
+            assert (seen & mask).sum() > 0.9 * (seen | mask).sum()
+            assert mask.sum() > 1600 / (2 * 1.3**2 + 2 * 0.3**2)
+        areas.add(masks[0].sum())
+    assert min(areas) < 1500 and max(areas) > 1700
+
+
 @pytest.mark.parametrize("crop", [0.0, 0.5])
 def test_masks_of_a_photograph_stay_run_lengths_and_give_the_labels_of_their_pixels(crop):
     photograph, masks = random_image(600, 900), [random_mask(600, 900, seed) for seed in (1, 2)]
