@@ -1,6 +1,6 @@
 """PLUM in the browser: ask about an image, isolate masks, name words, correct a mask, watch the steps.
 
-    python demo/app.py --model checkpoints/plum-tiny
+    python demo/app.py                          # every checkpoint in checkpoints/; others: --model FOLDER [FOLDER ...]
 
 Needs no network, neither here nor in the browser. One request at a time uses the model, the others wait in line.
 What a person asks and sees is kept in that person's session; uploads and files are deleted within an hour.
@@ -15,6 +15,7 @@ import time
 from abc import ABCMeta
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,29 +26,30 @@ import datasets
 import gradio as gr
 import numpy as np
 from gradio.component_meta import ComponentMeta
-from gradio.components.base import server
 from PIL import Image
 from starlette.middleware import Middleware
+from transformers.utils.logging import disable_progress_bar
 
 from demo import pages
-from demo.replies import Replies, Ticket
-from demo.uploads import BoundedRequests, Drawings, own_file, read_upload
+from demo.checkpoints import Checkpoint, load_checkpoints
+from demo.replies import Replies, Shown, Ticket, add_colours
+from demo.uploads import BoundedRequests, own_file, read_painted, read_upload
 from images_plum import read_image
 from partonomy_dataset import converse_about_drawing
-from plum_partonomy.inference.inputs import MAX_IMAGE_BYTES, check_text
+from plum_partonomy.inference.inputs import MAX_IMAGE_BYTES, check_phrases, check_text
 from plum_partonomy.inference.one_image import (
     MAX_NEW_TOKENS,
     Plum,
     Range,
     Reply,
+    add_words,
     correct_mask,
-    find_ranges,
     finish,
-    load_model,
     overlaps,
     save,
     segment_again,
     segment_apart,
+    segment_phrases,
     stream,
     warn_of_unknown_image,
 )
@@ -55,25 +57,27 @@ from plum_partonomy.inference.predictor import Predictor
 from plum_partonomy.masks import DataError
 from plum_partonomy.records import Question
 from plum_partonomy.scoring.benchmark import load_image, load_questions
+from plum_partonomy.scoring.overlays import pick_colours
 from processing_plum import PlumAnswer
 
 HERE = Path(__file__).resolve().parent
-DEFAULT_MODEL = HERE.parent / "checkpoints" / "plum-tiny"
+CHECKPOINTS = HERE.parent / "checkpoints"
+NOTHING_YET = "The answer and its masks appear here."
 QUESTION = "What visible parts does the object in the image have?"
-EXAMPLES = (0, 8, 200, 400)
+EXAMPLES = (0, 200, 400, 600)
 # A drawing of mini_instances, test split, about which one corrected mask mends the later ones.
 CORRECTION_EXAMPLE = 32
 """Which questions of the benchmark give the example images."""
 WAITING_REQUESTS = 64
 SECONDS_BETWEEN_UPDATES = 0.1
-# Longest question, and longest list of words to segment.
-MAX_TEXT_CHARACTERS = 500
 """While an answer is written; sending every token would take longer than making it."""
+MAX_TEXT_CHARACTERS = 500
+"""Of a question, and of a list of words to segment."""
+MAX_ANSWER_CHARACTERS = 1500
+"""Of an answer with the words that a person adds."""
 KEPT_SECONDS = 3600
 KEPT_SESSIONS = 256
 """Pages that are remembered; the oldest go first."""
-CANVAS = (pages.LONGEST_SIDE, pages.LONGEST_SIDE)
-BRUSH_COLOUR = "#b2182b"
 USES_MODEL = {"concurrency_id": "model", "concurrency_limit": 1}
 THEME = gr.themes.Default(
     primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
@@ -99,59 +103,99 @@ class Demo:
         uploads: Folder that gradio puts uploads into; no other file is read for anybody.
     """
 
-    def __init__(self, plum: Plum, rows: datasets.Dataset, questions: Sequence[Question], *, uploads: Path):
-        self.plum = plum
+    def __init__(
+        self,
+        checkpoints: Sequence[Checkpoint],
+        rows: datasets.Dataset,
+        questions: Sequence[Question],
+        *,
+        uploads: Path,
+    ):
+        self.checkpoints = {checkpoint.name: checkpoint for checkpoint in checkpoints}
         self.rows = rows
         self.questions = questions
         self.uploads = uploads
         self.replies = Replies()
-        self.drawings = Drawings(uploads, CANVAS)
+
+    def plum(self, model: str) -> Plum:
+        if model not in self.checkpoints:
+            raise DataError(f"Choose one of the models {', '.join(self.checkpoints)}.")
+        return self.checkpoints[model].plum
+
+    def describe(self, model: str) -> str:
+        return pages.draw_checkpoint(self.checkpoints[model])
 
     def find_upload(self, upload: gr.FileData | None) -> Path | None:
         """In the place of gradio's own reading of an image, which opens any file that a request names."""
         with problems_shown():
             return None if upload is None else own_file(upload.path, self.uploads)
 
-    def read_drawing(self, data: Any) -> Image.Image | None:
-        """In the place of gradio's own reading of a drawing."""
-        with problems_shown():
-            return self.drawings.read(data)
+    def finish(self, shown: Shown, span_threshold: float, mask_threshold: float) -> PlumAnswer:
+        thresholds = {"span_threshold": span_threshold, "mask_threshold": mask_threshold}
+        return finish(self.plum(shown.model), shown.reply, **thresholds)
 
-    def finish(self, reply: Reply, span_threshold: float, mask_threshold: float) -> PlumAnswer:
-        return finish(self.plum, reply, span_threshold=span_threshold, mask_threshold=mask_threshold)
+    def keep(self, model: str, reply: Reply, written: int, last: Ticket | None = None, **change: Any) -> Ticket:
+        """A ticket for an answer, whose spans have the colours that they had in the last one."""
+        ranges = [(span.start, span.end) for span in finish(self.plum(model), reply).spans]
+        before = {} if last is None else self.replies.get(last).colours
+        colours = add_colours(before, ranges)
+        return self.replies.keep(Shown(model, reply, written, colours, before=last, **change))
 
-    def present(self, reply: Reply, *thresholds: float) -> tuple:
-        """The reply for the page: picture and answer, session, list of masks to correct; the rest is emptied."""
-        answer = self.finish(reply, *thresholds)
-        choices = [(f"{n}. {span.text}", n - 1) for n, span in enumerate(answer.spans, start=1)]
-        masks = gr.Dropdown(choices=choices, value=None)
-        page = pages.draw_answer(reply.image, answer, warn_of_unknown_image(self.plum, answer))
-        return page, self.replies.keep(reply), masks, "", None, None, "", None
+    def present(self, ticket: Ticket, *thresholds: float) -> tuple:
+        """The answer for the page: picture and answer, ticket; words, what is picked, steps and files are emptied."""
+        shown = self.replies.get(ticket)
+        answer = self.finish(shown, *thresholds)
+        last = self.replies.find(shown.before)
+        change = None
+        if last is not None:
+            masks = {(span.start, span.end): span.mask for span in self.finish(last, *thresholds).spans}
+            change = pages.Change(masks, shown.corrected)
+        page = pages.draw_answer(
+            shown.reply.image,
+            answer,
+            colours=colours_of(shown, answer),
+            written=shown.written,
+            warning=warn_of_unknown_image(self.plum(shown.model), answer),
+            least_score=thresholds[0],
+            change=change,
+        )
+        return page, ticket, "", None, "", None
 
-    def ask(self, path: Path | None, question: str, *thresholds: float) -> Iterator[tuple]:
-        with problems_shown():
-            if path is None:
-                raise DataError("Choose an image first.")
-            image = read_upload(path)
-            shown = time.monotonic()
-            question = check_text(question or "", what="a question", max_characters=MAX_TEXT_CHARACTERS)
-            for piece in stream(self.plum, image, question):
-                if isinstance(piece, Reply):
-                    yield self.present(piece, *thresholds)
-                elif time.monotonic() - shown > SECONDS_BETWEEN_UPDATES:
-                    shown = time.monotonic()
-                    yield pages.draw_text(piece), *[gr.skip()] * 7
+    def clear(self) -> tuple:
+        """The page without an answer."""
+        return pages.draw_note(NOTHING_YET), None, "", None, "", None
+
+    def ask(self, model: str, path: Path | None, question: str, *thresholds: float) -> Iterator[tuple]:
+        try:
+            with problems_shown():
+                plum = self.plum(model)
+                if path is None:
+                    raise DataError("Choose an image first.")
+                yield pages.draw_text("…", begun=True), *self.clear()[1:]
+                image = read_upload(path)
+                shown = time.monotonic()
+                question = check_text(question or "", what="a question", max_characters=MAX_TEXT_CHARACTERS)
+                for piece in stream(plum, image, question):
+                    if isinstance(piece, Reply):
+                        yield self.present(self.keep(model, piece, len(piece.text)), *thresholds)
+                    elif time.monotonic() - shown > SECONDS_BETWEEN_UPDATES:
+                        shown = time.monotonic()
+                        yield pages.draw_text(piece), *[gr.skip()] * 5
+        except gr.Error as error:
+            yield pages.draw_note(str(error.message)), *self.clear()[1:]
+            raise
 
     def redraw(self, ticket: Ticket | None, *thresholds: float) -> tuple:
         if ticket is None:
-            return (gr.skip(),) * 8
+            return (gr.skip(),) * 6
         with problems_shown():
-            return self.present(self.replies.get(ticket), *thresholds)
+            page, *_ = self.present(ticket, *thresholds)
+            return page, ticket, gr.skip(), gr.skip(), "", None
 
     def pick_words(self, ticket: Ticket | None, event: gr.EventData) -> tuple[str, Range]:
         """Words selected in the answer, widened to whole words."""
         with problems_shown():
-            text = self.replies.get(ticket).text
+            text = self.replies.get(ticket).reply.text
         start, end = sorted(min(max(int(place), 0), len(text)) for place in (event.start, event.end))
         while start < end and not text[start].isalnum():
             start += 1
@@ -163,82 +207,115 @@ class Demo:
             end += 1
         return text[start:end], (start, end)
 
-    def segment(self, ticket: Ticket | None, words: str, picked: Range | None, *thresholds: float) -> tuple:
-        """Adds words of the answer to its spans: the selected ones, or where typed words first stand free."""
+    def segment(
+        self,
+        model: str,
+        path: Path | None,
+        ticket: Ticket | None,
+        words: str,
+        picked: Range | None,
+        *thresholds: float,
+    ) -> tuple:
+        """
+        Segments words of the person: the selected ones of the answer, or typed ones, which join the answer where they
+        do not stand in it. Without an answer they are segmented on the image alone.
+        """
         with problems_shown():
-            reply, words = self.replies.get(ticket), words or ""
-            words = check_text(words, what="words of the answer", max_characters=MAX_TEXT_CHARACTERS)
-            text, known = reply.text, self.ranges(reply, *thresholds)
+            words = check_text(words or "", what="words to segment", max_characters=MAX_TEXT_CHARACTERS)
+            phrases = check_phrases(words.split(","))
+            if ticket is None:
+                if path is None:
+                    raise DataError("Choose an image first.")
+                reply = segment_phrases(self.plum(model), read_upload(path), phrases)
+                return self.present(self.keep(model, reply, 0), *thresholds)
+            shown = self.replies.get(ticket)
+            text, known = shown.reply.text, self.ranges(shown, *thresholds)
             if picked is not None and text[slice(*picked)] == words:
                 new = [tuple(picked)]
             else:
-                new = find_ranges(text, [phrase.strip() for phrase in words.split(",")], taken=known)
+                text, new = add_words(text, phrases, taken=known)
+            if len(text) > MAX_ANSWER_CHARACTERS:
+                raise DataError("The answer is too long for more words: ask again, then segment these.")
             ranges = [place for place in known if not overlaps(place, new)] + new
-            reply = segment_again(self.plum, reply, ranges, given_masks=reply.given_masks)
-            return self.present(reply, *thresholds)
+            reply = replace(shown.reply, text=text)
+            reply = segment_again(self.plum(shown.model), reply, ranges, given_masks=reply.given_masks)
+            return self.present(self.keep(shown.model, reply, shown.written, ticket), *thresholds)
 
-    def ranges(self, reply: Reply, *thresholds: float) -> list[Range]:
-        return [(span.start, span.end) for span in self.finish(reply, *thresholds).spans]
-
-    def open_editor(self, ticket: Ticket | None, index: int | None, *thresholds: float) -> dict[str, Any] | None:
-        """The image with one mask as a layer to paint on, both at the top left of a square canvas."""
-        if index is None:
-            return None
-        with problems_shown():
-            reply = self.replies.get(ticket)
-            size = pages.shown_size(reply.image)
-            mask = chosen(self.finish(reply, *thresholds).spans, index).mask
-        layer, background = Image.new("RGBA", CANVAS), Image.new("RGBA", CANVAS)
-        layer.paste(BRUSH_COLOUR, mask=Image.fromarray(mask).convert("L").resize(size, Image.Resampling.NEAREST))
-        background.paste(reply.image.resize(size, Image.Resampling.BICUBIC))
-        return {"background": background, "layers": [layer], "composite": None}
+    def ranges(self, shown: Shown, *thresholds: float) -> list[Range]:
+        return [(span.start, span.end) for span in self.finish(shown, *thresholds).spans]
 
     def correct(
-        self, ticket: Ticket | None, index: int | None, layer: Image.Image | None, *thresholds: float
+        self, ticket: Ticket | None, span_threshold: float, mask_threshold: float, event: gr.EventData
     ) -> tuple:
-        """Takes what was painted as the mask of a span, and decodes the spans after it from that."""
+        """
+        Takes what was painted as the mask of a span, and decodes the spans after it from that. Where nothing was
+        painted the mask stays as it was, in the detail that the page does not show.
+        """
+        thresholds = span_threshold, mask_threshold
         with problems_shown():
-            reply = self.replies.get(ticket)
-            if index is None or layer is None:
-                raise DataError("Choose a mask and paint on it first.")
-            painted = layer.getchannel("A").crop((0, 0, *pages.shown_size(reply.image)))
-            mask = np.asarray(painted.resize(reply.image.size, Image.Resampling.NEAREST)) > 127
-            ranges = self.ranges(reply, *thresholds)
-            return self.present(correct_mask(self.plum, reply, ranges, chosen(ranges, index), mask), *thresholds)
+            shown = self.replies.get(ticket)
+            spans = self.finish(shown, *thresholds).spans
+            span, size = chosen(spans, event.index), pages.shown_size(shown.reply.image)
+            painted = read_painted(event.mask, size)
+            before = np.asarray(pages.draw_mask(span.mask, "#000000", size))[..., 3] > 0
+            changed, painted = (
+                np.asarray(Image.fromarray(area).resize(shown.reply.image.size, Image.Resampling.NEAREST))
+                for area in (painted != before, painted)
+            )
+            place, ranges = (span.start, span.end), self.ranges(shown, *thresholds)
+            mask = np.where(changed, painted, span.mask)
+            reply = correct_mask(self.plum(shown.model), shown.reply, ranges, place, mask)
+            kept = self.keep(shown.model, reply, shown.written, ticket, corrected=place)
+            return self.present(kept, *thresholds)
+
+    def undo(self, ticket: Ticket | None, *thresholds: float) -> tuple:
+        """The answer before the last correction or the last added words."""
+        with problems_shown():
+            last = self.replies.get(ticket).before
+            if last is None:
+                raise DataError("There is nothing to undo.")
+            return self.present(last, *thresholds)
 
     def steps(self, ticket: Ticket | None, *thresholds: float) -> str:
         with problems_shown():
-            reply = self.replies.get(ticket)
-            spans = self.finish(reply, *thresholds).spans
-            places = [(span.start, span.end) for span in spans]
+            shown = self.replies.get(ticket)
+            answer, plum = self.finish(shown, *thresholds), self.plum(shown.model)
+            places = [(span.start, span.end) for span in answer.spans]
             apart = [
-                finish(self.plum, alone, mask_threshold=thresholds[1]).spans[0]
-                for alone in segment_apart(self.plum, reply, places)
+                finish(plum, alone, mask_threshold=thresholds[1]).spans[0]
+                for alone in segment_apart(plum, shown.reply, places)
             ]
-            return pages.draw_steps(reply.image, spans, apart)
+            return pages.draw_steps(shown.reply.image, answer.spans, apart, colours_of(shown, answer))
 
     def files(self, ticket: Ticket | None, *thresholds: float) -> Iterator[list[str]]:
         with problems_shown(), tempfile.TemporaryDirectory() as folder:
-            reply = self.replies.get(ticket)
-            answer = self.finish(reply, *thresholds)
+            shown = self.replies.get(ticket)
+            answer, image = self.finish(shown, *thresholds), shown.reply.image
+            paths = save(answer, image, Path(folder), file_name="image", colours=colours_of(shown, answer))
             # gradio copies the files to its cache before it comes back here and the folder goes
-            yield [str(path) for path in save(answer, reply.image, Path(folder), file_name="image")]
+            yield [str(path) for path in paths]
 
-    def benchmark(self, number: float) -> str:
+    def benchmark(self, model: str, number: float) -> str:
         """The question of this number, from 1, with what the model says to it."""
         with problems_shown():
             index = min(max(int(number or 1), 1), len(self.questions)) - 1
-            question = self.questions[index]
+            question, plum = self.questions[index], self.plum(model)
             image = load_image(self.rows, index, question)
             predictor = Predictor(
-                self.plum.model,
-                self.plum.processor,
+                plum.model,
+                plum.processor,
                 max_new_tokens=MAX_NEW_TOKENS,
                 choice_reduction="answer_mean",
                 mask_source="gt_answer",
             )
             (prediction,) = predictor.predict([question], [image], [question.image_id])
             return pages.draw_question(image, question, prediction)
+
+
+def colours_of(shown: Shown, answer: PlumAnswer) -> list[str]:
+    """The colour of each span of an answer at some thresholds."""
+    colours = pick_colours(1 + max(shown.colours.values(), default=0))
+    return [colours[shown.colours[span.start, span.end]] for span in answer.spans]
 
 
 def chosen(items: Sequence, index: int) -> Any:
@@ -255,10 +332,11 @@ def make_app(demo: Demo) -> gr.Blocks:
     """The page; the example images are put into the folder of uploads."""
     with gr.Blocks(title="PLUM", analytics_enabled=False, delete_cache=(KEPT_SECONDS // 4, KEPT_SECONDS // 2)) as app:
         gr.Markdown("# PLUM\nAsk what an image shows. Words of the answer that name something visible have masks.")
+        model = add_model(demo)
         with gr.Tab("Ask"):
-            add_ask_tab(demo, save_examples(demo))
+            add_ask_tab(demo, model, save_examples(demo))
         with gr.Tab("Benchmark") as tab:
-            add_benchmark_tab(demo, tab)
+            add_benchmark_tab(demo, model, tab)
     return app.queue(max_size=WAITING_REQUESTS)
 
 
@@ -282,8 +360,8 @@ class OwnComponent(ComponentMeta):
         return ABCMeta.__new__(cls, name, bases, attributes)
 
 
-def make_inputs(demo: Demo) -> tuple[type[gr.Image], type[gr.ImageEditor]]:
-    """Gradio's components for an image and a drawing, with reading of their files of our own in every session."""
+def make_upload(demo: Demo) -> type[gr.Image]:
+    """Gradio's component for an image, with reading of its file of our own in every session."""
 
     class Upload(gr.Image, metaclass=OwnComponent):
         is_template = True  # to the page it is the component that it is derived from
@@ -291,100 +369,90 @@ def make_inputs(demo: Demo) -> tuple[type[gr.Image], type[gr.ImageEditor]]:
         def preprocess(self, payload: Any) -> Path | None:
             return demo.find_upload(payload)
 
-    class Drawing(gr.ImageEditor, metaclass=OwnComponent):
-        is_template = True
-
-        def preprocess(self, payload: Any) -> Image.Image | None:
-            return demo.read_drawing(payload)
-
-        @server
-        def accept_blobs(self, data: Any) -> None:
-            demo.drawings.accept(data)
-
-    return Upload, Drawing
+    return Upload
 
 
-def add_ask_tab(demo: Demo, examples: list[list[str]]) -> None:
-    upload_of, drawing_of = make_inputs(demo)
+def add_model(demo: Demo) -> gr.Dropdown:
+    """What the page says of its model, with a choice if there are several."""
+    names = list(demo.checkpoints)
+    model = gr.Dropdown(names, value=names[0], label="Model", visible=len(names) > 1)
+    about = gr.HTML(demo.describe(names[0]))
+    model.change(demo.describe, model, about, show_progress="hidden")
+    return model
+
+
+def add_ask_tab(demo: Demo, model: gr.Dropdown, examples: list[list[str]]) -> None:
     reply = gr.State(time_to_live=KEPT_SECONDS)
     picked = gr.State(time_to_live=KEPT_SECONDS)
     with gr.Row():
         with gr.Column():
-            image = upload_of(
+            image = make_upload(demo)(
                 label=f"Image, at most {MAX_IMAGE_BYTES // 10**6} MB",
                 type="filepath",
                 image_mode=None,
                 sources=["upload", "webcam", "clipboard"],
                 height=320,
             )
-            question = gr.Textbox(QUESTION, label="Question", max_length=MAX_TEXT_CHARACTERS, lines=2, max_lines=4)
-            ask = gr.Button("Ask", variant="primary")
-            gr.Examples(
-                examples,
-                [image, question],
-                label="Examples; the last one is for Correct a mask: mend one mask, and the later ones follow",
-                cache_examples=False,
+            question = gr.Textbox(
+                QUESTION,
+                label="Question",
+                info="Enter asks, Shift+Enter begins a new line.",
+                max_length=MAX_TEXT_CHARACTERS,
+                lines=2,
+                max_lines=4,
+                elem_id="question",
             )
-            with gr.Accordion("Thresholds", open=False):
-                span_threshold = gr.Slider(0, 1, 0, step=0.01, label="Span threshold", info="least score of a span")
-                mask_threshold = gr.Slider(
-                    0.05, 0.95, 0.5, step=0.05, label="Mask threshold", info="least probability of a pixel"
-                )
+            ask = gr.Button("Ask", variant="primary", elem_id="ask")
+            gallery = gr.Dataset(
+                components=[image],
+                samples=[[path] for path, _ in examples],
+                label="Examples; in the last one, correct a mask: the later ones follow",
+                type="index",
+                layout="gallery",
+            )
         with gr.Column():
             view = gr.HTML(
-                '<p class="plum-note">The answer and its masks appear here.</p>',
+                pages.draw_note(NOTHING_YET),
                 js_on_load=(HERE / "view.js").read_text(),
                 elem_id="answer",
                 label="Answer",
             )
-            with gr.Tab("Segment words"):
-                words = gr.Textbox(
-                    label="Words of the answer",
-                    info="Select words in the answer, or type them, with commas between.",
-                    max_length=MAX_TEXT_CHARACTERS,
+            words = gr.Textbox(
+                label="Segment your own words",
+                info="Any words, with commas between; or select words in the answer.",
+                max_length=MAX_TEXT_CHARACTERS,
+            )
+            segment = gr.Button("Segment")
+            with gr.Accordion("Thresholds", open=False):
+                span_threshold = gr.Slider(0, 1, 0, step=0.01, label="Least score", info="of a mask to be shown")
+                mask_threshold = gr.Slider(
+                    0.05, 0.95, 0.5, step=0.05, label="Least probability", info="of a pixel to be in a mask"
                 )
-                segment = gr.Button("Segment")
-            with gr.Tab("Correct a mask"):
-                mask = gr.Dropdown([], label="Mask", info="Paint or erase; the masks after it follow.")
-                editor = drawing_of(
-                    label="Brush",
-                    type="pil",
-                    format="png",
-                    sources=(),
-                    transforms=(),
-                    layers=False,
-                    canvas_size=CANVAS,
-                    fixed_canvas=True,
-                    brush=gr.Brush(colors=[BRUSH_COLOUR], color_mode="fixed"),
-                )
-                correct = gr.Button("Use this mask")
-            with gr.Tab("Steps"):
-                show_steps = gr.Button("Show how each mask follows from the earlier ones")
+            with gr.Accordion("How each mask follows from the earlier ones", open=False):
+                show_steps = gr.Button("Show the steps")
                 steps = gr.HTML()
-            with gr.Tab("Files"):
-                make_files = gr.Button("Make files of these masks")
-                files = gr.Files(label="Overlay, masks (PNG), COCO json", interactive=False)
+            with gr.Accordion("Files of these masks", open=False):
+                make_files = gr.Button("Make files")
+                files = gr.Files(label="Image with names, masks (PNG), COCO json", interactive=False)
 
     thresholds = [span_threshold, mask_threshold]
-    shown = [view, reply, mask, words, picked, editor, steps, files]
-    gr.on([ask.click, question.submit], demo.ask, [image, question, *thresholds], shown, api_name="ask", **USES_MODEL)
+    shown = [view, reply, words, picked, steps, files]
+    # Messages are shown by themselves: gradio's own display of progress and errors covers what stands in the outputs.
+    options = {"show_progress": "hidden", **USES_MODEL}
+    gallery.click(lambda index: examples[index], gallery, [image, question], show_progress="hidden")
+    ask.click(demo.ask, [model, image, question, *thresholds], shown, api_name="ask", **options)
+    image.change(demo.clear, None, shown, show_progress="hidden", queue=False)
     gr.on([slider.change for slider in thresholds], demo.redraw, [reply, *thresholds], shown, show_progress="hidden")
     view.select(demo.pick_words, reply, [words, picked], show_progress="hidden")
-    gr.on(
-        [segment.click, words.submit],
-        demo.segment,
-        [reply, words, picked, *thresholds],
-        shown,
-        api_name="segment",
-        **USES_MODEL,
-    )
-    mask.input(demo.open_editor, [reply, mask, *thresholds], editor)
-    correct.click(demo.correct, [reply, mask, editor, *thresholds], shown, **USES_MODEL)
-    show_steps.click(demo.steps, [reply, *thresholds], steps, **USES_MODEL)
-    make_files.click(demo.files, [reply, *thresholds], files, api_name="files")
+    view.apply(demo.correct, [reply, *thresholds], shown, api_name="correct", **options)
+    view.undo(demo.undo, [reply, *thresholds], shown, show_progress="hidden")
+    given = [model, image, reply, words, picked, *thresholds]
+    gr.on([segment.click, words.submit], demo.segment, given, shown, api_name="segment", **options)
+    show_steps.click(demo.steps, [reply, *thresholds], steps, **options)
+    make_files.click(demo.files, [reply, *thresholds], files, api_name="files", show_progress="hidden")
 
 
-def add_benchmark_tab(demo: Demo, tab: gr.Tab) -> None:
+def add_benchmark_tab(demo: Demo, model: gr.Dropdown, tab: gr.Tab) -> None:
     count = len(demo.questions)
     with gr.Row(equal_height=True):
         back = gr.Button("Previous", min_width=90)
@@ -393,7 +461,9 @@ def add_benchmark_tab(demo: Demo, tab: gr.Tab) -> None:
     page = gr.HTML()
     back.click(lambda n: max(int(n or 1) - 1, 1), number, number, show_progress="hidden")
     on.click(lambda n: min(int(n or 1) + 1, count), number, number, show_progress="hidden")
-    gr.on([tab.select, number.change], demo.benchmark, number, page, trigger_mode="always_last", **USES_MODEL)
+    triggers = [tab.select, number.change, model.change]
+    options = {"trigger_mode": "always_last", "show_progress": "hidden", **USES_MODEL}
+    gr.on(triggers, demo.benchmark, [model, number], page, **options)
 
 
 def serve(demo: Demo, **options: Any) -> gr.Blocks:
@@ -408,26 +478,44 @@ def serve(demo: Demo, **options: Any) -> gr.Blocks:
         ssr_mode=False,
         footer_links=[],
         share=False,
+        quiet=True,
+        prevent_thread_lock=True,
         **options,
     )
     return app
 
 
+def shipped_checkpoints() -> list[Path]:
+    """The folders of checkpoints/, plum-tiny first."""
+    folders = [path.parent for path in CHECKPOINTS.glob("*/config.json")]
+    return sorted(folders, key=lambda folder: (folder.name != "plum-tiny", folder.name))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=DEFAULT_MODEL, help="folder of a PLUM checkpoint, or its name on the Hub")
+    help = "folders of PLUM checkpoints, or their names on the Hub; default: all in checkpoints/"
+    parser.add_argument("--model", nargs="+", default=shipped_checkpoints(), help=help)
     parser.add_argument("--device", default="cpu", help="default: cpu")
     parser.add_argument("--port", type=int, default=7860, help="default: 7860")
     arguments = parser.parse_args()
-    try:
-        _, plum = load_model(arguments.model, device=arguments.device)
-        rows, questions = load_questions("partonomy", name="mini_questions", split="test")
-    except DataError as error:
-        sys.exit(f"app.py: {error}")
+    datasets.utils.logging.disable_progress_bar()
+    disable_progress_bar()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the folder goes as well when a service is stopped
     with tempfile.TemporaryDirectory(prefix="plum-demo-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder  # uploads and files; nothing of it stays
-        serve(Demo(plum, rows, questions, uploads=Path(folder)), server_port=arguments.port)
+        try:
+            checkpoints = load_checkpoints(arguments.model, device=arguments.device)
+            rows, questions = load_questions("partonomy", name="mini_questions", split="test")
+            demo = Demo(checkpoints, rows, questions, uploads=Path(folder))
+            app = serve(demo, server_port=arguments.port)
+        except DataError as error:
+            sys.exit(f"app.py: {error}")
+        except OSError as error:
+            if "port" not in str(error):
+                raise
+            sys.exit(f"app.py: port {arguments.port} is in use: choose another with --port.")
+        print(f"PLUM ({', '.join(demo.checkpoints)}) is at {app.local_url} ; Ctrl+C ends it.", flush=True)
+        app.block_thread()
 
 
 if __name__ == "__main__":

@@ -7,16 +7,18 @@ behind. All text is escaped by the template engine.
 import base64
 import io
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import jinja2
 import numpy as np
 from PIL import Image, ImageColor
 
+from demo.checkpoints import Checkpoint
 from plum_partonomy.masks import encode
 from plum_partonomy.records import Question
 from plum_partonomy.scoring.mask_metrics import normalise
 from plum_partonomy.scoring.metrics import true_masks
-from plum_partonomy.scoring.overlays import COLOURS, highlight, mask_opacity, panel
+from plum_partonomy.scoring.overlays import highlight, mask_opacity, panel, pick_colours
 from plum_partonomy.scoring.predictions import Prediction
 from processing_plum import PlumAnswer, PlumSpan
 
@@ -46,67 +48,176 @@ def _address(image: Image.Image, *, format: str) -> str:
 
 def _render(template: str, **values) -> str:
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(template).render(colours=COLOURS, **values)
+    return environment.from_string(template).render(**values)
+
+
+# ---------------------------------------------------------------- a model
+
+
+def draw_checkpoint(checkpoint: Checkpoint) -> str:
+    """Name and size of a model, the images that it knows, and its metrics."""
+    return _render(CHECKPOINT, checkpoint=checkpoint, size=f"{checkpoint.parameters / 1e6:,.1f}")
+
+
+CHECKPOINT = """
+<p class="plum-model">Model: <b>{{ checkpoint.name }}</b>, {{ size }} million parameters.
+{% if checkpoint.kinds %}It knows {{ checkpoint.kinds }}; other images get a warning.
+{% else %}Its config does not say which images it knows.{% endif %}
+{% for dataset, figures in checkpoint.figures.items() %}
+<br>Measured on {{ dataset }}: {% for metric, value in figures.items() %}
+{{ metric }} {{ "%.2f" | format(value) }}{{ "." if loop.last else ", " }}
+{%- endfor %}{% endfor %}</p>
+"""
 
 
 # ---------------------------------------------------------------- an answer
 
 
-def draw_text(text: str) -> str:
-    """An answer that is still being written."""
-    return _render('<p class="plum-answer" aria-busy="true">{{ text }}</p>', text=text)
+@dataclass(frozen=True)
+class Change:
+    """
+    What a person did to an answer.
+
+    Args:
+        masks: The masks before, by the characters of their spans.
+        corrected: Characters of the span whose mask was painted; None if words were added.
+    """
+
+    masks: dict[tuple[int, int], np.ndarray]
+    corrected: tuple[int, int] | None = None
 
 
-def draw_answer(image: Image.Image, answer: PlumAnswer, warning: str | None = None) -> str:
-    """The image with its masks, and the answer whose spans isolate them (view.js), under a warning if there is one.
+def draw_text(text: str, *, begun: bool = False) -> str:
+    """An answer that is still being written; `begun` brings it into view on a narrow page."""
+    page = '<p class="plum-answer{% if begun %} plum-begun{% endif %}" aria-busy="true">{{ text }}</p>'
+    return _render(page, text=text, begun=begun)
 
-    Below an answer that was cut off it says so.
+
+def draw_note(text: str) -> str:
+    """A sentence in the place of an answer."""
+    return _render('<p class="plum-note" role="status">{{ text }}</p>', text=text)
+
+
+def draw_answer(
+    image: Image.Image,
+    answer: PlumAnswer,
+    *,
+    colours: Sequence[str] | None = None,
+    written: int | None = None,
+    warning: str | None = None,
+    least_score: float = 0.0,
+    change: Change | None = None,
+) -> str:
+    """
+    The image with its masks, and the answer whose spans isolate them and can be corrected (view.js).
+
+    Args:
+        colours: "#rrggbb" per span.
+        written: Number of characters that the model wrote, the others are the person's; default: all.
+        warning: Shown above the image.
+        least_score: Score that spans must have to be shown.
+        change: What a person did last.
     """
     size = shown_size(image)
-    spans = [
-        {
-            "text": span.text,
-            "score": f"{span.score:.2f}",
-            "colour": COLOURS[index % len(COLOURS)],
-            "mask": _address(draw_mask(span.mask, COLOURS[index % len(COLOURS)], size), format="PNG"),
-        }
-        for index, span in enumerate(answer.spans)
-    ]
-    shown = _address(image.resize(size, Image.Resampling.BICUBIC), format="JPEG")
-    pieces = _cut(answer.text, answer.spans)
-    return _render(ANSWER, image=shown, spans=spans, pieces=pieces, warning=warning, cut=answer.is_truncated)
+    colours = colours or pick_colours(len(answer.spans))
+    spans = []
+    for span, colour in zip(answer.spans, colours, strict=True):
+        was = None if change is None else change.masks.get((span.start, span.end))
+        changed = was is not None and not np.array_equal(was, span.mask)
+        spans.append(
+            {
+                "text": span.text,
+                "score": f"{span.score:.2f}",
+                "colour": colour,
+                "mask": _address(draw_mask(span.mask, colour, size), format="PNG"),
+                "was": _address(draw_mask(was, colour, size), format="PNG") if changed else None,
+                "added": change is not None and was is None,
+                "corrected": change is not None and change.corrected == (span.start, span.end),
+            }
+        )
+    return _render(
+        ANSWER,
+        image=_address(image.resize(size, Image.Resampling.BICUBIC), format="JPEG"),
+        spans=spans,
+        pieces=_cut(answer.text, answer.spans, len(answer.text) if written is None else written),
+        warning=warning,
+        cut=answer.is_truncated,
+        changed=change is not None,
+        least_score=least_score,
+    )
 
 
-def _cut(text: str, spans: Sequence[PlumSpan]) -> list[tuple[str, int | None]]:
-    """A text as (piece, index of its span or None)."""
+def _cut(text: str, spans: Sequence[PlumSpan], written: int) -> list[tuple[str, int | None, bool]]:
+    """A text as (piece, index of its span or None, whether the person wrote it)."""
+    pieces: list[tuple[str, int | None, bool]] = []
     numbers = [str(index) for index in range(len(spans))]
-    return [
-        (piece, None if number is None else int(number))
-        for piece, number in highlight(text, spans, colours=numbers or COLOURS)
-    ]
+    start = 0
+    for piece, number in highlight(text, spans, colours=numbers):
+        index = None if number is None else int(number)
+        cut = min(max(written - start, 0), len(piece)) if index is None else len(piece) * (start < written)
+        pieces += [part for part in [(piece[:cut], index, False), (piece[cut:], index, True)] if part[0]]
+        start += len(piece)
+    return pieces
 
 
 ANSWER = """
+{% macro chip(span) %}<span class="plum-chip" style="--colour: {{ span.colour }}">{{ span.text }}</span>{% endmacro %}
 {% if warning %}
 <p class="plum-warning" role="status">{{ warning }}</p>
 {% endif %}
 <div class="plum-stage">
 <img src="{{ image }}" alt="the image">
 {% for span in spans %}
-<img class="plum-mask" data-span="{{ loop.index0 }}" src="{{ span.mask }}" alt="mask of {{ span.text }}">
+<img class="plum-mask{% if span.was %} plum-changed{% endif %}" data-span="{{ loop.index0 }}" src="{{ span.mask }}"
+alt="mask of {{ span.text }}">
+{% if span.was %}
+<img class="plum-was" data-span="{{ loop.index0 }}" src="{{ span.was }}" alt="mask of {{ span.text }} before">
+{% endif %}
 {% endfor %}
+<canvas class="plum-brush" aria-label="mask to paint on"></canvas>
 </div>
 <p class="plum-answer">
-{%- for piece, index in pieces -%}
-{%- if index is none %}{{ piece }}{% else -%}
-<span class="plum-span" role="button" tabindex="0" aria-pressed="false" data-span="{{ index }}"
-style="--colour: {{ spans[index].colour }}" title="score {{ spans[index].score }}">{{ piece }}</span>
+{%- for piece, index, own in pieces -%}
+{%- if index is none %}{% if own %}<span class="plum-own">{{ piece }}</span>{% else %}{{ piece }}{% endif %}{% else -%}
+<span class="plum-span{% if spans[index].was %} plum-changed{% endif %}{% if own %} plum-own{% endif %}" role="button"
+tabindex="0" aria-pressed="false" data-span="{{ index }}" data-score="{{ spans[index].score }}"
+style="--colour: {{ spans[index].colour }}">{{ piece }}</span>
 {%- endif -%}
 {%- endfor -%}
 </p>
 {% if cut %}<p class="plum-warning" role="status">The answer is cut off, it is too long.</p>
 {% endif %}
-{% if not spans %}<p class="plum-note">No span of this answer is tagged, or none reaches the span threshold.</p>
+{% if changed %}
+<div class="plum-notice" role="status">
+{% for span in spans if span.corrected %}Your mask of {{ chip(span) }} is used. {% endfor %}
+{% for span in spans if span.added %}{% if loop.first %}Added: {% endif %}{{ chip(span) }} {% endfor %}
+{% for span in spans if span.was and not span.corrected %}{% if loop.first %}Changed with it: {% endif %}
+{{ chip(span) }} {% endfor %}
+{% if spans | selectattr("was") | list %}
+<button type="button" data-do="before" aria-pressed="false">Show before</button>
+{% endif %}
+<button type="button" data-do="undo">Undo</button>
+</div>
+{% endif %}
+{% if spans %}
+<div class="plum-tools plum-choosing">
+<button type="button" data-do="correct" disabled>Correct this mask</button>
+<span class="plum-note">Click a coloured word or its mask to see it alone and to correct it. Numbers are scores.</span>
+</div>
+<div class="plum-tools plum-brushing">
+<button type="button" data-do="paint" aria-pressed="true">Paint</button>
+<button type="button" data-do="erase" aria-pressed="false">Erase</button>
+<label>Size <input class="plum-size" type="range" min="4" max="96" value="28"></label>
+<button type="button" data-do="undo-stroke">Undo stroke</button>
+<button type="button" data-do="use">Use this mask</button>
+<button type="button" data-do="cancel">Cancel</button>
+<span class="plum-note">The white line is the edge that the mask had.</span>
+</div>
+{% elif least_score > 0 %}
+<p class="plum-note">No mask has a score of at least {{ "%.2f" | format(least_score) }}: move the slider "Least score"
+to the left.</p>
+{% else %}
+<p class="plum-note">The answer names no part that has a mask. Type words below to segment them.</p>
 {% endif %}
 """
 
@@ -114,12 +225,14 @@ style="--colour: {{ spans[index].colour }}" title="score {{ spans[index].score }
 # ---------------------------------------------------------------- steps
 
 
-def draw_steps(image: Image.Image, spans: Sequence[PlumSpan], apart: Sequence[PlumSpan]) -> str:
+def draw_steps(
+    image: Image.Image, spans: Sequence[PlumSpan], apart: Sequence[PlumSpan], colours: Sequence[str]
+) -> str:
     """Each mask, the earlier masks that it is conditioned on, and the mask of the same span without them."""
     rles = [encode(span.mask) for span in spans]
     steps = []
     for t, (span, alone) in enumerate(zip(spans, apart, strict=True)):
-        colour = COLOURS[t % len(COLOURS)]
+        colour = colours[t]
         union = (span.mask | alone.mask).sum()
         steps.append(
             {
@@ -127,7 +240,7 @@ def draw_steps(image: Image.Image, spans: Sequence[PlumSpan], apart: Sequence[Pl
                 "colour": colour,
                 "iou": f"{(span.mask & alone.mask).sum() / union:.2f}" if union else "–",
                 "panels": [
-                    ("earlier masks", panel(image, rles[:t], COLOURS)),
+                    ("earlier masks", panel(image, rles[:t], colours)),
                     ("with feedback", panel(image, rles[t : t + 1], [colour])),
                     ("without", panel(image, [encode(alone.mask)], [colour])),
                 ],
@@ -160,7 +273,7 @@ def draw_question(image: Image.Image, question: Question, prediction: Prediction
     """A benchmark question: its image and masks, the choices with the model's, and the model's own answer."""
     generated, truth = prediction.generated_spans, true_masks(question)
     names = list(dict.fromkeys(normalise(name) for name in [*(m.label for m in truth), *(s.text for s in generated)]))
-    colours = {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(names)}
+    colours = dict(zip(names, pick_colours(len(names)), strict=True))
     own_colours = [colours[normalise(span.text)] for span in generated]
     choices = zip(question.choices, prediction.choice_scores, strict=True)
     return _render(
@@ -177,7 +290,7 @@ def draw_question(image: Image.Image, question: Question, prediction: Prediction
             ),
             ("the model's own answer", panel(image, [span.rle for span in generated], own_colours)),
         ],
-        pieces=highlight(prediction.generated_text, generated, colours=own_colours or COLOURS),
+        pieces=highlight(prediction.generated_text, generated, colours=own_colours),
     )
 
 

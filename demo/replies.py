@@ -1,12 +1,14 @@
-"""What the demonstration keeps of each person's last answer, within bounds: the least recently used go first."""
+"""What the demonstration keeps of each person's last answers, within bounds: the least recently used go first."""
 
 import threading
 import weakref
 from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 
-from plum_partonomy.inference.one_image import Reply
+from plum_partonomy.inference.one_image import Range, Reply
 from plum_partonomy.masks import DataError
 
 KEPT_REPLIES = 64
@@ -14,45 +16,82 @@ KEPT_BYTES = 10**9
 
 
 class Ticket:
-    """Stands for a reply in a person's session. When the session drops it, the reply goes."""
+    """Stands for an answer in a person's session. When the session drops it, the answer goes."""
 
     def __deepcopy__(self, memo: dict) -> "Ticket":
         return self
 
 
+@dataclass(frozen=True)
+class Shown:
+    """
+    An answer on a person's page.
+
+    Args:
+        model: Name of the checkpoint that gave it.
+        reply: The answer; its text is the model's, and after that words of the person.
+        written: Number of characters that the model wrote.
+        colours: Number of the colour of each span, by its characters. They stay when spans are added.
+        before: The answer that "undo" goes back to.
+        corrected: Characters of the span whose mask was painted last.
+    """
+
+    model: str
+    reply: Reply
+    written: int
+    colours: dict[Range, int] = field(default_factory=dict)
+    before: Ticket | None = None
+    corrected: Range | None = None
+
+
+def add_colours(colours: dict[Range, int], ranges: Sequence[Range]) -> dict[Range, int]:
+    """The colours of the ranges: those that they had, and for new ones the first that no other range has.
+
+    >>> add_colours({(0, 5): 0, (9, 12): 1}, [(0, 5), (20, 24)])
+    {(0, 5): 0, (20, 24): 1}
+    """
+    kept = {place: colours[place] for place in ranges if place in colours}
+    free = (number for number in range(len(colours) + len(ranges)) if number not in kept.values())
+    return {place: kept[place] if place in kept else next(free) for place in ranges}
+
+
 class Replies:
-    """Replies by their tickets, no more than so many and so many bytes, apart from the newest."""
+    """Answers by their tickets, no more than so many and so many bytes, apart from the newest."""
 
     def __init__(self, limit: int = KEPT_REPLIES, bytes_limit: int = KEPT_BYTES):
         self.limit, self.bytes_limit = limit, bytes_limit
-        self._kept: OrderedDict[int, Reply] = OrderedDict()
+        self._kept: OrderedDict[int, Shown] = OrderedDict()
         self._lock = threading.RLock()  # tickets are dropped wherever garbage is collected
 
-    def keep(self, reply: Reply) -> Ticket:
+    def keep(self, shown: Shown) -> Ticket:
         ticket = Ticket()
         with self._lock:
             weakref.finalize(ticket, self._drop, id(ticket))
-            self._kept[id(ticket)] = reply
+            self._kept[id(ticket)] = shown
             while len(self._kept) > 1 and (len(self._kept) > self.limit or self.size() > self.bytes_limit):
                 self._kept.popitem(last=False)
         return ticket
 
-    def get(self, ticket: Ticket | None) -> Reply:
-        """The reply; DataError before the first question, or once it has made room for others."""
+    def get(self, ticket: Ticket | None) -> Shown:
+        """The answer; DataError before the first question, or once it has made room for others."""
         if ticket is None:
-            raise DataError("Ask a question first.")
+            raise DataError("Ask a question first: this page has no answer, or one of more than an hour ago.")
         with self._lock:
             if id(ticket) not in self._kept:
-                raise DataError("This answer is no longer kept, as many people are here: ask again.")
+                raise DataError("This answer was removed because many people are using the app: ask again.")
             self._kept.move_to_end(id(ticket))
             return self._kept[id(ticket)]
+
+    def find(self, ticket: Ticket | None) -> Shown | None:
+        """The answer, None if it is not kept."""
+        return None if ticket is None else self._kept.get(id(ticket))
 
     def __len__(self) -> int:
         return len(self._kept)
 
     def size(self) -> int:
-        """Bytes of all replies."""
-        return sum(map(size_of, self._kept.values()))
+        """Bytes of all answers."""
+        return sum(size_of(shown.reply) for shown in list(self._kept.values()))
 
     def _drop(self, key: int) -> None:
         with self._lock:

@@ -6,13 +6,13 @@ A request may name any path. Of those outside the folder it learns nothing, not 
 of an upload has a keyed hash in it, which only the page that uploaded the file was told.
 """
 
-import re
+import base64
 import subprocess
 import sys
-from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 from starlette.responses import PlainTextResponse
 
@@ -25,7 +25,6 @@ READ_SECONDS = 20
 UPLOADED_BYTES = 10**9
 """Largest size of all uploads together; the oldest go first."""
 LARGEST_REQUEST = 2 * MAX_IMAGE_BYTES
-KEPT_DRAWINGS = 16
 READER = Path(__file__).with_name("read_upload.py")
 
 
@@ -44,6 +43,8 @@ def own_file(path: str | None, folder: Path) -> Path:
 
 def read_upload(path: Path, *, seconds: float = READ_SECONDS) -> Image.Image:
     """An uploaded image as RGB, upright, read by a process of its own that ends after some seconds; else DataError."""
+    if not path.is_file():
+        raise DataError("The image is not here any more: upload it again.")
     command = [sys.executable, str(READER), str(path), str(MAX_IMAGE_PIXELS), str(MAX_IMAGE_BYTES)]
     try:
         run = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=seconds)
@@ -55,46 +56,28 @@ def read_upload(path: Path, *, seconds: float = READ_SECONDS) -> Image.Image:
     return Image.frombytes("RGB", tuple(map(int, size.split())), pixels)
 
 
-class Drawings:
+def read_painted(address: Any, size: tuple[int, int]) -> np.ndarray:
     """
-    What was painted on a canvas of (width, height) `size`. Gradio's editor sends it ahead of the request that uses it,
-    and keeps whatever anybody sends; here the oldest drawings go first.
+    What a person painted, bool (height, width), from the address (data:) of a PNG that the page sends.
+
+    Args:
+        size: (width, height) that it must have.
+
+    Raises:
+        DataError: it is no such image.
     """
-
-    def __init__(self, folder: Path, size: tuple[int, int], *, limit: int = KEPT_DRAWINGS):
-        self.folder, self.size, self.limit = folder, size, limit
-        self._layers: OrderedDict[str, tuple[int, bytes]] = OrderedDict()  # the last layer of each, and its number
-
-    def accept(self, data: Any) -> None:
-        """In the place of `accept_blobs` of gradio's editor: takes `data.files`, one layer or the whole picture."""
-        name, number = str(data.data.get("id")), str(data.data.get("index"))
-        if data.data.get("type") == "layer" and re.fullmatch("[0-9]", number):
-            self._layers[name] = max(self._layers.get(name, (0, b"")), (int(number), data.files[0][1]))
-            while len(self._layers) > self.limit:
-                self._layers.popitem(last=False)
-
-    def read(self, data: Any) -> Image.Image | None:
-        """
-        The last layer of a drawing as an image with alpha, None if nothing was painted.
-
-        Args:
-            data: The drawing as gradio's editor names it: by an `id`, or by `layers` that are uploaded files.
-
-        Raises:
-            DataError: It is no image of the canvas's size.
-        """
-        source: bytes | Path | None = None
-        if data is not None and data.id is not None:
-            _, source = self._layers.pop(data.id, (0, None))
-        elif data is not None and data.layers:
-            source = own_file(data.layers[-1].path, self.folder)
-        if source is None:
-            return None
-        width, height = self.size
-        layer = open_image(source, where="The drawing", max_pixels=width * height, max_bytes=MAX_IMAGE_BYTES)
-        if layer.size != self.size:
-            raise DataError(f"Expected a drawing of {width} x {height} pixels, found {layer.size}: paint it again.")
-        return layer.convert("RGBA")
+    head = "data:image/png;base64,"
+    if not isinstance(address, str) or not address.startswith(head):
+        raise DataError("Paint on a mask first.")
+    try:
+        content = base64.b64decode(address[len(head) :], validate=True)
+    except ValueError as error:
+        raise DataError("The painted mask cannot be read: paint it again.") from error
+    width, height = size
+    image = open_image(content, where="The mask", max_pixels=width * height, max_bytes=MAX_IMAGE_BYTES)
+    if image.size != size:
+        raise DataError(f"Expected a mask of {width} x {height} pixels, found {image.size}: paint it again.")
+    return np.asarray(image.convert("RGBA"))[..., 3] > 127
 
 
 class BoundedRequests:

@@ -5,6 +5,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -169,25 +170,28 @@ def open_both(options: argparse.Namespace):
 def show(plum, reply, options: argparse.Namespace, *, folder: Path | None = None) -> None:
     """Prints an answer, its spans in the colours of their masks, and saves it where that is asked for."""
     from plum_partonomy.inference.one_image import as_json, finish, save, warn_of_unknown_image
-    from plum_partonomy.scoring.overlays import COLOURS, highlight
+    from plum_partonomy.scoring.overlays import highlight, pick_colours
 
     answer = finish(plum, reply)
     if warning := warn_of_unknown_image(plum, answer):
         print(f"plum: {warning}", file=sys.stderr)
-    folder = folder or options.save
-    files = save(answer, reply.image, folder, file_name=Path(options.image).name) if folder else []
-    if options.json:
-        print(json.dumps(as_json(answer)), flush=True)
-        return
     if answer.is_truncated:
         print("plum: the answer is cut off, it is too long.", file=sys.stderr)
+    folder = folder or options.save
+    write = partial(save, answer, reply.image, folder, file_name=Path(options.image).name)
+    if options.json:
+        print(json.dumps(as_json(answer)), flush=True)  # before it is saved: a full disk loses no answer
+        if folder:
+            write()
+        return
     console = PipedConsole(highlight=False, soft_wrap=True)
     pieces = highlight(answer.text, answer.spans)
     console.print(Text.assemble(*((piece, f"bold {colour}" if colour else "") for piece, colour in pieces)))
-    for index, span in enumerate(answer.spans):
+    for span, colour in zip(answer.spans, pick_colours(len(answer.spans)), strict=True):
         line = f"  score {span.score:.2f}  box {span.box}  {int(span.mask.sum())} pixels"
-        console.print(Text.assemble("  ", (span.text, COLOURS[index % len(COLOURS)]), line))
-    for path in files:
+        console.print(Text.assemble("  ", (span.text, colour), line))
+    sys.stdout.flush()
+    for path in write() if folder else []:
         console.print(Text(f"wrote {path}", style="dim"))
 
 

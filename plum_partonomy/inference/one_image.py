@@ -27,10 +27,12 @@ from plum_partonomy.masks import DataError, area, encode
 from plum_partonomy.questions.spans import join_parts
 from plum_partonomy.questions.wording import official_answer, official_question
 from plum_partonomy.records import as_chat, escape_tags
-from plum_partonomy.scoring.overlays import overlay
+from plum_partonomy.scoring.overlays import draw_named_masks
 from processing_plum import PlumAnswer, PlumProcessor, parse_span_tags
 
 MAX_NEW_TOKENS = 96
+OWN_WORDS = " Also: "
+"""Stands before words that a person adds to an answer."""
 
 Range = tuple[int, int]
 """Characters [start, end) of an answer."""
@@ -222,6 +224,27 @@ def correct_mask(plum: Plum, reply: Reply, ranges: Sequence[Range], place: Range
     return segment_again(plum, reply, ranges, given_masks={**reply.given_masks, place: mask})
 
 
+def add_words(text: str, phrases: Sequence[str], *, taken: Sequence[Range] = ()) -> tuple[str, list[Range]]:
+    """An answer in which every phrase has a place, if need be in a sentence of its own, and these places.
+
+    >>> add_words("A wheel.", ["wheel", "left wing"])
+    ('A wheel. Also: left wing.', [(2, 7), (15, 24)])
+
+    Raises:
+        DataError: a phrase is empty.
+    """
+    places: list[Range] = []
+    own, start = [], len(text) + len(OWN_WORDS)
+    for phrase in check_phrases(phrases):
+        try:
+            places += find_ranges(text, [phrase], taken=[*taken, *places])
+        except DataError:
+            places.append((start, start + len(phrase)))
+            start += len(phrase) + len(", ")
+            own.append(phrase)
+    return text + (f"{OWN_WORDS}{', '.join(own)}." if own else ""), places
+
+
 def segment_apart(plum: Plum, reply: Reply, ranges: Sequence[Range]) -> list[Reply]:
     """Each span segmented as if it were the only one: what its mask is without feedback from the earlier masks."""
     return [segment_again(plum, reply, [place]) for place in ranges]
@@ -291,23 +314,42 @@ def as_coco(answer: PlumAnswer, image: Image.Image, *, file_name: str) -> dict[s
     }
 
 
-def save(answer: PlumAnswer, image: Image.Image, folder: Path, *, file_name: str) -> list[Path]:
-    """Writes overlay.png, a black-and-white PNG for each span and masks.json (COCO) into a folder, and says which."""
+def save(
+    answer: PlumAnswer, image: Image.Image, folder: Path, *, file_name: str, colours: Sequence[str] | None = None
+) -> list[Path]:
+    """
+    Writes overlay.png (names beside the masks), a black-and-white PNG for each span and masks.json (COCO) into a
+    folder, and returns their paths. Files of an answer that was saved there before are deleted, no others.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    drawings = {"overlay.png": overlay(image, [span.mask for span in answer.spans])}
-    for number, span in enumerate(answer.spans, start=1):
-        words = re.sub(r"\W+", "_", span.text).strip("_")[:60]
-        drawings[f"{number:02}_{words}.png"] = Image.fromarray(span.mask)
+    masks, names = [span.mask for span in answer.spans], [span.text for span in answer.spans]
+    drawings = {"overlay.png": draw_named_masks(image, masks, names, colours=colours)}
+    for number, (mask, name) in enumerate(zip(masks, names, strict=True), start=1):
+        words = re.sub(r"\W+", "_", name).strip("_")[:60]
+        drawings[f"{number:02}_{words}.png"] = Image.fromarray(mask)
+    for path in _saved_before(folder):
+        path.unlink(missing_ok=True)
     for name, drawing in drawings.items():
         drawing.save(folder / name)
-    coco = json.dumps(as_coco(answer, image, file_name=file_name), indent=1)
-    (folder / "masks.json").write_text(coco + "\n", encoding="utf-8")
+    coco = as_coco(answer, image, file_name=file_name)
+    coco["info"] = {"description": answer.text, "files": list(drawings)}
+    (folder / "masks.json").write_text(json.dumps(coco, indent=1) + "\n", encoding="utf-8")
     return [folder / name for name in [*drawings, "masks.json"]]
+
+
+def _saved_before(folder: Path) -> list[Path]:
+    """The masks that an earlier `save` wrote into a folder, as its masks.json lists them."""
+    try:
+        names = json.loads((folder / "masks.json").read_text(encoding="utf-8"))["info"]["files"]
+        return [folder / name for name in names if re.fullmatch(r"\d{2,}_\w*\.png", name)]
+    except (OSError, ValueError, LookupError, TypeError):
+        return []  # none, or a file of somebody else's
 
 
 __all__ = [
     "Plum",
     "Reply",
+    "add_words",
     "as_coco",
     "as_json",
     "ask",

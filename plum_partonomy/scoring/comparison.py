@@ -12,7 +12,7 @@ from plum_partonomy.records import Question
 from plum_partonomy.scoring.bootstrap import Tally, interval, resample, summarise
 from plum_partonomy.scoring.mask_metrics import normalise
 from plum_partonomy.scoring.metrics import MaskSource, mean_iou, pair_by_id, scored_spans, tally, true_masks
-from plum_partonomy.scoring.overlays import COLOURS, panel
+from plum_partonomy.scoring.overlays import panel, pick_colours
 from plum_partonomy.scoring.pages import render_page
 from plum_partonomy.scoring.predictions import Prediction, SpanMask, write_whole
 from plum_partonomy.scoring.report import FIGURES
@@ -143,7 +143,7 @@ def _panels(
     sides = {"truth": [(mask.label, mask.rle) for mask in true_masks(question)]}
     sides |= {captions[name]: [(span.text, span.rle) for span in found] for name, found in spans.items()}
     parts = list(dict.fromkeys(normalise(part) for side in sides.values() for part, _ in side))
-    colours = {part: COLOURS[index % len(COLOURS)] for index, part in enumerate(parts)}
+    colours = dict(zip(parts, pick_colours(len(parts)), strict=True))
     panels = [
         (caption, panel(image, [rle for _, rle in side], [colours[normalise(part)] for part, _ in side]))
         for caption, side in sides.items()

@@ -21,7 +21,7 @@ from scipy.optimize import linear_sum_assignment
 
 from plum_partonomy.masks import RLE, DataError
 from plum_partonomy.scoring.bootstrap import Tally, interval, ratio_draws, ratio_figures
-from plum_partonomy.scoring.overlays import COLOURS, panel
+from plum_partonomy.scoring.overlays import panel, pick_colours
 from plum_partonomy.scoring.pages import pick_evenly, render_page
 from plum_partonomy.scoring.predictions import write_whole
 
@@ -184,7 +184,7 @@ def gain(answer: CorrectedAnswer) -> float:
 
 
 def _example(answer: CorrectedAnswer, image: Image.Image) -> dict[str, Any]:
-    colours = [COLOURS[i % len(COLOURS)] for i in range(len(answer.phrases))]
+    colours = pick_colours(len(answer.phrases))
     panels = (("true masks", answer.true), ("before", answer.before), ("after one given mask", answer.after))
     return {
         "id": answer.id,

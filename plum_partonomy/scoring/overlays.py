@@ -1,17 +1,18 @@
 """Masks drawn on images, and texts cut at their spans, in one set of colours."""
 
 import base64
+import colorsys
 import io
 from collections.abc import Iterable, Sequence
 
 import numpy as np
-from PIL import Image, ImageFilter
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from plum_partonomy.images import to_rgb
 from plum_partonomy.masks import RLE, decode
 from plum_partonomy.scoring.predictions import SpanMask
 
-__all__ = ["COLOURS", "data_address", "highlight", "mask_opacity", "overlay", "panel"]
+__all__ = ["data_address", "draw_named_masks", "highlight", "mask_opacity", "overlay", "panel", "pick_colours"]
 
 # Told apart on photographs and by colour-blind readers (after Okabe and Ito), all dark enough for white text.
 COLOURS = (
@@ -27,15 +28,26 @@ COLOURS = (
     "#7b4b2a",
 )
 PANEL_SIZE = 288  # longest side of an image on the page, in pixels
+NAMED_SIDE = 512  # least longest side of an image with names beside it, in pixels
 
 
-def overlay(image: Image.Image, masks: Sequence[np.ndarray], *, colours: Sequence[str] = COLOURS) -> Image.Image:
+def pick_colours(count: int) -> list[str]:
+    """So many different colours as "#rrggbb", always the same ones first, all dark enough for white text."""
+    further = []
+    for number in range(count - len(COLOURS)):
+        hue = (0.03 + number * 0.618034) % 1  # steps by the golden ratio, which never come back to a hue
+        rgb = colorsys.hls_to_rgb(hue, 0.16 + 0.05 * (number % 3), 0.7)
+        further.append("#{:02x}{:02x}{:02x}".format(*(round(255 * part) for part in rgb)))
+    return [*COLOURS[:count], *further]
+
+
+def overlay(image: Image.Image, masks: Sequence[np.ndarray], *, colours: Sequence[str] | None = None) -> Image.Image:
     """The image with every mask filled translucently and outlined.
 
     Args:
         image: PIL image of any mode; left unchanged.
         masks: bool arrays of the image's (height, width), drawn in order.
-        colours: "#rrggbb" per mask, repeated from the start when there are more masks.
+        colours: "#rrggbb" per mask; default: `pick_colours`.
 
     Returns:
         A new RGB image of the same size.
@@ -44,14 +56,73 @@ def overlay(image: Image.Image, masks: Sequence[np.ndarray], *, colours: Sequenc
         ValueError: a mask is not of the image's size.
     """
     drawn = to_rgb(image, where="image")
+    colours = colours or pick_colours(len(masks))
     for index, mask in enumerate(masks):
         if mask.shape != (image.height, image.width):
             raise ValueError(
                 f"Expected masks of the image's (height, width) {(image.height, image.width)}, found {mask.shape} "
                 f"for mask {index}: resize the mask to the image."
             )
-        drawn.paste(colours[index % len(colours)], mask=Image.fromarray(mask_opacity(mask)))
+        drawn.paste(colours[index], mask=Image.fromarray(mask_opacity(mask)))
     return drawn
+
+
+def draw_named_masks(
+    image: Image.Image, masks: Sequence[np.ndarray], names: Sequence[str], *, colours: Sequence[str] | None = None
+) -> Image.Image:
+    """The overlay with the name of each mask to its right, joined to it by a line.
+
+    Args:
+        image: PIL image of any mode; enlarged where its longer side has less than NAMED_SIDE pixels.
+        masks: bool arrays of the image's (height, width). Those without a pixel have a name and no line.
+        names: one per mask.
+        colours: "#rrggbb" per mask; default: `pick_colours`.
+    """
+    colours = colours or pick_colours(len(masks))
+    scale = max(1.0, NAMED_SIDE / max(image.size))
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    text = max(13, max(size) // 40)
+    font = ImageFont.load_default(text)
+    enlarged = [np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST)) for mask in masks]
+    drawn = overlay(to_rgb(image, where="image").resize(size, Image.Resampling.BICUBIC), enlarged, colours=colours)
+    widest = max((round(font.getlength(name)) for name in names), default=0)
+    step = round(1.7 * text)
+    page = Image.new("RGB", (size[0] + widest + 4 * text, max(size[1], step * len(masks))), "white")
+    page.paste(drawn)
+    places = [_inner_point(mask) for mask in enlarged]
+    order = sorted(range(len(masks)), key=lambda index: (places[index] or (0, size[1]))[1])
+    draw, x = ImageDraw.Draw(page), size[0] + 2 * text
+    tops = _spread([(places[index] or (0, size[1]))[1] - step // 2 for index in order], step, page.height)
+    for index, top in zip(order, tops, strict=True):
+        middle = top + step // 2
+        if places[index] is not None:
+            draw.line([places[index], (x - text // 2, middle)], fill="white", width=4)
+            draw.line([places[index], (x - text // 2, middle)], fill=colours[index], width=2)
+        box = (x - text // 2, top + 2, x + round(font.getlength(names[index])) + text // 2, top + step - 2)
+        draw.rounded_rectangle(box, text // 4, fill=colours[index])
+        draw.text((x, middle), names[index], fill="white", font=font, anchor="lm")
+    return page
+
+
+def _inner_point(mask: np.ndarray) -> tuple[int, int] | None:
+    """(x, y) of the mask's pixel in the middle of its longest row; None if the mask is empty."""
+    if not mask.any():
+        return None
+    y = int(mask.sum(axis=1).argmax())
+    columns = np.flatnonzero(mask[y])
+    return int(columns[len(columns) // 2]), y
+
+
+def _spread(tops: Sequence[int], step: int, height: int) -> list[int]:
+    """The places, in order, moved apart to at least `step`, all within the height if there is room."""
+    moved: list[int] = []
+    for top in tops:
+        moved.append(max(top, moved[-1] + step if moved else 0))
+    limit = height - step
+    for index in reversed(range(len(moved))):
+        moved[index] = min(moved[index], limit)
+        limit = moved[index] - step
+    return moved
 
 
 def mask_opacity(mask: np.ndarray) -> np.ndarray:
@@ -63,14 +134,15 @@ def mask_opacity(mask: np.ndarray) -> np.ndarray:
 
 
 def highlight(
-    text: str, spans: Sequence[SpanMask], *, colours: Sequence[str] = COLOURS
+    text: str, spans: Sequence[SpanMask], *, colours: Sequence[str] | None = None
 ) -> list[tuple[str, str | None]]:
     """Cuts a text at its spans: (piece, colour of its mask or None), in order; the pieces joined are the text."""
+    colours = colours or pick_colours(len(spans))
     pieces, position = [], 0
     for index in sorted(range(len(spans)), key=lambda index: spans[index].start):
         span = spans[index]
         pieces.append((text[position : span.start], None))
-        pieces.append((text[span.start : span.end], colours[index % len(colours)]))
+        pieces.append((text[span.start : span.end], colours[index]))
         position = span.end
     pieces.append((text[position:], None))
     return [piece for piece in pieces if piece[0]]

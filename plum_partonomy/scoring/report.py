@@ -17,7 +17,7 @@ from plum_partonomy.masks import DataError
 from plum_partonomy.records import Question
 from plum_partonomy.scoring.mask_metrics import normalise
 from plum_partonomy.scoring.metrics import Pair, mean_iou, pair_by_id, true_masks, true_parts
-from plum_partonomy.scoring.overlays import COLOURS, data_address, highlight, panel
+from plum_partonomy.scoring.overlays import data_address, highlight, panel, pick_colours
 from plum_partonomy.scoring.pages import pick_evenly, render_page
 from plum_partonomy.scoring.predictions import Prediction, write_whole
 
@@ -82,9 +82,9 @@ def _draw_curves(path: Path) -> str:
     groups = [group for group in (losses, figures) if group]
     figure = Figure(figsize=(5.5 * max(1, len(groups)), 4.0), layout="constrained")
     for axis, group in zip(np.atleast_1d(figure.subplots(1, max(1, len(groups)))), groups, strict=False):
-        for index, name in enumerate(group):
+        for name, colour in zip(group, pick_colours(len(group)), strict=True):
             marker = "o" if len(curves[name][0]) < 20 else None
-            axis.plot(*curves[name], label=name, color=COLOURS[index % len(COLOURS)], marker=marker, markersize=3)
+            axis.plot(*curves[name], label=name, color=colour, marker=marker, markersize=3)
         axis.set_xlabel("step")
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
@@ -130,7 +130,7 @@ def _example(pair: Pair, load_image: Callable[[Question], Image.Image]) -> dict[
     given, generated = prediction.given_spans, prediction.generated_spans
     named = [*true_parts(question), *(span.text for span in [*(given or ()), *(generated or ())])]
     order = list(dict.fromkeys(normalise(name) for name in named))
-    colours = {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(order)}
+    colours = dict(zip(order, pick_colours(len(order)), strict=True))
 
     def of(names: Iterable[str]) -> list[str]:
         return [colours[normalise(name)] for name in names]

@@ -25,7 +25,7 @@ from plum_partonomy.records import PartMask, tagged_phrases
 from plum_partonomy.scoring.answers import LineReader, check_fields, collect_answers, read_span
 from plum_partonomy.scoring.benchmark import load_rows, read_image
 from plum_partonomy.scoring.bootstrap import Tally
-from plum_partonomy.scoring.overlays import COLOURS, panel
+from plum_partonomy.scoring.overlays import panel, pick_colours
 from plum_partonomy.scoring.pages import pick_evenly, render_page
 from plum_partonomy.scoring.predictions import Prediction, write_whole
 from plum_partonomy.scoring.results import describe_left_out
@@ -258,7 +258,7 @@ def _example(
     image = load_image()
     for caption, masks in (("truth", question.masks), ("found", prediction.generated_spans)):
         rles = [mask.rle for mask in masks]
-        example["panels"].append((caption, panel(image, rles, COLOURS[:1] * len(rles))))
+        example["panels"].append((caption, panel(image, rles, pick_colours(1) * len(rles))))
     return example
 
 

@@ -16,7 +16,7 @@ import torch
 from datasets import Dataset, IterableDataset
 
 from plum_partonomy.records import check_turns, tagged_phrases
-from plum_partonomy.scoring.overlays import COLOURS, highlight, panel
+from plum_partonomy.scoring.overlays import highlight, panel, pick_colours
 from plum_partonomy.scoring.pages import render_page
 from plum_partonomy.scoring.predictions import SpanMask, write_whole
 from plum_partonomy.seeding import seeded_generator
@@ -131,7 +131,8 @@ def _drawn(example: dict) -> Iterator[dict]:
     """For each conversation its turns in pieces (as `highlight` cuts them) and its image with the masks."""
     for conversation in example["conversations"]:
         rles = [conversation["masks"][i] for i in conversation["chosen"]]
-        colours = {span: COLOURS[i % len(COLOURS)] for i, span in enumerate(conversation["chosen"].tolist())}
+        chosen = conversation["chosen"].tolist()
+        colours = dict(zip(chosen, pick_colours(len(chosen)), strict=True))
         turns, first = [], 0
         for message in conversation["messages"]:
             if message["role"] == "user":
@@ -143,12 +144,12 @@ def _drawn(example: dict) -> Iterator[dict]:
                 SpanMask(text=text[start:end], start=start, end=end, rle=rles[list(colours).index(span)], score=1.0)
                 for span, (start, end) in places.items()
             ]
-            turns.append(highlight(text, spans, colours=[colours[span] for span in places] or COLOURS))
+            turns.append(highlight(text, spans, colours=[colours[span] for span in places]))
             first += len(ranges)
         image = example["image"]
         yield {
             "turns": turns,
-            "panel": None if image is None else panel(image, rles, list(colours.values()) or COLOURS),
+            "panel": None if image is None else panel(image, rles, list(colours.values())),
         }
 
 

@@ -1,5 +1,6 @@
 """The demonstration without a browser: its functions, and a round trip through its server."""
 
+import base64
 import concurrent.futures
 import contextlib
 import copy
@@ -15,6 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import uuid
 from pathlib import Path
 
@@ -27,69 +29,82 @@ import pytest
 from PIL import Image
 
 from demo import pages
-from demo.app import CANVAS, Demo, serve
-from demo.replies import Replies, size_of
+from demo.app import Demo, serve
+from demo.checkpoints import describe, load_checkpoints, read_figures
+from demo.replies import Replies, Shown, size_of
 from demo.uploads import BoundedRequests, own_file, read_upload
 from plum_partonomy.inference.one_image import Plum, finish, segment_words
 from plum_partonomy.masks import DataError
 from plum_partonomy.scoring.benchmark import load_questions
+from plum_partonomy.scoring.overlays import pick_colours
 from tests.tiny import random_image, random_mask, tiny_model, tiny_processor
 
 ROOT = Path(__file__).parents[2]
 TEXT = "A wheel, another wheel and a left wing."
 RANGES = [(2, 7), (17, 22), (29, 38)]
 THRESHOLDS = (0.0, 0.5)
+MODEL = "tiny"
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     folder = str(ROOT / "partonomy" / "mini_questions")
     rows, questions = load_questions("parquet", name="default", split="test", data_dir=folder, limit=3)
-    return Demo(Plum(tiny_model(), tiny_processor()), rows, questions, uploads=tmp_path_factory.mktemp("uploads"))
+    checkpoints = [describe(name, Plum(tiny_model(), tiny_processor())) for name in (MODEL, "other")]
+    return Demo(checkpoints, rows, questions, uploads=tmp_path_factory.mktemp("uploads"))
 
 
 @pytest.fixture(scope="module")
-def reply(demo):
-    return segment_words(demo.plum, random_image(), [{"role": "user", "content": "Which parts?"}], TEXT, RANGES)
+def plum(demo):
+    return demo.plum(MODEL)
+
+
+@pytest.fixture(scope="module")
+def reply(plum):
+    return segment_words(plum, random_image(), [{"role": "user", "content": "Which parts?"}], TEXT, RANGES)
 
 
 @pytest.fixture
 def ticket(demo, reply):
-    return demo.replies.keep(reply)
+    return keep(demo, reply)
+
+
+def keep(demo, reply):
+    return demo.keep(MODEL, reply, len(reply.text))
 
 
 def ranges_of(demo, outputs):
     return demo.ranges(demo.replies.get(outputs[1]), *THRESHOLDS)
 
 
-def test_an_answer_is_escaped_and_its_pieces_are_the_text(demo, reply):
-    answer = finish(demo.plum, reply)
+def test_an_answer_is_escaped_and_its_pieces_are_the_text(plum, reply):
+    answer = finish(plum, reply)
     page = pages.draw_answer(reply.image, answer)
     (paragraph,) = re.findall(r'<p class="plum-answer">(.*?)</p>', page, re.DOTALL)
     assert re.sub(r"<[^>]*>", "", paragraph) == TEXT
-    assert re.findall(r'data-span="(\d)"\s*style="--colour: (#\w+)', page) == list(
-        zip("012", pages.COLOURS, strict=False)
+    assert re.findall(r'data-span="(\d)" data-score="[\d.]+"\s*style="--colour: (#\w+)', page) == list(
+        zip("012", pick_colours(3), strict=True)
     )
     assert page.count('class="plum-mask"') == 3 and "http" not in page
     assert pages.draw_text("<script>") == '<p class="plum-answer" aria-busy="true">&lt;script&gt;</p>'
 
 
-def test_an_image_unlike_the_known_ones_has_a_warning_above_its_answer(demo, reply):
-    answer = finish(demo.plum, reply)
+def test_an_image_unlike_the_known_ones_has_a_warning_above_its_answer(plum, reply):
+    answer = finish(plum, reply)
     assert "plum-warning" not in pages.draw_answer(reply.image, answer)
-    page = pages.draw_answer(reply.image, answer, "unlike <all> others")
+    page = pages.draw_answer(reply.image, answer, warning="unlike <all> others")
     assert page.index("unlike &lt;all&gt; others") < page.index("plum-stage")
 
 
 def test_an_answer_that_was_cut_off_says_so_whatever_is_segmented_in_it(demo, tmp_path):
     random_image().save(tmp_path / "image.png")
-    *_, (page, ticket, *_) = demo.ask(tmp_path / "image.png", "Which parts?", *THRESHOLDS)
-    reply = demo.replies.get(ticket)
+    *_, (page, ticket, *_) = demo.ask(MODEL, tmp_path / "image.png", "Which parts?", *THRESHOLDS)
+    reply = demo.replies.get(ticket).reply
     assert reply.is_truncated and page.index("plum-answer") < page.index("The answer is cut off")
     word = reply.text.split()[0]
-    assert "The answer is cut off" in demo.segment(ticket, word, None, *THRESHOLDS)[0]
-    whole = demo.replies.keep(dataclasses.replace(reply, is_truncated=False))
-    assert "The answer is cut off" not in demo.segment(whole, word, None, *THRESHOLDS)[0]
+    assert "The answer is cut off" in demo.segment(MODEL, None, ticket, word, None, *THRESHOLDS)[0]
+    whole = keep(demo, dataclasses.replace(reply, is_truncated=False))
+    assert "The answer is cut off" not in demo.segment(MODEL, None, whole, word, None, *THRESHOLDS)[0]
 
 
 def test_a_drawn_mask_has_the_shape_and_the_colour_of_the_span():
@@ -113,72 +128,173 @@ def test_a_selection_becomes_whole_words(demo, ticket, selected, words):
     assert picked == words == TEXT[start:end]
 
 
-def test_selected_and_typed_words_join_the_spans_and_replace_what_they_overlap(demo, reply):
-    one = demo.replies.keep(segment_words(demo.plum, reply.image, reply.messages, TEXT, RANGES[:1]))
-    assert ranges_of(demo, demo.segment(one, "wheel", RANGES[1], *THRESHOLDS)) == RANGES[:2]
-    assert ranges_of(demo, demo.segment(one, "wheel, left wing", None, *THRESHOLDS)) == RANGES
-    assert ranges_of(demo, demo.segment(one, "A wheel", (0, 7), *THRESHOLDS)) == [(0, 7)]
-    with pytest.raises(gr.Error, match="do not stand"):
-        demo.segment(one, "sail", None, *THRESHOLDS)
+def test_selected_and_typed_words_join_the_spans_and_replace_what_they_overlap(demo, plum, reply):
+    def after(words, picked):
+        one = keep(demo, segment_words(plum, reply.image, reply.messages, TEXT, RANGES[:1]))
+        return ranges_of(demo, demo.segment(MODEL, None, one, words, picked, *THRESHOLDS))
+
+    assert after("wheel", RANGES[1]) == RANGES[:2]
+    assert after("wheel, left wing", None) == RANGES
+    assert after("A wheel", (0, 7)) == [(0, 7)]
 
 
-def test_the_brush_gets_a_mask_at_the_size_of_the_page_and_gives_back_the_same(demo, reply, ticket):
-    drawn = demo.open_editor(ticket, 0, *THRESHOLDS)
-    assert drawn["background"].size == drawn["layers"][0].size == CANVAS
-    corrected = demo.replies.get(demo.correct(ticket, 0, drawn["layers"][0], *THRESHOLDS)[1])
-    assert np.array_equal(corrected.given_masks[RANGES[0]], finish(demo.plum, reply).spans[0].mask)
-    with pytest.raises(gr.Error, match="paint on it"):
-        demo.correct(ticket, 0, None, *THRESHOLDS)
+def test_words_that_do_not_stand_in_the_answer_are_segmented_as_well_and_the_masks_before_them_stay(demo, reply):
+    ticket = keep(demo, reply)
+    before = demo.finish(demo.replies.get(ticket), *THRESHOLDS).spans
+    page, ticket, *_ = demo.segment(MODEL, None, ticket, "sail, <b>", None, *THRESHOLDS)
+    shown = demo.replies.get(ticket)
+    spans = demo.finish(shown, *THRESHOLDS).spans
+    assert shown.reply.text == f"{TEXT} Also: sail, <b>." and [span.text for span in spans[3:]] == ["sail", "<b>"]
+    assert all(np.array_equal(old.mask, new.mask) for old, new in zip(before, spans, strict=False))
+    assert '<span class="plum-own"> Also: </span>' in page and "&lt;b&gt;" in page and "Added:" in page
+
+
+def test_words_are_segmented_on_an_image_that_nothing_was_asked_about(demo):
+    path = demo.uploads / "words.png"
+    random_image().save(path)
+    page, ticket, *_ = demo.segment(MODEL, path, None, "left wing, tail", None, *THRESHOLDS)
+    spans = demo.finish(demo.replies.get(ticket), *THRESHOLDS).spans
+    assert [span.text for span in spans] == ["left wing", "tail"] and page.count('class="plum-mask"') == 2
+    with pytest.raises(gr.Error, match="Choose an image"):
+        demo.segment(MODEL, None, None, "tail", None, *THRESHOLDS)
+
+
+def colours_on(page):
+    """The colour of each span by its words with their score."""
+    pieces = re.findall(r'style="--colour: (#\w+)">([^<]*)</span>', page[: page.index("plum-tools")])
+    return {words: colour for colour, words in pieces}
+
+
+def test_a_mask_keeps_its_colour_when_others_are_added_or_hidden(demo, plum, reply):
+    ticket = keep(demo, segment_words(plum, reply.image, reply.messages, TEXT, RANGES[1:]))
+    first = colours_on(demo.present(ticket, *THRESHOLDS)[0])
+    page, ticket, *_ = demo.segment(MODEL, None, ticket, "A wheel", None, *THRESHOLDS)
+    assert first.items() < colours_on(page).items() and len(set(colours_on(page).values())) == 3
+    scores = sorted(span.score for span in demo.finish(demo.replies.get(ticket), *THRESHOLDS).spans)
+    fewer = colours_on(demo.redraw(ticket, (scores[0] + scores[1]) / 2, 0.5)[0])
+    assert len(fewer) < 3 and fewer.items() < colours_on(page).items()
+
+
+class Painted:
+    def __init__(self, index, mask):
+        buffer = io.BytesIO()
+        Image.fromarray(np.dstack([mask * 255] * 4).astype(np.uint8)).save(buffer, "PNG")
+        self.index, self.mask = index, "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def shown_mask(mask, image):
+    return np.asarray(pages.draw_mask(mask, "#000000", pages.shown_size(image)))[..., 3] > 0
+
+
+def test_a_painted_mask_is_taken_and_where_nothing_was_painted_it_stays_as_it_was(demo, reply, ticket):
+    mask = demo.finish(demo.replies.get(ticket), *THRESHOLDS).spans[0].mask
+    same = shown_mask(mask, reply.image)
+    kept = demo.correct(ticket, *THRESHOLDS, Painted(0, same))[1]
+    assert np.array_equal(demo.replies.get(kept).reply.given_masks[RANGES[0]], mask)
+    painted = same.copy()
+    painted[:, : same.shape[1] // 2] = True
+    taken = demo.replies.get(demo.correct(ticket, *THRESHOLDS, Painted(0, painted))[1]).reply.given_masks[RANGES[0]]
+    assert taken[:, :34].all() and np.array_equal(taken[:, 36:], mask[:, 36:])
     for number in (-1, 3):
         with pytest.raises(gr.Error, match="not there any more"):
-            demo.open_editor(ticket, number, *THRESHOLDS)
-        with pytest.raises(gr.Error, match="not there any more"):
-            demo.correct(ticket, number, drawn["layers"][0], *THRESHOLDS)
+            demo.correct(ticket, *THRESHOLDS, Painted(number, same))
+    with pytest.raises(gr.Error, match="paint it again"):
+        demo.correct(ticket, *THRESHOLDS, Painted(0, same[:50]))
+
+
+def test_a_correction_marks_what_has_changed_and_can_be_undone(demo, reply, ticket):
+    before, *_ = demo.present(ticket, *THRESHOLDS)
+    page, corrected, *_ = demo.correct(ticket, *THRESHOLDS, Painted(0, shown_mask(random_mask(seed=9), reply.image)))
+    assert "Your mask of" in page and "Changed with it:" in page
+    assert page.count('class="plum-was"') == page.count('class="plum-mask plum-changed"') > 1
+    undone, ticket, *_ = demo.undo(corrected, *THRESHOLDS)
+    assert undone == before
+    with pytest.raises(gr.Error, match="nothing to undo"):
+        demo.undo(ticket, *THRESHOLDS)
+
+
+def test_an_answer_without_masks_says_why(demo, plum, ticket):
+    assert "No mask has a score of at least 1.00" in demo.redraw(ticket, 1.0, 0.5)[0]
+    answer = dataclasses.replace(finish(plum, demo.replies.get(ticket).reply), spans=[])
+    assert "names no part that has a mask" in pages.draw_answer(random_image(), answer)
+
+
+def test_the_page_says_what_each_of_several_models_knows(tmp_path):
+    for name in ("one", "two"):
+        model = tiny_model()
+        if name == "two":
+            width = model.config.sam_config.vision_config.output_channels
+            statistics = {"mean": [0.0] * width, "std": [1.0] * width, "intercept": 0.0, "slope": 1.0}
+            model.config.image_statistics = {**statistics, "threshold": 0.5, "kinds": "photographs of <cars>"}
+        model.save_pretrained(tmp_path / name)
+        tiny_processor().save_pretrained(tmp_path / name)
+    card = (ROOT / "checkpoints" / "plum-tiny" / "README.md").read_text()
+    (tmp_path / "two" / "README.md").write_text(card)
+    one, two = load_checkpoints([tmp_path / "one", tmp_path / "two"])
+    assert "does not say which images it knows" in pages.draw_checkpoint(one)
+    page = pages.draw_checkpoint(two)
+    assert "two" in page and "photographs of &lt;cars&gt;" in page and "Measured on PARTONOMY mini_questions" in page
+    assert read_figures(tmp_path / "two" / "README.md")["PARTONOMY mini_questions"]["choice accuracy"] > 0.5
+    (tmp_path / "one" / "README.md").write_text("---\nmodel-index: 3\n---\n")
+    assert read_figures(tmp_path / "one" / "README.md") == {}
+    with pytest.raises(DataError, match="different names"):
+        load_checkpoints([tmp_path / "one", tmp_path / "one"])
+
+
+def test_each_answer_goes_on_with_the_model_that_gave_it(demo, reply):
+    ticket = keep(demo, reply)
+    _, ticket, *_ = demo.segment("other", None, ticket, "sail", None, *THRESHOLDS)
+    assert demo.replies.get(ticket).model == MODEL
+    with pytest.raises(gr.Error, match="one of the models tiny, other"):
+        list(demo.ask("third", demo.uploads / "0.png", "Which parts?", *THRESHOLDS))
 
 
 def test_steps_and_benchmark_questions_become_pages(demo, ticket):
     steps = demo.steps(ticket, *THRESHOLDS)
     assert steps.count("<figure>") == 9 and "1. wheel" in steps and "3. left wing" in steps
-    page = demo.benchmark(2)
+    page = demo.benchmark(MODEL, 2)
     assert demo.questions[1].question in page
     assert page.count("<li") == len(demo.questions[1].choices)
     assert page.count("<b>right</b>") == page.count("<b>the model's choice</b>") == 1
-    assert demo.benchmark(99) == demo.benchmark(3)
+    assert demo.benchmark(MODEL, 99) == demo.benchmark(MODEL, 3)
 
 
 def test_an_answer_is_shown_while_it_is_written(demo, tmp_path, monkeypatch):
     random_image().save(tmp_path / "image.png")
     monkeypatch.setattr("demo.app.SECONDS_BETWEEN_UPDATES", -1)
-    *growing, (_, ticket, *_) = demo.ask(tmp_path / "image.png", "Which parts?", *THRESHOLDS)
+    (begun, *_), *growing, (_, ticket, *_) = demo.ask(MODEL, tmp_path / "image.png", "Which parts?", *THRESHOLDS)
     shown = [
         re.fullmatch(r'<p class="plum-answer" aria-busy="true">(.*)</p>', page, re.DOTALL)[1] for page, *_ in growing
     ]
-    assert len(shown) > 3 and all(late.startswith(early) for early, late in itertools.pairwise(shown))
-    assert html.unescape(shown[-1]).strip() == demo.replies.get(ticket).text.strip()
+    assert (
+        "plum-begun" in begun
+        and len(shown) > 3
+        and all(late.startswith(early) for early, late in itertools.pairwise(shown))
+    )
+    assert html.unescape(shown[-1]).strip() == demo.replies.get(ticket).reply.text.strip()
 
 
 def test_nothing_can_be_done_before_a_question_is_asked(demo):
     actions = [
         lambda: demo.steps(None, *THRESHOLDS),
         lambda: next(demo.files(None, *THRESHOLDS)),
-        lambda: demo.segment(None, "wheel", None, *THRESHOLDS),
         lambda: demo.pick_words(None, Selection(0, 3)),
-        lambda: demo.open_editor(None, 0, *THRESHOLDS),
+        lambda: demo.correct(None, *THRESHOLDS, Painted(0, random_mask())),
+        lambda: demo.undo(None, *THRESHOLDS),
     ]
     for action in actions:
         with pytest.raises(gr.Error, match="Ask a question first"):
             action()
-    assert demo.open_editor(None, None, *THRESHOLDS) is None
     with pytest.raises(gr.Error, match="Choose an image"):
-        next(demo.ask(None, "Which parts?", *THRESHOLDS))
+        list(demo.ask(MODEL, None, "Which parts?", *THRESHOLDS))
 
 
 def test_a_question_or_words_beyond_the_limit_of_the_app_are_refused(demo, ticket):
     path = demo.uploads / "question.png"
     random_image().save(path)
     for refused in (
-        lambda: next(demo.ask(path, "a" * 501, *THRESHOLDS)),
-        lambda: demo.segment(ticket, "a" * 501, None, *THRESHOLDS),
+        lambda: list(demo.ask(MODEL, path, "a" * 501, *THRESHOLDS)),
+        lambda: demo.segment(MODEL, None, ticket, "a" * 501, None, *THRESHOLDS),
     ):
         with pytest.raises(gr.Error, match="of 1 to 500 characters, found 501"):
             refused()
@@ -188,7 +304,7 @@ def test_a_question_or_words_beyond_the_limit_of_the_app_are_refused(demo, ticke
 def server(demo):
     patch = pytest.MonkeyPatch()
     patch.setenv("GRADIO_TEMP_DIR", str(demo.uploads))
-    app = serve(demo, prevent_thread_lock=True, quiet=True)
+    app = serve(demo)
     yield app.local_url
     app.close()
     patch.undo()
@@ -198,26 +314,26 @@ def test_the_server_answers_and_hands_out_files_of_the_same_masks(demo, server, 
     random_image().save(tmp_path / "image.png")
     client = gradio_client.Client(server, verbose=False, download_files=str(tmp_path / "files"))
     image = gradio_client.handle_file(tmp_path / "image.png")
-    page, *_ = client.predict(image, "Which parts?", 0, 0.5, api_name="/ask")
-    *_, (expected, *_) = demo.ask(tmp_path / "image.png", "Which parts?", *THRESHOLDS)
+    page, *_ = client.predict(MODEL, image, "Which parts?", 0, 0.5, api_name="/ask")
+    *_, (expected, *_) = demo.ask(MODEL, tmp_path / "image.png", "Which parts?", *THRESHOLDS)
     assert page == expected
     files = {Path(path).name: path for path in client.predict(0, 0.5, api_name="/files")}
     coco = json.loads(Path(files["masks.json"]).read_text())
     assert len(coco["annotations"]) == page.count('class="plum-mask"') == len(files) - 2
-    assert Image.open(files["overlay.png"]).size == (70, 50)
+    assert max(Image.open(files["overlay.png"]).size) >= 512
 
 
 def test_the_server_refuses_what_is_too_large_or_no_image(server, tmp_path):
     client = gradio_client.Client(server, verbose=False)
     Image.new("1", (8000, 5001)).save(tmp_path / "wide.png")
     with pytest.raises(gradio_client.exceptions.AppError, match="more than 40 megapixels"):
-        client.predict(gradio_client.handle_file(tmp_path / "wide.png"), "Which?", 0, 0.5, api_name="/ask")
+        client.predict(MODEL, gradio_client.handle_file(tmp_path / "wide.png"), "Which?", 0, 0.5, api_name="/ask")
     (tmp_path / "text.png").write_text("no image")
     with pytest.raises(gradio_client.exceptions.AppError, match="no readable image"):
-        client.predict(gradio_client.handle_file(tmp_path / "text.png"), "Which?", 0, 0.5, api_name="/ask")
+        client.predict(MODEL, gradio_client.handle_file(tmp_path / "text.png"), "Which?", 0, 0.5, api_name="/ask")
     (tmp_path / "large.png").write_bytes(bytes(10_000_001))
     with pytest.raises(Exception, match="413|size"):
-        client.predict(gradio_client.handle_file(tmp_path / "large.png"), "Which?", 0, 0.5, api_name="/ask")
+        client.predict(MODEL, gradio_client.handle_file(tmp_path / "large.png"), "Which?", 0, 0.5, api_name="/ask")
 
 
 # ---------------------------------------------------------------- raw requests
@@ -229,12 +345,12 @@ def upload(server: str, content: bytes, name: str = "image.png") -> str:
     return path
 
 
-def call(server: str, function: str, data: list, session: str | None = None) -> dict:
+def call(server: str, function: str, data: list, session: str | None = None, event: dict | None = None) -> dict:
     """What a function of the page answers to data as they come over the wire."""
     config = httpx.get(f"{server}config").json()
     (number,) = (part["id"] for part in config["dependencies"] if part["api_name"] == function)
     session = session or uuid.uuid4().hex
-    joined = {"data": data, "fn_index": number, "session_hash": session}
+    joined = {"data": data, "fn_index": number, "session_hash": session, "event_data": event}
     httpx.post(f"{server}gradio_api/queue/join", json=joined, timeout=60).raise_for_status()
     with httpx.stream("GET", f"{server}gradio_api/queue/data", params={"session_hash": session}, timeout=60) as lines:
         for line in lines.iter_lines():
@@ -257,7 +373,7 @@ def with_and_without_meta(path: str) -> list[dict]:
 def test_a_raw_request_gets_an_answer_about_its_own_upload(server):
     path = upload(server, as_png(random_image()))
     for file in with_and_without_meta(path):
-        message = call(server, "ask", [file, "Which parts?", 0, 0.5])
+        message = call(server, "ask", [MODEL, file, "Which parts?", 0, 0.5])
         assert message["success"] and "plum-stage" in message["output"]["data"][0]
 
 
@@ -275,7 +391,7 @@ def test_no_request_sees_or_learns_of_a_file_outside_of_the_uploads(server, demo
     outside += ["http://127.0.0.1:9/image.png", "data:image/png;base64,AAAA", "file:///etc/passwd"]
     answers = set()
     for path in outside:
-        message = call(server, "ask", [{"path": str(path)}, "Which parts?", 0, 0.5])
+        message = call(server, "ask", [MODEL, {"path": str(path)}, "Which parts?", 0, 0.5])
         assert not message["success"]
         answers.add(message["output"]["error"])
     assert len(answers) == 1 and "upload it again" in answers.pop()
@@ -286,84 +402,73 @@ def test_no_request_sees_or_learns_of_a_file_outside_of_the_uploads(server, demo
 def test_after_requests_that_would_block_it_the_server_answers_the_next(server):
     path = upload(server, as_png(random_image()))
     for device in ("/dev/zero", "/dev/ptmx", "/dev/stdin", "/proc/kmsg"):
-        for function, data in (("ask", [{"path": device}, "Which parts?", 0, 0.5]), ("correct", drawing(device))):
+        for function, data in (
+            ("ask", [MODEL, {"path": device}, "Which parts?", 0, 0.5]),
+            ("segment", [MODEL, {"path": device}, None, "wheel", None, 0, 0.5]),
+        ):
             assert not call(server, function, data)["success"]
-    assert call(server, "ask", [{"path": path}, "Which parts?", 0, 0.5])["success"]
+    assert call(server, "ask", [MODEL, {"path": path}, "Which parts?", 0, 0.5])["success"]
 
 
-def drawing(path: str) -> list:
-    layer = {"path": path, "meta": {"_type": "gradio.FileData"}}
-    return [None, 0, {"background": layer, "layers": [layer], "composite": layer, "id": None}, 0, 0.5]
-
-
-def test_a_drawing_is_a_file_of_the_uploads_of_the_size_of_the_canvas(server, demo, tmp_path):
+def test_a_painted_mask_is_an_image_of_the_size_of_the_page(server):
     session = uuid.uuid4().hex
     path = upload(server, as_png(random_image()))
-    ask = call(server, "ask", [{"path": path}, "Which parts?", 0, 0.5], session)
-    words = html.unescape(re.sub(r"<[^>]*>", "", ask["output"]["data"][0])).split()[0]
-    call(server, "segment", [None, words, None, 0, 0.5], session)
-    random_image().save(tmp_path / "secret.png")
-    for content, message in (
-        (upload(server, as_png(random_image())), "Expected a drawing of 640 x 640 pixels"),
-        (upload(server, as_png(Image.new("1", (5000, 5000)))), "pixels, more than"),
-        (upload(server, b"no image"), "no readable image"),
+    call(server, "segment", [MODEL, {"path": path}, None, "wheel, tail", None, 0, 0.5], session)
+    size = pages.shown_size(random_image())
+
+    def correct(mask):
+        return call(server, "correct", [None, 0, 0.5], session, event={"index": 0, "mask": mask})
+
+    def address(image):
+        return "data:image/png;base64," + base64.b64encode(as_png(image)).decode()
+
+    for mask, message in (
+        (address(random_image()), f"Expected a mask of {size[0]} x {size[1]} pixels"),
+        (address(Image.new("1", (5000, 5000))), "pixels, more than"),
+        (address(random_image())[:82], "no readable image"),
+        ("data:image/png;base64,?", "cannot be read"),
+        ("/etc/passwd", "Paint on a mask first"),
+        (None, "Paint on a mask first"),
+        ({"path": path}, "Paint on a mask first"),
     ):
-        assert message in call(server, "correct", drawing(str(content)), session)["output"]["error"]
-    assert not call(server, "correct", drawing(str(tmp_path / "secret.png")), session)["success"]
-    mask = upload(server, as_png(Image.new("RGBA", CANVAS, (9, 9, 9, 255))))
-    assert call(server, "correct", drawing(mask), session)["success"]
+        assert message in correct(mask)["output"]["error"]
+    assert correct(address(Image.new("RGBA", size, (9, 9, 9, 255))))["success"]
+    for event in (None, {}, {"index": 0}, {"index": "x", "mask": address(Image.new("RGBA", size))}, {"index": 10**9}):
+        assert not call(server, "correct", [None, 0, 0.5], session, event=event)["success"]
 
 
-def test_a_drawing_that_was_sent_ahead_is_used_once_and_after_the_page_has_changed(server, demo):
-    session = uuid.uuid4().hex
-    path = upload(server, as_png(random_image()))
-    ask = call(server, "ask", [{"path": path}, "Which parts?", 0, 0.5], session)
-    words = html.unescape(re.sub(r"<[^>]*>", "", ask["output"]["data"][0])).split()[0]
-    call(server, "segment", [None, words, None, 0, 0.5], session)
-    assert send_layer(server, type="layer", index="0", id="mine", session_hash=session).status_code == 200
-    sent = [None, 0, {"background": None, "layers": [], "composite": None, "id": "mine"}, 0, 0.5]
-    assert call(server, "correct", sent, session)["success"]
-    assert "paint on it" in call(server, "correct", sent, session)["output"]["error"]
-
-
-def send_layer(server: str, **data) -> httpx.Response:
-    config = httpx.get(f"{server}config").json()
-    (editor,) = (part["id"] for part in config["components"] if part["type"] == "imageeditor")
-    fields = {"component_id": str(editor), "fn_name": "accept_blobs", "session_hash": "s", **data}
-    files = {"file": ("blob", as_png(Image.new("RGBA", CANVAS)))}
-    return httpx.post(f"{server}gradio_api/component_server", data=fields, files=files, timeout=60)
-
-
-def test_drawings_that_are_sent_ahead_are_bounded(server, demo):
-    for number in ("0", "1000000000", "-1", "null", "x"):
-        assert send_layer(server, type="layer", index=number, id=f"drawing {number}").status_code == 200
-    assert list(demo.drawings._layers) == ["drawing 0"]
-    for number in range(demo.drawings.limit):
-        send_layer(server, type="layer", index="1", id=str(number))
-    assert list(demo.drawings._layers) == [str(number) for number in range(demo.drawings.limit)]
+def test_no_message_names_a_place_on_the_server(server, demo):
+    path = upload(server, as_png(random_image())[:100])
+    for file in ({"path": path}, *with_and_without_meta("/etc/passwd"), {"path": "x" * 5000}):
+        message = call(server, "ask", [MODEL, file, "Which parts?", 0, 0.5])
+        assert not message["success"]
+        for secret in (str(demo.uploads), os.getcwd(), "/site-packages/", tempfile.gettempdir()):
+            assert secret not in json.dumps(message)
 
 
 @pytest.mark.parametrize(
     ("function", "data"),
     [
-        ("ask", [None, "Which parts?", 0, 0.5]),
-        ("ask", [[], "Which parts?", 0, 0.5]),
-        ("ask", [{"path": 3}, "Which parts?", 0, 0.5]),
-        ("ask", ["IMAGE", "x" * 10**6, 0, 0.5]),
-        ("ask", ["IMAGE", "Which parts?", -1e308, 0.5]),
-        ("ask", ["IMAGE", "Which parts?", "much", 0.5]),
-        ("ask", ["IMAGE", "Which parts?", 0, 0]),
-        ("ask", ["IMAGE", "Which parts?", 0, 1]),
-        ("ask", ["IMAGE", "Which parts?", 0]),
+        ("ask", [MODEL, None, "Which parts?", 0, 0.5]),
+        ("ask", [MODEL, [], "Which parts?", 0, 0.5]),
+        ("ask", [MODEL, {"path": 3}, "Which parts?", 0, 0.5]),
+        ("ask", [MODEL, "IMAGE", "x" * 10**6, 0, 0.5]),
+        ("ask", [MODEL, "IMAGE", "Which parts?", -1e308, 0.5]),
+        ("ask", [MODEL, "IMAGE", "Which parts?", "much", 0.5]),
+        ("ask", [MODEL, "IMAGE", "Which parts?", 0, 0]),
+        ("ask", [MODEL, "IMAGE", "Which parts?", 0, 1]),
+        ("ask", [MODEL, "IMAGE", "Which parts?", 0]),
+        ("ask", ["absent", "IMAGE", "Which parts?", 0, 0.5]),
         ("ask", []),
-        ("segment", [None, "a wheel", None, 0, 0.5]),
-        ("segment", [{"reply": 1}, "x" * 10**6, [0, 10**9], 0, 0.5]),
+        ("segment", [MODEL, None, None, "a wheel", None, 0, 0.5]),
+        ("segment", [MODEL, "IMAGE", {"reply": 1}, "x" * 10**6, [0, 10**9], 0, 0.5]),
         ("steps", [None, 0, 0.5]),
         ("files", [None, 0, 0.5]),
-        ("open_editor", [None, 10**9, 0, 0.5]),
-        ("correct", [None, 0, {"layers": "x"}, 0, 0.5]),
-        ("benchmark", [1e308]),
-        ("benchmark", ["x"]),
+        ("undo", [None, 0, 0.5]),
+        ("correct", [None, 0, 0.5]),
+        ("benchmark", [MODEL, 1e308]),
+        ("benchmark", [MODEL, "x"]),
+        ("benchmark", ["absent", 1]),
     ],
     ids=lambda value: str(value)[:60],
 )
@@ -371,7 +476,7 @@ def test_a_request_that_makes_no_sense_fails_alone(server, function, data):
     path = upload(server, as_png(random_image()))
     sent = [{"path": path} if item == "IMAGE" else item for item in data]
     assert not call(server, function, sent)["success"]
-    assert call(server, "ask", [{"path": path}, "Which parts?", 0, 0.5])["success"]
+    assert call(server, "ask", [MODEL, {"path": path}, "Which parts?", 0, 0.5])["success"]
 
 
 def test_large_requests_are_refused_before_they_are_read(server):
@@ -404,25 +509,30 @@ def test_only_a_regular_file_of_the_folder_is_an_own_file(tmp_path):
 # ---------------------------------------------------------------- what is kept
 
 
-def test_replies_are_bounded_in_number_and_bytes_and_the_least_recently_used_goes_first(reply):
-    replies = Replies(limit=3, bytes_limit=10 * size_of(reply))
-    tickets = [replies.keep(reply) for _ in range(3)]
-    assert replies.get(tickets[0]) is reply
-    tickets.append(replies.keep(reply))
-    with pytest.raises(DataError, match="no longer kept"):
+@pytest.fixture
+def shown(reply):
+    return Shown(MODEL, reply, len(reply.text))
+
+
+def test_replies_are_bounded_in_number_and_bytes_and_the_least_recently_used_goes_first(shown):
+    replies = Replies(limit=3, bytes_limit=10 * size_of(shown.reply))
+    tickets = [replies.keep(shown) for _ in range(3)]
+    assert replies.get(tickets[0]) is shown
+    tickets.append(replies.keep(shown))
+    with pytest.raises(DataError, match="many people"):
         replies.get(tickets[1])
-    assert all(replies.get(tickets[i]) is reply for i in (0, 2, 3)) and len(replies) == 3
+    assert all(replies.get(tickets[i]) is shown for i in (0, 2, 3)) and len(replies) == 3
 
-    few = Replies(limit=100, bytes_limit=2 * size_of(reply))
-    tickets = [few.keep(reply) for _ in range(5)]
-    assert len(few) == 2 and few.size() <= few.bytes_limit and few.get(tickets[4]) is reply
+    few = Replies(limit=100, bytes_limit=2 * size_of(shown.reply))
+    tickets = [few.keep(shown) for _ in range(5)]
+    assert len(few) == 2 and few.size() <= few.bytes_limit and few.get(tickets[4]) is shown
     none = Replies(limit=100, bytes_limit=0)
-    assert none.get(none.keep(reply)) is reply
+    assert none.get(none.keep(shown)) is shown
 
 
-def test_a_reply_goes_with_its_session(reply):
+def test_a_reply_goes_with_its_session(shown):
     replies = Replies()
-    ticket = replies.keep(reply)
+    ticket = replies.keep(shown)
     assert copy.deepcopy(ticket) is ticket and len(replies) == 1
     del ticket
     gc.collect()
@@ -446,13 +556,13 @@ def test_people_at_once_each_get_the_answer_to_their_own_question(demo, server, 
         path = tmp_path / f"{number}.png"
         random_image(40 + number, 60, seed=number).save(path)
         client = gradio_client.Client(server, verbose=False)
-        page, *_ = client.predict(gradio_client.handle_file(path), f"Part {number}?", 0, 0.5, api_name="/ask")
+        page, *_ = client.predict(MODEL, gradio_client.handle_file(path), f"Part {number}?", 0, 0.5, api_name="/ask")
         return path, page
 
     with concurrent.futures.ThreadPoolExecutor(people) as pool:
         visits = list(pool.map(visit, range(people)))
     for number, (path, page) in enumerate(visits):
-        *_, (expected, *_) = demo.ask(path, f"Part {number}?", *THRESHOLDS)
+        *_, (expected, *_) = demo.ask(MODEL, path, f"Part {number}?", *THRESHOLDS)
         assert page == expected
     assert len({page for _, page in visits}) == people
 
@@ -469,7 +579,7 @@ def test_the_command_serves_the_released_model_and_leaves_no_file_when_it_is_sto
     environment = {**os.environ, "TMPDIR": str(tmp_path / "temporary")}
     with subprocess.Popen(command, env=environment, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
         try:
-            assert any("Running on local URL" in line for line in process.stdout)
+            assert any("is at http://" in line for line in process.stdout)
             client = gradio_client.Client(f"http://127.0.0.1:{port}", verbose=False)
             page, *_ = client.predict(
                 gradio_client.handle_file(tmp_path / "image.png"), "Which?", 0, 0.5, api_name="/ask"
@@ -488,7 +598,7 @@ def test_memory_does_not_grow_with_the_number_of_answers(demo, tmp_path):
     process, sizes = psutil.Process(), []
     for _ in range(20):
         for _ in range(50):  # two calls of the model's segment() each
-            *_, (_, ticket, *_) = demo.ask(tmp_path / "image.png", "Which parts?", *THRESHOLDS)
-            demo.segment(ticket, demo.replies.get(ticket).text.split()[0], None, *THRESHOLDS)
+            *_, (_, ticket, *_) = demo.ask(MODEL, tmp_path / "image.png", "Which parts?", *THRESHOLDS)
+            demo.segment(MODEL, None, ticket, demo.replies.get(ticket).reply.text.split()[0], None, *THRESHOLDS)
         sizes.append(process.memory_info().rss)
     assert sizes[-1] < 1.05 * sizes[4]

@@ -13,12 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageColor
-from scipy.ndimage import distance_transform_edt
+from PIL import Image
+from scipy.ndimage import binary_erosion, distance_transform_edt
 
-from demo.app import BRUSH_COLOUR, DEFAULT_MODEL, Demo, serve
-from plum_partonomy.inference.one_image import load_model
-from plum_partonomy.scoring.benchmark import load_questions
+from demo.app import Demo, serve, shipped_checkpoints
+from demo.checkpoints import describe, load_checkpoints
+from plum_partonomy.inference.one_image import Plum
+from plum_partonomy.scoring.benchmark import load_image, load_questions
+from tests.tiny import tiny_model, tiny_processor
 
 try:
     from playwright import sync_api
@@ -36,19 +38,23 @@ BEYOND_THE_EDGE = """() => [...document.querySelectorAll("body :not(.visually-hi
 }).map((part) => part.outerHTML.slice(0, 200))"""
 
 
+COLOUR_BY_WORD = "spans => spans.map(span => `${span.textContent} ${span.style.getPropertyValue('--colour')}`)"
+
+
 @pytest.fixture(scope="module")
 def address(tmp_path_factory):
     if CHROMIUM is None or sync_api is None:
         pytest.skip("apt-get install chromium; pip install plum-partonomy[browser]")
-    sync_api.expect.set_options(timeout=120_000)
-    _, plum = load_model(os.environ.get("PLUM_DEMO_MODEL", DEFAULT_MODEL))
+    sync_api.expect.set_options(timeout=30_000)
+    names = [os.environ["PLUM_DEMO_MODEL"]] if "PLUM_DEMO_MODEL" in os.environ else shipped_checkpoints()[:1]
+    checkpoints = [*load_checkpoints(names), describe("untrained", Plum(tiny_model(), tiny_processor()))]
     data_dir = str(ROOT / "partonomy" / "mini_questions")
     rows, questions = load_questions("parquet", name="default", split="test", data_dir=data_dir)
     folder = tmp_path_factory.mktemp("demo")
     patch = pytest.MonkeyPatch()
     patch.setenv("GRADIO_TEMP_DIR", str(folder))
-    app = serve(Demo(plum, rows, questions, uploads=folder), prevent_thread_lock=True, quiet=True)
-    rows[EXAMPLE]["image"].save(folder / "upload.png")
+    app = serve(Demo(checkpoints, rows, questions, uploads=folder))
+    load_image(rows, EXAMPLE, questions[EXAMPLE]).save(folder / "upload.png")
     yield app.local_url, folder / "upload.png"
     app.close()
     patch.undo()
@@ -63,7 +69,7 @@ def new_page(request, address):
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
         page = browser.new_page(viewport={"width": request.param, "height": 900})
-        page.set_default_timeout(120_000)
+        page.set_default_timeout(30_000)
         page.on("request", lambda sent: requests.append(sent.url))
         page.goto(address)
         yield page
@@ -89,15 +95,6 @@ def ask(page):
     page.locator(".plum-stage").wait_for()
 
 
-def open_tab(page, name):
-    """Tabs that do not fit on a phone are in a menu."""
-    if not page.get_by_role("tab", name=name).is_visible():
-        page.get_by_label("More tabs").locator("visible=true").last.click()
-        page.get_by_role("button", name=name).or_(page.get_by_role("tab", name=name)).locator("visible=true").click()
-    else:
-        page.get_by_role("tab", name=name).click()
-
-
 def keep(page, name):
     """Nothing of the page is beyond the edge of the screen; and, where pictures are wanted, a picture of it."""
     assert page.evaluate(BEYOND_THE_EDGE) == []
@@ -118,15 +115,6 @@ def select_first_word(page):
             getSelection().addRange(range);
         }"""
     )
-
-
-def wait_for_colour(element, colour):
-    """The brush draws by WebGL, which a page cannot read: what is on the screen counts."""
-    for _ in range(100):
-        pixels = np.asarray(Image.open(io.BytesIO(element.screenshot())).convert("RGB"))
-        if (pixels == ImageColor.getrgb(colour)).all(axis=-1).sum() > 100:
-            return
-    raise AssertionError(f"{colour} never appeared")
 
 
 def addresses_of(page):
@@ -190,7 +178,11 @@ def test_the_picture_isolates_the_mask_under_the_pointer(page):
 def test_all_but_the_upload_is_done_from_the_keyboard(new_page, address):
     page, spans = new_page, new_page.locator(".plum-span")
     upload(page, address[1])
-    press_tab_until_at(page, page.get_by_role("button", name="Ask", exact=True))
+    press_tab_until_at(page, page.get_by_label("Question"))
+    page.keyboard.press("End")
+    page.keyboard.press("Shift+Enter")
+    page.keyboard.type("Name them.")
+    assert page.get_by_label("Question").input_value().endswith("have?\nName them.")
     page.keyboard.press("Enter")
     spans.first.wait_for()
     press_tab_until_at(page, spans.nth(1))
@@ -198,15 +190,20 @@ def test_all_but_the_upload_is_done_from_the_keyboard(new_page, address):
     sync_api.expect(spans.nth(1)).to_have_attribute("aria-pressed", "true")
     page.keyboard.press("Space")
     sync_api.expect(spans.nth(1)).to_have_attribute("aria-pressed", "false")
-    press_tab_until_at(page, page.get_by_label("Words of the answer"))
-    page.keyboard.type(page.locator(".plum-answer").inner_text().split()[0])
+    count = spans.count()
+    press_tab_until_at(page, page.get_by_label("Segment your own words"))
+    page.keyboard.type("flag, water")
     page.keyboard.press("Enter")
-    sync_api.expect(spans.first).to_have_text(page.locator(".plum-answer").inner_text().split()[0])
+    sync_api.expect(spans).to_have_count(count + 2)
+    press_tab_until_at(page, page.get_by_role("button", name="Undo", exact=True))
+    page.keyboard.press("Enter")
+    sync_api.expect(spans).to_have_count(count)
 
 
 def test_sliders_change_spans_and_masks_and_their_last_position_counts(page):
     text, masks, spans = page.locator(".plum-answer").inner_text(), masks_of(page), page.locator(".plum-span")
-    scores = [float(title.removeprefix("score ")) for title in spans.evaluate_all("spans => spans.map(s => s.title)")]
+    scores = [float(score) for score in spans.evaluate_all("spans => spans.map(s => s.dataset.score)")]
+    colours = spans.evaluate_all(COLOUR_BY_WORD)
     page.get_by_role("button", name="Thresholds").click()
 
     def move(name, key):
@@ -216,31 +213,32 @@ def test_sliders_change_spans_and_masks_and_their_last_position_counts(page):
         sync_api.expect(page.locator(".plum-mask").first).not_to_have_attribute("src", before[0])
         return addresses_of(page)
 
-    strictest = move("Mask threshold", "End")
+    strictest = move("Least probability", "End")
     strict = masks_of(page)
-    move("Mask threshold", "Home")
+    move("Least probability", "Home")
     assert (strict <= masks).all() and (masks <= masks_of(page)).all() and strict.sum() < masks_of(page).sum()
     for _ in range(18):
         page.keyboard.press("ArrowRight")
     for index, source in enumerate(strictest):
         sync_api.expect(page.locator(".plum-mask").nth(index)).to_have_attribute("src", source)
 
-    span_threshold = page.get_by_label("range slider for Span threshold")
+    span_threshold = page.get_by_label("range slider for Least score")
     span_threshold.press("End")
     sync_api.expect(spans).to_have_count(0)
-    page.get_by_text("none reaches the span threshold").wait_for()
+    page.get_by_text("No mask has a score of at least 1.00").wait_for()
     span_threshold.press("Home")
     sync_api.expect(spans).to_have_count(len(scores))
     for _ in range(round(100 * min(scores)) + 1):
         page.keyboard.press("ArrowRight")
-    sync_api.expect(page.locator(f".plum-span[title='score {min(scores):.2f}']")).to_have_count(0)
+    sync_api.expect(page.locator(f".plum-span[data-score='{min(scores):.2f}']")).to_have_count(0)
+    assert set(spans.evaluate_all(COLOUR_BY_WORD)) < set(colours)
     assert 0 < spans.count() < len(scores) and page.locator(".plum-answer").inner_text() == text
 
 
 @pytest.mark.parametrize("origin", ["example", "camera"])
 def test_an_example_and_a_picture_of_the_camera_are_asked_about(new_page, origin):
     if origin == "example":
-        new_page.locator(".gallery-item").first.click()
+        new_page.get_by_role("img").locator("visible=true").last.click()
     else:
         new_page.get_by_label("Capture from camera").click()
         new_page.get_by_title("grant webcam access").click()
@@ -253,7 +251,7 @@ def test_an_example_and_a_picture_of_the_camera_are_asked_about(new_page, origin
 def test_selected_words_become_a_span(page):
     before = page.locator(".plum-answer").inner_text()
     select_first_word(page)
-    words = page.get_by_label("Words of the answer")
+    words = page.get_by_label("Segment your own words")
     sync_api.expect(words).not_to_have_value("")
     word = words.input_value()
     page.get_by_role("button", name="Segment", exact=True).click()
@@ -261,17 +259,17 @@ def test_selected_words_become_a_span(page):
     assert page.locator(".plum-answer").inner_text() == before
 
 
-@pytest.mark.parametrize(("tool", "heights"), [("Brush", (0.15, 0.25, 0.35)), ("Erase", (0.5,))])
+@pytest.mark.parametrize(("tool", "heights"), [("Paint", (0.15, 0.25, 0.35)), ("Erase", (0.5,))])
 def test_a_painted_mask_replaces_that_of_the_span_and_those_after_it_follow(page, tool, heights):
     """The first mask of this drawing covers the middle of it, and nothing near the upper edge."""
-    before, sources = masks_of(page)[0], addresses_of(page)
-    open_tab(page, "Correct a mask")
-    page.get_by_label("Mask", exact=True).click()
-    page.get_by_role("option").first.click()
-    canvas = page.locator("canvas").last
+    before, sources = masks_of(page), addresses_of(page)
+    page.locator(".plum-span").first.click()
+    page.get_by_role("button", name="Correct this mask").click()
+    canvas = page.locator(".plum-brush")
+    stage = page.locator(".plum-stage").bounding_box()
+    assert canvas.bounding_box()["width"] == pytest.approx(stage["width"], abs=1)
     canvas.scroll_into_view_if_needed()
-    wait_for_colour(canvas, BRUSH_COLOUR)
-    page.get_by_label(tool, exact=True).click()
+    page.get_by_role("button", name=tool).click()
     box = canvas.bounding_box()
     for height in heights:
         y = box["y"] + height * box["height"]
@@ -279,30 +277,98 @@ def test_a_painted_mask_replaces_that_of_the_span_and_those_after_it_follow(page
         page.mouse.down()
         page.mouse.move(box["x"] + 0.7 * box["width"], y, steps=8)
         page.mouse.up()
+    inside = ink_of(page)
+    assert 0.1 < inside[(inside > 0) & (inside < 1)].mean() < 0.9  # translucent
+    assert (inside[edge_of(before[0])] == 1).all()  # the edge that the mask had
     keep(page, tool.lower())
     page.get_by_role("button", name="Use this mask").click()
-    sync_api.expect(page.locator(".plum-mask").first).not_to_have_attribute("src", sources[0])
-    after = masks_of(page)[0]
-    grown, shrunk = (after & ~before).sum(), (before & ~after).sum()
+    page.get_by_text("Your mask of").wait_for()
+    after = masks_of(page)
+    grown, shrunk = (after[0] & ~before[0]).sum(), (before[0] & ~after[0]).sum()
     assert len(addresses_of(page)) == len(sources)
-    if tool == "Brush":
+    if tool == "Paint":
         assert grown > 2 * shrunk and addresses_of(page)[1:] != sources[1:]
     else:
         assert shrunk > 2 * grown
+    page.mouse.move(0, 0)
+    page.get_by_role("button", name="Show before").click()
+    sync_api.expect(page.locator(".plum-was").first).to_have_css("opacity", "1")
+    sync_api.expect(page.locator(".plum-changed.plum-mask").first).to_have_css("opacity", "0")
+    keep(page, f"after_{tool.lower()}")
+    page.get_by_role("button", name="Undo", exact=True).click()
+    sync_api.expect(page.locator(".plum-mask").first).to_have_attribute("src", sources[0])
+    assert addresses_of(page) == sources
+
+
+def ink_of(page):
+    """Opacity 0..1 of what is painted over the picture: (height, width)."""
+    address = page.locator(".plum-brush").evaluate("canvas => canvas.toDataURL()")
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(address.partition(",")[2]))).getchannel("A")) / 255
+
+
+def edge_of(mask):
+    return mask & ~binary_erosion(mask, np.ones((3, 3)), border_value=1)
+
+
+def test_a_stroke_can_be_taken_back(page):
+    page.locator(".plum-span").first.click()
+    page.get_by_role("button", name="Correct this mask").click()
+    canvas, before = page.locator(".plum-brush"), ink_of(page)
+    canvas.click(position={"x": 20, "y": 20})
+    assert not np.array_equal(ink_of(page), before)
+    page.get_by_role("button", name="Undo stroke").click()
+    assert np.array_equal(ink_of(page), before)
+    page.get_by_role("button", name="Cancel").click()
+    sync_api.expect(canvas).to_be_hidden()
+
+
+def test_the_answer_is_in_view_when_it_comes(page):
+    sync_api.expect(page.locator(".plum-stage")).to_be_in_viewport(ratio=0.5)
+
+
+def test_words_that_no_answer_has_are_segmented_and_colours_stay(page):
+    spans = page.locator(".plum-span")
+    before = spans.evaluate_all(COLOUR_BY_WORD)
+    page.get_by_label("Segment your own words").fill("flag")
+    page.get_by_role("button", name="Segment", exact=True).click()
+    sync_api.expect(spans).to_have_count(len(before) + 1)
+    assert spans.evaluate_all(COLOUR_BY_WORD)[:-1] == before
+    keep(page, "words")
+
+
+def test_an_error_is_a_message_and_what_is_on_the_page_stays_readable(new_page):
+    new_page.get_by_role("button", name="Ask", exact=True).click()
+    placeholder = new_page.locator("#answer .plum-note")
+    sync_api.expect(placeholder).to_have_text("Choose an image first.")
+    box = placeholder.bounding_box()
+    middle = [box["x"] + 5, box["y"] + box["height"] / 2]
+    placeholder.scroll_into_view_if_needed()
+    assert new_page.get_by_text("Error", exact=True).locator("visible=true").count() <= 1, middle
+
+
+def test_one_of_several_models_is_chosen_and_says_what_it_knows(page):
+    about = page.locator(".plum-model")
+    sync_api.expect(about).to_contain_text("It knows drawings")
+    text = page.locator(".plum-answer").inner_text()
+    page.get_by_label("Model", exact=True).click()
+    page.get_by_role("option", name="untrained").click()
+    sync_api.expect(about).to_contain_text("does not say which images it knows")
+    page.get_by_role("button", name="Ask", exact=True).click()
+    sync_api.expect(page.locator(".plum-answer:not([aria-busy])")).not_to_have_text(text)
 
 
 def test_steps_files_and_benchmark_questions_are_shown(page):
     spans = page.locator(".plum-span").count()
-    open_tab(page, "Steps")
-    page.get_by_role("button", name="Show how each mask").click()
+    page.get_by_role("button", name="How each mask follows").click()
+    page.get_by_role("button", name="Show the steps").click()
     sync_api.expect(page.locator(".plum-step")).to_have_count(spans)
     keep(page, "steps")
-    open_tab(page, "Files")
+    page.get_by_role("button", name="Files of these masks").click()
     page.get_by_role("button", name="Make files").click()
     with page.expect_download() as download:
         page.get_by_role("link").filter(has_text="KB").or_(page.locator("a[download='masks.json']")).last.click()
     assert len(json.loads(Path(download.value.path()).read_text())["annotations"]) == spans
-    open_tab(page, "Benchmark")
+    page.get_by_role("tab", name="Benchmark").click()
     page.locator(".plum-choices").wait_for()
     name = page.locator(".plum-note").locator("visible=true").first
     first = name.inner_text()
