@@ -113,7 +113,7 @@ function stroke(event) {
   ink.lineWidth = (Number(element.querySelector(".plum-size").value) * canvas.width) / 640;
   ink.beginPath();
   ink.moveTo(...brush.last);
-  ink.lineTo(...to);
+  ink.lineTo(to[0] + 0.01, to[1]); // a line of no length would draw nothing where the pointer is only pressed
   ink.stroke();
   brush.last = to;
   showInk();
@@ -190,11 +190,17 @@ element.addEventListener("keydown", (event) => {
 document.addEventListener(
   "keydown",
   (event) => {
-    if (event.key !== "Enter" || event.isComposing || !event.target.closest?.("#question")) return;
-    event.stopPropagation();
-    if (event.shiftKey) return;
+    if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+    if (!event.target.closest?.("#question")) return;
     event.preventDefault();
     document.querySelector("#ask").click();
+  },
+  true,
+);
+document.addEventListener(
+  "keypress",
+  (event) => {
+    if (event.key === "Enter" && event.target.closest?.("#question")) event.stopPropagation();
   },
   true,
 );

@@ -175,8 +175,6 @@ def show(plum, reply, options: argparse.Namespace, *, folder: Path | None = None
     answer = finish(plum, reply)
     if warning := warn_of_unknown_image(plum, answer):
         print(f"plum: {warning}", file=sys.stderr)
-    if answer.is_truncated:
-        print("plum: the answer is cut off, it is too long.", file=sys.stderr)
     folder = folder or options.save
     write = partial(save, answer, reply.image, folder, file_name=Path(options.image).name)
     if options.json:
@@ -184,6 +182,8 @@ def show(plum, reply, options: argparse.Namespace, *, folder: Path | None = None
         if folder:
             write()
         return
+    if answer.is_truncated:
+        print("plum: the answer is cut off, it is too long.", file=sys.stderr)
     console = PipedConsole(highlight=False, soft_wrap=True)
     pieces = highlight(answer.text, answer.spans)
     console.print(Text.assemble(*((piece, f"bold {colour}" if colour else "") for piece, colour in pieces)))

@@ -81,7 +81,7 @@ def test_an_answer_off_the_terminal_is_plain_and_its_files_are_named(checkpoint,
     out = capsys.readouterr().out
     assert out.startswith("The object in the image has the following visible parts: tail.\n  tail  score 0.")
     assert "\x1b" not in out and str(folder / "overlay.png") in out
-    assert Image.open(folder / "overlay.png").size == (70, 50)
+    assert max(Image.open(folder / "overlay.png").size) >= 512
     assert np.asarray(Image.open(folder / "01_tail.png")).shape == (50, 70)
 
 
