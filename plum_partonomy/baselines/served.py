@@ -3,34 +3,20 @@
 import base64
 import io
 import os
-import re
 from collections.abc import Sequence
 from typing import Any
 
 import httpx
 from PIL import Image
 
-from plum_partonomy.baselines.vlm import LETTERS, LIST_PROMPT, Messages, letter_question
+from plum_partonomy.baselines.vlm import LIST_PROMPT, Messages
 from plum_partonomy.masks import DataError
+from plum_partonomy.scoring.letters import letter_question, read_letter
 from plum_partonomy.seeding import seeded_generator
 
-__all__ = ["ServedVlm", "read_letter"]
+__all__ = ["ServedVlm"]
 
 TIMEOUT = 120  # seconds for one answer
-
-
-def read_letter(text: str, count: int) -> int | None:
-    """Return the index of the choice whose letter an answer gives, None if it gives none.
-
-    >>> read_letter("B", 5), read_letter("**C.** a hull", 5), read_letter("The answer is (D).", 5)
-    (1, 2, 3)
-    >>> read_letter("I cannot tell.", 5) is None
-    True
-    """
-    letters = LETTERS[:count]
-    first = re.match(rf"[\W_]*([{letters}])(?![\w'])", text)
-    found = first or re.search(rf"(?<![\w'])([{letters}])(?=[).:*]|\s*$)", text)
-    return None if found is None else letters.index(found[1])
 
 
 class ServedVlm:

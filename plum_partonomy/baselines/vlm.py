@@ -22,31 +22,16 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from plum_partonomy.masks import DataError
+from plum_partonomy.scoring.letters import LETTERS, letter_question
 
-__all__ = ["LETTER_PROMPT", "LIST_PROMPT", "Vlm", "letter_question"]
+__all__ = ["LIST_PROMPT", "Vlm"]
 
 Messages = Sequence[dict[str, str]]
 Reduction = Literal["sequence_mean", "answer_mean", "answer_sum"]
 ChoicesBy = Literal["likelihood", "letter"]
 
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-LETTER_PROMPT = "Answer with the letter of the correct choice only."
 LIST_PROMPT = "Answer with the names of the parts only, separated by commas."
 PROBE: Messages = [{"role": "user", "content": "?"}]
-
-
-def letter_question(messages: Messages, choices: Sequence[str]) -> list[dict[str, str]]:
-    """Return the messages with the choices in the last one, a letter before each.
-
-    >>> print(letter_question([{"role": "user", "content": "Which?"}], ["hull", "mast"])[0]["content"])
-    Which?
-    A. hull
-    B. mast
-    Answer with the letter of the correct choice only.
-    """
-    listed = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=False)]
-    content = "\n".join([messages[-1]["content"], *listed, LETTER_PROMPT])
-    return [*messages[:-1], {"role": "user", "content": content}]
 
 
 @dataclass(frozen=True)

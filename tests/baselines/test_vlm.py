@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 
 from plum_partonomy.baselines.served import ServedVlm
-from plum_partonomy.baselines.vlm import LETTERS, LIST_PROMPT, Vlm, letter_question
+from plum_partonomy.baselines.vlm import LIST_PROMPT, Vlm
 from plum_partonomy.masks import DataError
+from plum_partonomy.scoring.letters import LETTERS, letter_question
 from tests.baselines.tiny_models import tiny_gemma3, tiny_qwen3vl
 from tests.tiny import random_image
 

@@ -1,0 +1,232 @@
+"""What the yaml files of tasks/ call: a question as messages, a reply as a prediction, addends as a metric.
+
+A reply of a model is plain text, or the JSON of lmms-eval's `saco` tasks with labels and an answer added:
+
+    {"answer": "It has a hull.", "labels": ["hull"], "masks": [{"size": [128, 128], "counts": "Pm2..."}],
+     "boxes": [[8, 40, 120, 96]], "scores": [0.97]}
+
+`labels` name the masks, one each; `answer` and `boxes` may be left out. Metrics are those of evaluate_plum.py: each
+question gives its addends, and the aggregation takes the ratio of their sums.
+"""
+
+import ast
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+import partonomy_dataset  # noqa: F401  registers the data set that the tasks load
+from plum_partonomy.baselines.model import ask
+from plum_partonomy.baselines.plain_text import find_parts
+from plum_partonomy.masks import DataError, validate_rle
+from plum_partonomy.questions.spans import tag_phrases
+from plum_partonomy.records import QUESTION_TYPES, PartMask, Question
+from plum_partonomy.scoring.bootstrap import FIGURES, Tally, summarise
+from plum_partonomy.scoring.letters import letter_question, read_letter
+from plum_partonomy.scoring.metrics import tally
+from plum_partonomy.scoring.predictions import Prediction, SpanMask
+
+Doc = dict[str, Any]
+Addends = dict[str, Any]
+ANSWER_METRICS = (
+    *(f"generated_part_{name}" for name in ("precision", "recall", "f1")),
+    "generated_exact",
+    "end_to_end_giou",
+)
+MASK_METRICS = (
+    *(f"strict_{name}" for name in ("macro_giou", "micro_giou", "ciou")),
+    "ap50",
+    "reference_macro_giou",
+    "reference_micro_giou",
+)
+CHOICE_METRICS = ("choice_accuracy", "part_precision", "part_recall", "part_f1")
+ONLY = "only_"
+UNREADABLE = "unreadable"
+"""Metric: share of the replies with masks of another size, without a letter, or with JSON of another form; each counts
+as an answer that finds nothing."""
+
+
+def as_question(doc: Doc) -> Question:
+    """Return the question of a record, without its image."""
+    masks = [PartMask(**mask) for mask in doc["masks"]]
+    return Question(
+        **{name: value for name, value in doc.items() if name not in ("image", "masks")}, image=None, masks=masks
+    )
+
+
+# ---------------------------------------------------------------- questions
+
+
+def messages_of(doc: Doc) -> list[dict[str, Any]]:
+    """Return the part question, after what was asked before it."""
+    return _with_image(doc, ask(as_question(doc)))
+
+
+def messages_with_answer(doc: Doc) -> list[dict[str, Any]]:
+    """Return the part question and its correct answer, whose parts stand in span tags: those are to be segmented."""
+    question = as_question(doc)
+    parts = question.choice_parts[question.correct]
+    answer = tag_phrases(question.choices[question.correct], parts)
+    return _with_image(doc, [*ask(question), {"role": "assistant", "content": answer}])
+
+
+def messages_with_letters(doc: Doc) -> list[dict[str, Any]]:
+    """Return the part question with its choices, a letter before each."""
+    question = as_question(doc)
+    return _with_image(doc, letter_question(ask(question), question.choices))
+
+
+def _with_image(doc: Doc, messages: Sequence[dict[str, str]]) -> list[dict[str, Any]]:
+    chat = [{"role": m["role"], "content": [{"type": "text", "text": m["content"]}]} for m in messages]
+    chat[0]["content"].insert(0, {"type": "image", "url": image_of(doc)[0]})
+    return chat
+
+
+def text_of(doc: Doc) -> str:
+    """Return the question for models that get one text; what was asked before it stands in front."""
+    return "\n".join(message["content"] for message in ask(as_question(doc)))
+
+
+def text_with_letters(doc: Doc) -> str:
+    question = as_question(doc)
+    return "\n".join(message["content"] for message in letter_question(ask(question), question.choices))
+
+
+def text_with_answer(doc: Doc) -> str:
+    question = as_question(doc)
+    parts = question.choice_parts[question.correct]
+    return f"{text_of(doc)}\n{tag_phrases(question.choices[question.correct], parts)}"
+
+
+def image_of(doc: Doc) -> list[Any]:
+    """Return the image as RGB, in a list; nothing where lmms-eval left it out of the record."""
+    return [doc["image"].convert("RGB")] if "image" in doc else [None]
+
+
+def choices_of(doc: Doc) -> list[str]:
+    return doc["choices"]
+
+
+def target_of(doc: Doc) -> str:
+    return doc["choices"][doc["correct"]]
+
+
+# ---------------------------------------------------------------- replies
+
+
+def score_answer(doc: Doc, results: Sequence[str]) -> dict[str, Addends]:
+    """Return the addends of the model's own answer."""
+    question = as_question(doc)
+    text, spans, unreadable = read_reply(results[0], question)
+    parts = None
+    if spans is None:
+        known = {part for choice in question.choice_parts for part in choice}
+        parts = [name for name, _, _ in find_parts(text, known)]
+    fields = {"generated_text": text, "generated_spans": spans, "generated_parts": parts}
+    return _addends(question, ANSWER_METRICS, **fields) | {UNREADABLE: {"ratio": (int(unreadable), 1)}}
+
+
+def score_masks(doc: Doc, results: Sequence[str]) -> dict[str, Addends]:
+    """Return the addends of the masks of the correct answer."""
+    question = as_question(doc)
+    _, spans, unreadable = read_reply(results[0], question)
+    unread = {UNREADABLE: {"ratio": (int(unreadable or spans is None), 1)}}
+    return _addends(question, MASK_METRICS, given_spans=spans or []) | unread
+
+
+def score_letter(doc: Doc, results: Sequence[str]) -> dict[str, Addends]:
+    """Return the addends of a chosen letter; a reply without one is wrong."""
+    question = as_question(doc)
+    index = read_letter(results[0], len(question.choices))
+    chosen = (question.correct + 1) % len(question.choices) if index is None else index
+    scores = [float(position != chosen) for position in range(len(question.choices))]
+    unread = {UNREADABLE: {"ratio": (int(index is None), 1)}}
+    return _addends(question, CHOICE_METRICS, choice_scores=scores) | unread
+
+
+def score_choices(doc: Doc, results: Sequence[tuple[float, bool] | str]) -> dict[str, Addends]:
+    """Return the addends of the choice with the smallest loss, which is what lmms-eval's models return.
+
+    lmms-eval 0.7.3 hands on what a model returned, (loss, is greedy), as its text.
+    """
+    pairs = [ast.literal_eval(result) if isinstance(result, str) else result for result in results]
+    return _addends(as_question(doc), CHOICE_METRICS, choice_scores=[float(loss) for loss, _ in pairs])
+
+
+def read_reply(reply: str, question: Question) -> tuple[str, list[SpanMask] | None, bool]:
+    """Return the answer of a reply, its masks (None if it is plain text), and whether it could not be read."""
+    if not reply.lstrip().startswith("{"):
+        return reply, None, False
+    try:
+        record = json.loads(reply)
+        masks, labels = record["masks"], record["labels"]
+        scores = record.get("scores") or [1.0] * len(masks)
+        size = tuple(question.masks[0].rle["size"])
+        spans = [
+            SpanMask(
+                text=str(label),
+                start=0,
+                end=0,
+                rle=validate_rle(mask, expected_size=size, where=f"question {question.id!r}"),
+                score=float(score),
+            )
+            for label, mask, score in zip(labels, masks, scores, strict=True)
+        ]
+        if not np.isfinite([span.score for span in spans]).all():
+            raise ValueError(f"question {question.id!r}: scores must be finite")
+        return str(record.get("answer", "")), spans, False
+    except (ValueError, KeyError, TypeError, AttributeError):  # DataError is a ValueError
+        return reply, [], True
+
+
+def _addends(question: Question, metrics: Sequence[str], **fields: Any) -> dict[str, Addends]:
+    """What one question adds to each of the metrics that it has something to say to, ready for JSON."""
+    empty = dict.fromkeys(("choice_scores", "given_spans", "generated_text", "generated_spans"))
+    fields = {**empty, "true_tags": None, "predicted_tags": None, **fields}
+    prediction = Prediction(question_id=question.id, image_id=question.image_id, **fields)
+    found = tally(question, prediction, mask_source="gt_answer")
+    addends: dict[str, Addends] = {name: {"ratio": found.ratios[name]} for name in metrics if name in found.ratios}
+    if "ap50" in metrics:
+        addends["ap50"] = {"detections": found.detections, "true_masks": found.true_masks}
+    return addends
+
+
+# ---------------------------------------------------------------- metrics and subsets by name
+
+
+def _aggregation(name: str) -> Callable[[Sequence[Addends]], float | None]:
+    def aggregate(items: Sequence[Addends]) -> float | None:
+        if name == UNREADABLE:
+            return sum(item["ratio"][0] for item in items) / len(items)
+        tallies = [
+            Tally(
+                ratios={name: tuple(item["ratio"])} if "ratio" in item else {},
+                detections=[tuple(detection) for detection in item.get("detections", ())],
+                true_masks=item.get("true_masks", 0),
+            )
+            for item in items
+        ]
+        return summarise(tallies)[name]
+
+    return aggregate
+
+
+def _subset(question_type: str) -> Callable[[Any], Any]:
+    def subset(rows: Any) -> Any:
+        types = rows["question_type"]
+        return rows.select([index for index, found in enumerate(types) if found == question_type])
+
+    return subset
+
+
+def __getattr__(name: str) -> Callable:
+    """The aggregation of a metric, `choice_accuracy`, and the questions of one type, `only_identification`."""
+    if name in FIGURES or name == UNREADABLE:
+        return _aggregation(name)
+    if name.startswith(ONLY) and name.removeprefix(ONLY) in QUESTION_TYPES:
+        return _subset(name.removeprefix(ONLY))
+    if name.startswith("__"):
+        raise AttributeError(name)
+    known = ", ".join((*FIGURES, UNREADABLE))
+    raise DataError(f"A task asks for {name!r}, which is no function of {__name__} and no metric; known are {known}.")
