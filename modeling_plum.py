@@ -119,6 +119,8 @@ except ImportError:
     from vision_plum import PlumVision
 
 # Positions whose logits over the vocabulary are held at once where only their loss is asked for.
+AUTO_CLASSES = ("AutoModelForImageTextToText", "AutoModelForMultimodalLM")
+"""Auto classes that load a checkpoint, beside AutoModel."""
 LOGIT_ROWS = 64
 
 
@@ -350,9 +352,9 @@ class PlumForConditionalGeneration(PlumVision, PlumMaskDecoding, PlumPreTrainedM
         if self.generation_config.max_new_tokens is None:
             self.generation_config.max_length = None
             self.generation_config.max_new_tokens = DEFAULT_MAX_NEW_TOKENS
-        # transformers records one auto class per model; this one answers to two.
+        # transformers records one auto class per model; this one answers to three.
         auto_map = getattr(self.config, "auto_map", None) or {}
-        self.config.auto_map = auto_map | {"AutoModelForImageTextToText": f"modeling_plum.{type(self).__name__}"}
+        self.config.auto_map = auto_map | dict.fromkeys(AUTO_CLASSES, f"modeling_plum.{type(self).__name__}")
         self.config.custom_pipelines = CUSTOM_PIPELINES
         super().save_pretrained(save_directory, save_original_format=save_original_format, **kwargs)
 

@@ -1,7 +1,8 @@
 """
 Puts a checkpoint, a data set, a metric or a demo on the Hub, once it has been found to load from its folder:
 
-    python scripts/push_to_hub.py model runs/mine --repo_id user/plum --metrics runs/eval/metrics.json
+    python scripts/push_to_hub.py model runs/mine --repo_id user/plum --metrics runs/eval/metrics.json \\
+        --benchmark user/partonomy
     python scripts/push_to_hub.py dataset partonomy --repo_id user/partonomy
     python scripts/push_to_hub.py metrics metrics/partonomy_masks --repo_id user/partonomy_masks
     python scripts/push_to_hub.py space runs/space --repo_id user/plum-demo
@@ -12,6 +13,7 @@ command repeats an upload that was interrupted; what has arrived is not sent aga
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -26,15 +28,19 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import filter_repo_objects
 from transformers import AutoModel, AutoProcessor
 
+from plum_partonomy.hub import handler
+from plum_partonomy.hub.eval_results import check_eval_yaml, eval_results_file, make_eval_results, make_eval_yaml
 from plum_partonomy.hub.model_card import CURVES_FILE, RECIPE_FILE, make_model_card
 from plum_partonomy.inference.checkpoint import check_checkpoint
 from plum_partonomy.scoring.results import fingerprint_model
+
+EVAL_FILE = "eval.yaml"
 
 # What a repository holds of a folder. Optimizer states and pickled arguments stay at home.
 MODEL_FILES = ["config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json"]
 MODEL_FILES += ["*.py", "*.jinja", "processor_config.json", "tokenizer*", "special_tokens_map.json", "vocab.json"]
 MODEL_FILES += ["merges.txt", RECIPE_FILE, CURVES_FILE]
-DATASET_FILES = ["README.md", "SHA256SUMS", "errors.jsonl", "**/*.parquet", "**/*.json"]
+DATASET_FILES = ["README.md", EVAL_FILE, "SHA256SUMS", "errors.jsonl", "**/*.parquet", "**/*.json"]
 SPACE_FILES = ["README.md", "**/*.py", "requirements.txt", "packages.txt", "**/*.json", "**/*.css", "**/*.js"]
 SPACE_FILES += ["**/*.png", "checkpoints/**"]
 
@@ -58,6 +64,11 @@ def prepare_model(folder: Path, arguments: argparse.Namespace) -> None:
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
     if processor.image_token_id != model.config.vlm_config.image_token_id:
         raise PushError(f"The processor of {folder} has another image token than its model.")
+    shutil.copy(handler.__file__, folder / "handler.py")
+    if arguments.benchmark is not None:
+        if arguments.metrics is None:
+            raise PushError("--benchmark names where the results of --metrics belong: give both.")
+        make_eval_results(arguments.metrics, benchmark=arguments.benchmark)
     measured = (arguments.metrics or {}).get("run", {}).get("model_fingerprint")
     if arguments.metrics and measured != fingerprint_model(arguments.folder):
         raise PushError(f"The metrics are not those of {folder}: it has changed since, or they are another model's.")
@@ -65,9 +76,15 @@ def prepare_model(folder: Path, arguments: argparse.Namespace) -> None:
 
 def prepare_dataset(folder: Path, arguments: argparse.Namespace) -> None:
     """`PushError` unless the card names files that give records, in every configuration and split."""
-    configs = DatasetCard.load(folder / "README.md").data.to_dict().get("configs") or []
+    card = DatasetCard.load(folder / "README.md").data.to_dict()
+    configs = card.get("configs") or []
     if not configs:
         raise PushError(f"{folder / 'README.md'} names no configs in its metadata.")
+    names = [config["config_name"] for config in configs]
+    if (folder / EVAL_FILE).exists():
+        check_eval_yaml((folder / EVAL_FILE).read_text(encoding="utf-8"), configs=names)
+    elif any(name == "core" or name.endswith("_questions") for name in names):
+        (folder / EVAL_FILE).write_text(make_eval_yaml(card.get("pretty_name") or "PARTONOMY", names))
     for config in configs:
         name = config["config_name"]
         for split, records in datasets.load_dataset(str(folder), name, streaming=True).items():
@@ -138,6 +155,10 @@ def push(folder: Path, arguments: argparse.Namespace) -> None:
         # The card comes after the commit that it names: the one with the weights and the code that were loaded above.
         card = model_card(arguments, revision=commit.oid)
         api.upload_file(**where, path_or_fileobj=str(card).encode(), path_in_repo="README.md", revision=branch)
+        if arguments.benchmark is not None:
+            results = make_eval_results(arguments.metrics, benchmark=arguments.benchmark)
+            place = eval_results_file(arguments.metrics)
+            api.upload_file(**where, path_or_fileobj=results.encode(), path_in_repo=place, revision=branch)
 
 
 def model_card(arguments: argparse.Namespace, *, revision: str) -> RepoCard:
@@ -166,6 +187,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         options.add_argument("--dry_run", action="store_true", help="check and list, push nothing")
         if kind == "model":
             options.add_argument("--metrics", type=read_metrics, help="metrics.json of its evaluation, for the card")
+            options.add_argument(
+                "--benchmark", help="data set on the Hub whose leaderboard gets --metrics, in .eval_results/"
+            )
             options.add_argument("--license", help="of the weights, where they are not trained from scratch")
     return parser.parse_args(argv)
 
@@ -187,6 +211,9 @@ def main(argv: list[str]) -> None:
             print(f"{path.stat().st_size:>14,}  {path.relative_to(folder)}")
         if arguments.kind == "model":
             print(model_card(arguments, revision="COMMIT"))
+            if arguments.benchmark is not None:
+                print(f"\n{eval_results_file(arguments.metrics)}")
+                print(make_eval_results(arguments.metrics, benchmark=arguments.benchmark))
 
 
 if __name__ == "__main__":

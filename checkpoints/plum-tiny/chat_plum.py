@@ -21,9 +21,12 @@ DEFAULT_CHAT_TEMPLATE = """\
 {%- for part in message.content if part.type == 'text' -%}{{- part.text -}}{%- endfor -%}
 {{- ' ' -}}
 {%- elif message.role == 'assistant' -%}
-{{- 'ASSISTANT: ' -}}
+{{- 'ASSISTANT:' -}}
+{%- generation -%}
+{{- ' ' -}}
 {%- for part in message.content if part.type == 'text' -%}{{- part.text -}}{%- endfor -%}
 {{- eos_token -}}
+{%- endgeneration -%}
 {%- elif message.role == 'system' and loop.first -%}
 {%- for part in message.content if part.type == 'text' -%}{{- part.text -}}{%- endfor -%}
 {{- ' ' -}}

@@ -18,6 +18,7 @@ from plum_partonomy.scoring.corrections import METRICS as CORRECTION_METRICS
 RECIPE_FILE, TRAINER_STATE_FILE, CURVES_FILE = "recipe.yaml", "trainer_state.json", "training_curves.png"
 PRIVATE_OPTIONS = ("output_dir", "data_dir", "logging_dir", "resume_from_checkpoint", "hub_token")
 PAPER = "https://arxiv.org/abs/2505.20759"
+TASK = "grounded-image-text-to-text"  # of the pipeline that a checkpoint brings along
 LICENSE = "apache-2.0"  # of the code and of the drawings, so of whatever is trained from them alone
 FIGURES = {
     "strict_macro_giou": "gIoU, macro, strict (masks of the correct answer)",
@@ -171,7 +172,7 @@ def make_model_card(
         license=license or (LICENSE if drawn else None),
         library_name="transformers",
         pipeline_tag="image-text-to-text",
-        tags=["custom_code", "plum", "image-segmentation", "part-segmentation", "arxiv:2505.20759"],
+        tags=["custom_code", "plum", TASK, "image-segmentation", "part-segmentation", "arxiv:2505.20759"],
         base_model=bases or None,
         datasets=[recipe["dataset"]] if _is_on_the_hub(recipe.get("dataset")) else None,
         model_name=name,

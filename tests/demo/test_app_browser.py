@@ -211,7 +211,8 @@ def test_sliders_change_spans_and_masks_and_their_last_position_counts(page):
         before = addresses_of(page)
         page.get_by_label(f"range slider for {name}").press(key)
         page.wait_for_function(
-            "before => [...document.querySelectorAll('.plum-mask')].some((mask, n) => mask.src !== before[n])", arg=before
+            "before => [...document.querySelectorAll('.plum-mask')].some((mask, n) => mask.src !== before[n])",
+            arg=before,
         )
         return addresses_of(page)
 

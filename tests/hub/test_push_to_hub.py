@@ -9,10 +9,13 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from huggingface_hub import ModelCard
+import yaml
+from huggingface_hub import ModelCard, parse_eval_result_entries
 
 from plum_partonomy.hub.model_card import write_recipe
+from plum_partonomy.scoring.results import fingerprint_model
 from scripts.push_to_hub import DATASET_FILES, PushError, main, stage
+from tests.hub.test_eval_results import measured
 from tests.hub_stub import HubStub
 from tests.tiny import tiny_model, tiny_processor
 
@@ -112,8 +115,11 @@ def hub():
 def pushed(hub, checkpoint, space, tmp_path_factory) -> subprocess.CompletedProcess:
     """Every kind pushed once, the model as well without effect, interrupted and again."""
     model = ["model", str(checkpoint), "--repo_id", "user/plum", "--revision", "v1"]
+    metrics = tmp_path_factory.mktemp("evaluation") / "metrics.json"
+    metrics.write_text(json.dumps(measured(model_fingerprint=fingerprint_model(checkpoint))))
+    model += ["--metrics", str(metrics), "--benchmark", "user/partonomy"]
     commands = [
-        [*model[:3], "user/dry", "--dry_run"],
+        [*model[:3], "user/dry", *model[4:], "--dry_run"],
         model,
         model,
         ["dataset", str(ROOT / "partonomy"), "--repo_id", "user/partonomy"],
@@ -201,6 +207,17 @@ def test_fresh_processes_read_everything_back_and_then_offline_without_a_request
     assert len(hub.requests) == asked
 
 
+def test_results_lie_where_the_hub_looks_for_them(hub, pushed):
+    files = hub.files("model", "user/plum", "v1")
+    entries = parse_eval_result_entries(yaml.safe_load(files[".eval_results/mini_questions.yaml"]))
+    tasks = {task["id"] for task in yaml.safe_load(hub.files("dataset", "user/partonomy")["eval.yaml"])["tasks"]}
+    assert {entry.task_id for entry in entries} <= tasks and {entry.dataset_id for entry in entries} == {
+        "user/partonomy"
+    }
+    assert ".eval_results/mini_questions.yaml" in pushed.stdout  # of the dry run
+    assert "EndpointHandler" in files["handler.py"].decode()
+
+
 def _lacking_a_tensor(folder: Path) -> list[str]:
     model, other = tiny_model(), tiny_model(mask_feedback=False)
     model.save_pretrained(folder)
@@ -214,6 +231,12 @@ def _with_figures_of_another_model(folder: Path) -> list[str]:
     tiny_processor().save_pretrained(folder)
     (folder.parent / "metrics.json").write_text(json.dumps({"overall": {}, "run": {"model_fingerprint": "another"}}))
     return ["model", str(folder), "--repo_id", "user/plum", "--metrics", str(folder.parent / "metrics.json")]
+
+
+def _with_a_benchmark_alone(folder: Path) -> list[str]:
+    tiny_model().save_pretrained(folder)
+    tiny_processor().save_pretrained(folder)
+    return ["model", str(folder), "--repo_id", "user/plum", "--benchmark", "user/partonomy"]
 
 
 def _without_records(folder: Path) -> list[str]:
@@ -237,6 +260,7 @@ def _with_an_app_that_fails(folder: Path) -> list[str]:
     [
         (_lacking_a_tensor, "asks for .* parameters, the weights hold"),
         (_with_figures_of_another_model, "The metrics are not those of .*mine"),
+        (_with_a_benchmark_alone, "--benchmark names where the results of --metrics belong"),
         (_without_records, "mine/README.md names no configs"),
         (_of_another_name, "looks for masks.py, which .*mine does not hold"),
         (_with_an_app_that_fails, "mine/app.py does not start: ModuleNotFoundError: .*no_such_package"),

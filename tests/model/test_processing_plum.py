@@ -10,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from pycocotools import mask as coco_mask
+from transformers.utils.chat_template_utils import render_jinja_template
 
+from chat_plum import DEFAULT_CHAT_TEMPLATE, find_answers
 from masks_plum import to_binary_mask
 from processing_plum import PlumProcessor, parse_span_tags
 from tests.tiny import conversation, random_image, random_mask, tiny_model, tiny_processor
@@ -472,3 +474,17 @@ def test_a_tokenizer_without_the_image_token_is_refused():
     tokenizer = copy.deepcopy(processor.tokenizer)
     with pytest.raises(ValueError, match="no token '<picture>'"):
         PlumProcessor(processor.sam_image_processor, processor.sam_image_processor, tokenizer, image_token="<picture>")
+
+
+def test_generation_blocks_of_the_template_are_where_answers_are_located():
+    template, variables = DEFAULT_CHAT_TEMPLATE, {"image_token": "<image>", "eos_token": "</s>"}
+    texts = ["What?", "A <p>wing</p>.", "And that?", "A tail.\n"]
+    messages = [
+        {"role": role, "content": [{"type": "text", "text": text}]}
+        for role, text in zip(["user", "assistant"] * 2, texts, strict=True)
+    ]
+    (rendered,), (marked,) = render_jinja_template(
+        [messages], chat_template=template, return_assistant_tokens_mask=True, **variables
+    )
+    assert list(map(tuple, marked)) == find_answers(messages, rendered, template, variables)
+    assert [rendered[start:end] for start, end in marked] == [" A <p>wing</p>.</s>", " A tail.\n</s>"]
