@@ -59,6 +59,7 @@ class EvaluationArguments:
         "correction",
         "referring",
         "reasoning",
+        "instructed_parts",
         "generalized_referring",
         "semantic_parts",
         "gqa",

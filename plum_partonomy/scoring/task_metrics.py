@@ -2,7 +2,9 @@
 
 referring, reasoning    gIoU, the mean over questions of the IoU, and cIoU, the sum of intersections over the sum of
                         unions (LISA, arXiv 2308.00692, section 5.1); nothing found where nothing is meant counts 1
-generalized_referring   the same, and N-acc and T-acc, the shares of questions that mean nothing (something) for
+instructed_parts        the same, and P@50, the share of questions with an IoU of at least 0.5 (InstructPart, arXiv
+                        2505.18291)
+generalized_referring   gIoU and cIoU, and N-acc and T-acc, the shares of questions that mean nothing (something) for
                         which nothing (something) is found (GRES, arXiv 2306.00968, section 3)
 semantic_parts          mIoU: intersections over unions of a class summed over questions, then the mean over classes
 gqa                     exact match, but for case, surrounding blanks and a full stop
@@ -25,6 +27,7 @@ __all__ = ["TASKS", "class_name", "mask_ratios", "says_yes", "soft_accuracy", "s
 MASK_TASKS = {
     "referring": ("giou", "ciou"),
     "reasoning": ("giou", "ciou"),
+    "instructed_parts": ("giou", "ciou", "p50"),
     "generalized_referring": ("giou", "ciou", "n_acc", "t_acc"),
     "semantic_parts": ("miou",),
 }
@@ -58,6 +61,8 @@ def mask_ratios(task: str, predicted: Sequence[RLE], true: Sequence[RLE], *, lab
     if task == "semantic_parts":
         return {} if label is None else {class_name(label): (both, united)}
     ratios: dict[str, Ratio] = {"giou": (both / united if united else 1.0, 1), "ciou": (both, united)}
+    if task == "instructed_parts":
+        ratios["p50"] = (ratios["giou"][0] >= 0.5, 1)
     if task == "generalized_referring":
         found = any(area(rle) for rle in predicted)
         ratios |= {"t_acc": (found, 1)} if true else {"n_acc": (not found, 1)}

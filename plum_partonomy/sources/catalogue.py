@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import ClassVar, Protocol
 
 from plum_partonomy.records import GroundedConversation
+from plum_partonomy.sources.instructpart import InstructPart, InstructPartNames
 from plum_partonomy.sources.label_maps import Ade20k, CocoStuff, Mapillary
 from plum_partonomy.sources.llava import LlavaInstruct, LlavaMixture
 from plum_partonomy.sources.paco_lvis import PacoLvis
@@ -74,6 +75,8 @@ SOURCES: dict[str, type[Source]] = {
         RefClef,
         GRefCoco,
         ReasonSeg,
+        InstructPart,
+        InstructPartNames,
         LlavaInstruct,
         LlavaMixture,
         CoreConversations,

@@ -13,6 +13,7 @@ from plum_partonomy.evaluation.tasks import evaluate_task
 from plum_partonomy.features import GROUNDED_CONVERSATION_FEATURES
 from plum_partonomy.masks import DataError, encode
 from plum_partonomy.scoring.tasks import load_task_questions, read_task_answers
+from tests.sources.test_instructpart import HANDLE, instructpart_folder
 from tests.tiny import tiny_model, tiny_processor
 
 SIZE = (4, 6)
@@ -180,3 +181,18 @@ def test_records_of_another_kind_and_models_are_refused(conversations, tmp_path)
         load_task_questions("gqa", conversations, name="default", split="test")
     with pytest.raises(DataError, match="--task gqa scores a --model or --predictions of the format jsonl"):
         EvaluationArguments(output_dir="o", task="gqa", baseline="random")
+
+
+def test_instructed_parts_are_scored_from_the_folder_of_their_publishers(tmp_path):
+    folder = instructpart_folder(tmp_path / "data")
+    name = "test-cup1-coffee_cup-handle-0"
+    options = {"name": "instructpart", "split": "test", "data_dir": str(folder), "dataset": "partonomy"}
+    records = [{"id": name, "masks": [{"part": "handle", "rle": encode(HANDLE[:, ::-1] | HANDLE)}]}]
+    path = write(tmp_path / "answers.jsonl", records)
+    evaluate_task(
+        EvaluationArguments(
+            output_dir=str(tmp_path / "run"), task="instructed_parts", predictions=str(path), **options
+        )
+    )
+    overall = json.loads((tmp_path / "run" / "metrics.json").read_text())["overall"]
+    assert overall == {"n": 1, "photographs": 1, "giou": 0.5, "ciou": 0.5, "p50": 1.0}

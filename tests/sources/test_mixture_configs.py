@@ -29,6 +29,7 @@ from tests.sources.test_coco import (
     pascal_folder,
     write,
 )
+from tests.sources.test_instructpart import instructpart_folder
 from tests.sources.test_label_maps import ade20k_folder, coco_stuff_folder, mapillary_folder
 from tests.sources.test_official_and_descriptor import official_folder, official_record
 from tests.sources.test_referring import DOG, encode, grefcoco_folder, refcoco_folder, reference, referring_folder
@@ -55,6 +56,8 @@ FOLDERS: dict[str, Callable[[Path], Path]] = {
     "refclef": lambda folder: referring_folder(folder, RefClef, [reference(0, 1, "dog")], [encode(DOG)]),
     "grefcoco": grefcoco_folder,
     "reasonseg": reasonseg_folder,
+    "instructpart": instructpart_folder,
+    "instructpart_names": instructpart_folder,
     "llava_instruct_150k": lambda folder: llava_folder(folder, INSTRUCT, LlavaInstruct),
     "llava_v1_5_mix665k": lambda folder: llava_folder(folder, MIXTURE),
     "core_conversations": lambda folder: official_folder(folder, official_record()),
