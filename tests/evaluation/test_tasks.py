@@ -186,13 +186,10 @@ def test_records_of_another_kind_and_models_are_refused(conversations, tmp_path)
 def test_instructed_parts_are_scored_from_the_folder_of_their_publishers(tmp_path):
     folder = instructpart_folder(tmp_path / "data")
     name = "test-cup1-coffee_cup-handle-0"
-    options = {"name": "instructpart", "split": "test", "data_dir": str(folder), "dataset": "partonomy"}
     records = [{"id": name, "masks": [{"part": "handle", "rle": encode(HANDLE[:, ::-1] | HANDLE)}]}]
     path = write(tmp_path / "answers.jsonl", records)
-    evaluate_task(
-        EvaluationArguments(
-            output_dir=str(tmp_path / "run"), task="instructed_parts", predictions=str(path), **options
-        )
-    )
+    options = {"name": "instructpart", "split": "test", "data_dir": str(folder), "predictions": str(path)}
+    asked = EvaluationArguments(output_dir=str(tmp_path / "run"), task="instructed_parts", **options)
+    evaluate_task(asked, data_dir=str(folder))
     overall = json.loads((tmp_path / "run" / "metrics.json").read_text())["overall"]
     assert overall == {"n": 1, "photographs": 1, "giou": 0.5, "ciou": 0.5, "p50": 1.0}
