@@ -2,8 +2,7 @@
 
     python scripts/published_table.py runs/core/metrics.json runs/other/metrics.json
 
-Published figures are those of the authors' project page (https://wjdghks950.github.io/partonomy.github.io, commit
-5f8cb9c of its repository), which takes them from Table 2 of the paper (arXiv 2505.20759): micro / macro, in percent.
+Published figures are those of plum_partonomy/scoring/published.py: micro / macro, in percent.
 Yours are `reference_micro_giou` and `reference_macro_giou` of the same question types; they stand beside the published
 ones whatever data set they were measured on, which the lines below the table name.
 """
@@ -14,23 +13,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-METHODS = ("LISA-13B", "GLaMM", "PLUM", "LISA-13B, fine-tuned", "GLaMM, fine-tuned", "PLUM, fine-tuned")
-PUBLISHED = {  # question type here: (name in the paper, figures of METHODS; None where the page has none)
-    "identification_with_label": (
-        "Identification",
-        ((5.9, 7.0), (5.3, 5.9), (14.5, 27.4), (33.6, 35.4), (36.6, 38.8), (36.2, 41.6)),
-    ),
-    "positive_with_label": (
-        "Intersection",
-        ((7.1, 7.5), (5.9, 6.2), (23.7, 29.9), (37.0, 38.4), (40.3, 42.1), (42.1, 45.9)),
-    ),
-    "negative_with_label": (
-        "Difference",
-        ((6.1, 7.1), (5.2, 6.0), (14.9, 24.8), (30.4, 31.6), (33.6, 34.8), (33.0, 39.4)),
-    ),
-    "part_to_whole": ("Part-to-Whole", ((5.7, 6.6), (4.8, 5.6), (14.3, 26.8), None, (36.1, 38.5), (36.7, 40.8))),
-    "whole_to_part": ("Whole-to-Part", ((6.0, 6.8), (4.9, 5.8), (15.4, 27.5), None, (35.7, 38.0), (36.2, 39.8))),
-}
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from plum_partonomy.scoring.published import METHODS, PUBLISHED  # noqa: E402
 
 
 def format_published(runs: dict[str, dict[str, Any]]) -> str:

@@ -1,0 +1,52 @@
+"""One static page with a sortable table of all runs under a folder, ready to be a Space:
+
+    python scripts/leaderboard.py runs --output_dir runs/leaderboard
+    hf upload user/partonomy-leaderboard runs/leaderboard --repo-type space
+
+It reads every metrics.json that evaluate_plum.py left there. Models stand in one table only if they answered the same
+questions; the published figures have a table of their own.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from plum_partonomy.masks import DataError  # noqa: E402
+from plum_partonomy.scoring.leaderboard import make_leaderboard, read_results  # noqa: E402
+from plum_partonomy.scoring.predictions import write_whole  # noqa: E402
+
+CARD = """---
+title: {title}
+emoji: 🧩
+colorFrom: blue
+colorTo: gray
+sdk: static
+app_file: index.html
+---
+
+Results on PARTONOMY, measured with evaluate_plum.py.
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="folder that holds the folders of runs")
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder for index.html and README.md")
+    parser.add_argument("--title", default="PARTONOMY leaderboard", help="of the page and the Space")
+    options = parser.parse_args()
+    try:
+        results, others = read_results(options.folder)
+    except DataError as error:
+        sys.exit(f"leaderboard.py: {error}")
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    write_whole(options.output_dir / "index.html", [make_leaderboard(results, title=options.title)])
+    write_whole(options.output_dir / "README.md", [CARD.format(title=options.title)])
+    for sentence in others:
+        print(f"left out: {sentence}")
+    print(f"{len(results)} runs: {options.output_dir / 'index.html'}")
+
+
+if __name__ == "__main__":
+    main()
