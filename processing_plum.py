@@ -14,59 +14,110 @@ the span in their place; it is no part of the texts that come back.
 """
 
 import inspect
+import re
 import warnings
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import PurePath
 
 import numpy as np
 import torch
 import transformers
+from jinja2 import TemplateError
+from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoConfig, AutoTokenizer, BatchFeature, ProcessorMixin
+from transformers import AutoConfig, AutoTokenizer, BatchFeature, Pipeline, ProcessorMixin
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.utils import is_torchvision_available
+from transformers.utils.chat_template_utils import render_jinja_template
 
 try:
-    from .chat_plum import (
-        DEFAULT_CHAT_TEMPLATE,
+    from .inputs_plum import (
         PlainChat,
-        can_train_on,
-        check_options,
-        find_answers,
-        find_continued_answer,
         find_image,
-        find_last_phrase,
-        insert_seg_tokens,
         parse_span_tags,
-        render_chats,
+        read_image,
+        span_marks,
         strip_span_tags,
+        to_binary_mask,
         without_images,
     )
-    from .heads_plum import IGNORE_INDEX, TAG_BEGIN, TAG_INSIDE, TAG_OUTSIDE
-    from .images_plum import read_image
-    from .masks_plum import label_frame, shrink_mask, to_binary_mask, upscale_masks
+    from .modules_plum import (
+        IGNORE_INDEX,
+        TAG_BEGIN,
+        TAG_INSIDE,
+        TAG_OUTSIDE,
+        label_frame,
+        shrink_mask,
+        upscale_masks,
+    )
 except ImportError:
     if __package__:
         raise
-    from chat_plum import (
-        DEFAULT_CHAT_TEMPLATE,
+    from inputs_plum import (
         PlainChat,
-        can_train_on,
-        check_options,
-        find_answers,
-        find_continued_answer,
         find_image,
-        find_last_phrase,
-        insert_seg_tokens,
         parse_span_tags,
-        render_chats,
+        read_image,
+        span_marks,
         strip_span_tags,
+        to_binary_mask,
         without_images,
     )
-    from heads_plum import IGNORE_INDEX, TAG_BEGIN, TAG_INSIDE, TAG_OUTSIDE
-    from images_plum import read_image
-    from masks_plum import label_frame, shrink_mask, to_binary_mask, upscale_masks
+    from modules_plum import (
+        IGNORE_INDEX,
+        TAG_BEGIN,
+        TAG_INSIDE,
+        TAG_OUTSIDE,
+        label_frame,
+        shrink_mask,
+        upscale_masks,
+    )
+
+DEFAULT_CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+{%- if message.role == 'user' -%}
+{{- 'USER: ' -}}
+{%- for part in message.content if part.type == 'image' -%}{{- image_token + '\n' -}}{%- endfor -%}
+{%- for part in message.content if part.type == 'text' -%}{{- part.text -}}{%- endfor -%}
+{{- ' ' -}}
+{%- elif message.role == 'assistant' -%}
+{{- 'ASSISTANT:' -}}
+{%- generation -%}
+{{- ' ' -}}
+{%- for part in message.content if part.type == 'text' -%}{{- part.text -}}{%- endfor -%}
+{{- eos_token -}}
+{%- endgeneration -%}
+{%- elif message.role == 'system' and loop.first -%}
+{%- for part in message.content if part.type == 'text' -%}{{- part.text -}}{%- endfor -%}
+{{- ' ' -}}
+{%- else -%}
+{{- raise_exception('Roles are user and assistant, and system in the first message, found ' + message.role) -}}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- 'ASSISTANT:' -}}{%- endif -%}
+"""
+# Options of transformers' `apply_chat_template` with the values that mean what is done here anyway.
+FIXED_OPTIONS = {
+    "padding": (True, "longest"),
+    "truncation": (False, None, "do_not_truncate"),
+    "max_length": (None,),
+    "return_tensors": ("auto", "pt"),
+    "return_attention_mask": (True,),
+    "return_assistant_tokens_mask": (False,),
+    "load_audio_from_video": (False,),
+    "sanitize_control_tokens": (True, False),
+}
+TASK = "grounded-image-text-to-text"
+CUSTOM_PIPELINES = {
+    TASK: {
+        "impl": "processing_plum.PlumPipeline",
+        "pt": ["AutoModelForImageTextToText"],
+        "type": "multimodal",
+    }
+}
 
 
 @dataclass(frozen=True)
@@ -179,6 +230,7 @@ class PlumProcessor(ProcessorMixin):
             raise ValueError(f"The tokenizer has no token {image_token!r}; add it as a special token.")
         if seg_token is not None and seg_token not in tokenizer.all_special_tokens:
             raise ValueError(f"The tokenizer has no special token {seg_token!r}; add it.")
+        self._marks = span_marks(seg_token)
         self._vlm_processor = None
         if vlm_processor_class is not None:
             options = vlm_processor_options or {}
@@ -319,8 +371,7 @@ class PlumProcessor(ProcessorMixin):
             answers = find_answers(given, text, template, variables)
             if continue_final_message:
                 answers.append(find_continued_answer(messages, text, template, variables))
-            plain = strip_span_tags(text, answers)
-            plain = plain if self.seg_token is None else insert_seg_tokens(plain, self.seg_token)
+            plain = self._marks.write(strip_span_tags(text, answers))
             if any(ends.values()) or messages[-1]["role"] != "assistant":
                 plain = PlainChat(plain.text, [], [])
             texts.append(plain)
@@ -585,8 +636,7 @@ class PlumProcessor(ProcessorMixin):
             for i in members:
                 mask = self._upscale(outputs, row, i, mask_threshold)
                 start, end = self._character_range(answer_ids, outputs.answer_mask[row], outputs.spans[i, 1:].tolist())
-                if self.seg_token is not None:
-                    start, last_end = last_end + find_last_phrase(text[last_end:end]), end
+                start, last_end = self._marks.find_start(text, start, end, last_end=last_end), end
                 words = text[start:end]
                 start += len(words) - len(words.lstrip())
                 end -= len(words) - len(words.rstrip())
@@ -673,6 +723,173 @@ def _bounding_box(mask: np.ndarray) -> tuple[int, int, int, int] | None:
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
 
+def check_options(options: dict, template: str, num_chats: int) -> dict:
+    """
+    The variables of the Jinja template among the options of a call.
+
+    Raises:
+        ValueError: An option of transformers that would do something else there, or a variable that the template does
+            not have.
+    """
+    variables = {}
+    for name, value in options.items():
+        alone = name == "padding" and num_chats == 1 and value in (False, "do_not_pad")
+        if name in FIXED_OPTIONS:
+            if not alone and value not in FIXED_OPTIONS[name]:
+                expected = " or ".join(map(repr, FIXED_OPTIONS[name]))
+                raise ValueError(f"{name}={value!r} is not supported: expected {expected}, or leave it out.")
+        elif re.search(rf"\b{re.escape(name)}\b", template):
+            variables[name] = value
+        elif value is not None:
+            raise ValueError(
+                f"{name!r} is neither an option of apply_chat_template nor a variable of the chat template."
+            )
+    return variables
+
+
+def render_chats(chats: list[list[dict]], template: str, variables: dict, **options) -> list[str]:
+    """
+    Chats, their contents lists of parts, as text; `variables` are those of the Jinja template, `options` those of
+    transformers, such as `add_generation_prompt`.
+
+    Raises:
+        ValueError: The template refuses a chat.
+    """
+    try:
+        rendered, _ = render_jinja_template(chats, chat_template=template, **options, **variables)
+    except TemplateError as error:
+        raise ValueError(f"The chat template refuses a conversation: {error}") from error
+    return rendered
+
+
+def find_answers(messages: list[dict], rendered: str, template: str, variables: dict) -> list[tuple[int, int]]:
+    """
+    Ranges of the assistant's texts in a rendered chat: what a turn adds to the prompt that asks for it. That needs no
+    marks in the template, which those of most vision-language models do not have.
+
+    Raises:
+        ValueError: The template renders a turn differently according to what follows it.
+    """
+    ranges = []
+    for i, message in enumerate(messages):
+        if message["role"] == "assistant":
+            (prompt,) = render_chats([messages[:i]], template, variables, add_generation_prompt=True)
+            (answered,) = render_chats([messages[: i + 1]], template, variables)
+            answered = answered.rstrip()
+            if not (answered.startswith(prompt) and rendered.startswith(answered)):
+                raise ValueError(
+                    f"The chat template renders turn {i} differently when it is asked for, given or followed by "
+                    "other turns, so that its answer cannot be located; pass a chat_template that does not."
+                )
+            ranges.append((len(prompt), len(answered)))
+    return ranges
+
+
+def find_continued_answer(messages: list[dict], rendered: str, template: str, variables: dict) -> tuple[int, int]:
+    """Range of the text of the last turn, an assistant's, in a chat that was rendered to be continued there."""
+    (prompt,) = render_chats([messages[:-1]], template, variables, add_generation_prompt=True)
+    if not rendered.startswith(prompt):
+        raise ValueError("The chat template renders an answer that is continued elsewhere than where it asks for one.")
+    return len(prompt), len(rendered)
+
+
+def can_train_on(template: str, variables: dict, stops: tuple[str, ...]) -> bool:
+    """
+    Whether a template places one `image_token` per image, all parts of a text, and answers in place that end with one
+    of `stops`.
+    """
+    texts = ("Which parts", " can you see?", "A wing", " and a tail.", "Any other?")
+    first, second, wing, tail, other = ({"type": "text", "text": text} for text in texts)
+    answer = {"role": "assistant", "content": [wing, tail]}
+    messages = [
+        {"role": "user", "content": [{"type": "image"}, first, second]},
+        answer,
+        {"role": "user", "content": [other]},
+        answer,
+    ]
+    try:
+        (text,) = render_chats([messages], template, variables)
+        ranges = find_answers(messages, text, template, variables)
+    except (TypeError, ValueError):
+        return False
+    complete = text.count(variables["image_token"]) == 1 and all(words.strip() in text for words in texts)
+    return complete and all(text[slice(*found)].endswith(stops) for found in ranges)
+
+
+class PlumPipeline(Pipeline):
+    """
+    An input is `{"image": ..., "text": question}` (an image of any form that the processor reads, or no image; further
+    fields of a data set's rows are unused) or a conversation as for `PlumProcessor.apply_chat_template` that ends with
+    the user. A segment's `start` and `end` are characters of the text, its `box` is `(x0, y0, x1, y1)` in pixels or
+    None, its `mask` an image of 0 and 255 of the size of the input. `mask_threshold` is a logit; other options are
+    those of `generate`.
+    """
+
+    _load_processor = True
+    _load_tokenizer = _load_image_processor = _load_feature_extractor = False
+
+    def _sanitize_parameters(self, mask_threshold: float | None = None, **generate_options):
+        options = {} if mask_threshold is None else {"mask_threshold": mask_threshold}
+        return {}, options | generate_options, {}
+
+    def __call__(self, inputs, *args, **kwargs):
+        return super().__call__(_stream_data_set(inputs), *args, **kwargs)
+
+    def preprocess(self, inputs) -> list[dict]:
+        """The conversation of one input."""
+        if isinstance(inputs, dict):
+            if not isinstance(inputs.get("text"), str):
+                raise ValueError(f"An input needs a question as its 'text', found the fields {sorted(inputs)}.")
+            content = [{"type": "text", "text": inputs["text"]}]
+            if inputs.get("image") is not None:
+                content.insert(0, {"type": "image", "image": inputs["image"]})
+            return [{"role": "user", "content": content}]
+        chat = list(getattr(inputs, "messages", inputs))
+        if not chat or chat[-1]["role"] != "user":
+            raise ValueError(f"A conversation must end with the user to be answered, found {len(chat)} messages.")
+        return chat
+
+    def _forward(self, chats: list[list[dict]], mask_threshold: float = 0.0, **generate_options) -> list:
+        batch = self.processor.apply_chat_template(
+            chats, add_generation_prompt=True, tokenize=True, return_dict=True, padding_side="left"
+        )
+        outputs = self.model.segment(**batch.to(self.model.device), **generate_options)
+        return self.processor.post_process_segmentation(outputs, mask_threshold=mask_threshold)
+
+    def postprocess(self, answer) -> dict:
+        segments = [
+            {
+                **{"label": span.text, "start": span.start, "end": span.end, "score": span.score},
+                **{"box": span.box, "mask": Image.fromarray(span.mask).convert("L")},
+            }
+            for span in answer.spans
+        ]
+        return {"generated_text": answer.text, "is_truncated": answer.is_truncated, "segments": segments}
+
+    # Rows of a batch share images and have spans of their own number: they are batched as conversations, and neither
+    # padded nor taken apart by the base class.
+    def get_iterator(
+        self, inputs: Iterable, num_workers, batch_size, preprocess_params, forward_params, postprocess_params
+    ) -> Iterator[dict]:
+        chats = (self.preprocess(item, **preprocess_params) for item in inputs)
+        while batch := list(islice(chats, batch_size)):
+            yield from map(self.postprocess, self.forward(batch, **forward_params))
+
+    def run_single(self, inputs, preprocess_params, forward_params, postprocess_params) -> dict:
+        return next(self.get_iterator([inputs], 0, 1, preprocess_params, forward_params, postprocess_params))
+
+
+def _stream_data_set(inputs):
+    """A data set as a generator of its rows; anything else as it is."""
+    if hasattr(inputs, "column_names") and hasattr(inputs, "features"):  # of `datasets`, which need not be installed
+        return (row for row in inputs)
+    if isinstance(inputs, torch.utils.data.IterableDataset):
+        return (row for row in inputs)
+    if isinstance(inputs, torch.utils.data.Dataset):
+        return (inputs[i] for i in range(len(inputs)))
+    return inputs
+
+
 PlumProcessor.register_for_auto_class()
 
-__all__ = ["PlumAnswer", "PlumProcessor", "PlumSpan", "PreparedImage", "parse_span_tags"]
+__all__ = ["PlumAnswer", "PlumPipeline", "PlumProcessor", "PlumSpan", "PreparedImage", "parse_span_tags"]

@@ -34,7 +34,7 @@ from demo import pages
 from demo.checkpoints import Checkpoint, load_checkpoints
 from demo.replies import Replies, Shown, Ticket, add_colours
 from demo.uploads import BoundedRequests, own_file, read_painted, read_upload
-from images_plum import read_image
+from inputs_plum import read_image
 from partonomy_dataset import converse_about_drawing
 from plum_partonomy.inference.inputs import MAX_IMAGE_BYTES, check_phrases, check_text
 from plum_partonomy.inference.one_image import (

@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from images_plum import read_image
+from inputs_plum import read_image
 from plum_partonomy.masks import DataError
 
 MEMORY_BYTES = 2 * 1024**3

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 from starlette.responses import PlainTextResponse
 
-from images_plum import open_image
+from inputs_plum import open_image
 from plum_partonomy.inference.inputs import MAX_IMAGE_BYTES, MAX_IMAGE_PIXELS
 from plum_partonomy.masks import DataError
 

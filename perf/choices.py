@@ -14,6 +14,7 @@ from measure import compare
 
 from configuration_plum import PlumConfig
 from modeling_plum import PlumForConditionalGeneration
+from plum_partonomy.inference.packing import encode_conversations
 
 IMAGE_TOKENS, QUESTION_TOKENS, ANSWER_TOKENS = 256, 24, 28
 COMMON_ANSWER_TOKENS = 11  # "The object in the image has the following visible parts:"
@@ -142,7 +143,8 @@ def score_and_segment(model, batch, pixels, sam_pixels, *, masks: bool = True):
         rows = slice(start * choices, (start + QUESTIONS_AT_ONCE) * choices)
         ids, labels = batch["input_ids"][rows], batch["labels"][rows]
         images = torch.zeros(len(ids), dtype=torch.long)
-        states = model.encode_conversations(ids, vlm_image_features=[features], sam_image_index=images)
+        inputs = {"vlm_image_features": [features], "sam_image_index": images}
+        states = encode_conversations(model, ids, torch.ones_like(ids), **inputs)
         scores.append(model.score_choices(ids, labels, choices, hidden_states=states))
         if masks:
             question = batch["spans"][:, 0]

@@ -10,7 +10,7 @@ from choices import segment_span_by_span
 from measure import compare
 from plum_tiny import build_plum_tiny
 
-from heads_plum import keep_last_answer
+from modules_plum import keep_last_answer
 from plum_partonomy.inference.predictor import Predictor, ask, choose, write_choice
 from plum_partonomy.masks import decode
 from plum_partonomy.records import as_chat

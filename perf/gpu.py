@@ -22,9 +22,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, SamConfig
 
 from configuration_plum import PlumConfig
-from heads_plum import IGNORE_INDEX
-from losses_plum import count_loss_items
 from modeling_plum import PlumForConditionalGeneration
+from modules_plum import IGNORE_INDEX, count_loss_items
+from plum_partonomy.inference.packing import encode_conversations
 from plum_partonomy.training.model import add_lora
 from plum_partonomy.training.options import ModelArguments
 
@@ -145,13 +145,14 @@ def centre(scores: torch.Tensor) -> torch.Tensor:
 
 def score_at_once(model, batch: dict) -> torch.Tensor:
     tokens = int((batch["input_ids"][0] == model.config.vlm_config.image_token_id).sum())
-    return model.score_choices(
+    states = encode_conversations(
+        model,
         batch["input_ids"],
-        batch["labels"],
-        CHOICES,
+        torch.ones_like(batch["input_ids"]),
         vlm_image_features=model.get_vlm_image_features([tokens], pixel_values=batch["pixel_values"]),
         sam_image_index=batch["sam_image_index"],
     )
+    return model.score_choices(batch["input_ids"], batch["labels"], CHOICES, hidden_states=states)
 
 
 def tag_evenly(tagger: nn.Module, _, logits: torch.Tensor) -> torch.Tensor:

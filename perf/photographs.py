@@ -107,7 +107,7 @@ def main() -> list[dict]:
     # Results are taken one image at a time, as programs write them: a mask is 12 MB.
     counts = []
     for chat in chats:
-        outputs = model.eval().segment(**processor.apply_chat_template(chat, tokenize=True, return_dict=True))
+        outputs = model.eval().segment_spans(**processor.apply_chat_template(chat, tokenize=True, return_dict=True))
         (answer,) = processor.post_process_segmentation(outputs)
         counts += [span.mask.shape == (HEIGHT, WIDTH) for span in answer.spans]
     complete = bool(loss.isfinite()) and counts == [True] * IMAGES * SPANS

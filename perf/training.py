@@ -10,7 +10,7 @@ import torch
 from measure import compare
 from plum_tiny import build_plum_tiny, draw_images
 
-from losses_plum import count_loss_items, mask_losses
+from modules_plum import count_loss_items, mask_losses
 from plum_partonomy.records import as_chat
 from plum_partonomy.seeding import seeded_generator
 

@@ -1,11 +1,11 @@
-"""The images of stored records, read as everywhere else by `images_plum.py`."""
+"""The images of stored records, read as everywhere else by `inputs_plum.py`."""
 
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-import images_plum
-from images_plum import MAX_ASPECT_RATIO, check_shape, open_image, to_rgb
+import inputs_plum
+from inputs_plum import MAX_ASPECT_RATIO, check_shape, open_image, to_rgb
 from plum_partonomy.masks import DataError
 
 if TYPE_CHECKING:
@@ -15,17 +15,17 @@ __all__ = ["MAX_ASPECT_RATIO", "check_shape", "open_image", "read_image", "to_rg
 
 
 def read_image(source: Any, *, where: str) -> Image.Image:
-    """As `images_plum.read_image`, and what `datasets` streams from elsewhere, a path such as `hf://...` or `zip://...`."""
+    """As `inputs_plum.read_image`, and what `datasets` streams from elsewhere, a path such as `hf://...` or `zip://...`."""
     path = source["path"] if isinstance(source, dict) and source.get("bytes") is None else None
     if isinstance(path, str) and "://" in path and not path.startswith(("http://", "https://")):
         from datasets.utils.file_utils import xopen  # takes long to import; most images come without it
 
         try:
             with xopen(path, "rb") as file:
-                source = file.read(images_plum.MAX_BYTES + 1)
+                source = file.read(inputs_plum.MAX_BYTES + 1)
         except (OSError, ValueError) as error:
             raise DataError(f"{where}: the image cannot be read from {path!r:.200} ({error})") from error
-    return images_plum.read_image(source, where=where)
+    return inputs_plum.read_image(source, where=where)
 
 
 def undecoded(

@@ -1,15 +1,15 @@
 """Run-length encoded masks of the toolkit: encoding, and what is computed of them.
 
 An RLE is `{"size": [height, width], "counts": str}`. Untrusted ones, and polygons, are checked and decoded by
-`rle_plum.py`, as everywhere else.
+`inputs_plum.py`, as everywhere else.
 """
 
 import numpy as np
 from PIL import Image
 from pycocotools import mask as coco
 
-from rle_plum import MAX_PIXELS, RLE, DataError, Size, polygons_to_rle, validate_rle
-from rle_plum import decode_rle as decode
+from inputs_plum import MAX_PIXELS, RLE, DataError, Size, polygons_to_rle, validate_rle
+from inputs_plum import decode_rle as decode
 
 __all__ = [
     "MAX_PIXELS",

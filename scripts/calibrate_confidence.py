@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from images_plum import read_image  # noqa: E402
+from inputs_plum import read_image  # noqa: E402
 from plum_partonomy.images import undecoded  # noqa: E402
 from plum_partonomy.inference.checkpoint import load_checkpoint  # noqa: E402
 from plum_partonomy.scoring.predictions import write_whole  # noqa: E402

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from heads_plum import decode_spans
 from modeling_plum import PlumForConditionalGeneration
+from modules_plum import decode_spans
 from scripts.convert_original_plum import build, convert, plan_conversion
 
 PUBLIC_FOLDER = Path(__file__).parent / "fixtures" / "parity"

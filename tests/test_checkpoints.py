@@ -14,16 +14,16 @@ from transformers import AutoModel, AutoProcessor
 import partonomy_dataset  # noqa: F401  (makes load_dataset("partonomy", ...) work)
 from plum_partonomy.masks import encode
 from plum_partonomy.scoring.mask_metrics import matched_ious
+from scripts.copy_code import CHECKPOINT_CODE, copies
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "checkpoints" / "plum-tiny"
 
 
-def test_its_code_is_the_code_of_the_repository():
-    copies = sorted(FOLDER.glob("*.py"))
-    assert copies
-    for copy in copies:
-        assert copy.read_text() == (ROOT / copy.name).read_text(), f"copy {copy.name} to {FOLDER} again"
+def test_the_copies_of_code_are_the_code_of_the_repository():
+    for copy, source in copies().items():
+        assert copy.read_text() == source.read_text(), f"{copy} differs from {source}; run python scripts/copy_code.py"
+    assert {path.name for path in FOLDER.glob("*.py")} == set(CHECKPOINT_CODE)
 
 
 def test_it_is_small_and_its_card_names_no_place_of_the_machine_that_made_it():
@@ -43,7 +43,7 @@ def test_it_answers_with_masks_that_overlap_the_parts_of_drawings_it_has_not_see
         ]
         chat = [{"role": "user", "content": content}, record["messages"][1]]
         inputs = processor.apply_chat_template([chat], tokenize=True, return_dict=True)
-        (answer,) = processor.post_process_segmentation(model.segment(**inputs))
+        (answer,) = processor.post_process_segmentation(model.segment_spans(**inputs))
         true = [mask["rle"] for mask in record["masks"][: len(answer.spans)]]
         if true:
             ious += matched_ious([encode(span.mask) for span in answer.spans], true)

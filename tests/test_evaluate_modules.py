@@ -170,10 +170,5 @@ def test_a_damaged_mask_or_score_is_refused_naming_image_and_mask(folder, tmp_pa
         load(folder / "partonomy_masks", tmp_path).compute(predictions=predictions, references=[[HULL]] * 2)
 
 
-def test_the_files_beside_the_mask_metric_are_those_of_the_project():
+def test_the_apps_of_the_metrics_are_one_file():
     assert len({path.read_bytes() for path in (ROOT / "metrics").glob("*/app.py")}) == 1
-    copies = ROOT / "metrics" / "partonomy_masks"
-    assert (copies / "mask_metrics.py").read_bytes() == (
-        ROOT / "plum_partonomy" / "scoring" / "mask_metrics.py"
-    ).read_bytes()
-    assert (copies / "rle_plum.py").read_bytes() == (ROOT / "rle_plum.py").read_bytes()

@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from images_plum import FORMATS, read_image
+from inputs_plum import FORMATS, read_image
 from plum_partonomy.features import GROUNDED_CONVERSATION_FEATURES
 from plum_partonomy.images import read_image as read_stored_image
 from plum_partonomy.masks import DataError, encode

@@ -5,9 +5,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from pycocotools import mask as coco
 
+from inputs_plum import MAX_PERIMETER
 from plum_partonomy import masks
 from plum_partonomy.masks import DataError
-from rle_plum import MAX_PERIMETER
 
 bool_masks = hnp.arrays(bool, hnp.array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=40))
 

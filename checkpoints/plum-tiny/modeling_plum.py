@@ -43,84 +43,27 @@ from transformers import (
     SamModel,
 )
 from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
 try:
+    from . import modules_plum as modules
     from .configuration_plum import PlumConfig
-    from .decoding_plum import PlumMaskDecoding
-    from .generation_plum import (
-        DEFAULT_MAX_NEW_TOKENS,
-        check_generation_file,
-        find_ends,
-        settle_options,
-        stop_tokens,
-    )
-    from .heads_plum import (
-        IGNORE_INDEX,
-        TAG_BEGIN,
-        TAG_OUTSIDE,
-        PlumMaskFeedback,
-        PlumSpanTagger,
-        check_spans,
-        decode_spans,
-        keep_last_answer,
-        mean_over_spans,
-    )
-    from .losses_plum import (
-        MASK_LOSSES,
-        MaskTargets,
-        count_loss_items,
-        language_modeling_loss,
-        mask_losses,
-        shrink_mask_labels,
-        span_tagging_loss,
-        teacher_kl_loss,
-    )
-    from .masks_plum import downscale_masks
-    from .pipeline_plum import CUSTOM_PIPELINES
-    from .sharing_plum import GeneratedStates, RecordedInputs, SharedBeginnings, let_observe, pack_rows
-    from .vision_plum import PlumVision
+    from .modules_plum import IGNORE_INDEX, PlumMaskDecoding
+    from .processing_plum import CUSTOM_PIPELINES
 except ImportError:
     if __package__:
         raise
+    import modules_plum as modules
     from configuration_plum import PlumConfig
-    from decoding_plum import PlumMaskDecoding
-    from generation_plum import (
-        DEFAULT_MAX_NEW_TOKENS,
-        check_generation_file,
-        find_ends,
-        settle_options,
-        stop_tokens,
-    )
-    from heads_plum import (
-        IGNORE_INDEX,
-        TAG_BEGIN,
-        TAG_OUTSIDE,
-        PlumMaskFeedback,
-        PlumSpanTagger,
-        check_spans,
-        decode_spans,
-        keep_last_answer,
-        mean_over_spans,
-    )
-    from losses_plum import (
-        MASK_LOSSES,
-        MaskTargets,
-        count_loss_items,
-        language_modeling_loss,
-        mask_losses,
-        shrink_mask_labels,
-        span_tagging_loss,
-        teacher_kl_loss,
-    )
-    from masks_plum import downscale_masks
-    from pipeline_plum import CUSTOM_PIPELINES
-    from sharing_plum import GeneratedStates, RecordedInputs, SharedBeginnings, let_observe, pack_rows
-    from vision_plum import PlumVision
+    from modules_plum import IGNORE_INDEX, PlumMaskDecoding
+    from processing_plum import CUSTOM_PIPELINES
 
+# What the processor returns for images, or what was made of these.
+IMAGE_INPUTS = ("pixel_values", "sam_pixel_values", "sam_image_embeddings", "sam_image_index", "vlm_image_features")
+# What the processor returns for answers that a conversation holds already.
+GIVEN_ANSWERS = ("labels", "spans", "span_labels", "mask_labels", "given_masks", "hidden_states")
 # Positions whose logits over the vocabulary are held at once where only their loss is asked for.
-AUTO_CLASSES = ("AutoModelForImageTextToText", "AutoModelForMultimodalLM")
-"""Auto classes that load a checkpoint, beside AutoModel."""
 LOGIT_ROWS = 64
 
 
@@ -186,6 +129,31 @@ class PlumSegmentationOutput(ModelOutput):
     image_confidences: torch.FloatTensor | None = None
 
 
+@dataclass
+class PlumImages:
+    """
+    The images of a batch as the two halves of the model take them.
+
+    Args:
+        vlm_inputs: Image inputs of the vision-language model.
+        sam_embeddings: `(N, C, G, G)`, or None without images.
+        index: `(B,)` image of each row, -1 for none.
+        original_sizes, reshaped_sizes: `(N, 2)` (height, width) in pixels as given, and as resized for SAM.
+    """
+
+    vlm_inputs: dict[str, torch.Tensor]
+    sam_embeddings: torch.Tensor | None
+    index: torch.LongTensor
+    original_sizes: torch.LongTensor | None
+    reshaped_sizes: torch.LongTensor | None
+
+    def sizes_of(self, spans: torch.LongTensor) -> torch.LongTensor | None:
+        """`(S, 4)` original and reshaped size of the image of each span `[row, start, end)`, if sizes are known."""
+        if self.original_sizes is None:
+            return None
+        return torch.cat([self.original_sizes, self.reshaped_sizes], dim=1)[self.index[spans[:, 0]]]
+
+
 def sincos_position_embedding(grid_size: int, width: int) -> torch.Tensor:
     """Fixed 2D sine-cosine embedding `(1, G, G, width)` (as in ViT-MAE, arXiv 2111.06377), amplitude 0.5."""
     frequencies = 10000.0 ** (-torch.arange(width // 4) / (width // 4))
@@ -208,8 +176,118 @@ class PlumPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
-        if isinstance(module, PlumMaskFeedback):
+        if isinstance(module, modules.PlumMaskFeedback):
             init.normal_(module.queries, std=self.config.initializer_range)
+
+
+class PlumVision:
+    """The part of [`PlumForConditionalGeneration`] that turns images into inputs of its language model."""
+
+    def get_image_embeddings(self, sam_pixel_values: torch.Tensor) -> torch.Tensor:
+        """SAM's encoder: `(N, 3, image_size, image_size)` pixels to `(N, C, G, G)` embeddings."""
+        return self.sam.vision_encoder(sam_pixel_values.to(self.sam.vision_encoder.dtype)).last_hidden_state
+
+    def get_vlm_image_features(self, image_token_counts: list[int], **image_inputs) -> list[torch.Tensor] | None:
+        """
+        What the vision-language model sees of images, to be kept and given as `vlm_image_features` wherever they are
+        asked about.
+
+        Args:
+            image_token_counts: Placeholder tokens of each image.
+            image_inputs: `sam_image_embeddings` where the model looks through SAM, else the inputs that the
+                vision-language model takes for these images.
+
+        Returns:
+            `(image tokens, D)` features of each image; `None` for a family that takes more from an image than these.
+        """
+        if self.config.vlm_image_input == "sam_image_embeddings":
+            embeddings = image_inputs["sam_image_embeddings"].to(self.vlm.dtype)
+            outputs = self.vlm.model.get_image_features(embeddings, return_dict=True)
+        else:
+            if "mm_encoder_outputs" not in inspect.signature(self.vlm.model.forward).parameters:
+                return None
+            image_inputs["pixel_values"] = image_inputs["pixel_values"].to(self.vlm.dtype)
+            outputs = self.vlm.model.get_image_features(**image_inputs, return_dict=True)
+            if set(outputs) - {"last_hidden_state", "pooler_output", "hidden_states", "attentions"}:
+                return None
+        features = torch.cat([feature.flatten(0, -2) for feature in outputs.pooler_output])
+        if len(features) != sum(image_token_counts):
+            raise ValueError(
+                f"Image features and image tokens do not match: {len(image_token_counts)} images have {len(features)} "
+                f"features and {sum(image_token_counts)} image tokens; set the processor's num_image_tokens right."
+            )
+        return list(features.split(image_token_counts))
+
+    def rate_images(self, sam_image_embeddings: torch.Tensor) -> torch.Tensor | None:
+        """
+        Probability `(N,)` that an image is of a kind that the model has learnt, from `(N, C, G, G)` embeddings; None
+        for a model without `config.image_statistics`.
+
+        The distance of an image is the mean over channels of its squared deviation from the mean embedding of known
+        images, in standard deviations; its probability is a logistic function of the distance's logarithm.
+        """
+        known = self.config.image_statistics
+        if known is None:
+            return None
+        pooled = sam_image_embeddings.float().mean(dim=(2, 3))  # (N, C)
+        mean, std = (torch.tensor(known[name], device=pooled.device) for name in ("mean", "std"))
+        distance = ((pooled - mean) / std).square().mean(dim=1)
+        return torch.sigmoid(known["intercept"] - known["slope"] * distance.log())
+
+    def _take_images(self, input_ids, inputs: dict) -> tuple[PlumImages, dict]:
+        """The images among the inputs of a call, and the inputs without them."""
+        inputs = dict(inputs)
+        pixels, sam_pixels, embeddings, index, features = (inputs.pop(name, None) for name in IMAGE_INPUTS)
+        if embeddings is None and sam_pixels is not None and len(sam_pixels):
+            embeddings = self.get_image_embeddings(sam_pixels)
+        if index is None:
+            count = 0 if embeddings is None else len(embeddings)
+            if count not in (0, len(input_ids)):
+                raise ValueError(
+                    f"Found {count} images for {len(input_ids)} rows; pass sam_image_index (B,) with the image of "
+                    "each row, -1 for none."
+                )
+            rows = torch.arange(len(input_ids), device=input_ids.device)
+            index = rows if count else torch.full_like(rows, -1)
+        vlm_inputs = {}
+        if self.config.vlm_image_input == "sam_image_embeddings":
+            if embeddings is not None:
+                vlm_inputs["inputs_embeds"] = self._embed_with_images(input_ids, embeddings, index, features)
+        elif features is not None:
+            of_rows = [features[image] for image in index.tolist() if image >= 0]
+            vlm_inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=of_rows)}
+        elif pixels is not None and len(pixels):
+            vlm_inputs["pixel_values"] = pixels.to(self.vlm.dtype)
+        sizes = (inputs.pop("original_sizes", None), inputs.pop("reshaped_input_sizes", None))
+        return PlumImages(vlm_inputs, embeddings, index, *sizes), inputs
+
+    def _check_image_tokens(self, input_ids, vlm_inputs: dict):
+        """`ValueError` where the vision-language model would take image tokens for words."""
+        given = vlm_inputs.keys() & {"inputs_embeds", "pixel_values", "mm_encoder_outputs"}
+        if not given and (input_ids == self.config.vlm_config.image_token_id).any():
+            raise ValueError(
+                "input_ids hold image tokens, but no image comes with them; pass pixel_values, or what "
+                "get_vlm_image_features returned as vlm_image_features."
+            )
+
+    def _embed_with_images(self, input_ids, sam_image_embeddings, sam_image_index, features=None) -> torch.Tensor:
+        """
+        Input embeddings `(B, L, D)` with the features of each row's image in its placeholders. The vision tower sees
+        an image once, however many rows ask about it.
+        """
+        placeholders = input_ids == self.config.vlm_config.image_token_id
+        if features is None:
+            outputs = self.vlm.model.get_image_features(sam_image_embeddings.to(self.vlm.dtype), return_dict=True)
+            features = list(outputs.pooler_output)
+        features = torch.stack(features)[sam_image_index[sam_image_index >= 0]]
+        if placeholders.sum() != features.shape[:2].numel():
+            raise ValueError(
+                f"Image features and image tokens do not match: {len(features)} rows with an image have "
+                f"{features.shape[1]} features each, found {int(placeholders.sum())} image tokens; set the "
+                f"processor's num_image_tokens to {features.shape[1]}."
+            )
+        embeddings = self.get_input_embeddings()(input_ids)
+        return embeddings.masked_scatter(placeholders[..., None], features.to(embeddings))
 
 
 def _load_whole(auto_class, folder: str, config, dtype) -> PreTrainedModel:
@@ -244,13 +322,13 @@ class PlumForConditionalGeneration(PlumVision, PlumMaskDecoding, PlumPreTrainedM
                 f"vlm_config is a {config.vlm_config.model_type!r} model, and {type(self.vlm).__name__} has no model "
                 "without language-modeling head, whose hidden states PLUM tags; choose another family."
             )
-        let_observe(self.vlm.get_decoder())
+        modules.let_observe(self.vlm.get_decoder())
         self.sam = SamModel(config.sam_config)
-        self.span_tagger = PlumSpanTagger(config) if config.span_source == "tagger" else None
+        self.span_tagger = modules.SPAN_TAGGERS[config.span_source](config)
         self.span_projector = nn.Sequential(
             nn.Linear(text_width, text_width), nn.ReLU(), nn.Linear(text_width, sam_width)
         )
-        self.mask_feedback = PlumMaskFeedback(config) if config.mask_feedback else None
+        self.mask_feedback = modules.PlumMaskFeedback(config) if config.mask_feedback else None
         self.post_init()
 
     @classmethod
@@ -278,7 +356,7 @@ class PlumForConditionalGeneration(PlumVision, PlumMaskDecoding, PlumPreTrainedM
             model = cls(cls.config_class(vlm_config=vlm_config, sam_config=sam_config, **plum_options))
         config = model.config
         model.vlm = _load_whole(AutoModelForImageTextToText, vlm, config.vlm_config, dtype)
-        let_observe(model.vlm.get_decoder())
+        modules.let_observe(model.vlm.get_decoder())
         model.sam = _load_whole(SamModel, sam, config.sam_config, model.vlm.dtype)
         model.generation_config = model.vlm.generation_config
         for module in (model.span_tagger, model.span_projector, model.mask_feedback):
@@ -335,9 +413,8 @@ class PlumForConditionalGeneration(PlumVision, PlumMaskDecoding, PlumPreTrainedM
         that is absent is made of the language model's config, where the tokens that end an answer are.
         """
         names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
-        hub_options = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
-        name = pretrained_model_name_or_path
-        is_there = name is not None and check_generation_file(name, **hub_options)
+        hub_options = {key: kwargs[key] for key in names if kwargs.get(key) is not None}
+        is_there = (name := pretrained_model_name_or_path) and modules.check_generation_file(name, **hub_options)
         loaded = super().from_pretrained(name, *args, **kwargs)
         if not is_there and kwargs.get("generation_config") is None:
             model = loaded[0] if isinstance(loaded, tuple) else loaded
@@ -351,10 +428,11 @@ class PlumForConditionalGeneration(PlumVision, PlumMaskDecoding, PlumPreTrainedM
         """
         if self.generation_config.max_new_tokens is None:
             self.generation_config.max_length = None
-            self.generation_config.max_new_tokens = DEFAULT_MAX_NEW_TOKENS
+            self.generation_config.max_new_tokens = modules.DEFAULT_MAX_NEW_TOKENS
         # transformers records one auto class per model; this one answers to three.
-        auto_map = getattr(self.config, "auto_map", None) or {}
-        self.config.auto_map = auto_map | dict.fromkeys(AUTO_CLASSES, f"modeling_plum.{type(self).__name__}")
+        names = ("AutoModelForImageTextToText", "AutoModelForMultimodalLM")
+        loaded = dict.fromkeys(names, f"modeling_plum.{type(self).__name__}")
+        self.config.auto_map = (getattr(self.config, "auto_map", None) or {}) | loaded
         self.config.custom_pipelines = CUSTOM_PIPELINES
         super().save_pretrained(save_directory, save_original_format=save_original_format, **kwargs)
 
@@ -364,77 +442,67 @@ class PlumForConditionalGeneration(PlumVision, PlumMaskDecoding, PlumPreTrainedM
         self,
         input_ids: torch.LongTensor,
         attention_mask: torch.Tensor | None = None,
-        pixel_values: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         span_labels: torch.LongTensor | None = None,
-        sam_pixel_values: torch.FloatTensor | None = None,
-        sam_image_embeddings: torch.FloatTensor | None = None,
-        sam_image_index: torch.LongTensor | None = None,
         spans: torch.LongTensor | None = None,
         mask_labels: list[torch.Tensor] | None = None,
         span_groups: torch.LongTensor | None = None,
         mask_groups: torch.LongTensor | None = None,
         teacher_forced: torch.BoolTensor | None = None,
-        original_sizes: torch.LongTensor | None = None,
-        reshaped_input_sizes: torch.LongTensor | None = None,
         teacher: Callable[..., ModelOutput] | None = None,
         loss_counts: dict[str, torch.Tensor] | None = None,
-        **vlm_inputs,
+        **inputs,
     ) -> PlumOutput:
         r"""
         One pass over prompts and answers, with every loss whose labels are given.
 
         Args:
             input_ids, attention_mask (`(B, L)`): Tokens; image placeholders are already expanded by the processor.
-            pixel_values: Images for the vision-language model, in order of their placeholders.
             labels (`(B, L)`): Tokens of the answers, -100 elsewhere; not shifted.
             span_labels (`(B, L)`): 0 = O, 1 = B, 2 = I, -100 where unsupervised.
-            sam_pixel_values (`(N, 3, image_size, image_size)`): Images for SAM.
-            sam_image_embeddings (`(N, C, G, G)`): Given instead of `sam_pixel_values`.
-            sam_image_index (`(B,)`): The image of each row, -1 for none. Default: image i belongs to row i.
             spans (`(S, 3)`): Spans `[row, start, end)` to segment, rows ascending, in the order of the conversation.
             mask_labels (S tensors `(H, W)`, 0/1): The mask of each span, at the size of its image or of `label_frame`.
             span_groups, mask_groups (`(S,)`, `(M,)`): Group of each span and of each of then M `mask_labels`; spans of
                 a group may take its masks in any order (see [`MaskTargets`]). Default: mask i belongs to span i.
             teacher_forced (`(S,)` bool): Spans whose true mask, not the predicted one, is fed back to later spans.
-            original_sizes, reshaped_input_sizes (`(N, 2)`): (height, width) in pixels, as the processor returns them.
             teacher: The frozen language model that the span tokens are held to. Called, without gradients, with the
                 inputs that the language model of this model gets, its input embeddings among them.
             loss_counts: Divisors of the losses (see [`count_loss_items`]), for batches that are only part of a larger
                 one (gradient accumulation, several processes). Default: the counts of this batch.
-            vlm_inputs: Further inputs of the vision-language model.
+            inputs: The image inputs, and further inputs of the vision-language model:
+                `pixel_values`, images for the vision-language model, in order of their placeholders;
+                `sam_pixel_values (N, 3, image_size, image_size)`, images for SAM, or in their place
+                `sam_image_embeddings (N, C, G, G)`; `sam_image_index (B,)`, the image of each row, -1 for none
+                (default: image i belongs to row i); `original_sizes` and `reshaped_input_sizes (N, 2)`, (height,
+                width) in pixels, as the processor returns them.
         """
         if spans is not None:
-            check_spans(spans, input_ids.shape)
-        image_inputs, sam_image_embeddings, sam_image_index = self._resolve_images(
-            input_ids, pixel_values, sam_pixel_values, sam_image_embeddings, sam_image_index
-        )
-        with RecordedInputs(self.vlm.get_decoder()) as recorded:
-            hidden_states = self._run_language_model(input_ids, attention_mask, **image_inputs, **vlm_inputs)
+            modules.check_spans(spans, input_ids.shape)
+        images, vlm_inputs = self._take_images(input_ids, inputs)
+        with modules.RecordedInputs(self.vlm.get_decoder()) as recorded:
+            hidden_states = self._run_language_model(input_ids, attention_mask, **images.vlm_inputs, **vlm_inputs)
         logits = self.get_output_embeddings()(hidden_states)
         span_logits = self.tag_tokens(input_ids, hidden_states, attention_mask)
-        pred_masks = iou_scores = targets = None
+        pred_masks = iou_scores = targets = sizes = None
         if spans is not None and len(spans):
-            sizes = None
-            if original_sizes is not None:
-                sizes = torch.cat([original_sizes, reshaped_input_sizes], dim=1)[sam_image_index[spans[:, 0]]]
+            sizes = images.sizes_of(spans)
             targets = self._mask_targets(mask_labels, sizes, span_groups, mask_groups, teacher_forced)
             pred_masks, iou_scores = self.decode_masks(
-                hidden_states, spans, sam_image_embeddings, sam_image_index, targets=targets
+                hidden_states, spans, images.sam_embeddings, images.index, targets=targets
             )
 
         config, losses = self.config, {}
-        counts = loss_counts or count_loss_items(config, labels, span_labels, spans, mask_labels)
+        counts = loss_counts or modules.count_loss_items(config, labels, span_labels, spans, mask_labels)
         if labels is not None:
-            losses["language_modeling"] = language_modeling_loss(logits, labels, counts["tokens"])
-        if span_labels is not None and self.span_tagger is not None:
-            losses["span_tagging"] = span_tagging_loss(config, span_logits, span_labels, counts["tag_weight"])
+            losses["language_modeling"] = modules.language_modeling_loss(logits, labels, counts["tokens"])
+        if span_labels is not None and self.span_tagger.has_loss:
+            losses["span_tagging"] = modules.span_tagging_loss(config, span_logits, span_labels, counts["tag_weight"])
         if mask_labels:
             if targets is not None:
                 mask_labels = [mask_labels[i] for i in targets.of_span.tolist()]
-            losses |= mask_losses(config, pred_masks, iou_scores, mask_labels, sizes, counts["masks"])
+            losses |= modules.mask_losses(config, pred_masks, iou_scores, mask_labels, sizes, counts["masks"])
         elif mask_labels is not None:
-            losses |= dict.fromkeys(MASK_LOSSES, torch.zeros((), device=logits.device))
+            losses |= dict.fromkeys(modules.MASK_LOSSES, torch.zeros((), device=logits.device))
         if teacher is not None:
             losses["teacher_kl"] = self._teacher_loss(hidden_states, teacher, recorded.inputs, spans, counts["spans"])
         weights = self.loss_weights
@@ -449,7 +517,7 @@ class PlumForConditionalGeneration(PlumVision, PlumMaskDecoding, PlumPreTrainedM
             last_hidden_state=hidden_states,
         )
 
-    def _mask_targets(self, mask_labels, sizes, span_groups, mask_groups, teacher_forced) -> MaskTargets | None:
+    def _mask_targets(self, mask_labels, sizes, span_groups, mask_groups, teacher_forced):
         """Targets that are chosen while decoding, from `(S, 4)` sizes of each span's image; None if none need be."""
         if span_groups is None and teacher_forced is None:
             return None
@@ -468,13 +536,13 @@ class PlumForConditionalGeneration(PlumVision, PlumMaskDecoding, PlumPreTrainedM
             teacher_forced = torch.zeros_like(span_groups, dtype=torch.bool)
         # All masks of a group are about one image, that of its first span.
         first_span = (span_groups == mask_groups[:, None]).int().argmax(dim=1)
-        low_res_masks = shrink_mask_labels(
+        low_res_masks = modules.shrink_mask_labels(
             mask_labels,
             sizes[first_span],
             self.config.sam_config.vision_config.image_size,
             self.config.low_res_mask_size,
         )
-        return MaskTargets(low_res_masks, span_groups, mask_groups, teacher_forced)
+        return modules.MaskTargets(low_res_masks, span_groups, mask_groups, teacher_forced)
 
     @property
     def loss_weights(self) -> dict[str, float]:
@@ -505,201 +573,222 @@ class PlumForConditionalGeneration(PlumVision, PlumMaskDecoding, PlumPreTrainedM
     def tag_tokens(
         self, input_ids: torch.LongTensor, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None
     ) -> torch.Tensor:
-        """
-        O/B/I logits `(B, L, 3)`, from the span tagger. With `span_source="seg_token"` the tokens say it themselves:
-        the special token is a B, with certainty, and every other token an O.
-        """
-        if self.span_tagger is not None:
-            return self.span_tagger(hidden_states, attention_mask).to(hidden_states.device)
-        tags = torch.where(input_ids == self.config.seg_token_id, TAG_BEGIN, TAG_OUTSIDE)
-        return F.one_hot(tags, num_classes=3).to(hidden_states.dtype).log()
+        """Return the O/B/I logits `(B, L, 3)` of tokens from their hidden states `(B, L, D)`."""
+        return self.span_tagger(hidden_states, attention_mask, input_ids).to(hidden_states.device)
 
     def _teacher_loss(self, hidden_states, teacher, language_inputs, spans, count) -> torch.Tensor:
         if spans is None or not len(spans):
             return hidden_states.new_zeros(())
         with torch.no_grad():
-            teacher_hidden_states = teacher(**language_inputs).last_hidden_state
-        return teacher_kl_loss(hidden_states, teacher_hidden_states, spans, self.config.teacher_kl_sigma, count)
+            expected = teacher(**language_inputs).last_hidden_state
+        return modules.teacher_kl_loss(hidden_states, expected, spans, self.config.teacher_kl_sigma, count)
 
     # --------------------------------------------------------------- inference
 
     @torch.no_grad()
     def generate(
-        self,
-        input_ids: torch.LongTensor,
-        attention_mask: torch.Tensor | None = None,
-        pixel_values: torch.FloatTensor | None = None,
-        sam_pixel_values: torch.FloatTensor | None = None,
-        sam_image_embeddings: torch.FloatTensor | None = None,
-        sam_image_index: torch.LongTensor | None = None,
-        original_sizes: torch.LongTensor | None = None,
-        reshaped_input_sizes: torch.LongTensor | None = None,
-        vlm_image_features: list[torch.Tensor] | None = None,
-        **kwargs,
+        self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None = None, **inputs_and_options
     ) -> torch.LongTensor:
         """
-        Generates answers with the vision-language model's own `generate`; takes all that the processor returns. SAM
+        Generate answers with the vision-language model's own `generate`; takes all that the processor returns. SAM
         runs only where the vision-language model looks through it (`vlm_image_input="sam_image_embeddings"`).
+
+        Args:
+            input_ids, attention_mask (`(B, L)`): Prompts, padded on the left.
+            inputs_and_options: The image inputs of [`forward`], or `vlm_image_features`, which
+                [`get_vlm_image_features`] returned, in the place of `pixel_values`; further inputs of the
+                vision-language model; and options of transformers' `generate`.
         """
         if self.config.vlm_image_input == "pixel_values":
-            sam_pixel_values = None
-        image_inputs, _, _ = self._resolve_images(
-            input_ids, pixel_values, sam_pixel_values, sam_image_embeddings, sam_image_index, vlm_image_features
-        )
-        return self._generate(input_ids, attention_mask, **image_inputs, **kwargs)[0]
+            inputs_and_options.pop("sam_pixel_values", None)
+        images, inputs = self._take_images(input_ids, inputs_and_options)
+        return self._generate(input_ids, attention_mask, **images.vlm_inputs, **inputs)[0]
 
-    def _generate(self, input_ids, attention_mask, **kwargs) -> tuple[torch.LongTensor, GenerationConfig]:
-        """What `generate` returns for prompts, and the settings that it followed."""
+    def _generate(self, input_ids, attention_mask, **kwargs) -> tuple[torch.LongTensor, GenerationConfig, dict]:
+        """What `generate` returns for prompts, the settings that it followed, and the arguments that are none."""
         self._check_image_tokens(input_ids, kwargs)
         # The settings that were loaded with this model, or changed on it by the caller, are those of the whole.
         self.vlm.generation_config = self.generation_config
-        settings, kwargs = settle_options(self.generation_config, kwargs, input_ids.shape[1])
+        settings, kwargs = modules.settle_options(self.generation_config, kwargs, input_ids.shape[1])
         generated = self.vlm.generate(
             input_ids=input_ids, attention_mask=attention_mask, generation_config=settings, **kwargs
         )
-        return generated, settings
+        return generated, settings, kwargs
 
     @torch.no_grad()
     def segment(
-        self,
-        input_ids: torch.LongTensor,
-        attention_mask: torch.Tensor | None = None,
-        pixel_values: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
-        sam_pixel_values: torch.FloatTensor | None = None,
-        sam_image_embeddings: torch.FloatTensor | None = None,
-        sam_image_index: torch.LongTensor | None = None,
-        spans: torch.LongTensor | None = None,
-        given_masks: dict[int, torch.Tensor] | None = None,
-        hidden_states: torch.FloatTensor | None = None,
-        vlm_image_features: list[torch.Tensor] | None = None,
-        original_sizes: torch.LongTensor | None = None,
-        reshaped_input_sizes: torch.LongTensor | None = None,
-        span_labels: torch.LongTensor | None = None,
-        mask_labels: list[torch.Tensor] | None = None,
-        **kwargs,
+        self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None = None, **inputs_and_options
     ) -> PlumSegmentationOutput:
         r"""
-        Answers, tags its answers and segments the tagged spans, for a batch of conversations.
-
-        Without `labels` the rows are prompts: their answers are generated. With `labels` the rows already hold an
-        answer, the last that is labelled, which is tagged; with `spans` as well, those spans are segmented instead of
-        predicted ones. The masks of spans in earlier answers guide those of the last, and are no part of it.
+        Generate the answers of prompts, tag them and segment the tagged spans.
 
         Args:
-            input_ids, attention_mask, pixel_values, sam_pixel_values, sam_image_embeddings, sam_image_index,
-            original_sizes, reshaped_input_sizes: As in [`forward`]. Prompts must be padded on the left.
-            labels (`(B, L)`): Given answers, -100 elsewhere.
-            spans (`(S, 3)`): Spans of the given answers to segment, `[row, start, end)`, in order and not empty.
+            input_ids, attention_mask (`(B, L)`): Prompts, padded on the left.
+            inputs_and_options: The image inputs of [`generate`], further inputs of the vision-language model, and
+                options of transformers' `generate`, such as `max_new_tokens`.
+
+        Raises:
+            ValueError: Rows that hold answers already, or several returned sequences per prompt.
+        """
+        given = [name for name in GIVEN_ANSWERS if inputs_and_options.pop(name, None) is not None]
+        if given:
+            raise ValueError(
+                f"segment() generates answers, found {', '.join(given)} of answers that are given; call "
+                "segment_answers() to have these tagged, segment_spans() to segment the spans you name."
+            )
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        images, inputs = self._take_images(input_ids, inputs_and_options)
+        sequences, attention_mask, answer_mask, is_truncated, hidden_states = self._answer(
+            input_ids, attention_mask, images.vlm_inputs, inputs
+        )
+        return self._segment_tagged(sequences, attention_mask, answer_mask, hidden_states, images, is_truncated)
+
+    @torch.no_grad()
+    def segment_answers(
+        self,
+        input_ids: torch.LongTensor,
+        labels: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        hidden_states: torch.FloatTensor | None = None,
+        **inputs,
+    ) -> PlumSegmentationOutput:
+        r"""
+        Tag the last given answer of each row as if the model had written it, and segment the tagged spans.
+
+        Args:
+            input_ids, attention_mask (`(B, L)`): Conversations with answers.
+            labels (`(B, L)`): Tokens of the answers, -100 elsewhere.
+            hidden_states (`(B, L, D)`): What [`encode_conversations`] returned for these rows, if it was called.
+            inputs: The image inputs of [`generate`] and further inputs of the vision-language model. The other labels
+                of a training batch are unused.
+
+        Raises:
+            ValueError: A row without an answer.
+        """
+        images, hidden_states = self._read_given(input_ids, attention_mask, hidden_states, inputs)
+        answer_mask = self._mask_given_answers(labels)
+        return self._segment_tagged(input_ids, attention_mask, answer_mask, hidden_states, images)
+
+    @torch.no_grad()
+    def segment_spans(
+        self,
+        input_ids: torch.LongTensor,
+        labels: torch.LongTensor,
+        spans: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        given_masks: dict[int, torch.Tensor] | None = None,
+        hidden_states: torch.FloatTensor | None = None,
+        **inputs,
+    ) -> PlumSegmentationOutput:
+        r"""
+        Segment the given spans of given answers. The masks of spans in earlier answers of a row guide those of its
+        last, and are no part of it.
+
+        Args:
+            input_ids, attention_mask, labels, hidden_states, inputs: As in [`segment_answers`].
+            spans (`(S, 3)`): Spans of the answers, `[row, start, end)`, in order and not empty.
             given_masks: Binary masks (original height, original width), arrays or tensors, by index of the span in
                 `spans`. Such a mask is returned in place of a predicted one, and the later spans of its row are
                 decoded from it.
-            hidden_states (`(B, L, D)`): What [`encode_conversations`] returned for these rows and their given answers.
-            vlm_image_features: As in [`encode_conversations`].
-            span_labels, mask_labels: Accepted, so that a training batch may be passed as it is, and unused.
-            kwargs: Options of `generate`, such as `max_new_tokens`, and further inputs of the vision-language model.
 
         Raises:
-            ValueError: A row without a given answer beside others that have one; spans out of range, out of order,
-                empty or without an image; a given mask of no span, of another form or size than its image; several
-                returned sequences per prompt.
+            ValueError: Spans out of range, out of order, empty or without an image; a given mask of no span, of
+                another form or size than its image; a row without an answer.
         """
-        image_inputs, sam_image_embeddings, sam_image_index = self._resolve_images(
-            input_ids, pixel_values, sam_pixel_values, sam_image_embeddings, sam_image_index, vlm_image_features
-        )
-        further_inputs, generate_kwargs = self._split_inputs(kwargs)
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        if labels is None:
-            if spans is not None or given_masks or hidden_states is not None:
-                raise ValueError(
-                    "spans, given_masks and hidden_states belong to a given answer; pass its labels as well."
-                )
-            input_ids, attention_mask, answer_mask, is_truncated, hidden_states = self._answer(
-                input_ids, attention_mask, image_inputs | further_inputs, generate_kwargs
-            )
-        else:
-            answer_mask = self._mask_given_answers(labels, spans)
-            is_truncated = torch.zeros(len(labels), dtype=torch.bool, device=labels.device)
-            if hidden_states is None:
-                hidden_states = self._run_language_model(input_ids, attention_mask, **image_inputs, **further_inputs)
-
+        images, hidden_states = self._read_given(input_ids, attention_mask, hidden_states, inputs)
+        answer_mask = self._mask_given_answers(labels)
+        modules.check_spans(spans, labels.shape)
+        given = labels != IGNORE_INDEX
+        outside = ~(given[spans[:, 0], spans[:, 1]] & given[spans[:, 0], spans[:, 2] - 1])
+        for i in outside.nonzero()[:1, 0].tolist():
+            raise ValueError(f"Span {i} is {spans[i].tolist()}, which is no part of an answer in labels.")
         span_logits = self.tag_tokens(input_ids, hidden_states, attention_mask)
-        forced = spans is not None
-        if not forced:
-            # A row without an image has nothing to segment, whatever its words say.
-            visible = answer_mask & (sam_image_index >= 0)[:, None]
-            spans = decode_spans(span_logits.argmax(dim=-1), visible)
-        tag_scores = 1 - span_logits.float().softmax(dim=-1)[..., TAG_OUTSIDE, None]
-        tag_scores = mean_over_spans(tag_scores, spans)[:, 0]
+        masks = self._downscale_given_masks(given_masks, spans, images)
+        tag_scores = torch.ones(len(spans), dtype=span_logits.dtype, device=span_logits.device)
+        return self._segment(input_ids, answer_mask, hidden_states, span_logits, spans, tag_scores, images, masks)
 
+    def _read_given(self, input_ids, attention_mask, hidden_states, inputs):
+        """The images of conversations with answers, and their hidden states unless these are known."""
+        images, inputs = self._take_images(input_ids, inputs)
+        if hidden_states is None:
+            vlm_inputs = {name: value for name, value in inputs.items() if name not in GIVEN_ANSWERS}
+            hidden_states = self._run_language_model(input_ids, attention_mask, **images.vlm_inputs, **vlm_inputs)
+        return images, hidden_states
+
+    def _segment_tagged(self, sequences, attention_mask, answer_mask, hidden_states, images, is_truncated=None):
+        """Tags the tokens of answers and segments the spans that come out."""
+        span_logits = self.tag_tokens(sequences, hidden_states, attention_mask)
+        # A row without an image has nothing to segment, whatever its words say.
+        visible = answer_mask & (images.index >= 0)[:, None]
+        spans = modules.decode_spans(span_logits.argmax(dim=-1), visible)
+        tag_scores = 1 - span_logits.float().softmax(dim=-1)[..., modules.TAG_OUTSIDE, None]
+        tag_scores = modules.mean_over_spans(tag_scores, spans)[:, 0]
+        return self._segment(
+            sequences, answer_mask, hidden_states, span_logits, spans, tag_scores, images, truncated=is_truncated
+        )
+
+    def _segment(
+        self, sequences, answer_mask, hidden_states, span_logits, spans, tag_scores, images, given=None, truncated=None
+    ) -> PlumSegmentationOutput:
         size = self.config.low_res_mask_size
         pred_masks, iou_scores = hidden_states.new_zeros((0, size, size)), hidden_states.new_zeros(0)
-        given = self._downscale_given_masks(given_masks, spans, sam_image_index, original_sizes, reshaped_input_sizes)
         if len(spans):
             pred_masks, iou_scores = self.decode_masks(
-                hidden_states, spans, sam_image_embeddings, sam_image_index, given
+                hidden_states, spans, images.sam_embeddings, images.index, given
             )
+        if truncated is None:
+            truncated = torch.zeros(len(sequences), dtype=torch.bool, device=sequences.device)
         return PlumSegmentationOutput(
-            sequences=input_ids,
+            sequences=sequences,
             answer_mask=answer_mask,
-            is_truncated=is_truncated,
+            is_truncated=truncated,
             span_logits=span_logits,
             spans=spans,
-            tag_scores=torch.ones_like(tag_scores) if forced else tag_scores,
+            tag_scores=tag_scores,
             pred_masks=pred_masks,
             iou_scores=iou_scores,
-            sam_image_index=sam_image_index,
-            original_sizes=original_sizes,
-            reshaped_input_sizes=reshaped_input_sizes,
-            image_confidences=None if sam_image_embeddings is None else self.rate_images(sam_image_embeddings),
+            sam_image_index=images.index,
+            original_sizes=images.original_sizes,
+            reshaped_input_sizes=images.reshaped_sizes,
+            image_confidences=None if images.sam_embeddings is None else self.rate_images(images.sam_embeddings),
         )
 
-    def _mask_given_answers(self, labels, spans) -> torch.BoolTensor:
+    def _mask_given_answers(self, labels) -> torch.BoolTensor:
         """Tokens `(B, L)` of the last labelled answer of each row, its stop token left out."""
-        answers = keep_last_answer(labels)
+        answers = modules.keep_last_answer(labels)
         absent = (answers == IGNORE_INDEX).all(dim=1).nonzero()[:, 0].tolist()
         if absent:
             raise ValueError(
-                f"Rows {absent} have no answer in labels; give each row an answer, or no labels to have all generated."
+                f"Rows {absent} have no answer in labels; give each row an answer, or call segment() with prompts to "
+                "have all generated."
             )
-        if spans is not None:
-            check_spans(spans, labels.shape)
-            given = labels != IGNORE_INDEX
-            outside = ~(given[spans[:, 0], spans[:, 1]] & given[spans[:, 0], spans[:, 2] - 1])
-            for i in outside.nonzero()[:1, 0].tolist():
-                raise ValueError(f"Span {i} is {spans[i].tolist()}, which is no part of an answer in labels.")
-        stops = torch.isin(answers, stop_tokens(self.generation_config, answers.device))
+        stops = torch.isin(answers, modules.stop_tokens(self.generation_config, answers.device))
         return (answers != IGNORE_INDEX) & ~stops
 
-    def _answer(self, prompt, attention_mask, vlm_inputs, generate_kwargs) -> tuple[torch.Tensor, ...]:
+    def _answer(self, prompt, attention_mask, vlm_inputs, inputs) -> tuple[torch.Tensor, ...]:
         """
         Generated sequences with their attention mask, answer mask, whether they were cut off, and hidden states, those
         of `generate` itself.
         """
         if (attention_mask[:, -1] == 0).any():
             raise ValueError("Prompts must be padded on the left to be continued; pass padding_side='left'.")
-        with GeneratedStates(self.vlm.get_decoder()) as observed:
-            sequences, settings = self._generate(prompt, attention_mask, **vlm_inputs, **generate_kwargs)
+        with modules.GeneratedStates(self.vlm.get_decoder()) as observed:
+            sequences, settings, rest = self._generate(prompt, attention_mask, **vlm_inputs, **inputs)
         sequences = sequences.sequences if isinstance(sequences, ModelOutput) else sequences
         if len(sequences) != len(prompt):
             raise ValueError(
                 f"segment() gives one answer per prompt, found {len(sequences)} sequences for {len(prompt)} prompts; "
                 "set num_return_sequences=1."
             )
-        attention_mask, answer_mask, is_truncated = find_ends(sequences, attention_mask, settings)
+        attention_mask, answer_mask, is_truncated = modules.find_ends(sequences, attention_mask, settings)
         hidden_states = observed.finish(sequences)
         if hidden_states is None:
+            # Of what is no setting, tensors are inputs of the model; streamers and the like are not.
+            vlm_inputs |= {name: value for name, value in rest.items() if isinstance(value, torch.Tensor)}
             vlm_inputs = self._extend_to_answers(vlm_inputs, prompt, sequences)
             hidden_states = self._run_language_model(sequences, attention_mask, **vlm_inputs)
         return sequences, attention_mask, answer_mask, is_truncated, hidden_states.to(sequences.device)
-
-    def _split_inputs(self, kwargs: dict) -> tuple[dict, dict]:
-        """Further inputs of the vision-language model, and options of `generate`."""
-        options = {*vars(GenerationConfig()), *inspect.signature(GenerationMixin.generate).parameters}
-        options |= {"tokenizer", "assistant_tokenizer"}
-        inputs = {name: value for name, value in kwargs.items() if name not in options}
-        return inputs, {name: value for name, value in kwargs.items() if name in options}
 
     def _extend_to_answers(self, vlm_inputs: dict, prompt, sequences) -> dict:
         """Inputs given per token of the prompt, for prompt and answer: embeddings, or type ids with 0 for text."""
@@ -711,7 +800,7 @@ class PlumForConditionalGeneration(PlumVision, PlumMaskDecoding, PlumPreTrainedM
                 extended[name] = F.pad(value, (0, answers.shape[1]))
         return extended
 
-    def _downscale_given_masks(self, given_masks, spans, sam_image_index, original_sizes, reshaped_input_sizes):
+    def _downscale_given_masks(self, given_masks, spans, images):
         """Low-res logits by span index of a caller's masks, each checked."""
         given = {}
         for i, mask in (given_masks or {}).items():
@@ -724,59 +813,33 @@ class PlumForConditionalGeneration(PlumVision, PlumMaskDecoding, PlumPreTrainedM
                     f"The given mask of span {i} is a {type(mask).__name__}, expected an array or tensor "
                     "(height, width)."
                 )
-            if original_sizes is None or reshaped_input_sizes is None:
+            if images.original_sizes is None or images.reshaped_sizes is None:
                 raise ValueError("given_masks need original_sizes and reshaped_input_sizes; pass them as well.")
-            image = sam_image_index[spans[i, 0]]
-            original, mask = tuple(original_sizes[image].tolist()), torch.as_tensor(mask, device=spans.device)
+            image = images.index[spans[i, 0]]
+            original, mask = tuple(images.original_sizes[image].tolist()), torch.as_tensor(mask, device=spans.device)
             if tuple(mask.shape) != original:
                 raise ValueError(f"The given mask of span {i} is {tuple(mask.shape)} but its image is {original}.")
             if not mask.isfinite().all():
                 raise ValueError(f"The given mask of span {i} has values that are no numbers; give 0 or 1.")
-            (given[i],) = downscale_masks(
+            (given[i],) = modules.downscale_masks(
                 (mask != 0)[None],
                 self.config.sam_config.vision_config.image_size,
-                reshaped_input_sizes[image].tolist(),
+                images.reshaped_sizes[image].tolist(),
                 self.config.low_res_mask_size,
             )
         return given
 
     @torch.no_grad()
     def encode_conversations(
-        self,
-        input_ids: torch.LongTensor,
-        attention_mask: torch.Tensor | None = None,
-        pixel_values: torch.FloatTensor | None = None,
-        sam_pixel_values: torch.FloatTensor | None = None,
-        sam_image_embeddings: torch.FloatTensor | None = None,
-        sam_image_index: torch.LongTensor | None = None,
-        vlm_image_features: list[torch.Tensor] | None = None,
-        **vlm_inputs,
+        self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None = None, **inputs
     ) -> torch.FloatTensor:
         """
-        Hidden states `(B, L, D)` of conversations, for [`score_choices`] and [`segment`] of the same rows. What rows
-        about one image have in common from their start (the image, a question, the first words of its answers) is
-        computed once, see `sharing_plum.py`; families whose language model takes more than embeddings and positions,
-        or looks at a part of the sequence only, compute each row whole.
-
-        Args:
-            vlm_image_features: Given instead of `pixel_values`, see [`get_vlm_image_features`]; by image, in the
-                order of `sam_image_index`.
-            vlm_inputs: Further inputs of the vision-language model; those of [`forward`] alone are unused.
+        Return the hidden states `(B, L, D)` of conversations, for [`score_choices`], [`segment_answers`] and
+        [`segment_spans`] of the same rows. Inputs as in [`segment_answers`]; the labels of a batch are unused.
         """
-        image_inputs, _, sam_image_index = self._resolve_images(
-            input_ids, pixel_values, sam_pixel_values, sam_image_embeddings, sam_image_index, vlm_image_features
-        )
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        own = inspect.signature(self.forward).parameters
-        vlm_inputs = {name: value for name, value in vlm_inputs.items() if name not in own}
-        # A row whose image is not known shares with none, and rows without an image with each other.
-        has_image = (input_ids == self.config.vlm_config.image_token_id).any(dim=1)
-        unknown = torch.arange(len(input_ids), device=input_ids.device) - 1 - len(input_ids)
-        roots = torch.where(has_image & (sam_image_index < 0), unknown, sam_image_index)
-        packed = pack_rows(input_ids, attention_mask, roots.tolist())
-        with SharedBeginnings(self.vlm.get_decoder(), packed):
-            return self._run_language_model(input_ids, attention_mask, **image_inputs, **vlm_inputs)
+        return self._read_given(input_ids, attention_mask, None, inputs)[1]
 
     @torch.no_grad()
     def score_choices(

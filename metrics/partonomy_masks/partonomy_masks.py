@@ -1,6 +1,6 @@
 """Mask figures of PARTONOMY as a metric of `evaluate`.
 
-`mask_metrics.py` and `rle_plum.py` beside this file are all it needs; they are the files of the same names in the
+`mask_metrics.py` and `inputs_plum.py` beside this file are all it needs; they are the files of the same names in the
 project.
 """
 
@@ -11,8 +11,8 @@ import datasets
 import evaluate
 import numpy as np
 
+from .inputs_plum import DataError, validate_rle
 from .mask_metrics import MATCHINGS, average_precision, matched_ious, normalise, strict_overlaps
-from .rle_plum import DataError, validate_rle
 
 _DESCRIPTION = """Compares the part masks of one image, given as COCO run lengths, with the true ones. Strict: by part
 name, a missing or surplus part scores 0. Reference: the evaluator of the PARTONOMY authors, by position or by the

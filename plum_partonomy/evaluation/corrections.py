@@ -17,6 +17,7 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 from plum_partonomy.inference.one_image import load_model
+from plum_partonomy.inference.packing import encode_conversations
 from plum_partonomy.masks import RLE, DataError, decode, encode
 from plum_partonomy.records import as_chat, tagged_phrases
 from plum_partonomy.scoring.benchmark import data_folder, fingerprint_rows, load_rows
@@ -58,7 +59,7 @@ class _Answers:
         )
         self.inputs = dict(inputs.to(model.device))
         self.inputs["sam_image_embeddings"] = model.get_image_embeddings(self.inputs.pop("sam_pixel_values"))
-        self.inputs["hidden_states"] = model.encode_conversations(**self.inputs)
+        self.inputs["hidden_states"] = encode_conversations(model, **self.inputs)
 
     def segment(self, given: Sequence[Given]) -> list[list[RLE]]:
         """The masks of each answer, with the given true masks of each in their places."""
@@ -67,7 +68,7 @@ class _Answers:
             for row, of_row in enumerate(given)
             for span, mask in of_row.items()
         }
-        outputs = self.model.segment(**self.inputs, given_masks=masks)
+        outputs = self.model.segment_spans(**self.inputs, given_masks=masks)
         answers = self.processor.post_process_segmentation(outputs)
         return [[encode(span.mask) for span in answer.spans] for answer in answers]
 

@@ -6,7 +6,7 @@ from typing import BinaryIO
 
 from PIL import Image
 
-import images_plum
+import inputs_plum
 from plum_partonomy.masks import DataError
 
 MAX_IMAGE_BYTES = 10_000_000
@@ -24,7 +24,7 @@ def read_image(source: str | Path | BinaryIO) -> Image.Image:
         DataError: no image, or one of more than MAX_IMAGE_BYTES or MAX_IMAGE_PIXELS.
     """
     name = getattr(source, "name", "the file") if hasattr(source, "read") else str(source)
-    return images_plum.read_image(source, where=str(name), max_pixels=MAX_IMAGE_PIXELS, max_bytes=MAX_IMAGE_BYTES)
+    return inputs_plum.read_image(source, where=str(name), max_pixels=MAX_IMAGE_PIXELS, max_bytes=MAX_IMAGE_BYTES)
 
 
 def check_text(text: str, *, what: str, max_characters: int | None = None) -> str:

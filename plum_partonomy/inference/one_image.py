@@ -193,7 +193,7 @@ def segment_words(
     answer = {"role": "assistant", "content": tagged + escape_tags(text[last:])}
     given = {place: mask for place, mask in (given_masks or {}).items() if place in ranges}
     inputs = _encode(plum, image, [*messages, answer])
-    outputs = plum.model.segment(
+    outputs = plum.model.segment_spans(
         **inputs, given_masks={ranges.index(place): torch.tensor(mask) for place, mask in given.items()}
     )
     return Reply(image, list(messages), text, outputs, given)

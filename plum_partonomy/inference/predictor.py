@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from heads_plum import decode_spans, keep_last_answer
+from modules_plum import decode_spans, keep_last_answer
 from plum_partonomy.inference.embedding_cache import EmbeddingCache
+from plum_partonomy.inference.packing import encode_conversations
 from plum_partonomy.masks import encode, resize
 from plum_partonomy.questions.spans import tag_phrases
 from plum_partonomy.records import Question, as_chat, escape_tags
@@ -170,7 +171,7 @@ class Predictor:
         """Negative log-likelihood of every choice of every question, and the hidden states of all of them."""
         rows = [(image_id, choice) for image_id, choices in questions for choice in choices]
         inputs = self._encode(rows)
-        inputs["hidden_states"] = self.model.encode_conversations(**inputs)
+        inputs["hidden_states"] = encode_conversations(self.model, **inputs)
         scores = self.model.score_choices(**inputs, num_choices=1, reduction=self.choice_reduction)
         counts = [len(choices) for _, choices in questions]
         return [of_question.flatten().tolist() for of_question in scores.split(counts)], inputs["hidden_states"]
@@ -190,7 +191,7 @@ class Predictor:
             for question, image_id, answer in zip(questions, image_ids, tagged, strict=True)
         ]
         inputs = self._encode(rows)
-        outputs = self.model.segment(**inputs, hidden_states=hidden_states[:, : inputs["input_ids"].shape[1]])
+        outputs = self.model.segment_spans(**inputs, hidden_states=hidden_states[:, : inputs["input_ids"].shape[1]])
         segmented = self.processor.post_process_segmentation(outputs)
         starts = outputs.answer_mask.int().argmax(dim=1).tolist()
         true = tags_by_row(inputs["spans"], starts)

@@ -17,7 +17,7 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from PIL import Image
 from tqdm import tqdm
 
-from heads_plum import keep_last_answer
+from modules_plum import keep_last_answer
 from plum_partonomy.baselines.model import ask as messages_up_to
 from plum_partonomy.inference.one_image import MAX_NEW_TOKENS, Reply, ask, finish, load_model
 from plum_partonomy.lmms.questions import as_question

@@ -149,7 +149,7 @@ class ImageFiles:
         return path
 
     def size(self, image_path: str, *, where: str) -> Size:
-        """(height, width) in pixels as `images_plum` reads it, turned upright. Raises DataError."""
+        """(height, width) in pixels as `inputs_plum.py` reads it, turned upright. Raises DataError."""
         if image_path not in self._sizes:
             path = self.locate(image_path, where=where)
             place = f"{where}, field {self.field!r}: {path}"

@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from PIL import Image
 
-from heads_plum import IGNORE_INDEX, TAG_INSIDE
+from modules_plum import IGNORE_INDEX, TAG_INSIDE
 from plum_partonomy.images import read_image, undecoded
 from plum_partonomy.masks import RLE, area, decode, encode, validate_rle
 from plum_partonomy.records import DataError, as_chat, check_turns, tagged_phrases

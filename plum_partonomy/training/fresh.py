@@ -19,7 +19,7 @@ import numpy as np
 from PIL import ImageOps
 
 import partonomy_dataset
-from images_plum import read_image
+from inputs_plum import read_image
 from plum_partonomy.images import undecoded
 from plum_partonomy.masks import decode, encode
 from plum_partonomy.questions.conversations import converse

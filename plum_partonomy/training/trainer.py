@@ -18,9 +18,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.utils import ModelOutput
 
 from configuration_plum import PlumConfig
-from heads_plum import IGNORE_INDEX, decode_spans
-from losses_plum import count_loss_items
-from masks_plum import upscale_masks
+from modules_plum import IGNORE_INDEX, count_loss_items, decode_spans, upscale_masks
 from plum_partonomy.inference.embedding_cache import EmbeddingCache
 from plum_partonomy.training.resume import seal
 

@@ -43,7 +43,7 @@ def segment_alone(model, processor, asked: dict, given: dict) -> list:
     """The masks of one answer by itself, given true masks by span."""
     chat = conversation(asked["image"], asked["messages"][1]["content"], "Which?")
     inputs = processor.apply_chat_template([chat], masks=[asked["masks"]], tokenize=True, return_dict=True)
-    outputs = model.segment(**inputs, given_masks={span: asked["masks"][mask] for span, mask in given.items()})
+    outputs = model.segment_spans(**inputs, given_masks={span: asked["masks"][mask] for span, mask in given.items()})
     return [encode(span.mask) for span in processor.post_process_segmentation(outputs)[0].spans]
 
 

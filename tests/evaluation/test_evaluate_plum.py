@@ -15,8 +15,8 @@ import datasets
 import pytest
 import torch
 
-from heads_plum import keep_last_answer
 from modeling_plum import PlumForConditionalGeneration
+from modules_plum import keep_last_answer
 from plum_partonomy.evaluation.partonomy import evaluate, evaluate_answers
 from plum_partonomy.evaluation.run import EvaluationArguments
 from plum_partonomy.features import QUESTION_FEATURES

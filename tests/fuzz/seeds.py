@@ -7,7 +7,7 @@ import json
 import numpy as np
 from PIL import Image
 
-from images_plum import FORMATS
+from inputs_plum import FORMATS
 from plum_partonomy.masks import encode
 from tests.fuzz.programs import CHECKPOINT_FILES, sound_checkpoint
 

@@ -11,9 +11,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from chat_plum import parse_span_tags
-from images_plum import read_image
-from masks_plum import to_binary_mask
+from inputs_plum import parse_span_tags, read_image, to_binary_mask
 from plum_partonomy.masks import DataError, decode
 from plum_partonomy.records import tagged_phrases
 from plum_partonomy.scoring.predictions import read_predictions

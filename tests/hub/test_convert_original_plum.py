@@ -332,7 +332,7 @@ def test_the_processor_places_an_image_between_its_markers(
     assert bool((batch["pixel_values"][0, 0, middle] < 0).any()) is not center_crop
     assert bool((batch["sam_pixel_values"][0, 0, 20] < 0).any())
     model = PlumForConditionalGeneration.from_pretrained(tmp_path / "converted").eval()
-    answer = processor.post_process_segmentation(model.segment(**batch))[0]
+    answer = processor.post_process_segmentation(model.segment_answers(**batch))[0]
     assert answer.text
 
 

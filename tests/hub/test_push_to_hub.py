@@ -51,7 +51,7 @@ chat = [{"role": "user", "content": [{"type": "image", "image": Image.new("RGB",
 inputs = processor.apply_chat_template(chat, tokenize=True, return_dict=True)
 found = {}
 for auto_class in (AutoModel, AutoModelForImageTextToText):
-    outputs = auto_class.from_pretrained("user/plum", **pinned).segment(**inputs)
+    outputs = auto_class.from_pretrained("user/plum", **pinned).segment_spans(**inputs)
     found[auto_class.__name__] = float(outputs.pred_masks.sum())
 found["span"] = processor.post_process_segmentation(outputs)[0].spans[0].text
 pipe = pipeline(model="user/plum", **pinned)

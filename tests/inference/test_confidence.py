@@ -38,11 +38,11 @@ def test_answers_carry_the_confidence_of_their_own_image_and_none_without_one():
     images = [random_image(seed=1), random_image(seed=2)]
     chats = [conversation(image, "It is red.") for image in (images[1], None, images[0])]
     inputs = processor.apply_chat_template(chats, tokenize=True, return_dict=True)
-    answers = processor.post_process_segmentation(model.segment(**inputs))
+    answers = processor.post_process_segmentation(model.segment_answers(**inputs))
     alone = []
     for image in images:
         single = processor.apply_chat_template([conversation(image, "It is red.")], tokenize=True, return_dict=True)
-        (answer,) = processor.post_process_segmentation(model.segment(**single))
+        (answer,) = processor.post_process_segmentation(model.segment_answers(**single))
         alone.append(answer.confidence)
     assert answers[1].confidence is None
     assert [answers[2].confidence, answers[0].confidence] == pytest.approx(alone, rel=1e-4)

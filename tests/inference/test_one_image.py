@@ -108,7 +108,7 @@ def test_a_corrected_mask_changes_the_later_masks_only_and_stays_when_words_are_
     assert not torch.equal(after[2], before[2])
     chat = conversation(image, "A <p>wheel</p>, another <p>wheel</p> and a <p>left wing</p>.")
     inputs = plum.processor.apply_chat_template(chat, tokenize=True, return_dict=True)
-    expected = plum.model.segment(**inputs, given_masks={1: torch.from_numpy(drawn)})
+    expected = plum.model.segment_spans(**inputs, given_masks={1: torch.from_numpy(drawn)})
     assert torch.equal(after, expected.pred_masks)
     fewer = segment_words(plum, image, MESSAGES, TEXT, RANGES[1:], given_masks=corrected.given_masks)
     assert torch.equal(fewer.outputs.pred_masks[0], after[1])

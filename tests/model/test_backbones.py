@@ -184,7 +184,7 @@ def test_a_generated_answer_is_tagged_and_segmented_as_the_same_answer_given(plu
             fill = 1 if name == "attention_mask" else 0
             given[name] = nn.functional.pad(given[name], (0, new), value=fill)
     labels = torch.where(generated.answer_mask, generated.sequences, -100)
-    tagged = model.segment(**given, labels=labels)
+    tagged = model.segment_answers(**given, labels=labels)
     assert_close(tagged.span_logits[generated.answer_mask], generated.span_logits[generated.answer_mask], **EXACT)
 
 
@@ -207,7 +207,7 @@ def test_prepared_images_give_what_their_pixels_give(plum):
     batch, short = encode(processor, chats), encode(processor, of_prepared)
     assert not any("pixel" in name for name in short) and torch.equal(short["input_ids"], batch["input_ids"])
     assert_close(model.score_choices(**short, **kept, num_choices=3), model.score_choices(**batch, num_choices=3))
-    assert_close(model.segment(**short, **kept).pred_masks, model.segment(**batch).pred_masks, **EXACT)
+    assert_close(model.segment_spans(**short, **kept).pred_masks, model.segment_spans(**batch).pred_masks, **EXACT)
     prompts = [conversation(image, None) for image in (WIDE, TALL)]
     short_prompts = prompt(processor, [conversation(image, None) for image in prepared])
     options = {"max_new_tokens": 8, "do_sample": False}

@@ -8,8 +8,8 @@ import torch
 from torch.testing import assert_close
 from transformers import GenerationConfig
 
-from generation_plum import DEFAULT_MAX_NEW_TOKENS, settle_options
 from modeling_plum import PlumForConditionalGeneration
+from modules_plum import DEFAULT_MAX_NEW_TOKENS, settle_options
 from tests.tiny import conversation, random_image, tiny_model, tiny_processor
 from tests.tiny_backbones import llava_clip, tiny_sam
 

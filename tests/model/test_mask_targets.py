@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from losses_plum import MaskTargets
-from masks_plum import downscale_masks
+from modules_plum import MaskTargets, downscale_masks
 from plum_partonomy.masks import encode
 from plum_partonomy.training.examples import Collator, ConversationDataset, group_masks
 from tests.runs import make_records, record
@@ -60,7 +59,7 @@ def test_masks_after_forced_ones_are_those_decoded_from_given_masks():
         own = model(**{**batch, **groups})
         for span in range(4):
             given = {earlier: batch["mask_labels"][earlier] for earlier in range(span)}
-            expected = model.segment(**without_groups(batch), given_masks=given)
+            expected = model.segment_spans(**without_groups(batch), given_masks=given)
             assert_close(forced.pred_masks[span], expected.pred_masks[span], **EXACT)
     assert not torch.allclose(forced.pred_masks[1:], own.pred_masks[1:], atol=1e-3)
     assert_close(forced.pred_masks[0], own.pred_masks[0], **EXACT)  # nothing was forced before it

@@ -15,11 +15,18 @@ from torch import nn
 from torch.testing import assert_close
 from transformers.utils import ModelOutput
 
-import losses_plum
-from heads_plum import decode_spans
-from losses_plum import count_loss_items, dice_loss, focal_tversky_loss
-from masks_plum import downscale_masks, label_frame, shrink_mask, upscale_masks
+import modules_plum
 from modeling_plum import PlumForConditionalGeneration
+from modules_plum import (
+    count_loss_items,
+    decode_spans,
+    dice_loss,
+    downscale_masks,
+    focal_tversky_loss,
+    label_frame,
+    shrink_mask,
+    upscale_masks,
+)
 from plum_partonomy.training.trainer import build_teacher
 from tests.tiny import (
     conversation,
@@ -135,9 +142,9 @@ def test_a_given_mask_changes_only_the_later_spans_of_its_own_row():
     model, processor = tiny_model(), tiny_processor()
     torch.nn.init.normal_(model.mask_feedback.out_proj.weight, std=1.0)
     batch = mixed_batch(processor)
-    predicted = model.segment(**batch)
+    predicted = model.segment_spans(**batch)
     given = random_mask(50, 70, seed=9)
-    corrected = model.segment(**batch, given_masks={1: given})
+    corrected = model.segment_spans(**batch, given_masks={1: given})
     assert_close(corrected.pred_masks[[0, 3]], predicted.pred_masks[[0, 3]], rtol=0, atol=0)
     assert not torch.allclose(corrected.pred_masks[2], predicted.pred_masks[2], atol=1e-4)
     result = processor.post_process_segmentation(corrected)[0].spans[1]
@@ -148,9 +155,9 @@ def test_a_given_mask_changes_only_the_later_spans_of_its_own_row():
 def test_without_feedback_every_span_is_decoded_on_its_own():
     model, processor = tiny_model(mask_feedback=False), tiny_processor()
     batch = mixed_batch(processor)
-    together = model.segment(**batch)
+    together = model.segment_spans(**batch)
     batch["spans"] = batch["spans"][2:3]
-    assert_close(model.segment(**batch).pred_masks[0], together.pred_masks[2], **EXACT)
+    assert_close(model.segment_spans(**batch).pred_masks[0], together.pred_masks[2], **EXACT)
 
 
 def test_upscaled_masks_equal_those_of_the_sam_image_processor():
@@ -221,7 +228,7 @@ def test_mask_losses_computed_in_parts_are_those_of_all_masks_at_once(model_and_
     model, processor = copy.deepcopy(model_and_processor[0]), model_and_processor[1]
     batch, results = mixed_batch(processor), []
     for pixels in (2**22, 1):
-        monkeypatch.setattr(losses_plum, "MASK_PIXELS_AT_ONCE", pixels)
+        monkeypatch.setattr(modules_plum, "MASK_PIXELS_AT_ONCE", pixels)
         model.zero_grad()
         outputs = model(**batch)
         outputs.loss.backward()
@@ -361,7 +368,7 @@ def test_generated_spans_have_the_masks_of_the_same_answer_given(model_and_proce
     given["input_ids"] = generated.sequences
     given["attention_mask"] = torch.cat([prompts["attention_mask"], torch.ones(2, 12, dtype=torch.long)], dim=1)
     labels = torch.where(generated.answer_mask, generated.sequences, -100)
-    tagged = model.segment(**given, labels=labels)
+    tagged = model.segment_answers(**given, labels=labels)
     assert_close(tagged.spans, generated.spans)
     assert_close(tagged.pred_masks, generated.pred_masks, **EXACT)
 
@@ -435,7 +442,7 @@ def test_a_saved_model_loads_to_the_same_function(tmp_path, options):
     tolerance = {"rtol": 0.1, "atol": 0.1} if "dtype" in options else {"rtol": 0, "atol": 0}
     assert_close(found.logits.float(), expected.logits, **tolerance)
     assert_close(found.pred_masks.float(), expected.pred_masks, **tolerance)
-    assert len(loaded.segment(**batch).pred_masks) == 4
+    assert len(loaded.segment_spans(**batch).pred_masks) == 4
 
 
 def test_fresh_weights_can_be_learned_from():
@@ -469,7 +476,7 @@ def test_auto_classes_load_the_model_as_remote_code_from_another_folder(tmp_path
         inputs = processor.apply_chat_template(chat, tokenize=True, return_dict=True)
         for auto_class in (AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM):
             model = auto_class.from_pretrained(folder, trust_remote_code=True)
-            outputs = model.segment(**inputs)
+            outputs = model.segment_spans(**inputs)
             answer = processor.post_process_segmentation(outputs)[0]
             print(answer.text, answer.spans[0].text, answer.spans[0].mask.shape, float(outputs.pred_masks.sum()))
         model.save_pretrained(folder + "-again")
@@ -536,7 +543,7 @@ def test_image_tokens_without_an_image_are_refused_instead_of_being_read_as_word
     batch = dict(processor.apply_chat_template(chats, tokenize=True, return_dict=True))
     for name in ("pixel_values", "sam_pixel_values"):
         batch.pop(name, None)
-    for run in (model, model.segment, lambda **inputs: model.score_choices(**inputs, num_choices=2)):
+    for run in (model, model.segment_answers, lambda **inputs: model.score_choices(**inputs, num_choices=2)):
         with pytest.raises(ValueError, match="hold image tokens, but no image comes with them"):
             run(**batch)
     prompts = processor.apply_chat_template([conversation(random_image(), None)], add_generation_prompt=True,
@@ -571,9 +578,9 @@ def test_spans_given_by_hand_are_checked_before_they_are_segmented():
         ([0, start - 1, start + 1], "is no part of an answer"),
     ):
         with pytest.raises(ValueError, match=f"Span 0 is .*{words}"):
-            model.segment(**{**batch, "spans": torch.tensor([span])})
-    assert model.segment(**{**batch, "spans": torch.tensor([[0, start, start + 1]])}).pred_masks.isfinite().all()
-    assert len(model.segment(**{**batch, "spans": torch.zeros(0, 3, dtype=torch.long)}).pred_masks) == 0
+            model.segment_spans(**{**batch, "spans": torch.tensor([span])})
+    assert model.segment_spans(**{**batch, "spans": torch.tensor([[0, start, start + 1]])}).pred_masks.isfinite().all()
+    assert len(model.segment_spans(**{**batch, "spans": torch.zeros(0, 3, dtype=torch.long)}).pred_masks) == 0
 
 
 @pytest.mark.parametrize(
@@ -593,15 +600,17 @@ def test_spans_given_by_hand_are_checked_before_they_are_segmented():
 def test_given_masks_are_arrays_of_the_size_of_their_image_for_spans_that_are_there(given, words):
     model, processor = tiny_model(), tiny_processor()
     with pytest.raises(ValueError, match=words):
-        model.segment(**mixed_batch(processor), given_masks=given)
+        model.segment_spans(**mixed_batch(processor), given_masks=given)
 
 
 def test_what_is_not_zero_is_inside_a_given_mask():
     model, batch = tiny_model(), mixed_batch(tiny_processor())
     drawn = random_mask(50, 70, seed=9)
-    expected = model.segment(**batch, given_masks={1: drawn}).pred_masks
+    expected = model.segment_spans(**batch, given_masks={1: drawn}).pred_masks
     for form in (drawn.astype(np.uint8) * 255, drawn.astype(np.float64), torch.from_numpy(drawn)):
-        assert_close(model.segment(**batch, given_masks={np.int64(1): form}).pred_masks, expected, rtol=0, atol=0)
+        assert_close(
+            model.segment_spans(**batch, given_masks={np.int64(1): form}).pred_masks, expected, rtol=0, atol=0
+        )
 
 
 def test_a_teacher_computes_where_its_inputs_are():

@@ -5,8 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from modeling_plum import PlumForConditionalGeneration
-from pipeline_plum import PlumPipeline
-from processing_plum import PlumProcessor
+from processing_plum import PlumPipeline, PlumProcessor
 from tests.tiny import conversation, mixed_conversations, random_image, tiny_model, tiny_processor
 from tests.tiny_backbones import llava_clip, qwen2_5_vl, tiny_sam
 
@@ -54,7 +53,7 @@ def everything(model, processor) -> list:
     conversations, masks = mixed_conversations()
     given = processor.apply_chat_template(conversations, masks=masks, **options)
     results = [model.segment(**prompts.to(model.device), max_new_tokens=8, do_sample=False)]
-    results += [model.segment(**given), model.segment(**given, given_masks={0: masks[0][0]})]
+    results += [model.segment_spans(**given), model.segment_spans(**given, given_masks={0: masks[0][0]})]
     with torch.no_grad():
         forward = model(**given)
     states = model.encode_conversations(**given)

@@ -12,10 +12,8 @@ from torch.testing import assert_close
 from transformers import SamImageProcessor
 from transformers.utils import ModelOutput
 
-from heads_plum import decode_spans, mean_over_spans
-from losses_plum import dice_loss, focal_tversky_loss
-from masks_plum import upscale_masks
 from modeling_plum import PlumForConditionalGeneration
+from modules_plum import decode_spans, dice_loss, focal_tversky_loss, mean_over_spans, upscale_masks
 from tests.recording import original_gradients
 
 CLOSE = {"atol": 2e-4, "rtol": 1e-4}

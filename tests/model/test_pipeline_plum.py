@@ -9,7 +9,7 @@ import torch
 from transformers import pipeline
 from transformers.pipelines.pt_utils import KeyDataset
 
-from pipeline_plum import PlumPipeline
+from processing_plum import PlumPipeline
 from tests.tiny import conversation, random_image, tiny_model, tiny_processor
 
 QUESTION = "Which parts can you see?"

@@ -12,9 +12,8 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from chat_plum import DEFAULT_CHAT_TEMPLATE, find_answers
-from masks_plum import to_binary_mask
-from processing_plum import PlumProcessor, parse_span_tags
+from inputs_plum import to_binary_mask
+from processing_plum import DEFAULT_CHAT_TEMPLATE, PlumProcessor, find_answers, parse_span_tags
 from tests.tiny import conversation, random_image, random_mask, tiny_model, tiny_processor
 
 TOKENIZERS = ["byte_level", "metaspace", "wordpiece"]
@@ -310,7 +309,7 @@ def test_labels_are_those_of_the_rows_that_are_given_in_full(byte_level_processo
     alone = encode(byte_level_processor, [given])
     assert torch.equal(batch["labels"][1][batch["labels"][1] != -100], alone["labels"][alone["labels"] != -100])
     model = tiny_model()
-    for call in (model.segment, lambda **inputs: model.score_choices(**inputs, num_choices=1)):
+    for call in (model.segment_answers, lambda **inputs: model.score_choices(**inputs, num_choices=1)):
         with pytest.raises(ValueError, match=r"Rows \[0\] have no answer in labels"):
             call(**batch)
 
@@ -320,12 +319,12 @@ def test_the_answer_that_is_segmented_is_the_last_and_earlier_spans_guide_its_ma
     torch.nn.init.normal_(model.mask_feedback.out_proj.weight, std=1.0)
     later = conversation(None, "A <p>tail</p>.", question="What else?")
     batch = encode(processor, [HISTORY + later])
-    outputs = model.segment(**batch)
+    outputs = model.segment_spans(**batch)
     (answer,) = processor.post_process_segmentation(outputs)
     assert answer.text == "A tail." and [span.text for span in answer.spans] == ["tail"]
     assert len(outputs.spans) == 2
     drawn = random_mask(seed=4)
-    guided = model.segment(**batch, given_masks={0: drawn})
+    guided = model.segment_spans(**batch, given_masks={0: drawn})
     assert not torch.allclose(guided.pred_masks[1], outputs.pred_masks[1], atol=1e-4)
 
 
@@ -427,7 +426,7 @@ def test_results_are_the_words_and_masks_of_the_answer_at_the_size_of_the_image(
         conversation(images[1], "The <p>tail</p>."),
         conversation(images[2], "It is red."),
     ]
-    outputs = model.segment(**encode(processor, chats))
+    outputs = model.segment_spans(**encode(processor, chats))
     answers = processor.post_process_segmentation(outputs)
     plain = ["The object has a left wing, (tail), and one wheel.", "The tail.", "It is red."]
     squeezed = [answer.text.replace(" ", "").lower() for answer in answers]
@@ -451,7 +450,7 @@ def test_results_are_the_words_and_masks_of_the_answer_at_the_size_of_the_image(
 
 def test_an_empty_mask_has_no_box(byte_level_processor):
     model = tiny_model()
-    outputs = model.segment(**encode(byte_level_processor, [conversation(random_image(), "A <p>wheel</p>.")]))
+    outputs = model.segment_spans(**encode(byte_level_processor, [conversation(random_image(), "A <p>wheel</p>.")]))
     span = byte_level_processor.post_process_segmentation(outputs, mask_threshold=1e9)[0].spans[0]
     assert span.box is None and not span.mask.any()
 

@@ -9,10 +9,9 @@ import torch.nn.functional as F
 from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDataclassFieldValidationError
 from torch.testing import assert_close
 
-from chat_plum import PlainChat, find_last_phrase, insert_seg_tokens
-from losses_plum import dice_loss
-from masks_plum import upscale_masks
+from inputs_plum import PlainChat, find_last_phrase, insert_seg_tokens
 from modeling_plum import PlumForConditionalGeneration
+from modules_plum import dice_loss, upscale_masks
 from plum_partonomy.evaluation.partonomy import evaluate
 from plum_partonomy.inference.checkpoint import load_checkpoint
 from plum_partonomy.scoring.predictions import read_predictions
@@ -108,11 +107,11 @@ def test_returned_texts_are_without_the_token_and_spans_are_the_phrases_before_i
     model = seg_model(processor)
     batch = encode(processor, [conversation(random_image(), ANSWER)])
     spans = batch.pop("spans")
-    (answer,) = processor.post_process_segmentation(model.segment(**batch))
+    (answer,) = processor.post_process_segmentation(model.segment_answers(**batch))
     assert answer.text == PLAIN_ANSWER
     assert [span.text for span in answer.spans] == ["left wing", "tail", "wheel"]
     assert [PLAIN_ANSWER[span.start : span.end] for span in answer.spans] == ["left wing", "tail", "wheel"]
-    (forced,) = processor.post_process_segmentation(model.segment(**batch, spans=spans))
+    (forced,) = processor.post_process_segmentation(model.segment_spans(**batch, spans=spans))
     for found, expected in zip(answer.spans, forced.spans, strict=True):
         assert np.array_equal(found.mask, expected.mask) and found.score == expected.score
 
@@ -172,8 +171,8 @@ def test_each_row_of_a_batch_equals_the_row_alone():
         conversation(random_image(90, 40, seed=2), "The <p>tail</p> is red."),
         conversation(None, "It is red."),
     ]
-    together = model.segment(**encode(processor, chats))
-    alone = [model.segment(**encode(processor, [chat])) for chat in chats[:2]]
+    together = model.segment_answers(**encode(processor, chats))
+    alone = [model.segment_answers(**encode(processor, [chat])) for chat in chats[:2]]
     assert_close(together.pred_masks, torch.cat([output.pred_masks for output in alone]), **EXACT)
     assert together.spans[:, 0].tolist() == [0, 0, 0, 1]
     assert together.tag_scores.tolist() == [1.0] * 4
@@ -191,7 +190,7 @@ def test_generated_tokens_are_segmented_with_the_masks_of_the_same_answer_given(
     labels = torch.where(generated.answer_mask, generated.sequences, -100)
     given = {**prompts, "input_ids": generated.sequences}
     given["attention_mask"] = torch.ones_like(generated.sequences)
-    assert_close(model.segment(**given, labels=labels).pred_masks, generated.pred_masks, **EXACT)
+    assert_close(model.segment_answers(**given, labels=labels).pred_masks, generated.pred_masks, **EXACT)
     (answer,) = processor.post_process_segmentation(generated)
     assert "[SEG]" not in answer.text
 
@@ -203,10 +202,10 @@ def test_a_saved_model_and_processor_give_the_same_masks_and_texts(tmp_path):
     processor.save_pretrained(tmp_path)
     loaded = PlumForConditionalGeneration.from_pretrained(tmp_path).eval()
     loaded_processor = PlumProcessor.from_pretrained(tmp_path)
-    assert loaded.span_tagger is None and loaded_processor.seg_token == "[SEG]"
+    assert not list(loaded.span_tagger.parameters()) and loaded_processor.seg_token == "[SEG]"
     chats = [conversation(random_image(), ANSWER)]
-    expected = processor.post_process_segmentation(model.segment(**encode(processor, chats)))[0]
-    found = loaded_processor.post_process_segmentation(loaded.segment(**encode(loaded_processor, chats)))[0]
+    expected = processor.post_process_segmentation(model.segment_spans(**encode(processor, chats)))[0]
+    found = loaded_processor.post_process_segmentation(loaded.segment_spans(**encode(loaded_processor, chats)))[0]
     assert found.text == expected.text
     for one, other in zip(found.spans, expected.spans, strict=True):
         assert np.array_equal(one.mask, other.mask) and one.text == other.text
@@ -250,7 +249,7 @@ def trained(data_folder, tmp_path_factory):
 
 def test_a_model_trained_from_scratch_has_the_token_and_no_tagger(trained):
     model, processor = load_checkpoint(trained)
-    assert model.span_tagger is None and processor.seg_token == SEG_TOKEN
+    assert not list(model.span_tagger.parameters()) and processor.seg_token == SEG_TOKEN
     assert model.config.seg_token_id == processor.tokenizer.convert_tokens_to_ids(SEG_TOKEN)
     assert model.config.vlm_config.text_config.vocab_size == len(processor.tokenizer) == 301
     log = json.loads((trained / "trainer_state.json").read_text())["log_history"]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import partonomy_dataset
-from images_plum import read_image
+from inputs_plum import read_image
 from plum_partonomy.masks import decode, encode
 from plum_partonomy.records import PartExample, PartMask, check_turns, tagged_phrases
 from plum_partonomy.training.examples import FreshConversationDataset

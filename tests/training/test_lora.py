@@ -63,7 +63,7 @@ def test_a_model_wrapped_for_lora_computes_and_segments_as_the_model_itself():
     with torch.no_grad():
         found, expected = wrapped(**batch), plain(**batch)
     assert_close(found.losses, expected.losses, rtol=0, atol=0)
-    assert_close(wrapped.segment(**batch).pred_masks, plain.segment(**batch).pred_masks, rtol=0, atol=0)
+    assert_close(wrapped.segment_spans(**batch).pred_masks, plain.segment_spans(**batch).pred_masks, rtol=0, atol=0)
 
 
 def test_lora_finds_the_language_model_under_any_name_and_leaves_vision_towers_alone(tmp_path):

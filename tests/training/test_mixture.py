@@ -11,7 +11,7 @@ import pytest
 from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader
 
-from heads_plum import IGNORE_INDEX
+from modules_plum import IGNORE_INDEX
 from plum_partonomy.features import GROUNDED_CONVERSATION_FEATURES
 from plum_partonomy.masks import DataError, encode
 from plum_partonomy.training.examples import Collator, ConversationDataset, stream_examples

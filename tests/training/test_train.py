@@ -398,7 +398,7 @@ def test_the_output_folder_loads_with_the_auto_classes(trained):
     processor = AutoProcessor.from_pretrained(trained, trust_remote_code=True)
     model = AutoModel.from_pretrained(trained, trust_remote_code=True)
     assert type(model).__module__.startswith("transformers_modules")
-    outputs = model.segment(**batch_of([record(0, 2)], processor))
+    outputs = model.segment_spans(**batch_of([record(0, 2)], processor))
     answer = processor.post_process_segmentation(outputs)[0]
     assert answer.text == "I can see a wheel, a left wing."
     assert [(span.text, span.mask.shape) for span in answer.spans] == [("wheel", (40, 70)), ("left wing", (40, 70))]

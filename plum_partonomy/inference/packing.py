@@ -1,5 +1,5 @@
 """
-Passes of a language model that are not made twice: over what rows have in common, and over what was just generated.
+Conversations read by the language model with what they have in common read once.
 
 The answers to a question share its image and its words, the questions about an image share the image. Such rows form
 trees whose nodes are tokens; a tree is laid out in one packed row, in which a token attends to its ancestors alone and
@@ -11,22 +11,44 @@ keeps the position that it has in its own row:
 
 The hidden states are those of separate passes (float32: to 1e-5). The vision-language model's own code still makes the
 embeddings and positions of the whole rows, and only what it hands to its language model is packed, so that no family
-is named here. The states of a generated answer are kept while it is generated; its last token alone, which generation
-does not read, takes one more step.
+is named here.
 
 Shapes. B rows, L tokens, T trees, P tokens of a packed row, D language width.
 """
 
-from contextvars import ContextVar
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import nn
-from transformers import DynamicCache
+
+from modules_plum import Observer, is_plain
 
 # A packed row takes in no further rows beyond so many tokens: its attention costs their square.
 PACKED_TOKENS = 2048
+
+
+def encode_conversations(
+    model: nn.Module, input_ids: torch.LongTensor, attention_mask: torch.Tensor, **inputs
+) -> torch.FloatTensor:
+    """
+    Return what `model.encode_conversations` returns, hidden states `(B, L, D)`, with the beginnings that rows about
+    one image share computed once. Language models that take more than embeddings and positions, or look at a part of
+    the sequence only, compute each row whole.
+
+    Args:
+        model: A `PlumForConditionalGeneration`.
+        input_ids, attention_mask: `(B, L)`.
+        inputs: As of `model.encode_conversations`; only rows with a `sam_image_index` share their image.
+    """
+    images = inputs.get("sam_image_index")
+    images = torch.full((len(input_ids),), -1, device=input_ids.device) if images is None else images
+    # A row whose image is not known shares with none, and rows without an image with each other.
+    has_image = (input_ids == model.config.vlm_config.image_token_id).any(dim=1)
+    unknown = torch.arange(len(input_ids), device=input_ids.device) - 1 - len(input_ids)
+    roots = torch.where(has_image & (images < 0), unknown, images)
+    with SharedBeginnings(model.vlm.get_decoder(), pack_rows(input_ids, attention_mask, roots.tolist())):
+        return model.encode_conversations(input_ids, attention_mask, **inputs)
 
 
 @dataclass
@@ -94,19 +116,6 @@ def pack_rows(
     return PackedRows(*(part.to(device) for part in (tree, *map(torch.from_numpy, (slot, source, depths, visible)))))
 
 
-def is_plain(inputs: dict) -> bool:
-    """Whether a language model's inputs are embeddings, positions and padding, a cache and nothing further."""
-    tensors = {name for name, value in inputs.items() if isinstance(value, torch.Tensor)}
-    others = {name for name, value in inputs.items() if isinstance(value, (list, tuple, dict)) and value}
-    mask = inputs.get("attention_mask")
-    return (
-        "inputs_embeds" in tensors
-        and tensors <= {"inputs_embeds", "attention_mask", "position_ids"}
-        and not others
-        and (mask is None or mask.ndim == 2)
-    )
-
-
 def can_pack(inputs: dict, config) -> bool:
     """Whether a language model can be given packed rows: plain inputs, full attention that takes any mask."""
     config = config.get_text_config()
@@ -120,49 +129,6 @@ def can_pack(inputs: dict, config) -> bool:
         and not windows
         and config._attn_implementation in ("sdpa", "eager")
     )
-
-
-class Observer:
-    """
-    What one call wants to see or change of the passes of a language model, while it lasts and in its own thread. The
-    hooks that ask for it are put on the module once, by [`let_observe`], and keep nothing: calls in other threads go
-    through the same module and see nothing of it.
-    """
-
-    def __init__(self, decoder: nn.Module):
-        self.decoder = decoder
-
-    def __enter__(self):
-        self._token = _OBSERVER.set(self)
-        return self
-
-    def __exit__(self, *error):
-        _OBSERVER.reset(self._token)
-
-    def before(self, args: tuple, inputs: dict) -> tuple[tuple, dict] | None:
-        """Other arguments for a pass, or None."""
-
-    def after(self, inputs: dict, outputs):
-        """Other outputs of a pass, or None."""
-
-
-_OBSERVER: ContextVar[Observer | None] = ContextVar("plum_observer", default=None)
-
-
-def _before_pass(decoder: nn.Module, args: tuple, inputs: dict):
-    observer = _OBSERVER.get()
-    return observer.before(args, inputs) if observer is not None and observer.decoder is decoder else None
-
-
-def _after_pass(decoder: nn.Module, args: tuple, inputs: dict, outputs):
-    observer = _OBSERVER.get()
-    return observer.after(inputs, outputs) if observer is not None and observer.decoder is decoder else None
-
-
-def let_observe(decoder: nn.Module):
-    """Puts the hooks on a language model that [`Observer`] needs; called once, when the model is made."""
-    decoder.register_forward_pre_hook(_before_pass, with_kwargs=True)
-    decoder.register_forward_hook(_after_pass, with_kwargs=True)
 
 
 class SharedBeginnings(Observer):
@@ -196,50 +162,3 @@ class SharedBeginnings(Observer):
         if self.is_packed:
             outputs.last_hidden_state = outputs.last_hidden_state[self.packed.tree[:, None], self.packed.slot]
         return outputs
-
-
-class GeneratedStates(Observer):
-    """
-    Hidden states of the prompts and answers of one call of `generate`, as a context manager around it.
-
-    A decoder whose steps are not one token of every row each (beams, chunked generation), that takes more than
-    embeddings and positions, or whose cache has no room for a further token must read the sequences again.
-    """
-
-    def __init__(self, decoder: nn.Module):
-        super().__init__(decoder)
-        self.states: list[torch.Tensor] = []
-        self.inputs: dict = {}
-
-    def after(self, inputs, outputs):
-        self.inputs = inputs
-        self.states.append(outputs.last_hidden_state)
-
-    @torch.no_grad()
-    def finish(self, sequences: torch.LongTensor) -> torch.Tensor | None:
-        """Hidden states `(B, L, D)` of the generated sequences; `None` if they must be read again."""
-        rows, length = sequences.shape
-        steps = {tuple(states.shape[:2]) for states in self.states[1:]}
-        whole = sum(states.shape[1] for states in self.states) == length - 1
-        if not (whole and len(self.states[0]) == rows and steps <= {(rows, 1)} and is_plain(self.inputs)):
-            return None
-        inputs = dict(self.inputs)
-        if type(inputs.get("past_key_values")) is not DynamicCache or not inputs.get("use_cache", True):
-            return None
-        inputs["inputs_embeds"] = self.decoder.get_input_embeddings()(sequences[:, -1:])
-        if inputs.get("position_ids") is not None:
-            inputs["position_ids"] = inputs["position_ids"][..., -1:] + 1
-        if inputs.get("attention_mask") is not None:
-            inputs["attention_mask"] = nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)
-        return torch.cat([*self.states, self.decoder(**inputs).last_hidden_state], dim=1)
-
-
-class RecordedInputs(Observer):
-    """The keyword arguments of the language model's next pass, in the dictionary `inputs`."""
-
-    def __init__(self, decoder: nn.Module):
-        super().__init__(decoder)
-        self.inputs: dict = {}
-
-    def before(self, args, inputs):
-        self.inputs.update(inputs)

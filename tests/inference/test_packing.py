@@ -7,8 +7,8 @@ import torch
 from torch.testing import assert_close
 
 from modeling_plum import PlumForConditionalGeneration
+from plum_partonomy.inference.packing import can_pack, encode_conversations, pack_rows
 from processing_plum import PlumProcessor
-from sharing_plum import can_pack, pack_rows
 from tests.tiny import conversation, random_image, tiny_config, tiny_model, tiny_processor
 from tests.tiny_backbones import FAMILIES, tiny_sam
 
@@ -51,7 +51,7 @@ def test_hidden_states_and_scores_equal_those_of_each_row_in_a_pass_of_its_own(p
     model, processor = plum
     chats = CHATS + TEXT_ONLY
     batch = encode(processor, chats, padding_side=side)
-    hidden_states, shared = tokens_computed(model, lambda: model.encode_conversations(**batch))
+    hidden_states, shared = tokens_computed(model, lambda: encode_conversations(model, **batch))
     total = 0
     for row, chat in enumerate(chats):
         alone = encode(processor, [chat])
@@ -72,16 +72,14 @@ def test_hidden_states_and_scores_equal_those_of_each_row_in_a_pass_of_its_own(p
 def test_answers_are_segmented_from_the_pass_that_scored_them(plum):
     model, processor = plum
     batch = encode(processor, CHATS)
-    hidden_states = model.encode_conversations(**batch)
-    found, tokens = tokens_computed(model, lambda: model.segment(**batch, hidden_states=hidden_states))
-    expected = model.segment(**batch)
+    hidden_states = encode_conversations(model, **batch)
+    found, tokens = tokens_computed(model, lambda: model.segment_spans(**batch, hidden_states=hidden_states))
+    expected = model.segment_spans(**batch)
     assert tokens == 0
     assert_close(found.pred_masks, expected.pred_masks, rtol=1e-4, atol=1e-4)
     assert_close(found.span_logits[found.answer_mask], expected.span_logits[found.answer_mask], **EXACT)
-    with pytest.raises(ValueError, match="and hidden_states belong to a given answer"):
-        model.segment(
-            **{name: value for name, value in batch.items() if name != "labels"}, hidden_states=hidden_states
-        )
+    with pytest.raises(ValueError, match="found labels, spans, hidden_states of answers that are given; call"):
+        model.segment(**batch, hidden_states=hidden_states)
 
 
 def test_a_generated_answer_is_segmented_without_reading_it_again(plum):
@@ -107,8 +105,8 @@ def test_a_call_in_one_thread_sees_and_changes_nothing_of_another(plum):
     prompts = encode(processor, [conversation(WIDE, None)], add_generation_prompt=True)
     options = {"max_new_tokens": 4, "do_sample": False}
     calls = [
-        lambda: model.encode_conversations(**shared),
-        lambda: model.segment(**other).pred_masks,
+        lambda: encode_conversations(model, **shared),
+        lambda: model.segment_spans(**other).pred_masks,
         lambda: model.segment(**prompts, **options).span_logits,
     ]
     expected = [call() for call in calls]
@@ -145,13 +143,13 @@ def test_a_call_in_one_thread_sees_and_changes_nothing_of_another(plum):
 def test_rows_with_images_of_their_own_share_nothing():
     model, processor = tiny_model(), tiny_processor()
     batch = encode(processor, [conversation(random_image(seed=seed), "It is red.") for seed in range(3)])
-    _, tokens = tokens_computed(model, lambda: model.encode_conversations(**batch))
+    _, tokens = tokens_computed(model, lambda: encode_conversations(model, **batch))
     assert tokens == batch["attention_mask"].sum()
     del batch["sam_image_index"], batch["sam_pixel_values"]
     model = tiny_model(shared_vision=False)  # and neither do rows of which nobody says whose image they have
     batch = encode(tiny_processor(shared_vision=False), [conversation(WIDE, "It is red.")] * 2)
     del batch["sam_image_index"], batch["sam_pixel_values"]
-    _, tokens = tokens_computed(model, lambda: model.encode_conversations(**batch))
+    _, tokens = tokens_computed(model, lambda: encode_conversations(model, **batch))
     assert tokens == batch["attention_mask"].sum()
 
 
@@ -162,7 +160,7 @@ def test_a_language_model_that_looks_at_a_window_computes_each_row_whole():
     torch.manual_seed(0)
     model = PlumForConditionalGeneration(type(config)(**{**config.to_dict(), "vlm_config": vlm_config})).eval()
     batch = encode(tiny_processor(shared_vision=False), CHATS)
-    hidden_states, tokens = tokens_computed(model, lambda: model.encode_conversations(**batch))
+    hidden_states, tokens = tokens_computed(model, lambda: encode_conversations(model, **batch))
     assert tokens == batch["input_ids"].numel()
     with torch.no_grad():
         assert_close(hidden_states, model(**batch).last_hidden_state, rtol=0, atol=0)
