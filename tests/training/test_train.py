@@ -20,11 +20,11 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModel, AutoProcessor, LlamaConfig
 
-from plum_partonomy.inference.checkpoint import load_checkpoint
+from configuration_plum import PlumConfig
+from plum_partonomy.inference.checkpoint import check_config_fields, load_checkpoint
 from plum_partonomy.masks import DataError
 from plum_partonomy.training.model import build_from_scratch, freeze, load_model
 from plum_partonomy.training.options import ModelArguments, parse_arguments
-from plum_partonomy.training.run import main as train
 from processing_plum import PlumProcessor
 from tests.runs import EVALUATED, ROOT, base_options, batch_of, losses_by_step, make_records, record, run_main
 from tests.tiny import CORPUS, tiny_config, tiny_model, tiny_processor
@@ -58,7 +58,7 @@ def test_whole_numbers_may_stand_for_floats(tmp_path):
     vlm = {"model_type": "llava", "text_config": {"model_type": "qwen2", "rms_norm_eps": 1, "num_hidden_layers": 2}}
     recipe = {"model_config": {"mask_bce_loss_weight": 2, "sam_config": sam, "vlm_config": vlm}, "learning_rate": 1}
     model, _, training = parse(tmp_path, recipe)
-    config = train.PlumConfig(**model.model_config)
+    config = PlumConfig(**model.model_config)
     assert (config.mask_bce_loss_weight, config.sam_config.vision_config.mlp_ratio) == (2.0, 4.0)
     assert (config.vlm_config.text_config.rms_norm_eps, config.vlm_config.text_config.num_hidden_layers) == (1.0, 2)
     assert training.learning_rate == 1.0
@@ -109,8 +109,8 @@ def test_every_recipe_is_understood(recipe, tmp_path):
     model, _, training = parse_arguments([str(recipe), *words])
     assert training.output_dir == str(tmp_path)
     if model.model is None:
-        config = train.PlumConfig(**copy.deepcopy(model.model_config))
-        train.check_config_fields(model.model_config, config)
+        config = PlumConfig(**copy.deepcopy(model.model_config))
+        check_config_fields(model.model_config, config)
 
 
 def test_a_field_that_no_config_knows_is_refused_wherever_it_stands():
@@ -179,7 +179,8 @@ def test_a_run_that_goes_on_from_the_middle_of_an_epoch_ends_bit_for_bit_as_if_n
 
 KILLED_WHILE_SAVING = """
 import os, signal, sys
-import torch, train
+import torch
+from plum_partonomy.training.run import main as train
 
 save, step = torch.save, sys.argv[1]
 
