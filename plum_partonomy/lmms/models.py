@@ -85,7 +85,7 @@ class _Plum(lmms):
 
     @torch.no_grad()
     def _segment(self, image: Image.Image, messages: Sequence[dict[str, str]]) -> Reply:
-        outputs = self.plum.model.segment(**self._encode(image, messages))
+        outputs = self.plum.model.segment_spans(**self._encode(image, messages))
         return Reply(image, list(messages[:-1]), messages[-1]["content"], outputs)
 
     def _encode(self, image: Image.Image, messages: Sequence[dict[str, str]]) -> dict[str, Any]:
