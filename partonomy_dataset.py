@@ -47,12 +47,12 @@ from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 import plum_partonomy
 from plum_partonomy.drawn import miniature
 from plum_partonomy.features import GROUNDED_CONVERSATION_FEATURES, QUESTION_FEATURES
+from plum_partonomy.files import write_whole
 from plum_partonomy.masks import DataError
 from plum_partonomy.questions.conversations import converse, converse_about_instances
 from plum_partonomy.questions.maker import SCHEMES, QuestionMaker, make_questions
 from plum_partonomy.questions.part_statistics import PartKnowledge
 from plum_partonomy.records import QUESTION_TYPES, UNNAMED_OBJECT, GroundedConversation, PartExample, Question, as_row
-from plum_partonomy.scoring.predictions import write_whole
 from plum_partonomy.sources.catalogue import SOURCES
 from plum_partonomy.sources.descriptor import DESCRIPTOR_FILE
 from plum_partonomy.sources.official import QUESTIONS_FILE, read_questions

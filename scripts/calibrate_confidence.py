@@ -24,9 +24,9 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from inputs_plum import read_image  # noqa: E402
+from plum_partonomy.files import write_whole  # noqa: E402
 from plum_partonomy.images import undecoded  # noqa: E402
 from plum_partonomy.inference.checkpoint import load_checkpoint  # noqa: E402
-from plum_partonomy.scoring.predictions import write_whole  # noqa: E402
 from plum_partonomy.training.mixture import load_records, parse_source  # noqa: E402
 
 BATCH_SIZE = 8

@@ -35,9 +35,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import partonomy_dataset  # noqa: F401  (makes load_dataset("partonomy") work)
 from configuration_plum import PlumConfig
 from modeling_plum import PlumForConditionalGeneration
+from plum_partonomy.files import write_whole
 from plum_partonomy.inference.checkpoint import load_checkpoint
 from plum_partonomy.records import escape_tags
-from plum_partonomy.scoring.predictions import write_whole
 from processing_plum import PlumProcessor, parse_span_tags
 
 ROOT = Path(__file__).parents[1]

@@ -16,6 +16,7 @@ import torch
 from accelerate import PartialState
 from tqdm import tqdm
 
+from plum_partonomy.files import write_whole
 from plum_partonomy.inference.one_image import load_model
 from plum_partonomy.inference.packing import encode_conversations
 from plum_partonomy.masks import RLE, DataError, decode, encode
@@ -31,7 +32,7 @@ from plum_partonomy.scoring.corrections import (
     score_corrections,
 )
 from plum_partonomy.scoring.mask_metrics import iou_matrix
-from plum_partonomy.scoring.predictions import check_run, write_whole
+from plum_partonomy.scoring.predictions import check_run
 from plum_partonomy.scoring.results import describe_command, fingerprint_model
 from plum_partonomy.scoring.tasks import cut_off_unfinished
 from plum_partonomy.training.examples import ConversationDataset

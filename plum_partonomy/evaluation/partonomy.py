@@ -16,6 +16,8 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 import partonomy_dataset
+from plum_partonomy.evaluation.names import match_names
+from plum_partonomy.files import write_whole
 from plum_partonomy.inference.embedding_cache import EmbeddingCache
 from plum_partonomy.inference.one_image import load_model
 from plum_partonomy.inference.predictor import Predictor
@@ -41,7 +43,6 @@ from plum_partonomy.scoring.predictions import (
     merge_predictions,
     read_predictions,
     write_predictions,
-    write_whole,
 )
 from plum_partonomy.scoring.results import (
     describe_command,
@@ -50,7 +51,6 @@ from plum_partonomy.scoring.results import (
     fingerprint_model,
     format_table,
     leave_out,
-    match_names,
     score,
 )
 from plum_partonomy.sources.problems import ERRORS_FILE, write_problems

@@ -13,11 +13,12 @@ from PIL import Image
 from tqdm import tqdm
 
 import partonomy_dataset
+from plum_partonomy.files import write_whole
 from plum_partonomy.inference.one_image import Plum, ask, finish, load_model
 from plum_partonomy.masks import DataError, encode
 from plum_partonomy.scoring.answers import answer_files
 from plum_partonomy.scoring.benchmark import data_folder, fingerprint_rows
-from plum_partonomy.scoring.predictions import check_run, write_whole
+from plum_partonomy.scoring.predictions import check_run
 from plum_partonomy.scoring.results import describe_command, fingerprint_files, fingerprint_model, leave_out
 from plum_partonomy.scoring.tasks import (
     TaskQuestion,

@@ -18,7 +18,7 @@ from math import comb
 
 import numpy as np
 
-from plum_partonomy.questions.part_statistics import PartKnowledge, Similarity
+from plum_partonomy.questions.part_statistics import PartKnowledge
 
 DISTRACTORS = 4
 
@@ -45,29 +45,25 @@ def edited_distractors(
     Args:
         related: parts of the objects involved; where none is left to add, only co-occurrence decides.
     """
-    truth_keys = {knowledge.part_key(part) for part in truth}
     cumulative = _addition_weights(truth, related=related, knowledge=knowledge).cumsum()
     found: dict[frozenset[str], list[str]] = {}
     for _ in range(_MAX_DRAWS):
         parts = list(truth)
         for _ in range(rng.integers(1, MAX_EDITS + 1)):
             _edit(parts, cumulative=cumulative, knowledge=knowledge, rng=rng)
-        keys = frozenset(map(knowledge.part_key, parts))
-        if keys != truth_keys:
-            found.setdefault(keys, sorted(parts))
+        if set(parts) != set(truth):
+            found.setdefault(frozenset(parts), sorted(parts))
         if len(found) == DISTRACTORS:
             return list(found.values())
     return None
 
 
 def _addition_weights(truth: Sequence[str], *, related: Collection[str], knowledge: PartKnowledge) -> np.ndarray:
-    """How likely each part of the knowledge is to be added; zero for the right ones and their synonyms."""
+    """How likely each part of the knowledge is to be added; zero for the right ones."""
     weights = knowledge.conditional[[knowledge.position[part] for part in truth]].mean(0)
-    for part in truth:
-        weights[knowledge.positions_of_key[knowledge.part_key(part)]] = 0
+    weights[[knowledge.position[part] for part in truth]] = 0
     weights /= weights.sum() or 1
-    truth_keys = {knowledge.part_key(part) for part in truth}
-    spare = [knowledge.position[part] for part in related if knowledge.part_key(part) not in truth_keys]
+    spare = [knowledge.position[part] for part in related if part not in truth]
     if spare:
         weights *= 1 - RELATED_SHARE
         weights[spare] += RELATED_SHARE / len(spare)
@@ -84,7 +80,7 @@ def _edit(parts: list[str], *, cumulative: np.ndarray, knowledge: PartKnowledge,
         added = knowledge.parts[min(drawn, len(cumulative) - 1)]
     if deletes and (len(parts) > 1 or added):
         parts.pop(rng.integers(len(parts)))
-    if added and knowledge.part_key(added) not in map(knowledge.part_key, parts):
+    if added and added not in parts:
         parts.append(added)
 
 
@@ -148,13 +144,13 @@ def _exchange_pools(truth: Sequence[str], presence: Mapping[str, float]) -> Iter
 
 
 class WrongObjects:
-    """Draws four objects that the right one might be taken for, guided by similarity among its siblings."""
+    """Draws four objects that the right one might be taken for, guided by the parts it shares with its siblings."""
 
-    def __init__(self, knowledge: PartKnowledge, *, scheme: str, similarity: Similarity):
+    def __init__(self, knowledge: PartKnowledge, *, scheme: str):
         self.knowledge, self.scheme = knowledge, scheme
         self.labels = sorted(knowledge.part_graph)
         self.row = {label: row for row, label in enumerate(self.labels)}
-        self.similarity = np.asarray(similarity(self.labels))
+        self.similarity = knowledge.part_overlap(self.labels)
         self._rivals: dict[str, list[str]] = {}
         self._groups: dict[str, list[list[str]]] = {}
 

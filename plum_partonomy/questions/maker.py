@@ -7,7 +7,6 @@ alone: not on the order of images or types, the process, or Python's hash seed. 
 all labels that fit, the own one included where it does. distractors.py explains the two schemes.
 """
 
-from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -20,7 +19,7 @@ from plum_partonomy.questions.distractors import (
     can_balance,
     edited_distractors,
 )
-from plum_partonomy.questions.part_statistics import PartGraph, PartKnowledge, Similarity, check_known
+from plum_partonomy.questions.part_statistics import PartGraph, PartKnowledge, check_known
 from plum_partonomy.questions.spans import join_parts
 from plum_partonomy.questions.wording import (
     OBJECT_QUESTION,
@@ -56,20 +55,17 @@ class QuestionMaker:
 
     Args:
         scheme: of SCHEMES.
-        similarity: which objects are alike, for wrong objects; by default, those with the same parts.
 
     Raises ValueError for an unknown scheme, or if "official" is asked for without counts of what occurs together.
     """
 
-    def __init__(
-        self, knowledge: PartKnowledge, *, scheme: str, seed: int, similarity: Similarity | None = None
-    ) -> None:
+    def __init__(self, knowledge: PartKnowledge, *, scheme: str, seed: int) -> None:
         if scheme not in SCHEMES:
             raise ValueError(f"unknown scheme {scheme!r}; known are {', '.join(SCHEMES)}")
         if scheme == "official" and knowledge.together is None:
             raise ValueError('scheme="official" needs to know which parts occur together: see collect_knowledge')
         self.knowledge, self.scheme, self.seed = knowledge, scheme, seed
-        self.objects = WrongObjects(knowledge, scheme=scheme, similarity=similarity or knowledge.part_overlap)
+        self.objects = WrongObjects(knowledge, scheme=scheme)
         self._shared: dict[str, _SharedParts] = {}
 
     def questions(self, example: PartExample, question_types: Sequence[str] = QUESTION_TYPES) -> list[Question]:
@@ -168,21 +164,10 @@ class QuestionMaker:
         return self._shared[label]
 
     def _presence(self, label: str, visible: list[str]) -> dict[str, float]:
-        """Share of images of the parts a balanced list may add or remove: one name per part where it has several.
-
-        Nothing of a part that is visible under two names, or visible under one and listed under another.
-        """
-        key = self.knowledge.part_key
-        names: dict[str, list[str]] = {}
-        for part in visible + sorted(set(self.knowledge.part_graph[label]) - set(visible)):
-            names.setdefault(key(part), []).append(part)
-        visible_names = Counter(map(key, visible))
+        """Share of images of the parts that a balanced list may add or remove."""
         presence = self.knowledge.presence[label]
-        return {
-            same[0]: presence[same[0]]
-            for part_key, same in sorted(names.items())
-            if visible_names[part_key] < 2 and 0 < presence[same[0]] < 1
-        }
+        parts = sorted({*visible, *self.knowledge.part_graph[label]})
+        return {part: presence[part] for part in parts if 0 < presence[part] < 1}
 
 
 def _restricted(presence: Mapping[str, float], passing: Collection[str]) -> dict[str, float]:

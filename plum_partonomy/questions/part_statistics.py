@@ -3,18 +3,15 @@
 (label, visible parts) of all images --collect_knowledge--> PartKnowledge --> questions, distractors
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
-from plum_partonomy.questions.synonyms import PartKey, exact
 from plum_partonomy.records import DataError
 
 PartGraph = Mapping[str, Sequence[str]]
-Similarity = Callable[[Sequence[str]], np.ndarray]
-"""Labels -> how alike any two are: float (labels, labels), symmetric, within [0, 1]."""
 
 
 @dataclass
@@ -27,7 +24,6 @@ class PartKnowledge:
         together: how often two parts are visible in one image: float (parts, parts), in the order of `parts`. On the
             diagonal the images that show the part.
         images: how many images were counted.
-        part_key: names with equal keys are one part.
     """
 
     part_graph: PartGraph
@@ -35,7 +31,6 @@ class PartKnowledge:
     presence: Mapping[str, Mapping[str, float]]
     together: np.ndarray | None = None
     images: int = 0
-    part_key: PartKey = exact
 
     @cached_property
     def parts(self) -> list[str]:
@@ -44,14 +39,6 @@ class PartKnowledge:
     @cached_property
     def position(self) -> dict[str, int]:
         return {part: position for position, part in enumerate(self.parts)}
-
-    @cached_property
-    def positions_of_key(self) -> dict[str, list[int]]:
-        """The positions of the parts that are the same part by `part_key`."""
-        positions: dict[str, list[int]] = {}
-        for position, part in enumerate(self.parts):
-            positions.setdefault(self.part_key(part), []).append(position)
-        return positions
 
     @cached_property
     def conditional(self) -> np.ndarray:
@@ -69,24 +56,23 @@ class PartKnowledge:
         """Every label, sorted -> those of the parts of `label`, under their names there, that it can have too."""
         shared: dict[str, set[str]] = {other: set() for other in sorted(self.part_graph)}
         for part in self.part_graph[label]:
-            for other in self._labels_of_key[self.part_key(part)]:
+            for other in self._labels_of_part[part]:
                 shared[other].add(part)
         return {other: frozenset(parts) for other, parts in shared.items()}
 
     @cached_property
-    def _labels_of_key(self) -> dict[str, set[str]]:
+    def _labels_of_part(self) -> dict[str, set[str]]:
         labels: dict[str, set[str]] = {}
         for label, parts in self.part_graph.items():
             for part in parts:
-                labels.setdefault(self.part_key(part), set()).add(label)
+                labels.setdefault(part, set()).add(label)
         return labels
 
     def part_overlap(self, labels: Sequence[str]) -> np.ndarray:
-        """A Similarity that needs no model: parts two labels can both have over parts either can have."""
-        columns = {key: column for column, key in enumerate(self.positions_of_key)}
-        has = np.zeros((len(labels), len(columns)))
+        """How alike any two labels are, within [0, 1]: parts that both can have over parts that either can have."""
+        has = np.zeros((len(labels), len(self.parts)))
         for row, label in enumerate(labels):
-            has[row, [columns[self.part_key(part)] for part in self.part_graph[label]]] = 1
+            has[row, [self.position[part] for part in self.part_graph[label]]] = 1
         shared = has @ has.T
         either = has.sum(1)[:, None] + has.sum(1) - shared
         return shared / np.maximum(either, 1)
@@ -120,13 +106,12 @@ def collect_knowledge(
     *,
     part_graph: PartGraph,
     instance_graph: Mapping[str, Sequence[str]],
-    part_key: PartKey = exact,
 ) -> PartKnowledge:
     """Counts over (label, visible parts) of all images; their order does not matter.
 
     Raises DataError if the part graph does not know a label, or a part of it.
     """
-    knowledge = PartKnowledge(part_graph, instance_graph, {}, part_key=part_key)
+    knowledge = PartKnowledge(part_graph, instance_graph, {})
     together = np.zeros((len(knowledge.parts), len(knowledge.parts)))
     images = dict.fromkeys(part_graph, 0)
     visible_in = {label: dict.fromkeys(parts, 0) for label, parts in part_graph.items()}
@@ -153,20 +138,3 @@ def check_known(label: str, parts: Iterable[str], *, part_graph: PartGraph, wher
     unknown = sorted(set(parts) - set(part_graph[label]))
     if unknown:
         raise DataError(f"{where}, field 'masks': part_graph[{label!r}] does not have {unknown}")
-
-
-def embedding_similarity(embeddings: Mapping[str, np.ndarray]) -> Similarity:
-    """A Similarity from sentence embeddings of the labels, made by any model: cosine, mapped from [-1, 1] to [0, 1].
-
-    The Similarity raises DataError for a label without an embedding.
-    """
-
-    def similarity(labels: Sequence[str]) -> np.ndarray:
-        missing = [label for label in labels if label not in embeddings]
-        if missing:
-            raise DataError(f"embeddings: none for the labels {missing}; embed every label of the part graph")
-        vectors = np.stack([np.asarray(embeddings[label], dtype=np.float64) for label in labels])
-        vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-        return (1 + vectors @ vectors.T) / 2
-
-    return similarity

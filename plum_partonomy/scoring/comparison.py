@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from plum_partonomy.files import write_whole
 from plum_partonomy.records import Question
 from plum_partonomy.scoring.bootstrap import Tally, interval, resample, summarise
 from plum_partonomy.scoring.mask_metrics import normalise
 from plum_partonomy.scoring.metrics import MaskSource, mean_iou, pair_by_id, scored_spans, tally, true_masks
 from plum_partonomy.scoring.overlays import panel, pick_colours
 from plum_partonomy.scoring.pages import render_page
-from plum_partonomy.scoring.predictions import Prediction, SpanMask, write_whole
+from plum_partonomy.scoring.predictions import Prediction, SpanMask
 from plum_partonomy.scoring.report import FIGURES
 
 __all__ = ["compare", "write_comparison"]

@@ -19,11 +19,11 @@ import numpy as np
 from PIL import Image
 from scipy.optimize import linear_sum_assignment
 
+from plum_partonomy.files import write_whole
 from plum_partonomy.masks import RLE, DataError
 from plum_partonomy.scoring.bootstrap import Tally, interval, ratio_draws, ratio_figures
 from plum_partonomy.scoring.overlays import panel, pick_colours
 from plum_partonomy.scoring.pages import pick_evenly, render_page
-from plum_partonomy.scoring.predictions import write_whole
 
 __all__ = ["CURVE_STEPS", "CorrectedAnswer", "match_equal", "read_corrections", "score_corrections"]
 

@@ -1,18 +1,19 @@
 """Which part names of a generated answer mean which parts of the correct one, beyond equal names.
 
 A predicted name that means a true part is replaced by that part's name; every figure of the generated answer, masks
-included, then compares names exactly. A true part is meant by names equal to it; else by names of the same key
+included, then compares names exactly. A true part is meant by names equal to it; else by names of the same lemma
 (`lemmatised`), or by the one name nearest to it in embedding (`embedding`, one to one).
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from plum_partonomy.masks import DataError
-from plum_partonomy.questions.synonyms import PartKey
+from plum_partonomy.questions.wording import inflect_engine
 from plum_partonomy.records import Question
 from plum_partonomy.scoring.mask_metrics import normalise
 from plum_partonomy.scoring.metrics import true_parts
@@ -22,9 +23,9 @@ __all__ = [
     "EMBEDDING_THRESHOLD",
     "NameMatcher",
     "by_embedding",
-    "by_key",
-    "embed_names",
+    "by_lemma",
     "generated_names",
+    "lemmatised",
     "rename_generated",
 ]
 
@@ -35,18 +36,26 @@ NameMatcher = Callable[[Sequence[str], Sequence[str]], dict[str, str]]
 """(predicted, true) names, all different and normalised -> the true name for each predicted name that means one."""
 
 
-def by_key(key: PartKey) -> NameMatcher:
-    """Names with equal keys mean the same part.
+@cache
+def lemmatised(name: str) -> str:
+    """Lower case, hyphens and underscores as spaces, the last word in the singular.
 
-    >>> by_key(lambda name: name.rstrip("s"))(["wheels", "oar"], ["wheel", "mast"])
+    >>> lemmatised("Front_Wheels"), lemmatised("side-mirror")
+    ('front wheel', 'side mirror')
+    """
+    words = re.split(r"[\s_-]+", name.strip().casefold())
+    words[-1] = inflect_engine().singular_noun(words[-1]) or words[-1] if words[-1] else words[-1]
+    return " ".join(words)
+
+
+def by_lemma(predicted: Sequence[str], true: Sequence[str]) -> dict[str, str]:
+    """Names with the same lemma mean the same part; a [`NameMatcher`].
+
+    >>> by_lemma(["wheels", "oar"], ["wheel", "mast"])
     {'wheels': 'wheel'}
     """
-
-    def match(predicted: Sequence[str], true: Sequence[str]) -> dict[str, str]:
-        true_of = {key(name): name for name in true}
-        return {name: true_of[key(name)] for name in predicted if key(name) in true_of}
-
-    return match
+    true_of = {lemmatised(name): name for name in true}
+    return {name: true_of[lemmatised(name)] for name in predicted if lemmatised(name) in true_of}
 
 
 def by_embedding(embeddings: Mapping[str, np.ndarray], *, threshold: float = EMBEDDING_THRESHOLD) -> NameMatcher:
@@ -115,33 +124,3 @@ def generated_names(questions: Sequence[Question], predictions: Sequence[Predict
     ]
     parts = [part for question in questions for part in true_parts(question)]
     return sorted({normalise(name) for name in [*parts, *written]})
-
-
-def embed_names(names: Sequence[str], model: str, *, batch_size: int = 64) -> dict[str, np.ndarray]:
-    """Embeddings by name: the mean over its tokens of the last hidden state of a text encoder.
-
-    Args:
-        names: texts, not empty.
-        model: folder or Hub name of a model of transformers, such as sentence-transformers/all-MiniLM-L6-v2.
-
-    Raises:
-        DataError: the model cannot be loaded.
-    """
-    import torch
-    from transformers import AutoModel, AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-        encoder = AutoModel.from_pretrained(model, trust_remote_code=False, use_safetensors=True).eval()
-    except (ValueError, OSError) as error:
-        raise DataError(f"Cannot load {model!r} as a sentence-embedding model of transformers: {error}") from error
-    embeddings = {}
-    for start in range(0, len(names), batch_size):
-        batch = list(names[start : start + batch_size])
-        inputs = tokenizer(batch, padding=True, truncation=True, return_tensors="pt")
-        with torch.inference_mode():
-            states = encoder(**inputs).last_hidden_state  # (names, tokens, width)
-        mask = inputs["attention_mask"].unsqueeze(-1)
-        means = (states * mask).sum(dim=1) / mask.sum(dim=1)
-        embeddings |= dict(zip(batch, means.float().numpy(), strict=True))
-    return embeddings

@@ -10,7 +10,6 @@ One line of predictions.jsonl, shortened (spans are characters of the answer, ta
      "object_choice_scores": null, "wrong_image": {the same fields for the image of another record} or null}
 """
 
-import contextlib
 import dataclasses
 import json
 import math
@@ -21,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from plum_partonomy.files import write_whole
 from plum_partonomy.masks import RLE, DataError, validate_rle
 from plum_partonomy.sources.json_files import json_lines, parse_json
 from plum_partonomy.sources.untrusted import typed
@@ -33,7 +33,6 @@ __all__ = [
     "merge_predictions",
     "read_predictions",
     "write_predictions",
-    "write_whole",
 ]
 
 
@@ -207,19 +206,6 @@ def read_predictions(path: Path) -> list[Prediction]:
 
 
 # ---------------------------------------------------------------- the folder of a run
-
-
-def write_whole(path: Path, pieces: Iterable[str]) -> None:
-    """Writes a text file at once: a reader sees the old file or the new one, never a part."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.writelines(pieces)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):  # such as a disk that cannot be written to
-            temporary.unlink()
-        raise
 
 
 def check_run(folder: Path, settings: dict[str, Any]) -> None:

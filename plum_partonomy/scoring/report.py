@@ -13,13 +13,14 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
+from plum_partonomy.files import write_whole
 from plum_partonomy.masks import DataError
 from plum_partonomy.records import Question
 from plum_partonomy.scoring.mask_metrics import normalise
 from plum_partonomy.scoring.metrics import Pair, mean_iou, pair_by_id, true_masks, true_parts
 from plum_partonomy.scoring.overlays import data_address, highlight, panel, pick_colours
 from plum_partonomy.scoring.pages import pick_evenly, render_page
-from plum_partonomy.scoring.predictions import Prediction, write_whole
+from plum_partonomy.scoring.predictions import Prediction
 
 __all__ = ["FIGURES", "write_report"]
 

@@ -9,18 +9,17 @@ from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import datasets
 
+from plum_partonomy.files import write_whole
 from plum_partonomy.masks import DataError
-from plum_partonomy.questions.synonyms import lemmatised
 from plum_partonomy.records import Question
 from plum_partonomy.scoring.benchmark import load_image
 from plum_partonomy.scoring.bootstrap import BOOTSTRAP_SEED, LEVEL, RESAMPLES
 from plum_partonomy.scoring.metrics import MaskSource, evaluate_predictions, iou_per_part
-from plum_partonomy.scoring.name_matching import by_embedding, by_key, embed_names, generated_names, rename_generated
-from plum_partonomy.scoring.predictions import Prediction, write_whole
+from plum_partonomy.scoring.predictions import Prediction
 from plum_partonomy.scoring.report import FIGURES, write_report
 from plum_partonomy.sources.problems import write_problems
 
@@ -33,7 +32,6 @@ __all__ = [
     "fingerprint_model",
     "format_table",
     "leave_out",
-    "match_names",
     "score",
 ]
 
@@ -113,31 +111,6 @@ def leave_out(
         write_problems(report_to, problems)
         return [question for question in questions if question.id in answered]
     return list(questions)
-
-
-def match_names(
-    questions: Sequence[Question],
-    predictions: Sequence[Prediction],
-    *,
-    match: Literal["exact", "lemmatised", "embedding"],
-    model: str | None = None,
-) -> list[Prediction]:
-    """The predictions with the part names of generated answers as `match` reads them.
-
-    Args:
-        questions, predictions: one prediction per question.
-        match: how names are compared.
-        model: for `embedding`, folder or Hub name of the text encoder.
-
-    Raises:
-        DataError: the text encoder cannot be loaded.
-    """
-    if match == "exact":
-        return list(predictions)
-    if match == "lemmatised":
-        return rename_generated(questions, predictions, by_key(lemmatised))
-    embeddings = embed_names(generated_names(questions, predictions), model)
-    return rename_generated(questions, predictions, by_embedding(embeddings))
 
 
 def score(

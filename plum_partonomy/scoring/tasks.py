@@ -20,6 +20,7 @@ from typing import Any
 import datasets
 from PIL import Image
 
+from plum_partonomy.files import write_whole
 from plum_partonomy.masks import DataError
 from plum_partonomy.records import PartMask, tagged_phrases
 from plum_partonomy.scoring.answers import LineReader, check_fields, collect_answers, read_span
@@ -27,7 +28,7 @@ from plum_partonomy.scoring.benchmark import load_rows, read_image
 from plum_partonomy.scoring.bootstrap import Tally
 from plum_partonomy.scoring.overlays import panel, pick_colours
 from plum_partonomy.scoring.pages import pick_evenly, render_page
-from plum_partonomy.scoring.predictions import Prediction, write_whole
+from plum_partonomy.scoring.predictions import Prediction
 from plum_partonomy.scoring.results import describe_left_out
 from plum_partonomy.scoring.task_metrics import MASK_TASKS, TASKS, class_name, mask_ratios, summarise_task, text_ratios
 

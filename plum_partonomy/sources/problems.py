@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from plum_partonomy.scoring.predictions import write_whole
+from plum_partonomy.files import write_whole
 
 ERRORS_FILE = "errors.jsonl"
 

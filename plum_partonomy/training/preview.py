@@ -15,10 +15,11 @@ import pyarrow.compute as pc
 import torch
 from datasets import Dataset, IterableDataset
 
+from plum_partonomy.files import write_whole
 from plum_partonomy.records import check_turns, tagged_phrases
 from plum_partonomy.scoring.overlays import highlight, panel, pick_colours
 from plum_partonomy.scoring.pages import render_page
-from plum_partonomy.scoring.predictions import SpanMask, write_whole
+from plum_partonomy.scoring.predictions import SpanMask
 from plum_partonomy.seeding import seeded_generator
 from plum_partonomy.training.examples import Collator, ConversationDataset, cut_answers, stream_examples
 from plum_partonomy.training.mixture import Source

@@ -23,8 +23,8 @@ from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from plum_partonomy.files import write_whole
 from plum_partonomy.masks import DataError
-from plum_partonomy.scoring.predictions import write_whole
 
 SEAL_FILE = "resume.json"
 LISTED = 6

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from transformers import BertConfig, BertModel
 
+from plum_partonomy.evaluation.names import embed_names, match_names
 from plum_partonomy.masks import DataError
 from plum_partonomy.scoring import name_matching
 from plum_partonomy.scoring.baselines import answer_without_model
 from plum_partonomy.scoring.metrics import evaluate_predictions
-from plum_partonomy.scoring.name_matching import by_embedding, embed_names, generated_names, rename_generated
-from plum_partonomy.scoring.results import match_names
+from plum_partonomy.scoring.name_matching import by_embedding, generated_names, rename_generated
 from tests.scoring.test_answers import QUESTIONS
 from tests.tiny import tiny_tokenizer
 

@@ -13,9 +13,8 @@ from plum_partonomy.drawn import miniature
 from plum_partonomy.masks import encode
 from plum_partonomy.questions.distractors import DISTRACTORS, MAX_EDITS, TOGGLES
 from plum_partonomy.questions.maker import SCHEMES, QuestionMaker
-from plum_partonomy.questions.part_statistics import PartKnowledge, collect_knowledge, embedding_similarity
-from plum_partonomy.questions.synonyms import judge_synonyms, judged_synonyms, lemmatised
-from plum_partonomy.records import QUESTION_TYPES, DataError, PartExample, PartMask
+from plum_partonomy.questions.part_statistics import PartKnowledge, collect_knowledge
+from plum_partonomy.records import QUESTION_TYPES, PartExample, PartMask
 from plum_partonomy.scoring.blind_baselines import compare_schemes, fit_bag_of_parts
 
 ROOT = Path(__file__).parents[2]
@@ -143,48 +142,6 @@ def test_similar_objects_are_drawn_more_often():
     rng = np.random.default_rng(0)
     drawn = [rival for _ in range(200) for rival in maker.objects.draw("bus", rng=rng)]
     assert drawn.count("car") > max(drawn.count(other) for other in parts if other not in ("bus", "car"))
-
-
-def test_embeddings_give_the_cosine_mapped_to_zero_and_one():
-    similarity = embedding_similarity({"up": np.array([0.0, 2.0]), "down": np.array([0.0, -1.0])})
-    np.testing.assert_allclose(similarity(["up", "down"]), [[1, 0], [0, 1]], atol=1e-12)
-    with pytest.raises(DataError, match="none for the labels \\['left'\\]"):
-        similarity(["up", "left"])
-
-
-def test_a_synonym_of_a_right_part_is_never_a_wrong_part():
-    graph = {"bus": ["Doors", "arm", "belt", "door"], "car": ["belt", "doors", "ear"], "kite": ["fin"]}
-    knowledge = collect_knowledge(
-        [("bus", ["arm", "door"]), ("bus", ["belt", "Doors"]), ("car", ["belt", "ear"]), ("kite", ["fin"])],
-        part_graph=graph,
-        instance_graph={},
-        part_key=lemmatised,
-    )
-    maker = QuestionMaker(knowledge, scheme="official", seed=0)
-    types = ["identification", "positive"]
-    for number in range(100):
-        for question in maker.questions(example(f"{number}", "bus", ["arm", "door"]), types):
-            assert not {"Doors", "doors"} & {part for parts in question.choice_parts for part in parts} or (
-                "door" not in question.choice_parts[question.correct]
-            )
-            if compared_objects(question) == ["car"]:
-                assert question.choice_parts[question.correct] == ["door"]
-
-
-def test_judged_synonyms_are_asked_once_and_read_back(tmp_path):
-    asked = []
-
-    def judge(first: str, second: str) -> bool:
-        asked.append((first, second))
-        return {first, second} <= {"tire", "tyre", "rubber"}
-
-    judge_synonyms(["tyres", "Tyre", "tire", "rubber", "door"], judge, tmp_path / "synonyms.json")
-    assert len(asked) == len(set(asked))
-    key = judged_synonyms(tmp_path / "synonyms.json")
-    assert key("tyres") == key("Tire") == key("rubber") != key("door")
-    (tmp_path / "synonyms.json").write_text('[["a", "b"], ["b", "c"]]')
-    with pytest.raises(DataError, match="group 1: 'b' is in an earlier group"):
-        judged_synonyms(tmp_path / "synonyms.json")
 
 
 def test_blind_heuristics_tell_nothing_from_balanced_questions_and_the_middle_of_official_ones():

@@ -4,6 +4,7 @@ import re
 import numpy as np
 import pytest
 
+from plum_partonomy.files import write_whole
 from plum_partonomy.masks import DataError, encode
 from plum_partonomy.scoring.predictions import (
     Prediction,
@@ -12,7 +13,6 @@ from plum_partonomy.scoring.predictions import (
     check_run,
     merge_predictions,
     read_predictions,
-    write_whole,
 )
 
 
