@@ -381,35 +381,41 @@ def add_model(demo: Demo) -> gr.Dropdown:
     return model
 
 
+def add_question(demo: Demo, examples: list[list[str]]) -> tuple[gr.Component, ...]:
+    """The image, the question, the button that asks, and the gallery of examples."""
+    image = make_upload(demo)(
+        label=f"Image, at most {MAX_IMAGE_BYTES // 10**6} MB",
+        type="filepath",
+        image_mode=None,
+        sources=["upload", "webcam", "clipboard"],
+        height=320,
+    )
+    question = gr.Textbox(
+        QUESTION,
+        label="Question",
+        info="Enter asks, Shift+Enter begins a new line.",
+        max_length=MAX_TEXT_CHARACTERS,
+        lines=2,
+        max_lines=4,
+        elem_id="question",
+    )
+    ask = gr.Button("Ask", variant="primary", elem_id="ask")
+    gallery = gr.Dataset(
+        components=[image],
+        samples=[[path] for path, _ in examples],
+        label="Examples; in the last one, correct a mask: the later ones follow",
+        type="index",
+        layout="gallery",
+    )
+    return image, question, ask, gallery
+
+
 def add_ask_tab(demo: Demo, model: gr.Dropdown, examples: list[list[str]]) -> None:
     reply = gr.State(time_to_live=KEPT_SECONDS)
     picked = gr.State(time_to_live=KEPT_SECONDS)
     with gr.Row():
         with gr.Column():
-            image = make_upload(demo)(
-                label=f"Image, at most {MAX_IMAGE_BYTES // 10**6} MB",
-                type="filepath",
-                image_mode=None,
-                sources=["upload", "webcam", "clipboard"],
-                height=320,
-            )
-            question = gr.Textbox(
-                QUESTION,
-                label="Question",
-                info="Enter asks, Shift+Enter begins a new line.",
-                max_length=MAX_TEXT_CHARACTERS,
-                lines=2,
-                max_lines=4,
-                elem_id="question",
-            )
-            ask = gr.Button("Ask", variant="primary", elem_id="ask")
-            gallery = gr.Dataset(
-                components=[image],
-                samples=[[path] for path, _ in examples],
-                label="Examples; in the last one, correct a mask: the later ones follow",
-                type="index",
-                layout="gallery",
-            )
+            image, question, ask, gallery = add_question(demo, examples)
         with gr.Column():
             view = gr.HTML(
                 pages.draw_note(NOTHING_YET),

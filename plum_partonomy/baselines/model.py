@@ -15,6 +15,8 @@ them, with the same `predict` as `Predictor` has for PLUM, which answers whole b
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,9 +28,29 @@ from plum_partonomy.records import Question
 from plum_partonomy.scoring.metrics import MaskSource
 from plum_partonomy.scoring.predictions import Prediction, SpanMask
 
-__all__ = ["METHODS", "Asker"]
+__all__ = ["METHODS", "Asker", "UnderTest"]
 
 METHODS = ("choose", "answer", "segment")
+
+
+@dataclass(frozen=True)
+class UnderTest:
+    """A model that is ready to be asked.
+
+    Attributes:
+        predictor: has `predict(questions, images, image_ids)`, which returns one prediction for each question, and
+            `summary()` of its image cache.
+        settings: what its predictions depend on besides the arguments.
+        choice_reduction: what a choice is scored by.
+        run: what metrics.json says of it.
+        training_curves: the CSV of its training, if there is one.
+    """
+
+    predictor: Any
+    settings: dict[str, Any]
+    choice_reduction: str
+    run: dict[str, Any] = field(default_factory=dict)
+    training_curves: Path | None = None
 
 
 class Asker:

@@ -9,11 +9,10 @@ from typing import Any
 import torch
 
 from plum_partonomy.baselines.combined import Combined
-from plum_partonomy.baselines.model import Asker
+from plum_partonomy.baselines.model import Asker, UnderTest
 from plum_partonomy.baselines.sam3 import Sam3
 from plum_partonomy.baselines.served import ServedVlm
 from plum_partonomy.baselines.vlm import Vlm
-from plum_partonomy.evaluation.partonomy import UnderTest
 from plum_partonomy.masks import DataError
 from plum_partonomy.records import Question
 from plum_partonomy.scoring.results import fingerprint_files, fingerprint_model

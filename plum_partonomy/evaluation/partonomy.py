@@ -6,7 +6,7 @@
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 import partonomy_dataset
+from plum_partonomy.baselines.model import UnderTest
 from plum_partonomy.evaluation.names import match_names
 from plum_partonomy.files import write_whole
 from plum_partonomy.inference.embedding_cache import EmbeddingCache
@@ -56,26 +57,6 @@ from plum_partonomy.scoring.results import (
 from plum_partonomy.sources.problems import ERRORS_FILE, write_problems
 
 # ---------------------------------------------------------------- stage 1: predictions
-
-
-@dataclass(frozen=True)
-class UnderTest:
-    """A model that is ready to be asked.
-
-    Attributes:
-        predictor: has `predict(questions, images, image_ids)`, which returns one prediction for each question, and
-            `summary()` of its image cache.
-        settings: what its predictions depend on besides the arguments.
-        choice_reduction: what a choice is scored by.
-        run: what metrics.json says of it.
-        training_curves: the CSV of its training, if there is one.
-    """
-
-    predictor: Any
-    settings: dict[str, Any]
-    choice_reduction: str
-    run: dict[str, Any] = field(default_factory=dict)
-    training_curves: Path | None = None
 
 
 def run_settings(arguments: Any, *, questions: Sequence[Question]) -> dict[str, Any]:

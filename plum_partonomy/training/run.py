@@ -1,8 +1,10 @@
 """A training run from its options to the folder with the trained model; train.py and `plum train` call `main`."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from datasets import Dataset
+import torch
+from datasets import Dataset, IterableDataset
 from torch import nn
 from transformers import set_seed
 
@@ -28,33 +30,8 @@ def main(argv: list[str]):
     run = describe_run(model_arguments, data_arguments, args, parts)
     checkpoint = find_checkpoint(args, run)
     train_records = mix(parts, [source.rate for source in sources], args.seed)
+    train_dataset = make_train_dataset(train_records, parts, data_arguments, args.seed)
     turns_per_record, max_length = data_arguments.turns_per_record, data_arguments.max_length
-    example_options = {
-        "seed": args.seed,
-        "jitter": data_arguments.color_jitter,
-        "crop": data_arguments.random_crop,
-        "affine": data_arguments.random_affine,
-        "turns_per_record": turns_per_record,
-        "follow_up_probability": data_arguments.follow_up_probability,
-        "max_spans": data_arguments.max_spans,
-        "teacher_forcing_probability": data_arguments.teacher_forcing_probability,
-    }
-    if streaming:
-        train_dataset = stream_examples(train_records, **example_options)
-    elif data_arguments.fresh_records:
-        places = [
-            Dataset.from_dict({"part": [i] * len(part), "row": range(len(part))}) for i, part in enumerate(parts)
-        ]
-        train_dataset = FreshConversationDataset(
-            mix(places, [source.rate for source in sources], args.seed),
-            [
-                open_fresh(source, part, mirror=data_arguments.mirror)
-                for source, part in zip(sources, parts, strict=True)
-            ],
-            **example_options,
-        )
-    else:
-        train_dataset = ConversationDataset(train_records, **example_options)
     eval_dataset = load_eval_records(sources, streaming)
     if eval_dataset is not None:
         eval_dataset = ConversationDataset(eval_dataset, turns_per_record=None if turns_per_record is None else 0)
@@ -101,6 +78,39 @@ def main(argv: list[str]):
         write_recipe(Path(args.output_dir), read_options(argv))
         make_model_card(Path(args.output_dir)).save(Path(args.output_dir, "README.md"))
         print(f"The trained model, its processor and its curves are in {args.output_dir}")
+
+
+def make_train_dataset(
+    records: Dataset | IterableDataset, parts: Sequence[Dataset | IterableDataset], arguments: DataArguments, seed: int
+) -> torch.utils.data.Dataset | IterableDataset:
+    """
+    The training examples.
+
+    Args:
+        records: All records, mixed.
+        parts: The records of each source, from which `fresh_records` makes new ones.
+    """
+    options = {
+        "seed": seed,
+        "jitter": arguments.color_jitter,
+        "crop": arguments.random_crop,
+        "affine": arguments.random_affine,
+        "turns_per_record": arguments.turns_per_record,
+        "follow_up_probability": arguments.follow_up_probability,
+        "max_spans": arguments.max_spans,
+        "teacher_forcing_probability": arguments.teacher_forcing_probability,
+    }
+    if arguments.streaming:
+        return stream_examples(records, **options)
+    if not arguments.fresh_records:
+        return ConversationDataset(records, **options)
+    places = [Dataset.from_dict({"part": [i] * len(part), "row": range(len(part))}) for i, part in enumerate(parts)]
+    makers = [
+        open_fresh(source, part, mirror=arguments.mirror)
+        for source, part in zip(arguments.sources, parts, strict=True)
+    ]
+    mixed = mix(places, [source.rate for source in arguments.sources], seed)
+    return FreshConversationDataset(mixed, makers, **options)
 
 
 def open_embedding_cache(model: nn.Module, arguments: DataArguments) -> EmbeddingCache | None:
