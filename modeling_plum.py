@@ -430,9 +430,8 @@ class PlumForConditionalGeneration(PlumVision, PlumMaskDecoding, PlumPreTrainedM
             self.generation_config.max_length = None
             self.generation_config.max_new_tokens = modules.DEFAULT_MAX_NEW_TOKENS
         # transformers records one auto class per model; this one answers to three.
-        names = ("AutoModelForImageTextToText", "AutoModelForMultimodalLM")
-        loaded = dict.fromkeys(names, f"modeling_plum.{type(self).__name__}")
-        self.config.auto_map = (getattr(self.config, "auto_map", None) or {}) | loaded
+        auto_map, own = getattr(self.config, "auto_map", None) or {}, f"modeling_plum.{type(self).__name__}"
+        self.config.auto_map = {**auto_map, "AutoModelForImageTextToText": own, "AutoModelForMultimodalLM": own}
         self.config.custom_pipelines = CUSTOM_PIPELINES
         super().save_pretrained(save_directory, save_original_format=save_original_format, **kwargs)
 
@@ -763,8 +762,8 @@ class PlumForConditionalGeneration(PlumVision, PlumMaskDecoding, PlumPreTrainedM
                 f"Rows {absent} have no answer in labels; give each row an answer, or call segment() with prompts to "
                 "have all generated."
             )
-        stops = torch.isin(answers, modules.stop_tokens(self.generation_config, answers.device))
-        return (answers != IGNORE_INDEX) & ~stops
+        stop_tokens = modules.stop_tokens(self.generation_config, answers.device)
+        return (answers != IGNORE_INDEX) & ~torch.isin(answers, stop_tokens)
 
     def _answer(self, prompt, attention_mask, vlm_inputs, inputs) -> tuple[torch.Tensor, ...]:
         """
