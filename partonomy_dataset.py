@@ -14,8 +14,8 @@
 
 What a folder must hold stands in docs/mixtures.md; `plum data validate NAME FOLDER` checks it.
 `streaming=True` and `num_proc` work as everywhere. Records depend neither on the number of processes nor on the order
-of the records in your files. `own_parts`, `descriptor`, `pascal_part`, `paco_lvis` and `partimagenet` have questions,
-too.
+of the records in your files. `own_parts`, `descriptor`, `pascal_part`, `paco_lvis`, `partimagenet` and
+`partimagenet_pp` have questions, too.
 
 Splits are those of the published files; of your own parts or a descriptor, about a tenth of the images, each drawn by
 its path, is for validation and a tenth for the test. The conversations and the questions of one folder have the same

@@ -65,6 +65,11 @@ PROVENANCE = {
         "Photographs of ImageNet; part masks of PartImageNet (He et al., ECCV 2022, arXiv 2112.00933), drawn by its "
         "annotators for eleven supercategories.",
     ),
+    "partimagenet_pp": Provenance(
+        "PARTONOMY PartImageNet++",
+        "Photographs of ImageNet; part masks of PartImageNet++ (Li et al., ECCV 2024, arXiv 2407.10918), drawn by its "
+        "annotators for all 1,000 classes.",
+    ),
 }
 """Source -> where its images and masks come from."""
 
@@ -77,6 +82,7 @@ SPLITS = {
     "core": "The release has one split, for testing.",
     **dict.fromkeys(DRAWN_SPLITS, DRAWN),
     **dict.fromkeys(PUBLISHED_PARTS, "The splits are those of the published files; no image is in two of them."),
+    "partimagenet_pp": "The publishers name no splits: the last tenth of the images of a class is for the test.",
 }
 """Source -> where its splits come from."""
 PUBLISHED_SPLITS = "The splits are those of the published files."

@@ -10,6 +10,7 @@ from plum_partonomy.sources.label_maps import Ade20k, CocoStuff, Mapillary
 from plum_partonomy.sources.llava import LlavaInstruct, LlavaMixture
 from plum_partonomy.sources.paco_lvis import PacoLvis
 from plum_partonomy.sources.partimagenet import PartImageNet
+from plum_partonomy.sources.partimagenet_pp import PartImageNetPP
 from plum_partonomy.sources.pascal_part import PascalPart
 from plum_partonomy.sources.question_chats import CoreConversations, CoreStage2
 from plum_partonomy.sources.reasonseg import ReasonSeg
@@ -61,6 +62,7 @@ SOURCES: dict[str, type[Source]] = {
         PascalPart,
         PacoLvis,
         PartImageNet,
+        PartImageNetPP,
         SemanticPascalPart,
         SemanticPacoLvis,
         SemanticPartImageNet,

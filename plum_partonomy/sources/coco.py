@@ -198,7 +198,7 @@ class CocoParts:
         for item in parts:
             if item.object_id is not None and item.object_id not in objects:
                 raise DataError(
-                    f"{self._where('annotations', item.number)}, field 'obj_ann_id': {item.object_id} is no "
+                    f"{self.place('annotations', item.number)}, field 'obj_ann_id': {item.object_id} is no "
                     f"{self._keys[index][1]!r} in its image"
                 )
             owned.setdefault(item.object_id, []).append(item)
@@ -215,13 +215,13 @@ class CocoParts:
         return area(self._mask(item, size=size))
 
     def _mask(self, item: _Annotation, *, size: Size) -> RLE:
-        where = f"{self._where('annotations', item.number)}, field 'segmentation'"
+        where = f"{self.place('annotations', item.number)}, field 'segmentation'"
         return read_segmentation(json.loads(item.segmentation), size=size, where=where)
 
     def _read_categories(self) -> dict[int, tuple[str, str | None]]:
         """Category id -> (object, part)."""
         categories, owners = {}, {}
-        for number, (where, record) in enumerate(list_records(self.path, "categories")):
+        for number, (where, record) in enumerate(self.records("categories")):
             id = typed(record, "id", int, where=where)
             _claim(owners, id, number, where=where)
             categories[id] = self.labels(record, where=where)
@@ -242,7 +242,7 @@ class CocoParts:
 
     def _read_images(self, on_error: OnError) -> dict[int, tuple[int, _ImageRecord]]:
         images, owners = {}, {}
-        for number, (where, record) in enumerate(list_records(self.path, "images")):
+        for number, (where, record) in enumerate(self.records("images")):
             try:
                 id = typed(record, "id", int, where=where)
                 _claim(owners, id, number, where=where)
@@ -256,7 +256,7 @@ class CocoParts:
     def _read_annotations(self, on_error: OnError) -> dict[tuple[int, str], list[_Annotation]]:
         """(image id, object label) -> its annotations, objects and parts."""
         groups, owners, incomplete = {}, {}, set()
-        for number, (_, record) in enumerate(list_records(self.path, "annotations")):
+        for number, (_, record) in enumerate(self.records("annotations")):
             try:
                 self._read_annotation(number, record, groups, owners)
             except DataError as error:
@@ -268,7 +268,7 @@ class CocoParts:
         self, number: int, record: Any, groups: dict[tuple[int, str], list[_Annotation]], owners: dict[int, int]
     ) -> None:
         """Adds the annotation to the group it belongs to, and its id to `owners`."""
-        where = self._where("annotations", number)
+        where = self.place("annotations", number)
         id = typed(record, "id", int, where=where)
         _claim(owners, id, number, where=where)
         image_id = known_id(record, "image_id", self.images, where=where)
@@ -287,9 +287,14 @@ class CocoParts:
 
     def _image_record(self, index: int) -> tuple[_ImageRecord, str]:
         number, record = self.images[self._keys[index][0]]
-        return record, self._where("images", number)
+        return record, self.place("images", number)
 
-    def _where(self, field: str, number: int) -> str:
+    def records(self, field: str) -> Iterator[tuple[str, Any]]:
+        """(place, record) of every item of a list of the annotations. Raises DataError."""
+        return list_records(self.path, field)
+
+    def place(self, field: str, number: int) -> str:
+        """How errors name an item of a list."""
         return record_place(self.path, field, number)
 
 

@@ -24,7 +24,7 @@ from plum_partonomy.sources.untrusted import OnError, check_labels, refuse
 
 DRAWN_SPLITS = ("descriptor", "own_parts")
 """Data sets of your own, a tenth of whose images is drawn for validation and a tenth for the test."""
-PUBLISHED_PARTS = ("pascal_part", "paco_lvis", "partimagenet")
+PUBLISHED_PARTS = ("pascal_part", "paco_lvis", "partimagenet", "partimagenet_pp")
 PART_SOURCES = (*DRAWN_SPLITS, *PUBLISHED_PARTS)
 """Data sets of objects and their parts, which questions can be made about."""
 

@@ -32,6 +32,7 @@ from tests.sources.test_coco import (
     write,
 )
 from tests.sources.test_official_and_descriptor import changed, official_folder, official_record
+from tests.sources.test_partimagenet_pp import partimagenet_pp_folder
 
 IMAGES, HEIGHT, WIDTH = 80, 12, 16  # more images than one shard holds, so that two processes share them
 PARTS = {
@@ -128,6 +129,7 @@ def test_published_splits_of_part_annotations_are_the_splits_of_their_questions(
         "pascal_part": (pascal_folder(tmp_path / "pascal", pascal_content()), ["train"]),
         "paco_lvis": (paco_folder(tmp_path / "paco", paco_content()), ["train"]),
         "partimagenet": (tmp_path / "partimagenet", ["train", "validation"]),
+        "partimagenet_pp": (partimagenet_pp_folder(tmp_path / "partimagenet_pp"), ["train", "test"]),
     }
     for name, (folder, expected) in folders.items():
         splits = load(f"{name}_questions", folder, cache_dir=tmp_path / "cache")

@@ -32,6 +32,7 @@ from tests.sources.test_coco import (
 from tests.sources.test_instructpart import instructpart_folder
 from tests.sources.test_label_maps import ade20k_folder, coco_stuff_folder, mapillary_folder
 from tests.sources.test_official_and_descriptor import official_folder, official_record
+from tests.sources.test_partimagenet_pp import partimagenet_pp_folder
 from tests.sources.test_referring import DOG, encode, grefcoco_folder, refcoco_folder, reference, referring_folder
 
 
@@ -47,6 +48,7 @@ FOLDERS: dict[str, Callable[[Path], Path]] = {
     "pascal_part": lambda folder: pascal_folder(folder, pascal_content()),
     "paco_lvis": lambda folder: paco_folder(folder, paco_content()),
     "partimagenet": partimagenet_folder,
+    "partimagenet_pp": partimagenet_pp_folder,
     "semantic_pascal_part": lambda folder: pascal_folder(folder, pascal_content()),
     "semantic_paco_lvis": lambda folder: paco_folder(folder, paco_content()),
     "semantic_partimagenet": partimagenet_folder,
