@@ -25,13 +25,10 @@ A run that was interrupted goes on where it stopped. `torchrun --nproc_per_node 
 batches out over processes; what a batch holds depends on neither, so that the figures are those of one process.
 """
 
-import sys
+from dataclasses import fields
 
-from plum_partonomy.evaluation.run import main
-from plum_partonomy.masks import DataError
+from plum_partonomy.command_line import run_command
+from plum_partonomy.evaluation.run import EvaluationArguments, main
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (DataError, OSError) as error:  # such as a disk without room
-        sys.exit(f"evaluate_plum.py: {error}")
+    run_command("evaluate_plum.py", main, [field.name for field in fields(EvaluationArguments)])

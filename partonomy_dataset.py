@@ -256,8 +256,7 @@ class Partonomy(datasets.GeneratorBasedBuilder):
     def _data_dir(self) -> Path:
         if self.config.data_dir is None:
             raise DataError(
-                f'the config "{self.config.name}" reads your files: call load_dataset("{DATASET_NAME}", '
-                f'"{self.config.name}", data_dir=FOLDER)'
+                f'"{self.config.name}" of {DATASET_NAME} reads your files: give their folder as data_dir=FOLDER.'
             )
         return Path(self.config.data_dir).expanduser()
 

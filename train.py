@@ -8,11 +8,9 @@ Trains PLUM on grounded conversations.
 
 import sys
 
-from plum_partonomy.masks import DataError
+from plum_partonomy.command_line import run_command
+from plum_partonomy.training.options import option_names
 from plum_partonomy.training.run import main
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except DataError as error:
-        sys.exit(f"train.py: {error}")
+    run_command("train.py", lambda: main(sys.argv[1:]), option_names())

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from plum_partonomy.cli import BAD_INPUT, NO_MODEL
 from plum_partonomy.cli import __doc__ as USAGE
+from plum_partonomy.command_line import Options, as_options
 from plum_partonomy.inference.inputs import ModelError, check_phrases, check_text, read_image
 from plum_partonomy.masks import DataError
 
@@ -35,16 +36,16 @@ def run(arguments: Sequence[str] | None) -> int:
     try:
         return options.run(options, rest) or 0
     except DataError as error:
-        print(f"plum: {error}", file=sys.stderr)
+        print(f"plum: {as_options(str(error), ['data_dir', 'model'])}", file=sys.stderr)
         return NO_MODEL if isinstance(error, ModelError) else BAD_INPUT
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> Options:
     kind = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="plum", description=USAGE, formatter_class=kind, allow_abbrev=False)
+    parser = Options(prog="plum", description=USAGE, formatter_class=kind, allow_abbrev=False)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    about_an_image = argparse.ArgumentParser(add_help=False)
+    about_an_image = Options(add_help=False)
     about_an_image.add_argument("image", metavar="IMAGE", help="image file, its URL, or - for the standard input")
     about_an_image.add_argument("--model", default=DEFAULT_MODEL, help="folder, or name on the Hub; plum-tiny if none")
     about_an_image.add_argument("--json", action="store_true", help="one JSON object a line, masks as RLE")
@@ -60,8 +61,10 @@ def make_parser() -> argparse.ArgumentParser:
     command.set_defaults(run=segment)
     command = commands.add_parser("eval", add_help=False, help="score a model or its answers (evaluate_plum.py)")
     command.set_defaults(run=evaluate)
+    command.knows_all = False
     command = commands.add_parser("train", add_help=False, help="train a model (train.py)")
     command.set_defaults(run=train)
+    command.knows_all = False
     add_data_commands(commands.add_parser("data", help="check, count or draw a data set"))
     return parser
 
@@ -80,7 +83,7 @@ def known_source(name: str) -> str:
     return name
 
 
-def add_data_commands(parser: argparse.ArgumentParser) -> None:
+def add_data_commands(parser: Options) -> None:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     command = commands.add_parser("validate", help="check your copy of a data set before a long build")
     help = "what the copy is of, such as pascal_part; default: own_parts"
@@ -89,7 +92,7 @@ def add_data_commands(parser: argparse.ArgumentParser) -> None:
     command.add_argument("--errors", type=Path, metavar="FILE.jsonl", help="write every problem to this file")
     command.set_defaults(run=validate)
 
-    of_a_split = argparse.ArgumentParser(add_help=False)
+    of_a_split = Options(add_help=False)
     of_a_split.add_argument("name", help='configuration of load_dataset("partonomy", ...), such as mini_questions')
     of_a_split.add_argument("--split", default="test", help="default: test")
     of_a_split.add_argument("--data_dir", help="folder of raw data, for the names that need one")
@@ -237,17 +240,10 @@ def open_split(options: argparse.Namespace):
     import datasets
 
     import partonomy_dataset
+    from plum_partonomy.sources.loading import load_split
 
     datasets.utils.logging.disable_progress_bar()
-    try:
-        return datasets.load_dataset(
-            partonomy_dataset.DATASET_NAME, options.name, data_dir=options.data_dir, split=options.split
-        )
-    except (ValueError, OSError, datasets.exceptions.DatasetGenerationError) as error:
-        cause: BaseException = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
-        raise DataError(f"Cannot load {options.name!r}, split {options.split!r}: {cause}") from error
+    return load_split(partonomy_dataset.DATASET_NAME, options.name, split=options.split, data_dir=options.data_dir)
 
 
 def distinct_masks(row: dict) -> list[dict]:

@@ -107,7 +107,7 @@ def test_a_chat_goes_on_after_a_bad_line_and_has_failed_in_the_end(checkpoint, i
         (["ask", "absent.png", "Which parts?"], 1, "there is no image file"),
         (["chat", "-"], 1, "give the image as a file"),
         (["ask", "IMAGE"], 2, "required: question"),
-        (["segment", "IMAGE", "--spans", "tail", "--jsno"], 2, "unrecognized arguments: --jsno"),
+        (["segment", "IMAGE", "--spans", "tail", "--jsno"], 2, "there is no option --jsno; did you mean --json?"),
         (["segment", "IMAGE", "--spans", "tail", "--save", "IMAGE"], 1, "image.png: File exists"),
         (["data", "preview", "mini", "--save", "absent", "--count", "0"], 2, "expected a number from 1, found '0'"),
         (["data", "validate", "descriptor", "absent"], 1, ""),

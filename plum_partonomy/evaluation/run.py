@@ -5,6 +5,7 @@ from typing import Literal
 
 from transformers import HfArgumentParser
 
+from plum_partonomy.command_line import Options, nearest
 from plum_partonomy.masks import DataError
 
 BASELINES = ("random", "majority", "full_image", "ground_truth")
@@ -111,7 +112,8 @@ class EvaluationArguments:
         asked = self.baseline in (*BASELINES, *MODEL_BASELINES) or str(self.baseline).endswith(".py")
         if self.baseline is not None and not asked:
             known = ", ".join((*BASELINES, *MODEL_BASELINES))
-            raise DataError(f"--baseline {self.baseline}: expected one of {known}, or a Python file.")
+            hint = nearest(self.baseline, (*BASELINES, *MODEL_BASELINES))
+            raise DataError(f"--baseline {self.baseline}: expected one of {known}, or a Python file{hint or '.'}")
         if self.task == "correction" and self.model is None:
             raise DataError("--task correction gives a model true masks: pass --model.")
         if self.task != "partonomy" and (self.baseline is not None or self.format != "jsonl"):
@@ -124,10 +126,13 @@ class EvaluationArguments:
                 raise DataError(f"--{name} must be at least 1, found {value}.")
 
 
+class EvaluationOptions(Options, HfArgumentParser):
+    """Parser of an evaluation's options."""
+
+
 def main(options: list[str] | None = None) -> None:
     """The run that a command line asks for; raises DataError if it cannot be done."""
-    parser = HfArgumentParser(EvaluationArguments, allow_abbrev=False)
-    parser.parse_args(options)  # an unknown option is named before the one is missed that it was meant for
+    parser = EvaluationOptions(EvaluationArguments, prog="evaluate_plum.py", allow_abbrev=False)
     (arguments,) = parser.parse_args_into_dataclasses(options, look_for_args_file=False)
     # These bring torch and the readers of data sets, which take seconds that --help and a wrong option do not need.
     from plum_partonomy.evaluation.corrections import evaluate_correction

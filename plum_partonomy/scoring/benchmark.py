@@ -15,6 +15,7 @@ from plum_partonomy import images
 from plum_partonomy.masks import DataError
 from plum_partonomy.records import PartMask, Question, as_row
 from plum_partonomy.seeding import seeded_generator
+from plum_partonomy.sources.loading import load_split
 
 __all__ = [
     "CONTROL_SEED",
@@ -67,13 +68,7 @@ def load_questions(
 def load_rows(dataset: str, *, name: str, split: str, limit: int | None = None, **options: Any) -> datasets.Dataset:
     """The records of a split, or the first of them, with images as they are stored; arguments and errors as for
     `load_questions`."""
-    try:
-        rows = datasets.load_dataset(dataset, name, split=split, **options)
-    except (ValueError, OSError, datasets.exceptions.DatasetGenerationError) as error:
-        cause = error
-        while not isinstance(cause, DataError) and cause.__cause__ is not None:
-            cause = cause.__cause__
-        raise DataError(f"Cannot load {_describe(dataset, name, split)}: {cause}") from error
+    rows = load_split(dataset, name, split=split, **options)
     if limit is not None:
         rows = rows.select(range(min(limit, len(rows))))
     return images.undecoded(rows)

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
-from datasets import Dataset, IterableDataset, concatenate_datasets, interleave_datasets, load_dataset
+from datasets import Dataset, IterableDataset, concatenate_datasets, interleave_datasets
 
-import partonomy_dataset  # noqa: F401  (makes load_dataset("partonomy") work)
 from plum_partonomy.features import GROUNDED_CONVERSATION_FEATURES
 from plum_partonomy.records import DataError
+from plum_partonomy.sources.loading import load_split
 
 COLUMNS = ("id", "image", "messages", "masks")
 SHUFFLE_BUFFER = 500
@@ -45,15 +45,15 @@ def parse_source(entry: dict, defaults: dict) -> Source:
     An entry of a mixture over the defaults of all entries; its `data_dir` lies in the default one.
 
     Raises:
-        ValueError: An unknown field, or a rate that is not a positive number.
+        DataError: An unknown field, or a rate that is not a positive number.
     """
     known = [field.name for field in dataclasses.fields(Source)]
     unknown = sorted(set(entry) - set(known))
     if unknown:
-        raise ValueError(f"mixture has an entry with fields {unknown}; those of an entry are {known}.")
+        raise DataError(f"mixture has an entry with fields {unknown}; those of an entry are {known}.")
     source = Source(**{**defaults, **entry})
     if not isinstance(source.rate, int | float) or isinstance(source.rate, bool) or not source.rate > 0:
-        raise ValueError(f"mixture has the rate {source.rate!r} for {source}; a rate is a number above 0.")
+        raise DataError(f"mixture has the rate {source.rate!r} for {source}; a rate is a number above 0.")
     if defaults.get("data_dir") and entry.get("data_dir"):
         return dataclasses.replace(source, data_dir=str(Path(defaults["data_dir"], entry["data_dir"])))
     return source
@@ -64,15 +64,9 @@ def load_records(source: Source, split: str, streaming: bool = False) -> Dataset
     The columns `id`, `image`, `messages` and `masks` of one split.
 
     Raises:
-        DataError: A record of the files is bad, a streamed split holds no records, or a source no conversations.
-        ValueError: A memory-mapped split holds no records.
+        DataError: It cannot be loaded, a streamed split holds no records, or a source no conversations.
     """
-    try:
-        records = load_dataset(source.dataset, source.name, data_dir=source.data_dir, split=split, streaming=streaming)
-    except datasets.exceptions.DatasetGenerationError as error:
-        if not isinstance(error.__cause__, DataError):
-            raise
-        raise DataError(str(error.__cause__)) from error  # which names the record
+    records = load_split(source.dataset, source.name, split=split, data_dir=source.data_dir, streaming=streaming)
     if streaming and next(iter(records.take(1)), None) is None:
         raise DataError(f"Split {split!r} of {source} holds no records.")
     missing = sorted(set(COLUMNS) - set(records.column_names or COLUMNS))

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from configuration_plum import PlumConfig
 from modeling_plum import PlumForConditionalGeneration
 from plum_partonomy.inference.checkpoint import check_config_fields, load_checkpoint, load_processor
+from plum_partonomy.masks import DataError
 from plum_partonomy.training.options import ModelArguments
 from processing_plum import PlumProcessor, image_processor_class, parse_span_tags
 
@@ -25,7 +26,7 @@ def compose_backbones(vlm: str, sam: str, options: dict) -> tuple[PlumForConditi
     """Pretrained backbones with fresh modules of PLUM, in float32, and their processor; `options` are its config's."""
     backbones = sorted({"vlm_config", "sam_config"} & set(options))
     if backbones:
-        raise ValueError(f"model_config gives {backbones}, which come with vlm and sam; leave them out.")
+        raise DataError(f"model_config gives {backbones}, which come with vlm and sam; leave them out.")
     check_config_fields(options, PlumConfig())
     model = PlumForConditionalGeneration.from_backbones(vlm=vlm, sam=sam, dtype=torch.float32, **options)
     return model, PlumProcessor.from_backbones(vlm=vlm, sam=sam)
@@ -42,7 +43,7 @@ def build_from_scratch(
     given, config = config, PlumConfig(**config)
     check_config_fields(given, config)
     if config.vlm_image_input != "sam_image_embeddings":
-        raise ValueError("A model from scratch needs vlm_image_input: sam_image_embeddings in its model_config.")
+        raise DataError("A model from scratch needs vlm_image_input: sam_image_embeddings in its model_config.")
     text_config = config.vlm_config.text_config
     text_config.vocab_size = len(tokenizer)
     config.vlm_config.image_token_id = tokenizer.convert_tokens_to_ids("<image>")
@@ -79,7 +80,7 @@ def check_span_source(config: PlumConfig, processor: PlumProcessor):
     """`ValueError` if the processor writes span tokens that the model does not read, or the other way round."""
     written = processor.seg_token and processor.tokenizer.convert_tokens_to_ids(processor.seg_token)
     if written != config.seg_token_id:
-        raise ValueError(
+        raise DataError(
             f"The model has span_source {config.span_source!r} and seg_token_id {config.seg_token_id}, the processor "
             f"seg_token {processor.seg_token!r} of id {written}; a model keeps the span source it was built with."
         )
@@ -116,7 +117,7 @@ def freeze(model: PlumForConditionalGeneration, names: list[str]):
         try:
             model.get_submodule(name).requires_grad_(False)
         except AttributeError as error:
-            raise ValueError(f"frozen_modules has {name!r}, which is no module of the model: {error}") from error
+            raise DataError(f"frozen_modules has {name!r}, which is no module of the model: {error}") from error
 
 
 def span_token_rows(model: PlumForConditionalGeneration, trained_whole: list[str]) -> dict[str, list[int]] | None:
@@ -125,12 +126,12 @@ def span_token_rows(model: PlumForConditionalGeneration, trained_whole: list[str
     the matrices are trained whole. None for a model with a span tagger.
 
     Raises:
-        ValueError: The two matrices are one: a row of it cannot be trained in both places.
+        DataError: The two matrices are one: a row of it cannot be trained in both places.
     """
     if model.config.seg_token_id is None:
         return None
     if model.get_output_embeddings().weight is model.get_input_embeddings().weight:
-        raise ValueError(
+        raise DataError(
             "LoRA on a model with a span token needs embeddings of its own for input and output; build it with "
             "tie_word_embeddings: false in its vlm_config."
         )
@@ -158,9 +159,9 @@ def add_lora(model: PlumForConditionalGeneration, arguments: ModelArguments) -> 
 
 
 def conversation_texts(records: Dataset | IterableDataset) -> list[str]:
-    """All texts of the records, without span tags; `ValueError` of a stream, which has no end."""
+    """All texts of the records, without span tags; `DataError` of a stream, which has no end."""
     if isinstance(records, IterableDataset):
-        raise ValueError("A model from scratch learns its tokenizer from all texts first; leave streaming out.")
+        raise DataError("A model from scratch learns its tokenizer from all texts first; leave streaming out.")
     texts = []
     for messages in records["messages"]:
         for message in messages:

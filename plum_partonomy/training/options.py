@@ -1,5 +1,6 @@
 """Options of a training run: a yaml recipe, and the command line over it."""
 
+import argparse
 import dataclasses
 import json
 from dataclasses import dataclass, field
@@ -9,7 +10,9 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from configuration_plum import PlumConfig
+from plum_partonomy.command_line import Options, as_options, nearest
 from plum_partonomy.inference.checkpoint import with_floats
+from plum_partonomy.masks import DataError
 from plum_partonomy.training.mixture import Source, parse_source
 
 USAGE = """
@@ -34,9 +37,9 @@ def _parse_mapping(value: dict | str, name: str) -> dict:
         try:
             value = json.loads(value)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{name} must be a mapping (JSON on the command line): {error}") from error
+            raise DataError(f"{name} must be a mapping (JSON on the command line): {error}") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{name} must be a mapping, found {value!r}.")
+        raise DataError(f"{name} must be a mapping, found {value!r}.")
     return value
 
 
@@ -73,11 +76,11 @@ class ModelArguments:
         if self.model_config is not None:
             self.model_config = with_floats(_parse_mapping(self.model_config, "model_config"), PlumConfig())
         if (self.vlm is None) != (self.sam is None):
-            raise ValueError(f"Give vlm and sam together, found vlm={self.vlm!r} and sam={self.sam!r}.")
+            raise DataError(f"Give vlm and sam together, found vlm={self.vlm!r} and sam={self.sam!r}.")
         if self.model is not None and self.vlm is not None:
-            raise ValueError("Give either model (a checkpoint) or vlm and sam (pretrained backbones), not both.")
+            raise DataError("Give either model (a checkpoint) or vlm and sam (pretrained backbones), not both.")
         if self.model is None and self.vlm is None and self.model_config is None:
-            raise ValueError("Give model (a checkpoint), vlm and sam (backbones) or model_config (from scratch).")
+            raise DataError("Give model (a checkpoint), vlm and sam (backbones) or model_config (from scratch).")
 
 
 @dataclass
@@ -152,18 +155,18 @@ class DataArguments:
 
     def __post_init__(self):
         if not 0 <= self.random_crop < 1:
-            raise ValueError(f"random_crop must be at least 0 and below 1, found {self.random_crop}.")
+            raise DataError(f"random_crop must be at least 0 and below 1, found {self.random_crop}.")
         if not 0 <= self.random_affine <= 0.5:
-            raise ValueError(f"random_affine must be between 0 and 0.5, found {self.random_affine}.")
+            raise DataError(f"random_affine must be between 0 and 0.5, found {self.random_affine}.")
         for name in ("teacher_forcing_probability", "follow_up_probability"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be between 0 and 1, found {getattr(self, name)}.")
+                raise DataError(f"{name} must be between 0 and 1, found {getattr(self, name)}.")
         if self.follow_up_probability and self.turns_per_record is None:
-            raise ValueError("follow_up_probability needs turns_per_record: without it all turns follow each other.")
+            raise DataError("follow_up_probability needs turns_per_record: without it all turns follow each other.")
         if self.mirror and not self.fresh_records:
-            raise ValueError("mirror needs fresh_records: true, which words its conversations anew.")
+            raise DataError("mirror needs fresh_records: true, which words its conversations anew.")
         if self.fresh_records and self.streaming:
-            raise ValueError("fresh_records makes records by their number, which a stream has not; leave one out.")
+            raise DataError("fresh_records makes records by their number, which a stream has not; leave one out.")
         defaults = {name: getattr(self, name) for name in ("dataset", "name", "data_dir", "train_split", "eval_split")}
         entries = [_parse_mapping(entry, "an entry of mixture") for entry in self.mixture]
         self.sources = [parse_source(entry, defaults) for entry in entries]
@@ -171,6 +174,7 @@ class DataArguments:
 
 @dataclass
 class PlumTrainingArguments(TrainingArguments):
+    output_dir: str = field(metadata={"help": "Folder for the trained model and its checkpoints."})
     muon_learning_rate: float | None = field(
         default=None, metadata={"help": "Train weight matrices with Muon at this rate, the rest with AdamW."}
     )
@@ -201,11 +205,10 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Plu
     """
     parser = _make_parser()
     words = _expand_recipe(parser, argv)
-    parser.parse_args(words)  # an unknown option is named before the one is missed that it was meant for
     try:
         return parser.parse_args_into_dataclasses(words, look_for_args_file=False)
     except ValueError as error:
-        parser.error(str(error))
+        parser.error(as_options(str(error), option_names()))
 
 
 def read_options(argv: list[str]) -> dict:
@@ -224,18 +227,29 @@ def _from_words(value):
     return json.loads(value) if isinstance(value, str) and value.startswith("{") else value
 
 
-def _make_parser() -> HfArgumentParser:
+class TrainingOptions(Options, HfArgumentParser):
+    """Parser of a training run's options."""
+
+
+def option_names() -> list[str]:
+    """Names of all options of a training run."""
+    return [field.name for part in _make_parser().dataclass_types for field in dataclasses.fields(part) if field.init]
+
+
+def _make_parser() -> TrainingOptions:
     arguments = [ModelArguments, DataArguments, PlumTrainingArguments]
-    return HfArgumentParser(arguments, description=USAGE, allow_abbrev=False)
+    kind = argparse.RawDescriptionHelpFormatter
+    return TrainingOptions(arguments, prog="train.py", description=USAGE, allow_abbrev=False, formatter_class=kind)
 
 
-def _expand_recipe(parser: HfArgumentParser, argv: list[str]) -> list[str]:
+def _expand_recipe(parser: TrainingOptions, argv: list[str]) -> list[str]:
     """The words of a command line, with those of the recipe before them in place of its name."""
     options = []
     if argv and argv[0].endswith((".yaml", ".yml")):
         recipe, argv = Path(argv[0]), argv[1:]
         if not recipe.is_file():
-            parser.error(f"recipe {recipe} does not exist")
+            others = [str(path) for path in recipe.parent.glob("*.yaml")]
+            parser.error(f"recipe {recipe} does not exist{nearest(str(recipe), others)}")
         try:
             content = yaml.safe_load(recipe.read_text())
         except yaml.YAMLError as error:
@@ -243,9 +257,8 @@ def _expand_recipe(parser: HfArgumentParser, argv: list[str]) -> list[str]:
         if not isinstance(content, dict):
             parser.error(f"recipe {recipe} must be a yaml mapping of options, found {type(content).__name__}")
         known = {field.name for part in parser.dataclass_types for field in dataclasses.fields(part)}
-        unknown = sorted(set(content) - known)
-        if unknown:
-            parser.error(f"recipe {recipe} has unknown options {unknown}")
+        for name in sorted(set(content) - known):
+            parser.error(f"recipe {recipe} has the unknown option {name!r}{nearest(name, known)}")
         # As command line words, so that values are checked in the same way and later words win.
         for name, value in content.items():
             if value is None:

@@ -10,6 +10,7 @@ from transformers import set_seed
 
 from plum_partonomy.hub.model_card import make_model_card, write_recipe
 from plum_partonomy.inference.embedding_cache import EmbeddingCache
+from plum_partonomy.masks import DataError
 from plum_partonomy.training.examples import Collator, ConversationDataset, FreshConversationDataset, stream_examples
 from plum_partonomy.training.fresh import open_fresh
 from plum_partonomy.training.mixture import load_eval_records, load_records, mix
@@ -114,17 +115,17 @@ def make_train_dataset(
 
 
 def open_embedding_cache(model: nn.Module, arguments: DataArguments) -> EmbeddingCache | None:
-    """The cache that the options ask for; `ValueError` if the embedding of an image changes during the training."""
+    """The cache that the options ask for; `DataError` if the embedding of an image changes during the training."""
     if arguments.cache_image_embeddings is None:
         return None
     if any(parameter.requires_grad for parameter in model.sam.vision_encoder.parameters()):
-        raise ValueError(
+        raise DataError(
             "cache_image_embeddings needs an image encoder that is not trained; add sam.vision_encoder to "
             "frozen_modules, or leave it out of lora_trained_whole."
         )
     changes = {name: getattr(arguments, name) for name in ("color_jitter", "random_crop", "random_affine")}
     if any(changes.values()):
-        raise ValueError(
+        raise DataError(
             "cache_image_embeddings needs images that stay the same; set color_jitter, random_crop and random_affine "
             f"to 0, found {', '.join(map(str, changes.values()))}."
         )

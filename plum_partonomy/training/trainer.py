@@ -20,6 +20,7 @@ from transformers.utils import ModelOutput
 from configuration_plum import PlumConfig
 from modules_plum import IGNORE_INDEX, count_loss_items, decode_spans, upscale_masks
 from plum_partonomy.inference.embedding_cache import EmbeddingCache
+from plum_partonomy.masks import DataError
 from plum_partonomy.training.resume import seal
 
 
@@ -125,7 +126,7 @@ class PlumTrainer(Trainer):
         if not isinstance(self.model, PeftModel):
             return None
         if self.model.config.get_text_config().tie_word_embeddings:
-            raise ValueError(
+            raise DataError(
                 "LoRA with FSDP2 needs a language model with embeddings of its own for input and output, and this one "
                 "ties them; train it with recipes/accelerate/ddp.yaml."
             )

@@ -38,6 +38,7 @@ BEYOND_THE_EDGE = """() => [...document.querySelectorAll("body :not(.visually-hi
 }).map((part) => part.outerHTML.slice(0, 200))"""
 
 
+CHANGED = "before => [...document.querySelectorAll('.plum-mask')].some((mask, n) => mask.src !== before[n])"
 COLOUR_BY_WORD = "spans => spans.map(span => `${span.textContent} ${span.style.getPropertyValue('--colour')}`)"
 
 
@@ -210,10 +211,7 @@ def test_sliders_change_spans_and_masks_and_their_last_position_counts(page):
         """Moves a slider by one key, and says where the masks are shown from once they have changed."""
         before = addresses_of(page)
         page.get_by_label(f"range slider for {name}").press(key)
-        page.wait_for_function(
-            "before => [...document.querySelectorAll('.plum-mask')].some((mask, n) => mask.src !== before[n])",
-            arg=before,
-        )
+        page.wait_for_function(CHANGED, arg=before)
         return addresses_of(page)
 
     strictest = move("Least probability", "End")

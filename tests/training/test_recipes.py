@@ -130,7 +130,7 @@ def test_training_starts_from_pretrained_backbones_and_leaves_the_frozen_ones_al
     [
         (["--vlm", "a"], "Give vlm and sam together, found vlm='a' and sam=None"),
         (["--vlm", "a", "--sam", "b", "--model", "c"], "Give either model .* or vlm and sam"),
-        ([], "Give model .*, vlm and sam .* or model_config"),
+        ([], "Give model .*, vlm and sam .* or --model_config"),
     ],
 )
 def test_a_recipe_that_names_too_few_or_too_many_starts_is_refused(options, words, capsys):

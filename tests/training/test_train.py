@@ -67,7 +67,7 @@ def test_whole_numbers_may_stand_for_floats(tmp_path):
 @pytest.mark.parametrize(
     "content, words, message",
     [
-        ({"model": "m", "learning_rat": 1}, [], "unknown options ['learning_rat']"),
+        ({"model": "m", "learning_rat": 1}, [], "unknown option 'learning_rat'; did you mean learning_rate?"),
         ({"model": "m"}, ["--learning_rat", "1"], "--learning_rat"),
         ({"model": "m", "learning_rate": "fast"}, [], "learning-rate: invalid float value: 'fast'"),
         ({"model": "m", "max_steps": 1.5}, [], "max-steps: invalid int value: '1.5'"),
@@ -75,8 +75,8 @@ def test_whole_numbers_may_stand_for_floats(tmp_path):
         ({"model": "m", "max_spans": None}, [], "'max_spans' no value"),
         ("- model\n- learning_rate", [], "must be a yaml mapping of options, found list"),
         ("model: [", [], "recipe.yaml is not valid yaml"),
-        ({"learning_rate": 1.0}, [], "Give model (a checkpoint), vlm and sam (backbones) or model_config"),
-        ({"model_config": 5}, [], "model_config must be a mapping, found 5"),
+        ({"learning_rate": 1.0}, [], "Give model (a checkpoint), vlm and sam (backbones) or --model_config"),
+        ({"model_config": 5}, [], "--model_config must be a mapping, found 5"),
         ({"model_config": "tiny"}, [], "model_config must be a mapping"),
         ({"model": "m", "random_crop": 1}, [], "random_crop must be at least 0 and below 1, found 1"),
         (
@@ -84,8 +84,8 @@ def test_whole_numbers_may_stand_for_floats(tmp_path):
             [],
             "teacher_forcing_probability must be between 0 and 1, found 1.5",
         ),
-        ({"model": "m", "follow_up_probability": 0.5}, [], "follow_up_probability needs turns_per_record"),
-        ({"model": "m", "mirror": True}, [], "mirror needs fresh_records: true"),
+        ({"model": "m", "follow_up_probability": 0.5}, [], "--follow_up_probability needs --turns_per_record"),
+        ({"model": "m", "mirror": True}, [], "mirror needs --fresh_records true"),
         ({"model": "m", "fresh_records": True, "streaming": True}, [], "fresh_records makes records by their number"),
     ],
     ids=str,
