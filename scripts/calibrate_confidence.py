@@ -5,9 +5,10 @@ Calibrates the confidence of a checkpoint: the probability that an image is of a
         --known '{"name": "mini"}' '{"name": "mini_instances"}' \\
         --other '{"name": "own_parts", "data_dir": "PHOTOGRAPHS"}'
 
-Images of the validation splits fit the model of known images and the logistic function; those of the test splits say
-how well it tells them apart. Both become `image_statistics` in the checkpoint's config.json, where
-`PlumAnswer.confidence`, `plum ask` and the demonstration find them.
+Each `--known` data set is a kind of its own: an image is known if it is like the images of one of them. Images of the
+validation splits fit the kinds and the logistic function; those of the test splits say how well they are told apart.
+Both become `image_statistics` in the checkpoint's config.json, where `PlumAnswer.confidence`, `plum ask` and the
+demonstration find them.
 """
 
 import argparse
@@ -36,14 +37,12 @@ PENALTY = 1e-3
 """Of the squared slope: images of two kinds may be told apart without error, which has no finite slope."""
 
 
-def read_images(sources: Sequence[str], split: str, most: int) -> Iterator:
-    """At most so many images of each source, at even distances."""
-    defaults = {"dataset": "partonomy", "name": None, "data_dir": None}
-    for entry in sources:
-        source = parse_source(json.loads(entry), defaults)
-        records = undecoded(load_records(source, split))
-        for index in np.unique(np.linspace(0, len(records) - 1, most).astype(int)).tolist():
-            yield read_image(records[index]["image"], where=f"{source}, record {index}")
+def read_images(entry: str, split: str, most: int) -> Iterator:
+    """At most so many images of a source, at even distances."""
+    source = parse_source(json.loads(entry), {"dataset": "partonomy", "name": None, "data_dir": None})
+    records = undecoded(load_records(source, split))
+    for index in np.unique(np.linspace(0, len(records) - 1, most).astype(int)).tolist():
+        yield read_image(records[index]["image"], where=f"{source}, record {index}")
 
 
 @torch.no_grad()
@@ -66,8 +65,8 @@ def _pool(model, processor, images: list) -> np.ndarray:
 
 
 def distances(pooled: np.ndarray, mean: np.ndarray, std: np.ndarray) -> np.ndarray:
-    """Logarithm of the mean squared deviation of each row, as `PlumVision.rate_images` computes it."""
-    return np.log((((pooled - mean) / std) ** 2).mean(axis=1))
+    """Logarithm of the mean squared deviation of each row from the nearest kind, as the model computes it."""
+    return np.log((((pooled[:, None] - mean) / std) ** 2).mean(axis=2).min(axis=1))
 
 
 def fit_logistic(known: np.ndarray, other: np.ndarray) -> tuple[float, float]:
@@ -94,11 +93,15 @@ def auroc(known: np.ndarray, other: np.ndarray) -> float:
 
 def calibrate(model, processor, known: Sequence[str], other: Sequence[str], *, most: int) -> dict:
     """The `image_statistics` of a model, with `auroc` and the shares of the test images that it judges right."""
-    fitted, tested = (
-        [pool_embeddings(model, processor, read_images(sources, split, most)) for sources in (known, other)]
-        for split in ("validation", "test")
-    )
-    mean, std = fitted[0].mean(axis=0), fitted[0].std(axis=0) + 1e-6
+
+    def pool(sources: Sequence[str], split: str) -> list[np.ndarray]:
+        return [pool_embeddings(model, processor, read_images(source, split, most)) for source in sources]
+
+    kinds = pool(known, "validation")
+    fitted = [np.concatenate(kinds), np.concatenate(pool(other, "validation"))]
+    tested = [np.concatenate(pool(sources, "test")) for sources in (known, other)]
+    mean = np.stack([kind.mean(axis=0) for kind in kinds])
+    std = np.stack([kind.std(axis=0) for kind in kinds]) + 1e-6
     intercept, slope = fit_logistic(*(distances(pooled, mean, std) for pooled in fitted))
 
     def confidences(pooled: np.ndarray) -> np.ndarray:
@@ -107,8 +110,8 @@ def calibrate(model, processor, known: Sequence[str], other: Sequence[str], *, m
     threshold = min(0.5, float(np.quantile(confidences(fitted[0]), 1 - KNOWN_RECALL)))
     known_test, other_test = map(confidences, tested)
     return {
-        "mean": [round(value, 6) for value in mean.tolist()],
-        "std": [round(value, 6) for value in std.tolist()],
+        "mean": mean.round(6).tolist(),
+        "std": std.round(6).tolist(),
         "intercept": intercept,
         "slope": slope,
         "threshold": threshold,

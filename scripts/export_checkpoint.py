@@ -31,6 +31,7 @@ def main():
     parser.add_argument("--corrections", nargs="*", default=["mini_instances"])
     parser.add_argument("--data_dir", help="folder of your files, where the configurations read some")
     parser.add_argument("--license", help="of the weights, where the recipe does not tell")
+    parser.add_argument("--about", type=Path, help="Markdown file on what the model knows and the terms of its data")
     arguments = parser.parse_args()
     output_dir = arguments.output_dir
     if output_dir.exists():
@@ -53,7 +54,8 @@ def main():
     data = [] if arguments.data_dir is None else ["--data_dir", arguments.data_dir]
     metrics, *further = [evaluate(name, "--choice_reduction", "answer_mean") for name in arguments.questions]
     further += [evaluate(name, "--task", "correction") for name in arguments.corrections]
-    card = make_model_card(output_dir, metrics=metrics, further=further, license=arguments.license)
+    about = None if arguments.about is None else arguments.about.read_text(encoding="utf-8").strip()
+    card = make_model_card(output_dir, metrics=metrics, further=further, license=arguments.license, about=about)
     card.save(output_dir / "README.md")
     print(f"{output_dir} is written.")
 

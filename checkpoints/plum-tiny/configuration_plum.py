@@ -55,8 +55,9 @@ class PlumConfig(PreTrainedConfig):
             Weight of the divergence from the frozen language model on span tokens, where a teacher is given.
         teacher_kl_sigma (`float`, *optional*, defaults to 1.0): Standard deviation of the two Gaussians compared.
         image_statistics (`dict`, *optional*): How images of the kinds that the model has learnt look to SAM's encoder,
-            written by `scripts/calibrate_confidence.py`: `mean` and `std` of each channel of their mean embeddings,
-            `intercept` and `slope` of the confidence, and the `threshold` below which an image counts as unlike them.
+            written by `scripts/calibrate_confidence.py`: for each kind, `mean` and `std` of each channel of the mean
+            embeddings of its images; `intercept` and `slope` of the confidence, and the `threshold` below which an
+            image counts as unlike them.
         initializer_range (`float`, *optional*, defaults to 0.02): Standard deviation of PLUM's own fresh weights.
     """
 
@@ -175,11 +176,14 @@ class PlumConfig(PreTrainedConfig):
         missing = {"mean", "std", "intercept", "slope", "threshold"} - set(self.image_statistics)
         if missing:
             raise ValueError(f"image_statistics lacks {sorted(missing)}; run scripts/calibrate_confidence.py again.")
-        lengths = [len(self.image_statistics[name]) for name in ("mean", "std")]
-        if lengths != [embedding_width] * 2:
+        mean, std = (self.image_statistics[name] for name in ("mean", "std"))
+        rows = [*mean, *std]
+        lengths = {len(row) if isinstance(row, list) else 0 for row in rows}
+        if len(mean) != len(std) or lengths != {embedding_width}:
             raise ValueError(
-                f"image_statistics has {lengths[0]} means and {lengths[1]} deviations but SAM's embedding has "
-                f"{embedding_width} channels; run scripts/calibrate_confidence.py again."
+                f"image_statistics must hold a mean and a deviation of {embedding_width} channels, SAM's, for each "
+                f"kind of images, found {len(mean)} and {len(std)} of {sorted(lengths)} channels; run "
+                "scripts/calibrate_confidence.py again."
             )
 
     def _check_span_source(self):

@@ -223,15 +223,15 @@ class PlumVision:
         Probability `(N,)` that an image is of a kind that the model has learnt, from `(N, C, G, G)` embeddings; None
         for a model without `config.image_statistics`.
 
-        The distance of an image is the mean over channels of its squared deviation from the mean embedding of known
-        images, in standard deviations; its probability is a logistic function of the distance's logarithm.
+        The distance of an image from a kind is the mean over channels of its squared deviation from the kind's mean
+        embedding, in standard deviations; its probability is a logistic function of the smallest distance's logarithm.
         """
         known = self.config.image_statistics
         if known is None:
             return None
         pooled = sam_image_embeddings.float().mean(dim=(2, 3))  # (N, C)
-        mean, std = (torch.tensor(known[name], device=pooled.device) for name in ("mean", "std"))
-        distance = ((pooled - mean) / std).square().mean(dim=1)
+        mean, std = (torch.tensor(known[name], device=pooled.device) for name in ("mean", "std"))  # (kinds, C)
+        distance = ((pooled[:, None] - mean) / std).square().mean(dim=2).amin(dim=1)
         return torch.sigmoid(known["intercept"] - known["slope"] * distance.log())
 
     def _take_images(self, input_ids, inputs: dict) -> tuple[PlumImages, dict]:

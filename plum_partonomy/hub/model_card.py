@@ -42,6 +42,10 @@ visible, and turns each tagged span into a pixel mask. From *Partonomy: Large Mu
 Understanding* ([arXiv 2505.20759]({{ paper }})), in an independent, Hugging Face-native release.
 
 {{ architecture }}
+{%- if about %}
+
+{{ about }}
+{%- endif %}
 
 ## Use
 
@@ -151,6 +155,7 @@ def make_model_card(
     metrics: dict | None = None,
     further: Sequence[dict] = (),
     license: str | None = None,
+    about: str | None = None,
 ) -> ModelCard:
     """
     The card of a checkpoint.
@@ -162,6 +167,7 @@ def make_model_card(
         metrics: Content of the metrics.json of its evaluation.
         further: Those of other evaluations, of questions or by `--task correction`.
         license: Of the weights. Known without being told for a model trained from scratch on drawings alone.
+        about: Markdown on what the model knows, what it was trained on and on which terms it may be used.
     """
     recipe, name = _read_recipe(folder), (repo_id or folder.resolve().name).split("/")[-1]
     bases = [recipe[key] for key in ("model", "vlm", "sam") if _is_on_the_hub(recipe.get(key))]
@@ -186,6 +192,7 @@ def make_model_card(
         revision=revision,
         paper=PAPER,
         architecture=_describe_architecture(folder),
+        about=about,
         figures=_as_rows(overall),
         run=run,
         count=overall.get("n"),

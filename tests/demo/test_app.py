@@ -224,7 +224,7 @@ def test_the_page_says_what_each_of_several_models_knows(tmp_path):
         model = tiny_model()
         if name == "two":
             width = model.config.sam_config.vision_config.output_channels
-            statistics = {"mean": [0.0] * width, "std": [1.0] * width, "intercept": 0.0, "slope": 1.0}
+            statistics = {"mean": [[0.0] * width], "std": [[1.0] * width], "intercept": 0.0, "slope": 1.0}
             model.config.image_statistics = {**statistics, "threshold": 0.5, "kinds": "photographs of <cars>"}
         model.save_pretrained(tmp_path / name)
         tiny_processor().save_pretrained(tmp_path / name)

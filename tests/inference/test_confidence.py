@@ -14,7 +14,7 @@ from scripts import calibrate_confidence as script
 from tests.runs import make_records, record
 from tests.tiny import conversation, random_image, tiny_config, tiny_model, tiny_processor
 
-NOISE = {"mean": [0.0] * 32, "std": [1.0] * 32, "intercept": 1.0, "slope": 2.0, "threshold": 0.5}
+NOISE = {"mean": [[0.0] * 32], "std": [[1.0] * 32], "intercept": 1.0, "slope": 2.0, "threshold": 0.5}
 
 
 def calibrated_model(**changes):
@@ -24,11 +24,12 @@ def calibrated_model(**changes):
 
 
 def test_the_confidence_is_the_logistic_of_the_log_distance_written_out():
-    model = calibrated_model(mean=[0.1] * 32, std=[2.0] * 32)
+    model = calibrated_model(mean=[[0.1] * 32, [-0.2] * 32], std=[[2.0] * 32, [1.5] * 32])
     embeddings = torch.randn(3, 32, 8, 8, generator=torch.Generator().manual_seed(0))
     found = model.rate_images(embeddings)
     for embedding, confidence in zip(embeddings.numpy(), found.tolist(), strict=True):
-        distance = np.mean([((channel.mean() - 0.1) / 2.0) ** 2 for channel in embedding])
+        kinds = [(0.1, 2.0), (-0.2, 1.5)]
+        distance = min(np.mean([((channel.mean() - m) / s) ** 2 for channel in embedding]) for m, s in kinds)
         assert confidence == pytest.approx(1 / (1 + np.exp(-(1.0 - 2.0 * np.log(distance)))), rel=1e-4)
     assert tiny_model().rate_images(embeddings) is None
 
@@ -67,7 +68,11 @@ def test_a_person_is_warned_below_the_threshold_alone():
     "changes, message",
     [
         ({"threshold": None}, r"image_statistics lacks \['threshold'\]; run scripts/calibrate_confidence.py again"),
-        ({"mean": [0.0] * 3}, "image_statistics has 3 means and 32 deviations but SAM's embedding has 32 channels"),
+        (
+            {"mean": [[0.0] * 3]},
+            r"a mean and a deviation of 32 channels, SAM's, .* found 1 and 1 of \[3, 32\] channels",
+        ),
+        ({"std": [[1.0] * 32] * 2}, "for each kind of images, found 1 and 2"),
     ],
 )
 def test_statistics_that_do_not_fit_are_refused(changes, message):
