@@ -85,6 +85,17 @@ def run_command(name: str, main: Callable[[], None], options: Sequence[str] = ()
         end(name, f"port {port[1]} is in use: choose {other}.", WRONG_USE)
 
 
+def check_writable(folder: str | Path) -> None:
+    """Raises DataError unless a folder can be made or written; makes nothing."""
+    found = Path(folder)
+    while not found.exists() and found != found.parent:
+        found = found.parent
+    if not found.is_dir():
+        raise DataError(f"{folder} cannot be made: {found} is a file; give another output_dir=FOLDER.")
+    if not os.access(found, os.W_OK | os.X_OK):
+        raise DataError(f"{folder} cannot be written: {found} is not yours to write; give another output_dir=FOLDER.")
+
+
 def as_options(message: str, names: Iterable[str]) -> str:
     """
     The message with the arguments of these names as options of a command line.

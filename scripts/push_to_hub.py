@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from fnmatch import fnmatch
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -126,19 +127,33 @@ KINDS = {
 # ------------------------------------------------------------------------------------------------ push
 
 
-def stage(folder: Path, into: Path, patterns: list[str]) -> None:
+def stage(folder: Path, into: Path, patterns: list[str]) -> list[str]:
     """
-    The files of a folder that are pushed, as links; `**/` in a pattern stands for any folders or none. `PushError` for
-    one that is a link to a place outside.
+    Links the files of a folder that are pushed, and returns the names of the others. In a pattern `**/` stands for any
+    folders or none; a pattern without a slash means files of the folder itself. `PushError` for one that is a link to
+    a place outside.
     """
-    patterns = [*patterns, *(pattern.removeprefix("**/") for pattern in patterns)]
+    patterns = [*patterns, *(pattern.removeprefix("**/") for pattern in patterns if pattern.startswith("**/"))]
+    deep = [pattern for pattern in patterns if "/" in pattern]
     inside = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
     hidden = ["__pycache__/*", "*/__pycache__/*", ".*", "*/.*"]
-    for name in filter_repo_objects(inside, allow_patterns=patterns, ignore_patterns=hidden):
+    wanted = filter_repo_objects(inside, allow_patterns=patterns, ignore_patterns=hidden)
+    pushed = [name for name in wanted if "/" not in name or any(fnmatch(name, pattern) for pattern in deep)]
+    for name in pushed:
         if not (folder / name).resolve().is_relative_to(folder.resolve()):
             raise PushError(f"{folder / name} leads out of the folder: put the file itself there, or remove it.")
         (into / name).parent.mkdir(parents=True, exist_ok=True)
         (into / name).symlink_to((folder / name).resolve())
+    return sorted(set(inside) - set(pushed))
+
+
+def describe_left_out(names: list[str], folder: Path) -> list[str]:
+    """A line for each file and each folder of files that are not pushed, with its size."""
+    sizes: dict[str, int] = {}
+    for name in names:
+        top = name.split("/")[0] + ("/" if "/" in name else "")
+        sizes[top] = sizes.get(top, 0) + (folder / name).stat().st_size
+    return [f"left out: {name} ({size:,} bytes)" for name, size in sorted(sizes.items())]
 
 
 def push(folder: Path, arguments: argparse.Namespace) -> None:
@@ -201,7 +216,8 @@ def main(argv: list[str]) -> None:
         folder = Path(staging, "repository")
         folder.mkdir()
         try:
-            stage(arguments.folder, folder, patterns)
+            others = stage(arguments.folder, folder, patterns)
+            print(*describe_left_out(others, arguments.folder), sep="\n", end="\n" if others else "")
             prepare(folder, arguments)
             if not arguments.dry_run:
                 return push(folder, arguments)

@@ -71,7 +71,11 @@ def test_an_image_from_a_pipe_is_segmented_and_nothing_but_the_answer_comes_out(
 def test_a_problem_is_one_sentence_on_the_standard_error(tmp_path, capfd):
     assert cli.main(["data", "stats", "descriptor", "--data_dir", str(tmp_path), "--split", "train"]) == 1
     out, err = capfd.readouterr()
-    assert out == "" and err.startswith("plum: Cannot load 'descriptor'") and len(err.splitlines()) == 1
+    assert (
+        out == ""
+        and err.startswith("plum: Cannot load data set 'partonomy', name 'descriptor'")
+        and len(err.splitlines()) == 1
+    )
 
 
 def test_an_answer_off_the_terminal_is_plain_and_its_files_are_named(checkpoint, image_file, tmp_path, capsys):

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from plum_partonomy.command_line import Options, as_options, run_command
+from plum_partonomy.command_line import Options, as_options, check_writable, run_command
 from plum_partonomy.evaluation.run import main as evaluate
 from plum_partonomy.masks import DataError
 from plum_partonomy.sources.loading import load_split
 from plum_partonomy.training.options import option_names, parse_arguments
+from plum_partonomy.training.resume import check_output_folder
 
 ROOT = Path(__file__).parents[1]
 RECIPE = str(ROOT / "recipes" / "plum_tiny.yaml")
@@ -135,3 +136,26 @@ def test_under_a_launcher_the_sentence_is_the_last_thing_printed(tmp_path, launc
         [sys.executable, "-m", *launcher, script], env=environment, capture_output=True, text=True, timeout=120
     )
     assert run.returncode and run.stderr.splitlines()[-1] == "script.py: There is nothing here."
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_loaded(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="is a file; give another output_dir=FOLDER"):
+        check_writable(tmp_path / "file" / "run")
+    check_writable(tmp_path / "new" / "run")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_training_does_not_overwrite_a_finished_run(tmp_path):
+    for name in ("recipe.yaml", "model.safetensors"):
+        (tmp_path / name).write_text("")
+
+    def check(*words):
+        check_output_folder(parse_arguments([RECIPE, "--output_dir", str(tmp_path), "--use_cpu", "true", *words])[2])
+
+    with pytest.raises(DataError, match="holds a finished run: give another output_dir=FOLDER"):
+        check()
+    check("--resume_from_checkpoint", "true")
+    check("--overwrite_output_dir", "true")
+    (tmp_path / "recipe.yaml").unlink()
+    check()

@@ -5,7 +5,7 @@ from typing import Literal
 
 from transformers import HfArgumentParser
 
-from plum_partonomy.command_line import Options, nearest
+from plum_partonomy.command_line import Options, check_writable, nearest
 from plum_partonomy.masks import DataError
 
 BASELINES = ("random", "majority", "full_image", "ground_truth")
@@ -134,6 +134,7 @@ def main(options: list[str] | None = None) -> None:
     """The run that a command line asks for; raises DataError if it cannot be done."""
     parser = EvaluationOptions(EvaluationArguments, prog="evaluate_plum.py", allow_abbrev=False)
     (arguments,) = parser.parse_args_into_dataclasses(options, look_for_args_file=False)
+    check_writable(arguments.output_dir)
     # These bring torch and the readers of data sets, which take seconds that --help and a wrong option do not need.
     from plum_partonomy.evaluation.corrections import evaluate_correction
     from plum_partonomy.evaluation.partonomy import dataset_options, evaluate, evaluate_answers

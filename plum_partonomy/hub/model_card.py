@@ -16,7 +16,14 @@ from plum_partonomy.inference.checkpoint import count_stored, weight_files
 from plum_partonomy.scoring.corrections import METRICS as CORRECTION_METRICS
 
 RECIPE_FILE, TRAINER_STATE_FILE, CURVES_FILE = "recipe.yaml", "trainer_state.json", "training_curves.png"
-PRIVATE_OPTIONS = ("output_dir", "data_dir", "logging_dir", "resume_from_checkpoint", "hub_token")
+PRIVATE_OPTIONS = (
+    "output_dir",
+    "overwrite_output_dir",
+    "data_dir",
+    "logging_dir",
+    "resume_from_checkpoint",
+    "hub_token",
+)
 PAPER = "https://arxiv.org/abs/2505.20759"
 TASK = "grounded-image-text-to-text"  # of the pipeline that a checkpoint brings along
 LICENSE = "apache-2.0"  # of the code and of the drawings, so of whatever is trained from them alone
@@ -65,18 +72,20 @@ print(answer.text, *[(span.text, span.score, span.box, span.mask.shape) for span
 ## Measured
 
 {% if figures -%}
-`{{ run.name }}`, split `{{ run.split }}`, {{ count }} questions
-{%- if photographs %} about {{ photographs }} images{% endif %}; beside each figure the one with the image of
-another record, and what guessing gets.
+`{{ run.name }}`, split `{{ run.split }}`, {{ overall.n }} questions
+{%- if overall.photographs %} about {{ overall.photographs }} images{% endif %}
+{%- if overall.objects %} of {{ overall.objects }} objects{% endif %}; beside each metric its 95 % bootstrap
+interval, its value with the image of another record, and what guessing gets.
+{%- if run.protocol %} Protocol: {{ run.protocol.name }}.{% endif %}
 {%- if selected %} This split also selected the checkpoint during training, so that the figures flatter it.{% endif %}
 
-| figure | model | wrong image | by chance |
-|---|---:|---:|---:|
+| metric | model | 95 % interval | wrong image | by chance |
+|---|---:|---:|---:|---:|
 {%- for row in figures %}
 | {{ row | join(" | ") }} |
 {%- endfor %}
 
-`{{ run.command }}`, {{ run.date }}
+`{{ command }}`, {{ run.date }}
 {%- else -%}
 Not measured on a benchmark.
 {%- endif %}
@@ -84,7 +93,7 @@ Not measured on a benchmark.
 
 {{ table.title }}
 
-| figure | {% for column in table.columns %}{{ column }} | {% endfor %}
+| metric | {% for column in table.columns %}{{ column }} | {% endfor %}
 |---|{% for column in table.columns %}---:|{% endfor %}
 {%- for row in table.rows %}
 | {{ row | join(" | ") }} |
@@ -188,20 +197,24 @@ def make_model_card(
         data,
         template_str=MODEL_TEMPLATE,
         name=name,
-        repo_id=repo_id or str(folder),
+        repo_id=repo_id or name,
         revision=revision,
         paper=PAPER,
         architecture=_describe_architecture(folder),
+<<<<<<< HEAD
         about=about,
         figures=_as_rows(overall),
+=======
+        figures=_as_rows(overall, _intervals(metrics)),
+>>>>>>> c498fcf (Cards of the weights that were kept; pushes of the folder itself; output folders are checked first)
         run=run,
-        count=overall.get("n"),
-        photographs=overall.get("photographs"),
+        command=_without_places(run.get("command", "")),
+        overall=overall,
         further=[_as_table(other) for other in further],
         known=json.loads((folder / "config.json").read_text()).get("image_statistics"),
         selected=bool(recipe) and run.get("split") == recipe.get("eval_split", "validation"),
         recipe=yaml.safe_dump(recipe, sort_keys=False).strip() if recipe else None,
-        training=_describe_training(folder),
+        training=_describe_training(folder, keeps_best=bool(recipe.get("load_best_model_at_end"))),
         curves=(folder / CURVES_FILE).is_file(),
         drawn=drawn,
         citation=CITATION,
@@ -249,26 +262,41 @@ def _describe_architecture(folder: Path) -> str:
     )
 
 
-def _describe_training(folder: Path) -> str:
+def _describe_training(folder: Path, *, keeps_best: bool) -> str:
+    """Length of the training, and the metrics of the weights that were kept: the best or the last ones."""
     path = folder / TRAINER_STATE_FILE
     if not path.is_file():
         return f"By `train.py` with the options below (`{RECIPE_FILE}`)."
     state = json.loads(path.read_text())
-    last = next((entry for entry in reversed(state["log_history"]) if "eval_span_f1" in entry), {})
+    best = state.get("best_global_step") if keeps_best else None
+    evaluations = [entry for entry in state["log_history"] if "eval_span_f1" in entry]
+    kept = next((entry for entry in reversed(evaluations) if best is None or entry["step"] == best), {})
     seconds = next((entry["train_runtime"] for entry in state["log_history"] if "train_runtime" in entry), 0.0)
     parts = [f"{state['global_step']} steps ({state['epoch']:.2f} epochs)"]
     parts += [f"{seconds / 60:.0f} minutes"] if seconds >= 60 else []
-    figures = [f"{key.removeprefix('eval_')} {last[key]:.3f}" for key in last if key.endswith(("giou", "f1"))]
-    measured = f" At its last evaluation: {', '.join(figures)}." if figures else ""
+    figures = [f"{key.removeprefix('eval_')} {kept[key]:.3f}" for key in kept if key.endswith(("giou", "f1"))]
+    which = "at the last evaluation" if best is None else f"of step {best}, the best evaluation"
+    measured = f" These weights are those {which}: {', '.join(figures)}." if figures else ""
     return f"{', '.join(parts)} of `train.py` with the options below (`{RECIPE_FILE}`).{measured}"
 
 
-def _as_rows(overall: dict) -> list[list[str]]:
+def _intervals(metrics: dict | None) -> dict[str, list[float]]:
+    return (metrics or {}).get("intervals", {}).get("overall", {})
+
+
+def _without_places(command: str) -> str:
+    """A command line whose paths are the names of their files and folders: the rest is a disk of no concern."""
+    return " ".join(Path(word).name if Path(word).is_absolute() else word for word in command.split())
+
+
+def _as_rows(overall: dict, intervals: dict) -> list[list[str]]:
     rows = []
     for key, label in FIGURES.items():
         values = [overall.get(key + suffix) for suffix in ("", "_wrong_image", "_random")]
         if values[0] is not None:
-            rows.append([label, *("-" if value is None else f"{value:.3f}" for value in values)])
+            value, *others = ("-" if value is None else f"{value:.3f}" for value in values)
+            limits = "{:.3f} to {:.3f}".format(*intervals[key]) if key in intervals else "-"
+            rows.append([label, value, limits, *others])
     return rows
 
 
@@ -276,16 +304,18 @@ def _as_table(metrics: dict) -> dict:
     """Title, columns, rows and command of one further evaluation."""
     overall, run = metrics["overall"], metrics["run"]
     place = f"`{run['name']}`, split `{run['split']}`"
+    command = {"command": _without_places(run.get("command", ""))}
     if run.get("task") != "correction":
         title = f"{place}, {overall['n']} questions:"
-        return {"title": title, "columns": ("model", "wrong image", "by chance"), "rows": _as_rows(overall)} | run
-    intervals, rows = metrics["intervals"]["overall"], []
+        columns = ("model", "95 % interval", "wrong image", "by chance")
+        return run | {"title": title, "columns": columns, "rows": _as_rows(overall, _intervals(metrics))} | command
+    intervals, rows = _intervals(metrics), []
     for name, meaning in CORRECTION_METRICS.items():
         if overall[name] is not None:
             limits = "{:.3f} to {:.3f}".format(*intervals[name])
             rows.append([f"`{name}`: {meaning}", f"{overall[name]:.3f}", limits])
     title = f"{place}, masks of {overall['n']} answers, corrected one after the other:"
-    return {"title": title, "columns": ("model", "95 % interval"), "rows": rows} | run
+    return run | {"title": title, "columns": ("model", "95 % interval"), "rows": rows} | command
 
 
 def _as_eval_results(overall: dict, run: dict) -> list[EvalResult]:

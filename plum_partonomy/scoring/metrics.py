@@ -338,7 +338,9 @@ def _figures(
     """The figures of a group of questions, and their intervals."""
     tallies = [tally(question, prediction, mask_source=mask_source) for question, prediction in pairs]
     photographs = [question.photograph for question, _ in pairs]
-    figures: Figures = {"n": len(pairs), "photographs": len(set(photographs)), **summarise(tallies)}
+    counts = {"n": len(pairs), "photographs": len(set(photographs))}
+    counts["objects"] = len({question.image_label for question, _ in pairs})
+    figures: Figures = {**counts, **summarise(tallies)}
     ranges = confidence_intervals(tallies, photographs) if intervals else {}
     if pairs[0][1].wrong_image is not None:
         control = [tally(q, prediction.wrong_image, mask_source=mask_source) for q, prediction in pairs]

@@ -175,6 +175,9 @@ class DataArguments:
 @dataclass
 class PlumTrainingArguments(TrainingArguments):
     output_dir: str = field(metadata={"help": "Folder for the trained model and its checkpoints."})
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Train into a folder that holds a finished run."}
+    )
     muon_learning_rate: float | None = field(
         default=None, metadata={"help": "Train weight matrices with Muon at this rate, the rest with AdamW."}
     )

@@ -23,7 +23,9 @@ from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from plum_partonomy.command_line import check_writable
 from plum_partonomy.files import write_whole
+from plum_partonomy.hub.model_card import RECIPE_FILE
 from plum_partonomy.masks import DataError
 
 SEAL_FILE = "resume.json"
@@ -32,7 +34,8 @@ LISTED = 6
 
 # What decides where a run is, what it says, keeps and measures, and not what it learns.
 FREE = re.compile(
-    "output_dir|run_name|project|local_rank|use_cpu|no_cuda|use_mps_device|disable_tqdm|prediction_loss_only|debug|"
+    "output_dir|overwrite_output_dir|run_name|project|local_rank|use_cpu|no_cuda|use_mps_device|disable_tqdm|"
+    "prediction_loss_only|debug|"
     "per_device_eval_batch_size|dry_run|sources|cache_image_embeddings|data_dir|resume_from_checkpoint|report_to|"
     "(trackio|hub|push_to_hub|logging|log|save|eval|batch_eval|do|ddp|include|load_best|metric_for|greater_is)_.*|"
     "dataloader_.*|.*_token"
@@ -86,6 +89,23 @@ def _files(folder: Path) -> list[Path]:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_output_folder(args: TrainingArguments) -> None:
+    """
+    Checks the output folder before data and model are loaded.
+
+    Raises:
+        DataError: It cannot be written, or it holds a finished run that would be overwritten.
+    """
+    folder = Path(args.output_dir)
+    check_writable(folder)
+    finished = (folder / RECIPE_FILE).is_file() and any(folder.glob("model*.safetensors"))
+    if finished and not args.overwrite_output_dir and (args.resume_from_checkpoint or "false").lower() == "false":
+        raise DataError(
+            f"{folder} holds a finished run: give another output_dir=FOLDER, resume_from_checkpoint=true, or "
+            "overwrite_output_dir=true."
+        )
 
 
 def find_checkpoint(args: TrainingArguments, run: dict) -> str | None:

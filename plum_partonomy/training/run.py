@@ -17,12 +17,14 @@ from plum_partonomy.training.mixture import load_eval_records, load_records, mix
 from plum_partonomy.training.model import add_lora, load_model, load_processor_alone
 from plum_partonomy.training.options import DataArguments, parse_arguments, read_options
 from plum_partonomy.training.preview import format_table, survey, write_samples
-from plum_partonomy.training.resume import describe_run, find_checkpoint
+from plum_partonomy.training.resume import check_output_folder, describe_run, find_checkpoint
 from plum_partonomy.training.trainer import PlumTrainer, TrainingCurves
 
 
 def main(argv: list[str]):
     model_arguments, data_arguments, args = parse_arguments(argv)
+    if not data_arguments.dry_run:
+        check_output_folder(args)
     set_seed(args.seed)
 
     # Data

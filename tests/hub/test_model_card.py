@@ -38,7 +38,7 @@ def test_the_figures_of_metrics_json_stand_in_the_metadata_and_in_the_table(fold
         "strict_macro_giou": 0.5,
     }
     assert results["choice_accuracy"].dataset_config == "mini_questions" and again.data.model_name == "plum"
-    assert "| choice accuracy | 0.250 | - | 0.200 |\n" in again.text and "884 questions" in again.text
+    assert "| choice accuracy | 0.250 | - | - | 0.200 |\n" in again.text and "884 questions" in again.text
     assert FIGURES["end_to_end_giou"] not in again.text, "it was not measured"
 
 
@@ -59,7 +59,7 @@ def test_further_evaluations_and_the_calibration_have_tables_and_a_sentence(fold
     path.write_text(json.dumps(json.loads(path.read_text()) | {"image_statistics": known}))
     card = make_model_card(folder, metrics={"overall": {"n": 1, "span_f1": 1.0}, "run": RUN}, further=further)
     assert "`mini_hard_questions`, split `test`, 5 questions:" in card.text
-    assert "| choice accuracy | 0.750 | - | - |" in card.text
+    assert "| choice accuracy | 0.750 | - | - | - |" in card.text
     assert f"| `matched_iou`: {METRICS['matched_iou']} | 0.500 | 0.250 to 0.750 |" in card.text
     assert "| `repeat_overlap`" not in card.text and "`python evaluate_plum.py --task correction`" in card.text
     assert "(birds). On test images its AUROC against images of other kinds is\n0.970" in card.text
@@ -118,3 +118,26 @@ def test_a_recipe_holds_the_options_of_a_command_line_but_no_places_or_token(tmp
     for ours, theirs in zip(again, parse_arguments(argv), strict=True):
         differing = {name for name, value in vars(ours).items() if value != vars(theirs)[name]}
         assert differing <= {"hub_token", "distributed_state", "deepspeed_plugin"}, differing
+
+
+def test_the_table_has_intervals_and_the_text_the_protocol_and_no_place_on_a_disk(folder):
+    run = RUN | {"command": f"python /home/me/evaluate_plum.py --model {folder}", "protocol": {"name": "published"}}
+    overall = {"n": 8, "photographs": 4, "objects": 3, "span_f1": 0.5}
+    metrics = {"overall": overall, "run": run, "intervals": {"overall": {"span_f1": [0.25, 0.75]}}}
+    text = make_model_card(folder, metrics=metrics).text
+    assert "8 questions about 4 images of 3 objects" in text and "Protocol: published." in text
+    assert "| span tags, F1 | 0.500 | 0.250 to 0.750 | - | - |" in text
+    assert "`python evaluate_plum.py --model mine`" in text
+    assert str(folder.parent) not in text and "/home" not in text
+
+
+@pytest.mark.parametrize(
+    ("keeps_best", "sentence"),
+    [(True, "of step 2, the best evaluation: span_f1 0.900"), (False, "at the last evaluation: span_f1 0.500")],
+)
+def test_the_metrics_of_a_training_are_those_of_the_weights_that_were_kept(folder, keeps_best, sentence):
+    log = [{"step": 2, "eval_span_f1": 0.9}, {"step": 4, "eval_span_f1": 0.5}]
+    state = {"log_history": log, "global_step": 4, "epoch": 1.0, "best_global_step": 2}
+    (folder / "trainer_state.json").write_text(json.dumps(state))
+    write_recipe(folder, {"name": "mini", "load_best_model_at_end": keeps_best})
+    assert sentence in make_model_card(folder).text

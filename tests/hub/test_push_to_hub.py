@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard, parse_eval_result_entries
 
 from plum_partonomy.hub.model_card import write_recipe
 from plum_partonomy.scoring.results import fingerprint_model
-from scripts.push_to_hub import DATASET_FILES, PushError, main, stage
+from scripts.push_to_hub import DATASET_FILES, MODEL_FILES, PushError, describe_left_out, main, stage
 from tests.hub.test_eval_results import measured
 from tests.hub_stub import HubStub
 from tests.tiny import tiny_model, tiny_processor
@@ -271,3 +271,21 @@ def test_a_folder_that_does_not_load_is_refused_with_its_name(make, message, tmp
     folder.mkdir()
     with pytest.raises(SystemExit, match=f"Not pushed: .*{message}"):
         main(make(folder))
+
+
+def test_checkpoints_optimizer_states_and_notes_stay_at_home_and_are_listed(tmp_path):
+    folder, staged = tmp_path / "run", tmp_path / "staged"
+    for name in ("checkpoint-4/modeling_plum.py", "checkpoint-4/optimizer.pt", "training_args.bin", "notes.txt"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("123")
+    for name in ("config.json", "model.safetensors", "modeling_plum.py"):
+        (folder / name).write_text("{}")
+    staged.mkdir()
+    others = stage(folder, staged, MODEL_FILES)
+    pushed = sorted(path.relative_to(staged).as_posix() for path in staged.rglob("*") if path.is_file())
+    assert pushed == ["config.json", "model.safetensors", "modeling_plum.py"]
+    assert describe_left_out(others, folder) == [
+        "left out: checkpoint-4/ (6 bytes)",
+        "left out: notes.txt (3 bytes)",
+        "left out: training_args.bin (3 bytes)",
+    ]

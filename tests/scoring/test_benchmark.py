@@ -47,7 +47,7 @@ def test_questions_come_back_in_order_without_their_images_and_the_images_by_ind
     ("asked", "message"),
     [
         ({"split": "dev"}, "Cannot load data set .*split 'dev'.*dev"),
-        ({"name": "mini_qestions"}, "name 'mini_qestions'.*not found"),
+        ({"name": "mini_qestions"}, "there is no name 'mini_qestions'; there are default"),
     ],
 )
 def test_an_unknown_split_or_name_is_one_sentence(tmp_path, asked, message):

@@ -128,7 +128,7 @@ def test_training_starts_from_pretrained_backbones_and_leaves_the_frozen_ones_al
 @pytest.mark.parametrize(
     "options, words",
     [
-        (["--vlm", "a"], "Give vlm and sam together, found vlm='a' and sam=None"),
+        (["--vlm", "a"], "Give vlm and sam together, found --vlm 'a' and --sam None"),
         (["--vlm", "a", "--sam", "b", "--model", "c"], "Give either model .* or vlm and sam"),
         ([], "Give model .*, vlm and sam .* or --model_config"),
     ],
