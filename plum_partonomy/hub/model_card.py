@@ -201,12 +201,8 @@ def make_model_card(
         revision=revision,
         paper=PAPER,
         architecture=_describe_architecture(folder),
-<<<<<<< HEAD
         about=about,
-        figures=_as_rows(overall),
-=======
         figures=_as_rows(overall, _intervals(metrics)),
->>>>>>> c498fcf (Cards of the weights that were kept; pushes of the folder itself; output folders are checked first)
         run=run,
         command=_without_places(run.get("command", "")),
         overall=overall,
