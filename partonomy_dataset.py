@@ -44,6 +44,7 @@ import datasets.load
 from datasets.data_files import DataFilesDict
 from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 
+import inputs_plum
 import plum_partonomy
 from plum_partonomy.drawn import miniature
 from plum_partonomy.features import GROUNDED_CONVERSATION_FEATURES, QUESTION_FEATURES
@@ -349,10 +350,17 @@ class _ModuleFactory(datasets.load.PackagedDatasetModuleFactory):
         )
 
 
+def source_files() -> list[Path]:
+    """The code that makes the records: readers, drawings and questions, and what these are built of."""
+    library = Path(plum_partonomy.__file__).parent
+    built_of = [library / f"{name}.py" for name in ("records", "features", "masks", "images", "seeding", "files")]
+    made_by = [path for room in ("sources", "drawn", "questions") for path in (library / room).rglob("*.py")]
+    return sorted([Path(__file__), Path(inputs_plum.__file__), *built_of, *made_by])
+
+
 def _source_hash() -> str:
     """Changes whenever the code that makes the records does, so that no stale cache is served."""
-    files = [Path(__file__), *sorted(Path(plum_partonomy.__file__).parent.rglob("*.py"))]
-    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+    return hashlib.sha256(b"".join(path.read_bytes() for path in source_files())).hexdigest()
 
 
 _PACKAGED_DATASETS_MODULES[DATASET_NAME] = (__name__, _source_hash())

@@ -1,7 +1,6 @@
 """What the benchmarks of this folder share: two paths timed side by side, their results compared, a line of json."""
 
 import json
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +10,6 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 
 
 def take_turns(paths: list[Callable[[], Any]], *, rounds: int) -> tuple[list[Any], list[float]]:

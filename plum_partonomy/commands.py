@@ -161,6 +161,11 @@ def read_questions() -> Iterator[str]:
 def open_both(options: argparse.Namespace):
     """The image first, which is read in no time, then the model and all that it takes to import."""
     image = read_image(sys.stdin.buffer if options.image == "-" else options.image)
+    if options.model == DEFAULT_MODEL and not DEFAULT_MODEL.is_dir():
+        raise ModelError(
+            "Expected a model: plum-tiny comes with the repository, not with the installed package; pass --model with "
+            "a folder or a name on the Hub."
+        )
     from transformers.utils.logging import disable_progress_bar
 
     from plum_partonomy.inference.one_image import load_model

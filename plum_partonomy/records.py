@@ -13,6 +13,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from inputs_plum import parse_span_tags
 from plum_partonomy.masks import RLE, DataError
 
 __all__ = [
@@ -50,7 +51,6 @@ TWO_STEP_TYPES = ("whole_to_part", "part_to_whole")
 UNNAMED_OBJECT = "object"
 """The label of an object that nobody has named."""
 
-_TAG = re.compile(r"(?<!\\)</?p>")
 _JOINED_TAGS = re.compile(r"(?<!\\)</p><p>")
 _LITERAL_TAG = re.compile(r"</?p>")
 _SPECIAL_TOKEN = re.compile(
@@ -231,15 +231,11 @@ def escape_tags(text: str) -> str:
 
 def tagged_phrases(text: str, *, where: str = "text") -> list[str]:
     """The phrases between span tags, in order. Raises DataError on unbalanced, nested or empty tags."""
-    tags = list(_TAG.finditer(text))
-    opening, closing = tags[::2], tags[1::2]
-    paired = len(opening) == len(closing) and all(tag.group() == "<p>" for tag in opening)
-    if not paired or any(tag.group() == "<p>" for tag in closing):
-        raise DataError(f"{where}: span tags <p> and </p> must alternate, found {text!r}")
-    phrases = [text[start.end() : end.start()] for start, end in zip(opening, closing, strict=True)]
-    if any(not phrase.strip() for phrase in phrases):
-        raise DataError(f"{where}: a span tag is empty in {text!r}")
-    return phrases
+    try:
+        plain, spans = parse_span_tags(text)
+    except ValueError as error:
+        raise DataError(f"{where}: {error}") from error
+    return [plain[start:end] for start, end in spans]
 
 
 def _check_choices(choices: list[str], *, correct: int, where: str, field: str) -> None:

@@ -13,13 +13,10 @@ read; what it requires besides (llama-cpp-python, to be compiled) is not needed.
 
 import argparse
 import importlib.util
-import sys
 from pathlib import Path
 
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from configuration_plum import PlumConfig
 from modeling_plum import PlumForConditionalGeneration

@@ -13,7 +13,6 @@ demonstration find them.
 
 import argparse
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -22,13 +21,11 @@ import torch
 from scipy.optimize import minimize
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from inputs_plum import read_image  # noqa: E402
-from plum_partonomy.files import write_whole  # noqa: E402
-from plum_partonomy.images import undecoded  # noqa: E402
-from plum_partonomy.inference.checkpoint import load_checkpoint  # noqa: E402
-from plum_partonomy.training.mixture import load_records, parse_source  # noqa: E402
+from inputs_plum import read_image
+from plum_partonomy.files import write_whole
+from plum_partonomy.images import undecoded
+from plum_partonomy.inference.checkpoint import load_checkpoint
+from plum_partonomy.training.mixture import load_records, parse_source
 
 BATCH_SIZE = 8
 KNOWN_RECALL = 0.98

@@ -10,14 +10,12 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import partonomy_dataset  # noqa: E402, F401  (makes load_dataset("partonomy", ...) work)
-from plum_partonomy.masks import DataError  # noqa: E402
-from plum_partonomy.scoring.answers import read_answers  # noqa: E402
-from plum_partonomy.scoring.benchmark import load_image, load_questions  # noqa: E402
-from plum_partonomy.scoring.comparison import write_comparison  # noqa: E402
-from plum_partonomy.scoring.results import leave_out  # noqa: E402
+import partonomy_dataset  # noqa: F401  (makes load_dataset("partonomy", ...) work)
+from plum_partonomy.masks import DataError
+from plum_partonomy.scoring.answers import read_answers
+from plum_partonomy.scoring.benchmark import load_image, load_questions
+from plum_partonomy.scoring.comparison import write_comparison
+from plum_partonomy.scoring.results import leave_out
 
 
 def parse_models(arguments: list[str]) -> dict[str, Path]:

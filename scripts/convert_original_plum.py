@@ -24,7 +24,6 @@ import json
 import pickle
 import re
 import resource
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -39,13 +38,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, CLIPVisionConfig
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import original_plum as original
-
 from configuration_plum import PlumConfig
 from modeling_plum import PlumForConditionalGeneration
+from plum_partonomy.hub import original_plum as original
 from processing_plum import PlumProcessor, image_processor_class
 
 PROJECTOR = "vlm.model.multi_modal_projector."

@@ -9,12 +9,9 @@ needs no more than a config.json.
 
 import sys
 from collections import Counter
-from pathlib import Path
 
 import torch
 from transformers import AutoConfig
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from configuration_plum import PlumConfig
 from modeling_plum import PlumForConditionalGeneration

@@ -8,7 +8,6 @@ three masks or more.
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,8 +16,6 @@ from datasets import load_dataset
 from matplotlib.figure import Figure
 from PIL import Image
 from transformers import AutoModel, AutoProcessor
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import partonomy_dataset  # noqa: F401  (makes load_dataset("partonomy") work)
 from plum_partonomy.masks import decode

@@ -17,8 +17,6 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from plum_partonomy.hub.model_card import CURVES_FILE, RECIPE_FILE, TRAINER_STATE_FILE, make_model_card
 from plum_partonomy.inference.checkpoint import load_checkpoint
 

@@ -12,14 +12,11 @@ of a mask is all that later masks take from it. [`MaskSession`] puts the three t
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from modeling_plum import PlumForConditionalGeneration
 from plum_partonomy.inference.checkpoint import load_checkpoint

@@ -21,19 +21,17 @@ from typing import Any
 
 import datasets
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import partonomy_dataset  # noqa: E402
-from plum_partonomy.drawn import miniature  # noqa: E402
-from plum_partonomy.hub.dataset_card import ConfigFacts, make_card  # noqa: E402
-from plum_partonomy.hub.model_card import CITATION  # noqa: E402
-from plum_partonomy.hub.shards import MAX_SHARD_BYTES, write_checksums, write_shards  # noqa: E402
-from plum_partonomy.questions.maker import SCHEMES  # noqa: E402
-from plum_partonomy.records import DataError, Question  # noqa: E402
-from plum_partonomy.scoring.blind_baselines import leak_of_copy, leak_of_drawings, leak_of_published  # noqa: E402
-from plum_partonomy.sources.problems import ERRORS_FILE, write_problems  # noqa: E402
-from plum_partonomy.sources.splits import PART_SOURCES, Survey, survey  # noqa: E402
-from plum_partonomy.sources.statistics import Statistics  # noqa: E402
+import partonomy_dataset
+from plum_partonomy.drawn import miniature
+from plum_partonomy.hub.dataset_card import ConfigFacts, make_card
+from plum_partonomy.hub.model_card import CITATION
+from plum_partonomy.hub.shards import MAX_SHARD_BYTES, write_checksums, write_shards
+from plum_partonomy.questions.maker import SCHEMES
+from plum_partonomy.records import DataError, Question
+from plum_partonomy.scoring.blind_baselines import leak_of_copy, leak_of_drawings, leak_of_published
+from plum_partonomy.sources.problems import ERRORS_FILE, write_problems
+from plum_partonomy.sources.splits import PART_SOURCES, Survey, survey
+from plum_partonomy.sources.statistics import Statistics
 
 
 def main() -> None:

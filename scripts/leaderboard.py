@@ -11,11 +11,9 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from plum_partonomy.masks import DataError  # noqa: E402
-from plum_partonomy.scoring.leaderboard import make_leaderboard, read_results  # noqa: E402
-from plum_partonomy.scoring.predictions import write_whole  # noqa: E402
+from plum_partonomy.masks import DataError
+from plum_partonomy.scoring.leaderboard import make_leaderboard, read_results
+from plum_partonomy.scoring.predictions import write_whole
 
 CARD = """---
 title: {title}

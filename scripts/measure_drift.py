@@ -9,14 +9,10 @@ The text is Python's own documentation as `pydoc` ships it, which no recipe trai
 import argparse
 import math
 import platform
-import sys
-from pathlib import Path
 from pydoc_data.topics import topics
 
 import torch
 import torch.nn.functional as F
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from modeling_plum import PlumForConditionalGeneration
 from plum_partonomy.inference.checkpoint import load_checkpoint

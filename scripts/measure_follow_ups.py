@@ -8,20 +8,16 @@ parts of the generated answers, and the share of answers whose set of parts is e
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from plum_partonomy.inference.one_image import load_model  # noqa: E402
-from plum_partonomy.inference.predictor import ask  # noqa: E402
-from plum_partonomy.records import Question, as_chat, escape_tags  # noqa: E402
-from plum_partonomy.scoring.benchmark import load_image, load_questions  # noqa: E402
-from plum_partonomy.scoring.metrics import part_counts, true_parts  # noqa: E402
+from plum_partonomy.inference.one_image import load_model
+from plum_partonomy.inference.predictor import ask
+from plum_partonomy.records import Question, as_chat, escape_tags
+from plum_partonomy.scoring.benchmark import load_image, load_questions
+from plum_partonomy.scoring.metrics import part_counts, true_parts
 
 BATCH_SIZE = 16
 MAX_NEW_TOKENS = 96

@@ -9,17 +9,13 @@ in as it comes (torch.ao.quantization.quantize_dynamic). The mask decoder and PL
 
 import argparse
 import copy
-import sys
 import time
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from PIL import Image
 from torch.ao.quantization import quantize_dynamic
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import partonomy_dataset
 from plum_partonomy.inference.one_image import Plum, load_model

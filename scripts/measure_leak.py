@@ -11,12 +11,10 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from partonomy_dataset import MINI_QUESTIONS_SIZES, SEED  # noqa: E402
-from plum_partonomy.masks import DataError  # noqa: E402
-from plum_partonomy.scoring.blind_baselines import leak_of_copy, leak_of_drawings  # noqa: E402
-from plum_partonomy.sources.splits import PART_SOURCES, survey  # noqa: E402
+from partonomy_dataset import MINI_QUESTIONS_SIZES, SEED
+from plum_partonomy.masks import DataError
+from plum_partonomy.scoring.blind_baselines import leak_of_copy, leak_of_drawings
+from plum_partonomy.sources.splits import PART_SOURCES, survey
 
 
 def main() -> None:

@@ -13,9 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from plum_partonomy.scoring.published import METHODS, PUBLISHED  # noqa: E402
+from plum_partonomy.scoring.published import METHODS, PUBLISHED
 
 
 def format_published(runs: dict[str, dict[str, Any]]) -> str:

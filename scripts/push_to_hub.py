@@ -20,8 +20,6 @@ import tempfile
 from fnmatch import fnmatch
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import datasets
 import evaluate
 from huggingface_hub import DatasetCard, HfApi, RepoCard

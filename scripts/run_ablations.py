@@ -30,8 +30,6 @@ import yaml
 from datasets import Dataset, load_dataset
 from transformers import set_seed
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 import partonomy_dataset  # noqa: F401  (makes load_dataset("partonomy") work)
 from configuration_plum import PlumConfig
 from modeling_plum import PlumForConditionalGeneration

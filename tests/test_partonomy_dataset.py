@@ -281,3 +281,13 @@ def test_a_config_that_reads_files_asks_for_their_folder(name, tmp_path):
     with pytest.raises(Exception, match="data_dir=FOLDER|generating") as caught:
         load_dataset("partonomy", name, cache_dir=tmp_path)
     assert "data_dir=FOLDER" in str(caught.value.__cause__ or caught.value)
+
+
+def test_a_cache_is_built_anew_for_the_code_that_makes_records_and_for_no_other():
+    code = "import sys, partonomy_dataset; print(*(m.__file__ for n, m in sys.modules.items() if n.startswith(('plum_', 'partonomy'))))"
+    used = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    files = set(partonomy_dataset.source_files())
+    library = ROOT / "plum_partonomy"
+    packages = {library / "__init__.py"}
+    assert {Path(name) for name in used.split()} - packages <= files
+    assert not [path for path in files if path.parent in (library / "scoring", library / "training")]

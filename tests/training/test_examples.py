@@ -137,7 +137,7 @@ def changed_record(**changes) -> dict:
         ),
         (
             {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "A <p>wheel."}]},
-            r"record record-7, field 'messages\[1\]': span tags <p> and </p> must alternate",
+            r"record record-7, field 'messages\[1\]': Unbalanced span tag in a text with",
         ),
         ({"masks": record(7, 1)["masks"]}, "record record-7, field 'masks': 2 span tags, but 1 masks"),
         (
