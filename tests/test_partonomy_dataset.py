@@ -284,7 +284,8 @@ def test_a_config_that_reads_files_asks_for_their_folder(name, tmp_path):
 
 
 def test_a_cache_is_built_anew_for_the_code_that_makes_records_and_for_no_other():
-    code = "import sys, partonomy_dataset; print(*(m.__file__ for n, m in sys.modules.items() if n.startswith(('plum_', 'partonomy'))))"
+    own = "[m.__file__ for name, m in sys.modules.items() if name.startswith(('plum_', 'partonomy', 'inputs_'))]"
+    code = f"import sys, partonomy_dataset; print(*{own})"
     used = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True).stdout
     files = set(partonomy_dataset.source_files())
     library = ROOT / "plum_partonomy"

@@ -15,7 +15,7 @@ WITHOUT_TORCH = ("records", "masks", "images", "seeding", "files", "sources", "d
 # Each imports those before it, and none after it.
 ORDER = (
     ("inputs_plum", "configuration_plum", "modules_plum", "processing_plum", "modeling_plum"),
-    ("masks", "images", "files", "seeding", "records", "features"),
+    ("masks", "images", "files", "seeding", "records", "features", "command_line"),
     ("questions", "drawn"),
     ("sources",),
     ("scoring", "partonomy_dataset"),

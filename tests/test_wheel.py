@@ -11,13 +11,6 @@ import pytest
 ROOT = Path(__file__).parents[1]
 MODULES = {f"{name}_plum" for name in ("configuration", "inputs", "modeling", "modules", "processing")}
 MODULES |= {"partonomy_dataset"}
-    "configuration_plum",
-    "inputs_plum",
-    "modeling_plum",
-    "modules_plum",
-    "partonomy_dataset",
-    "processing_plum",
-}
 
 
 @pytest.fixture(scope="module")
