@@ -28,6 +28,7 @@ from huggingface_hub.utils import filter_repo_objects
 from transformers import AutoModel, AutoProcessor
 
 from plum_partonomy.hub import handler
+from plum_partonomy.hub.croissant import check_croissant
 from plum_partonomy.hub.eval_results import check_eval_yaml, eval_results_file, make_eval_results, make_eval_yaml
 from plum_partonomy.hub.model_card import CURVES_FILE, RECIPE_FILE, make_model_card
 from plum_partonomy.inference.checkpoint import check_checkpoint
@@ -79,6 +80,7 @@ def prepare_dataset(folder: Path, arguments: argparse.Namespace) -> None:
     configs = card.get("configs") or []
     if not configs:
         raise PushError(f"{folder / 'README.md'} names no configs in its metadata.")
+    check_croissant(folder)
     names = [config["config_name"] for config in configs]
     if (folder / EVAL_FILE).exists():
         check_eval_yaml((folder / EVAL_FILE).read_text(encoding="utf-8"), configs=names)

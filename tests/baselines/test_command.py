@@ -2,6 +2,9 @@
 
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +18,8 @@ from plum_partonomy.scoring.benchmark import load_questions
 from plum_partonomy.scoring.predictions import read_predictions
 from tests.baselines.tiny_models import tiny_gemma3, tiny_sam3
 
-EXAMPLES = Path(__file__).parents[2] / "examples" / "baselines"
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples" / "baselines"
 BREAKS = """        self.asked = getattr(self, "asked", 0) + 1
         if self.asked > 2:
             return [float("nan")] * 5
@@ -67,6 +71,20 @@ def test_a_model_of_ones_own_in_a_python_file_is_scored(tmp_path):
     metrics = evaluate(tmp_path / "run", "--baseline", str(OWN_MODEL))
     assert metrics["overall"]["strict_macro_giou"] > 0 and 0 <= metrics["overall"]["choice_accuracy"] <= 1
     assert metrics["run"]["protocol"]["choice_reduction"] == "as given"
+
+
+@pytest.mark.slow
+def test_two_processes_answer_as_one(folders, tmp_path):
+    options = ["--baseline", "vlm+sam3", *folders["vlm"], *folders["sam3"], "--batch_size", "2", "--device", "cpu"]
+    evaluate(tmp_path / "one", *options)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    asked = "evaluate_plum.py --name mini_questions --limit 11 --max_new_tokens 3".split()
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    command = [*launcher, *asked, "--output_dir", str(tmp_path / "two"), *options]
+    subprocess.run(command, cwd=ROOT, env=environment, check=True)
+    assert json.loads((tmp_path / "two" / "metrics.json").read_text())["run"]["processes"] == 2
+    one, two = ((tmp_path / name / "predictions.jsonl").read_text() for name in ("one", "two"))
+    assert one == two
 
 
 def test_what_was_answered_before_a_model_fails_is_kept(tmp_path):
