@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -119,6 +120,13 @@ def test_there_is_a_task_for_each_way_to_ask_and_each_question_type_and_its_metr
         template = yaml.load((TASKS / f"_{kind}_yaml").read_text(), Loader)
         listed = [item["metric"] for item in template["metric_list"] if item["metric"] != questions.UNREADABLE]
         assert listed == list(names) and set(names) <= set(FIGURES)
+
+
+def test_the_documentation_installs_what_the_extra_lists():
+    setup, page = ((ROOT / name).read_text() for name in ("setup.cfg", "docs/benchmark.md"))
+    listed = re.search(r"\nlmms_eval =\n((?:    .*\n)+)", setup)[1]
+    command = re.search(r"pip install --no-deps -c constraints.txt -e \. ((?:.*\\\n)*.*)\n", page)[1]
+    assert set(command.replace("\\", " ").split()) == set(re.findall(r"^ *([\w-]+)", listed, re.MULTILINE))
 
 
 def test_a_subset_holds_one_question_type(tmp_path):
