@@ -61,8 +61,8 @@ def main():
         name for name, command in steps.items() if not run_step(name, command, clone=clone, log=folder / f"{name}.log")
     ]
     if failed:
-        sys.exit(f"The release does not stand: {', '.join(failed)} failed.")
-    print("The release stands.")
+        sys.exit(f"Release checks failed: {', '.join(failed)}.")
+    print("All release checks passed.")
 
 
 if __name__ == "__main__":
