@@ -16,7 +16,7 @@ from plum_partonomy.scoring.metrics import MaskSource, mean_iou, pair_by_id, sco
 from plum_partonomy.scoring.overlays import panel, pick_colours
 from plum_partonomy.scoring.pages import render_page
 from plum_partonomy.scoring.predictions import Prediction, SpanMask
-from plum_partonomy.scoring.report import FIGURES
+from plum_partonomy.scoring.report import FIGURES, MEANINGS
 
 __all__ = ["compare", "write_comparison"]
 
@@ -28,9 +28,10 @@ def compare(
 ) -> dict[str, list[dict[str, Any]]]:
     """For all questions (`overall`) and each question type one row per figure that any model has.
 
-    A row holds `figure`, and `cells`: per model `value`, `interval`, and `difference`, the interval of its value minus
-    that of the first model when both are taken of the same draws of images (None for the first model, and where one
-    of the two has no value). A difference whose interval does not hold 0 is not explained by the choice of images.
+    A row holds `figure`, and `cells`: per model `value`, `interval`, `gain`, its value minus that of the first model,
+    and `difference`, the interval of this when both are taken of the same draws of images (None for the first model,
+    and where one of the two has no value). A difference whose interval does not hold 0 is not explained by the choice
+    of images.
 
     Args:
         questions: the questions that all models answered.
@@ -68,6 +69,7 @@ def _rows(tallies: dict[str, list[Tally]], photographs: Sequence[str]) -> list[d
                 {
                     "value": figures[name][figure],
                     "interval": None if own is None else interval(own),
+                    "gain": figures[name][figure] - figures[first][figure] if paired else None,
                     "difference": interval(own - other) if paired else None,
                 }
             )
@@ -113,6 +115,7 @@ def write_comparison(
         counts=Counter(question.question_type for question in questions) | {"overall": len(questions)},
         names=list(models),
         titles=FIGURES,
+        meanings=MEANINGS,
         examples=examples,
         examples_per_type=EXAMPLES_PER_TYPE,
     )
@@ -152,22 +155,25 @@ def _panels(
     return {"parts": list(colours.items()), "panels": panels}
 
 
-PAGE = """<p class="quiet">Below each figure its 95 % bootstrap interval over the images, and from the second model on
-the interval of its difference to {{ names[0] }} on the same draws of images, in bold where it does not hold 0.</p>
+PAGE = """<p class="quiet">Below each figure its 95 % bootstrap interval over the images.
+{% for name in names[1:] %}{% if loop.first %}
+For {{ names[1:] | join(", ") }} also the difference to {{ names[0] }} with its interval on the same draws of images,
+in bold where that does not hold 0: then the choice of images does not explain it.{% endif %}{% endfor %}</p>
 <p><label>Questions <select id="type">
 {% for group in groups %}
 <option value="{{ group }}">{{ group | replace("_", " ") }} ({{ counts[group] }})</option>
 {% endfor %}
 </select></label></p>
 {% for group, rows in groups.items() %}
-<div class="box" data-type="{{ group }}"><h3>{{ group | replace("_", " ") }}</h3><table>
+<div class="box" data-type="{{ group }}"><h3>{{ group | replace("_", " ") }}</h3><table class="models">
 <tr><th></th>{% for name in names %}<th>{{ name }}</th>{% endfor %}</tr>
 {% for row in rows %}
-<tr><td>{{ titles[row.figure] }}</td>{% for cell in row.cells %}
-<td>{% if cell.value is none %}–{% else %}{{ "%.3f" | format(cell.value) }}
+<tr><td>{{ titles[row.figure] }}<small>{{ meanings[row.figure] }}</small></td>
+{% for cell in row.cells %}
+<td data-name="{{ names[loop.index0] }}">{% if cell.value is none %}–{% else %}{{ "%.3f" | format(cell.value) }}
 {% if cell.interval %}<small>{{ "%.3f to %.3f" | format(*cell.interval) }}</small>{% endif %}
 {% if cell.difference %}
-{% set text = "%+.3f to %+.3f" | format(*cell.difference) %}
+{% set text = "%+.3f (%+.3f to %+.3f)" | format(cell.gain, *cell.difference) %}
 {% set certain = cell.difference[0] > 0 or cell.difference[1] < 0 %}
 <small>{% if certain %}<b>{{ text }}</b>{% else %}{{ text }}{% endif %}</small>
 {% endif %}{% endif %}</td>
@@ -177,11 +183,11 @@ the interval of its difference to {{ names[0] }} on the same draws of images, in
 {% endfor %}
 
 <h2>Masks</h2>
-<p class="quiet">Of each question type the questions on which the models' mean IoU differs most, at most
-{{ examples_per_type }}. A part has one colour.</p>
+<p class="quiet">Of each question type the questions on which the mean IoU of {{ names | join(", ") }} differs most, at
+most {{ examples_per_type }}. A part has one colour.</p>
 {% for example in examples %}
 {% set question = example.question %}
-<div class="box" data-type="{{ question.question_type }}">
+<div class="box example" data-type="{{ question.question_type }}">
 <h3>{{ question.question }}</h3>
 <p class="quiet">{{ question.question_type | replace("_", " ") }} · {{ question.image_label }} · {{ question.id }}</p>
 <p>{% for part, colour in example.parts %}<mark style="background: {{ colour }}">{{ part }}</mark>

@@ -10,9 +10,9 @@ __all__ = ["pick_evenly", "render_page"]
 EXAMPLES = 24
 
 
-def pick_evenly(ordered: Sequence[Any]) -> list[Any]:
-    """At most EXAMPLES of the items at even distances, the first and the last among them: no choice of ours."""
-    count = min(EXAMPLES, len(ordered))
+def pick_evenly(ordered: Sequence[Any], most: int = EXAMPLES) -> list[Any]:
+    """So many of the items at even distances, the first and the last among them: no choice of ours."""
+    count = min(most, len(ordered))
     return [ordered[round(number * (len(ordered) - 1) / max(count - 1, 1))] for number in range(count)]
 
 
@@ -58,6 +58,17 @@ ol { margin: 6px 0 0; padding-left: 1.6em; font-size: .85rem } li { margin: 2px 
 .tag { border-radius: 4px; padding: 0 6px; font-size: .75rem; font-weight: 600; white-space: nowrap }
 .correct { background: #d7f0e2; color: #05603a } .chosen { background: #dbeaf7; color: #004a77 }
 summary { cursor: pointer; font-size: .88rem; color: var(--quiet) }
+nav a { margin-right: 14px; color: var(--accent) } label { margin-right: 14px } [hidden] { display: none }
+td:first-child small { white-space: normal; max-width: 34em; font-weight: 400 }
+.example { content-visibility: auto; contain-intrinsic-size: auto 640px } /* drawn as one scrolls to it */
+@media (max-width: 600px) {
+  .models tr { display: block; padding: 8px 0; border-bottom: 1px solid var(--line) }
+  .models tr:first-child { display: none }
+  .models, .models tbody { display: block }
+  .models td { display: block; text-align: left; border: 0; padding: 2px 0; white-space: normal }
+  .models td:first-child { font-weight: 600 } .models td:first-child small { display: block; margin: 0 }
+  .models td[data-name]::before { content: attr(data-name) ": " }
+  .models td small { display: inline; margin-left: 6px } }
 """
 
 MACROS = """{% macro show_panels(panels) %}

@@ -47,6 +47,29 @@ FIGURES = {
     "generated_exact": "generated part set exactly right",
     "end_to_end_giou": "gIoU of the generated answer",
 }
+# What each of them says, in one line.
+MEANINGS = {
+    "strict_macro_giou": "mean IoU of a question's masks, averaged over questions; a missing or surplus mask counts 0",
+    "strict_micro_giou": "the same, averaged over masks",
+    "strict_ciou": "intersections of all masks over their unions",
+    "ap50": "average precision of masks with an IoU above 0.5",
+    "reference_macro_giou": "mean IoU as the paper computes it: masks in order, surplus and missing ones left out",
+    "reference_micro_giou": "the same, averaged over masks",
+    "reference_hungarian_macro_giou": "masks matched so that the sum of IoU is largest",
+    "reference_greedy_macro_giou": "masks matched best pair first",
+    "reference_union_macro_giou": "all masks of a question united into one",
+    "choice_accuracy": "the model finds the right one of the choices likeliest",
+    "object_choice_accuracy": "the chosen answer names the right object",
+    "part_precision": "parts of the chosen answer that are right",
+    "part_recall": "right parts that are in the chosen answer",
+    "part_f1": "harmonic mean of the two",
+    "span_f1": "words of the right answer that the model tags as it should",
+    "generated_part_precision": "parts of the model's own answer that are right",
+    "generated_part_recall": "right parts that are in the model's own answer",
+    "generated_part_f1": "harmonic mean of the two",
+    "generated_exact": "own answers that name all parts and no others",
+    "end_to_end_giou": "mean IoU, strict, of the masks of the model's own answer",
+}
 FIGURES_BY_TYPE = (
     "strict_macro_giou",
     "choice_accuracy",
@@ -101,15 +124,18 @@ def _draw_curves(path: Path) -> str:
 
 
 COLUMNS = {"model": "", "wrong image": "_wrong_image", "random": "_random"}  # title: suffix in the figures
+EXAMPLES_PER_TYPE = 12
+HEAD = ("model", "predictions", "baseline", "dataset", "name", "split", "date", "command")
+"""What the head of the page says of the run, where it is known."""
 
 
 def _range(intervals: dict[str, Any], name: str) -> str:
     return "{:.3f} to {:.3f}".format(*intervals[name]) if name in intervals else ""
 
 
-def _cells(figures: dict[str, Any], name: str) -> list[str]:
+def _cells(figures: dict[str, Any], name: str, columns: Iterable[str] = COLUMNS) -> list[str]:
     """One figure for every column as text, a dash where it was not measured."""
-    values = [figures.get(name + suffix) for suffix in COLUMNS.values()]
+    values = [figures.get(name + COLUMNS[column]) for column in columns]
     return ["–" if value is None else f"{value:.3f}" for value in values]
 
 
@@ -121,8 +147,20 @@ def _shown_iou(pair: Pair) -> float:
 
 
 def _spread(pairs: Sequence[Pair]) -> list[Pair]:
-    """Pairs from the best to the worst masks."""
-    return pick_evenly(sorted(pairs, key=lambda pair: (-_shown_iou(pair), pair[0].id)))
+    """Of each question type pairs at even distances between the best and the worst masks; worst first."""
+    by_type: dict[str, list[Pair]] = {}
+    for pair in sorted(pairs, key=lambda pair: (_shown_iou(pair), pair[0].id)):
+        by_type.setdefault(pair[0].question_type, []).append(pair)
+    shown = [pair for group in by_type.values() for pair in pick_evenly(group, EXAMPLES_PER_TYPE)]
+    return sorted(shown, key=lambda pair: (_shown_iou(pair), pair[0].id))
+
+
+def _columns(overall: dict[str, Any], names: Sequence[str]) -> list[str]:
+    """The columns that any of these figures has a value in."""
+    measured = {
+        title for title, suffix in COLUMNS.items() if any(overall.get(name + suffix) is not None for name in names)
+    }
+    return [title for title in COLUMNS if title in measured]
 
 
 def _example(pair: Pair, load_image: Callable[[Question], Image.Image]) -> dict[str, Any]:
@@ -137,7 +175,7 @@ def _example(pair: Pair, load_image: Callable[[Question], Image.Image]) -> dict[
         return [colours[normalise(name)] for name in names]
 
     panels = [("truth", panel(image, [mask.rle for mask in masks], of(mask.label for mask in masks)))]
-    for caption, spans in (("answer given", given), ("own answer", generated)):
+    for caption, spans in (("reference answer", given), ("own answer", generated)):
         if spans is not None:
             panels.append((caption, panel(image, [span.rle for span in spans], of(span.text for span in spans))))
     text, own_text, scores = question.choices[question.correct], prediction.generated_text, prediction.choice_scores
@@ -145,6 +183,7 @@ def _example(pair: Pair, load_image: Callable[[Question], Image.Image]) -> dict[
     given = [span for span in given or () if text[span.start : span.end] == span.text]
     return {
         "question": question.question,
+        "type": question.question_type,
         "about": f"{question.question_type} · {question.image_label} · {question.id}",
         "iou": f"{_shown_iou(pair):.2f}",
         "panels": panels,
@@ -185,17 +224,27 @@ def write_report(
         training_curves: CSV with a column `step` and one column per loss or metric; left out if None.
     """
     shown = [name for name in FIGURES if metrics["overall"].get(name) is not None]
-    intervals = metrics["intervals"]["overall"]
+    columns = _columns(metrics["overall"], shown)
+    intervals, run = metrics["intervals"]["overall"], metrics["run"]
     page = render_page(
         PAGE,
         title="PARTONOMY evaluation",
-        run=metrics["run"],
+        run=run,
+        head=[(name, run[name]) for name in HEAD if run.get(name) is not None],
         n=metrics["overall"]["n"],
-        columns=list(COLUMNS),
-        overall=[(FIGURES[name], _range(intervals, name), _cells(metrics["overall"], name)) for name in shown],
-        type_columns=[FIGURES[name] for name in FIGURES_BY_TYPE],
+        columns=columns,
+        overall=[
+            (FIGURES[name], MEANINGS[name], _range(intervals, name), _cells(metrics["overall"], name, columns))
+            for name in shown
+        ],
+        type_columns=[(FIGURES[name], MEANINGS[name]) for name in FIGURES_BY_TYPE if name in shown],
+        type_suffixes=columns[1:],
         by_type=[
-            (question_type, figures["n"], [_cells(figures, name) for name in FIGURES_BY_TYPE])
+            (
+                question_type,
+                figures["n"],
+                [_cells(figures, name, columns) for name in FIGURES_BY_TYPE if name in shown],
+            )
             for question_type, figures in metrics["by_type"].items()
         ],
         curves=None if training_curves is None else _draw_curves(training_curves),
@@ -206,8 +255,17 @@ def write_report(
 
 
 PAGE = """{{ show_left_out(run) }}
-<p class="quiet">{{ n }} questions. Figures are shares between 0 and 1, larger is better. The wrong-image
-column asks the same questions of another record's image; what remains there is not read from the image.</p>
+<dl class="box">
+{% for name, value in head %}
+<dt>{{ name }}</dt><dd>{{ value }}</dd>
+{% endfor %}
+</dl>
+<nav><a href="#overall">Overall</a> <a href="#types">By question type</a>
+{% if curves %}<a href="#training">Training</a> {% endif %}
+<a href="#parts">Mean IoU by part</a> <a href="#answers">Answers</a></nav>
+<p class="quiet">{{ n }} questions. Figures are shares between 0 and 1, larger is better.
+{%- if "wrong image" in columns %} The wrong-image column asks the same questions of another record's image; what
+remains there is not read from the image.{% endif %}</p>
 <details class="box">
 <summary>What was run{% if run.protocol %}; protocol {{ run.protocol.name }}{% endif %}</summary><dl>
 {% for name, value in run.items() if value is not none %}
@@ -216,20 +274,21 @@ column asks the same questions of another record's image; what remains there is 
 {% endfor %}
 </dl></details>
 
-<h2>Overall</h2>
+<h2 id="overall">Overall</h2>
 <p class="quiet">Below each figure: its 95 % bootstrap interval over the images.</p>
 <div class="box"><table>
 <tr><th></th>{% for column in columns %}<th>{{ column }}</th>{% endfor %}</tr>
-{% for name, range, cells in overall %}
-<tr><td>{{ name }}</td><td><b>{{ cells[0] }}</b><small>{{ range }}</small></td>
+{% for name, meaning, range, cells in overall %}
+<tr><td>{{ name }}<small>{{ meaning }}</small></td><td><b>{{ cells[0] }}</b><small>{{ range }}</small></td>
 {% for cell in cells[1:] %}<td>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}
 </table></div>
 
-<h2>By question type</h2>
-<p class="quiet">Below each figure: the wrong-image control / a random choice.</p>
+<h2 id="types">By question type</h2>
+{% if type_suffixes %}<p class="quiet">Below each figure: {{ type_suffixes | join(" / ") }}.</p>{% endif %}
 <div class="box"><table class="wide">
-<tr><th>type</th><th>n</th>{% for name in type_columns %}<th>{{ name }}</th>{% endfor %}</tr>
+<tr><th>type</th><th>n</th>
+{% for name, meaning in type_columns %}<th title="{{ meaning }}">{{ name }}</th>{% endfor %}</tr>
 {% for question_type, count, row in by_type %}
 <tr><td>{{ question_type }}</td><td>{{ count }}</td>{% for cells in row %}
 <td><b>{{ cells[0] }}</b><small>{{ cells[1:] | join(" / ") }}</small></td>
@@ -238,12 +297,12 @@ column asks the same questions of another record's image; what remains there is 
 </table></div>
 
 {% if curves %}
-<h2>Training</h2>
+<h2 id="training">Training</h2>
 <div class="box"><img class="curves" src="{{ curves }}" alt="training curves"></div>
 {% endif %}
 
-<h2>Mean IoU by part</h2>
-<p class="quiet">Masks of the given correct answer, strict; in brackets the number of questions.</p>
+<h2 id="parts">Mean IoU by part</h2>
+<p class="quiet">Masks of the reference answer, strict; in brackets the number of questions.</p>
 <div class="box bars">
 {% for name, part in parts %}
 <div class="bar"><span>{{ name }}</span><i><i style="width: {{ "%.1f" | format(100 * part.mean_iou) }}%"></i></i>
@@ -251,15 +310,26 @@ column asks the same questions of another record's image; what remains there is 
 {% endfor %}
 </div>
 
-<h2>Answers</h2>
-<p class="quiet">{{ examples | length }} questions at even distances from the best to the worst masks. A
-part has one colour in text and masks.</p>
+<h2 id="answers">Answers</h2>
+<p class="quiet">{{ examples | length }} questions, of each type some at even distances between the worst and the best
+masks. A part has one colour in text and masks. The reference answer is the correct one, whose spans the model
+segmented.</p>
+<p><label>Type <select id="type"><option value="">all</option>
+{% for name in examples | map(attribute="type") | unique | sort %}
+<option>{{ name }}</option>
+{% endfor %}
+</select></label>
+<label>Order <select id="order">
+<option value="1">worst first</option><option value="-1">best first</option>
+</select></label>
+</p>
+<div id="examples">
 {% for example in examples %}
-<div class="box">
+<div class="box example" data-type="{{ example.type }}" data-iou="{{ example.iou }}">
 <h3>{{ example.question }}</h3>
 <p class="quiet">{{ example.about }} · mean IoU {{ example.iou }}</p>
 {{ show_panels(example.panels) }}
-<p><span class="quiet">correct answer</span> {{ show_pieces(example.given) }}</p>
+<p><span class="quiet">reference answer</span> {{ show_pieces(example.given) }}</p>
 {% if example.generated is not none %}
 <p><span class="quiet">own answer</span> {{ show_pieces(example.generated) or "(empty)" }}</p>
 {% endif %}
@@ -272,4 +342,18 @@ part has one colour in text and masks.</p>
 </ol></details>
 </div>
 {% endfor %}
+</div>
+<script>
+// without scripts every example is shown, worst first
+const type = document.getElementById("type"), order = document.getElementById("order");
+const examples = document.getElementById("examples");
+function show() {
+  const boxes = [...examples.children];
+  boxes.sort((a, b) => order.value * (a.dataset.iou - b.dataset.iou));
+  for (const box of boxes) box.hidden = type.value !== "" && box.dataset.type !== type.value;
+  examples.append(...boxes);
+}
+type.addEventListener("change", show);
+order.addEventListener("change", show);
+</script>
 """

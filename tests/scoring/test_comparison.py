@@ -41,6 +41,7 @@ def test_a_constant_difference_is_certain_however_uncertain_both_values_are():
     _, second = cells(compare(questions, models)["overall"], "choice_accuracy")
     low, high = second["interval"][0] - first["interval"][1], second["interval"][1] - first["interval"][0]
     assert second["difference"] == pytest.approx((low, high))
+    assert second["gain"] == pytest.approx(second["value"] - first["value"]) and first["gain"] is None
 
 
 def test_the_page_stands_alone_and_escapes_the_names_of_models(tmp_path):
@@ -51,6 +52,7 @@ def test_the_page_stands_alone_and_escapes_the_names_of_models(tmp_path):
     assert "&lt;b&gt;one" in text and "<b>one" not in text
     assert text.count('<img src="data:image/jpeg') == 3 * len(QUESTIONS)
     assert "http" not in text and text.count("0.400") >= 2
+    assert "the difference to &lt;b&gt;one" in text and "+0.000 (+0.000 to +0.000)" in text
 
 
 def test_of_each_type_the_questions_on_which_the_models_differ_most_are_shown(tmp_path):
@@ -62,7 +64,7 @@ def test_of_each_type_the_questions_on_which_the_models_differ_most_are_shown(tm
     grey = Image.fromarray(np.full((4, 5, 3), 128, np.uint8))
     write_comparison(tmp_path / "c.html", questions=questions, models=models, load_image=lambda question: grey)
     text = (tmp_path / "c.html").read_text()
-    shown = re.findall(r'<div class="box" data-type="(\w+)">\n<h3>What .*?· (q\d+)</p>', text, re.DOTALL)
+    shown = re.findall(r'<div class="box example" data-type="(\w+)">\n<h3>What .*?· (q\d+)</p>', text, re.DOTALL)
     assert [name for _, name in shown] == ["q3", "q10", "q0", "q1", "q2", "q4", "q5"]
     assert [kind for kind, _ in shown].count("positive") == 1
     assert re.findall(r'<option value="(\w+)">[^(]*\((\d+)\)', text) == [

@@ -13,7 +13,7 @@ from plum_partonomy.records import PartMask, Question
 from plum_partonomy.scoring.metrics import evaluate_predictions, iou_per_part
 from plum_partonomy.scoring.overlays import COLOURS, highlight, overlay
 from plum_partonomy.scoring.predictions import Prediction, SpanMask
-from plum_partonomy.scoring.report import write_report
+from plum_partonomy.scoring.report import FIGURES, MEANINGS, write_report
 
 HEIGHT, WIDTH = 24, 32
 LEFT = np.zeros((HEIGHT, WIDTH), bool)
@@ -127,14 +127,19 @@ def test_the_page_is_well_formed_stands_alone_and_shows_every_figure(tmp_path):
     tags = Tags(text)
     assert tags.open == []
     addresses = [attributes.get("src") or attributes.get("href") for _, attributes in tags.seen]
-    assert all(address.startswith("data:image/") for address in addresses if address)
-    assert not {"script", "link", "iframe"} & {tag for tag, _ in tags.seen}
+    assert all(address.startswith(("data:image/", "#")) for address in addresses if address)
+    assert not {"link", "iframe"} & {tag for tag, _ in tags.seen}
+    assert all("src" not in attributes for tag, attributes in tags.seen if tag == "script")
     assert sum(tag == "img" for tag, _ in tags.seen) == 3 * len(pairs)
     assert re.search(
-        r"generated part set exactly right</td><td><b>0\.500</b><small>0\.000 to 1\.000</small></td>", text
+        r"generated part set exactly right<small>[^<]*</small></td><td><b>0\.500</b>"
+        r"<small>0\.000 to 1\.000</small></td>",
+        text,
     )
     assert re.search(
-        r"choice accuracy</td><td><b>1\.000</b><small>1\.000 to 1\.000</small></td>\s*<td>–</td><td>0\.500</td>", text
+        r"choice accuracy<small>[^<]*</small></td><td><b>1\.000</b><small>1\.000 to 1\.000</small></td>\s*"
+        r"<td>0\.500</td></tr>",
+        text,
     )
     assert "torch 2.13.0" in text
     assert f'<mark style="background: {COLOURS[0]}">wing</mark>' in text
@@ -146,7 +151,8 @@ def test_the_wrong_image_control_stands_beside_each_figure(tmp_path):
     control = replace(prediction, choice_scores=[0.75, 0.25])
     text = write(tmp_path / "report.html", [(question, replace(prediction, wrong_image=control))])
     assert re.search(
-        r"choice accuracy</td><td><b>1\.000</b><small>1\.000 to 1\.000</small></td>\s*<td>0\.000</td><td>0\.500</td>",
+        r"choice accuracy<small>[^<]*</small></td><td><b>1\.000</b><small>1\.000 to 1\.000</small></td>\s*"
+        r"<td>0\.000</td><td>0\.500</td>",
         text,
     )
 
@@ -161,12 +167,21 @@ def test_text_of_data_and_model_is_escaped_everywhere(tmp_path):
     assert Tags(text).open == []
 
 
-def test_examples_run_from_the_best_to_the_worst_answer_and_are_limited(tmp_path):
+def test_examples_run_from_the_worst_to_the_best_answer_and_are_limited_for_each_type(tmp_path):
     pairs = [make_pair(number, generated=number % 2 == 0) for number in range(60)]
+    for question, _ in pairs[:20]:
+        question.question_type = "negative"
     text = write(tmp_path / "report.html", pairs)
     ious = re.findall(r"mean IoU (\d\.\d\d)", text)
-    assert len(ious) == 24
-    assert ious == ["1.00"] * 12 + ["0.00"] * 12
+    assert ious == ["0.00"] * 12 + ["1.00"] * 12
+    assert text.count('data-type="negative"') == text.count('data-type="identification"') == 12
+
+
+def test_the_head_says_what_was_run_and_links_lead_to_every_part(tmp_path):
+    text = write(tmp_path / "report.html", [make_pair(0)])
+    assert "<dt>model</dt><dd>folder</dd>" in text
+    assert set(re.findall(r'href="#(\w+)"', text)) <= set(re.findall(r'id="(\w+)"', text))
+    assert FIGURES.keys() == MEANINGS.keys()
 
 
 def test_curves_are_drawn_where_the_model_has_them_with_empty_cells_left_out(tmp_path):
