@@ -24,7 +24,7 @@ from plum_partonomy.questions.spans import tag_phrases
 from plum_partonomy.records import QUESTION_TYPES, PartMask, Question
 from plum_partonomy.scoring.bootstrap import FIGURES, Tally, summarise
 from plum_partonomy.scoring.letters import letter_question, read_letter
-from plum_partonomy.scoring.metrics import tally
+from plum_partonomy.scoring.metrics import part_counts, tally, true_parts
 from plum_partonomy.scoring.predictions import Prediction, SpanMask
 
 Doc = dict[str, Any]
@@ -136,13 +136,14 @@ def score_masks(doc: Doc, results: Sequence[str]) -> dict[str, Addends]:
 
 
 def score_letter(doc: Doc, results: Sequence[str]) -> dict[str, Addends]:
-    """Return the addends of a chosen letter; a reply without one is wrong."""
+    """Return the addends of a chosen letter; a reply without one chooses nothing."""
     question = as_question(doc)
     index = read_letter(results[0], len(question.choices))
-    chosen = (question.correct + 1) % len(question.choices) if index is None else index
-    scores = [float(position != chosen) for position in range(len(question.choices))]
-    unread = {UNREADABLE: {"ratio": (int(index is None), 1)}}
-    return _addends(question, CHOICE_METRICS, choice_scores=scores) | unread
+    if index is None:
+        ratios = {"choice_accuracy": (0, 1), **part_counts([], true_parts(question)).ratios("part")}
+        return {name: {"ratio": ratio} for name, ratio in {**ratios, UNREADABLE: (1, 1)}.items()}
+    scores = [float(position != index) for position in range(len(question.choices))]
+    return _addends(question, CHOICE_METRICS, choice_scores=scores) | {UNREADABLE: {"ratio": (0, 1)}}
 
 
 def score_choices(doc: Doc, results: Sequence[tuple[float, bool] | str]) -> dict[str, Addends]:

@@ -86,6 +86,8 @@ def test_a_reply_that_cannot_be_read_counts_as_nothing_and_is_counted(text):
 def test_letters_and_losses_choose():
     right, none = questions.score_letter(DOC, ["C"]), questions.score_letter(DOC, ["no idea"])
     assert metric("choice_accuracy", right, none) == 0.5 and metric("unreadable", right, none) == 0.5
+    assert metric("part_recall", right, none) == 0.5 and metric("part_precision", right, none) == 1.0
+    assert set(right) == set(none)
     losses = questions.score_choices(DOC, [(0.5, False), (0.7, False), "(0.4, False)"])
     assert metric("choice_accuracy", losses) == 1.0
 
