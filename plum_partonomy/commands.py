@@ -245,7 +245,7 @@ def open_split(options: argparse.Namespace):
     import datasets
 
     import partonomy_dataset
-    from plum_partonomy.sources.loading import load_split
+    from plum_partonomy.loading import load_split
 
     datasets.utils.logging.disable_progress_bar()
     return load_split(partonomy_dataset.DATASET_NAME, options.name, split=options.split, data_dir=options.data_dir)

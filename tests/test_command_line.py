@@ -10,8 +10,8 @@ import pytest
 
 from plum_partonomy.command_line import Options, as_options, check_writable, run_command
 from plum_partonomy.evaluation.run import main as evaluate
+from plum_partonomy.loading import load_split
 from plum_partonomy.masks import DataError
-from plum_partonomy.sources.loading import load_split
 from plum_partonomy.training.options import option_names, parse_arguments
 from plum_partonomy.training.resume import check_output_folder
 

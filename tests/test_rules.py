@@ -18,7 +18,7 @@ ORDER = (
     ("masks", "images", "files", "seeding", "records", "features", "command_line"),
     ("questions", "drawn"),
     ("sources",),
-    ("scoring", "partonomy_dataset"),
+    ("partonomy_dataset", "loading", "scoring"),
     ("inference",),
     ("hub", "baselines"),
     ("training", "lmms"),

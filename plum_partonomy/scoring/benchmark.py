@@ -12,10 +12,10 @@ import datasets
 from PIL import Image
 
 from plum_partonomy import images
+from plum_partonomy.loading import load_split
 from plum_partonomy.masks import DataError
 from plum_partonomy.records import PartMask, Question, as_row
 from plum_partonomy.seeding import seeded_generator
-from plum_partonomy.sources.loading import load_split
 
 __all__ = [
     "CONTROL_SEED",

@@ -17,8 +17,8 @@ import datasets
 from datasets import Dataset, IterableDataset, concatenate_datasets, interleave_datasets
 
 from plum_partonomy.features import GROUNDED_CONVERSATION_FEATURES
+from plum_partonomy.loading import load_split
 from plum_partonomy.records import DataError
-from plum_partonomy.sources.loading import load_split
 
 COLUMNS = ("id", "image", "messages", "masks")
 SHUFFLE_BUFFER = 500

@@ -79,7 +79,7 @@ def test_the_published_hyper_parameters_are_those_of_the_recipe(size):
 @pytest.mark.parametrize("size", ["7b", "13b"])
 def test_the_documented_parameter_counts_are_those_of_the_recipes_model(size):
     table = format_table(count_parameters(options_of(size)))
-    assert table in (ROOT / "docs" / "architecture.md").read_text()
+    assert table in (ROOT / "docs" / "model.md").read_text()
 
 
 def test_the_7b_model_has_the_sizes_of_its_published_backbones():
