@@ -31,6 +31,8 @@ from plum_partonomy.scoring.predictions import Prediction, SpanMask
 __all__ = ["METHODS", "Asker", "UnderTest"]
 
 METHODS = ("choose", "answer", "segment")
+IMAGES_KEPT = 8
+"""What large models keep of an image takes about 0.1 GB, and the questions about one image follow each other."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class Asker:
     """
 
     def __init__(
-        self, model: Any, *, mask_source: MaskSource, known_parts: Sequence[str], image_cache_size: int = 128
+        self, model: Any, *, mask_source: MaskSource, known_parts: Sequence[str], image_cache_size: int = IMAGES_KEPT
     ):
         if not any(hasattr(model, method) for method in METHODS):
             raise DataError(f"Expected a model with some of {', '.join(METHODS)}, found {type(model).__name__}.")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from plum_partonomy.baselines.combined import Combined
-from plum_partonomy.baselines.model import Asker, UnderTest
+from plum_partonomy.baselines.model import IMAGES_KEPT, Asker, UnderTest
 from plum_partonomy.baselines.sam3 import Sam3
 from plum_partonomy.baselines.served import ServedVlm
 from plum_partonomy.baselines.vlm import Vlm
@@ -45,7 +45,7 @@ def open_baseline(arguments: Any, questions: Sequence[Question], device: torch.d
         model,
         mask_source=arguments.mask_source,
         known_parts=known,
-        image_cache_size=arguments.image_cache_size,
+        image_cache_size=arguments.image_cache_size or IMAGES_KEPT,
     )
     return UnderTest(asker, settings, choice_reduction=_reduction(arguments, model))
 

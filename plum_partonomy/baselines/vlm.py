@@ -97,11 +97,16 @@ class Vlm:
         try:
             model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, use_safetensors=True)
             processor = AutoProcessor.from_pretrained(name)
-        except (ValueError, ImportError) as error:
+        except (ValueError, ImportError, OSError) as error:
             reason = " ".join(str(error).split())
             raise DataError(
                 f"--vlm {name}: expected a checkpoint of AutoModelForImageTextToText with its processor: {reason:.300}"
             ) from error
+        if model.config.is_encoder_decoder or getattr(model.config, "image_token_id", None) is None:
+            raise DataError(
+                f"--vlm {name}: expected a decoder-only model whose images are tokens of its prompt "
+                f"(image_token_id of its config), found {model.config.model_type!r}."
+            )
         return cls(model.to(device), processor, **options)
 
     # ------------------------------------------------------------ the methods of a model under test
@@ -160,7 +165,7 @@ class Vlm:
         return {"add_special_tokens": bos is None or not text.startswith(bos)}
 
     def _inputs(self, text: str, image: Image.Image) -> dict[str, torch.Tensor]:
-        inputs = self.processor(text=[text], images=[image], return_tensors="pt", **self._options(text))
+        inputs = self.processor(text=[text], images=[[image]], return_tensors="pt", **self._options(text))
         return {
             name: value.to(self.model.device, self.model.dtype if value.is_floating_point() else None)
             for name, value in inputs.items()

@@ -21,7 +21,7 @@ from plum_partonomy.evaluation.names import match_names
 from plum_partonomy.files import write_whole
 from plum_partonomy.inference.embedding_cache import EmbeddingCache
 from plum_partonomy.inference.one_image import load_model
-from plum_partonomy.inference.predictor import Predictor
+from plum_partonomy.inference.predictor import IMAGES_KEPT, Predictor
 from plum_partonomy.masks import DataError
 from plum_partonomy.records import Question
 from plum_partonomy.scoring.answers import answer_files, read_answers
@@ -242,7 +242,7 @@ def open_plum(arguments: Any, questions: Sequence[Question], device: torch.devic
         max_new_tokens=arguments.max_new_tokens,
         choice_reduction=arguments.choice_reduction,
         mask_source=arguments.mask_source,
-        image_cache_size=arguments.image_cache_size,
+        image_cache_size=arguments.image_cache_size or IMAGES_KEPT,
         embedding_cache=embedding_cache,
     )
     settings = {

@@ -98,7 +98,10 @@ class EvaluationArguments:
     )
     max_new_tokens: int = field(default=96, metadata={"help": "Longest generated answer, in tokens."})
     batch_size: int = field(default=16, metadata={"help": "Questions per step."})
-    image_cache_size: int = field(default=128, metadata={"help": "Images whose features are kept in memory."})
+    image_cache_size: int | None = field(
+        default=None,
+        metadata={"help": "Images whose features are kept in memory; by default 128 of PLUM, 8 of models of others."},
+    )
     limit: int | None = field(default=None, metadata={"help": "Only the first questions of the split."})
     device: Literal["auto", "cpu", "cuda"] = field(default="auto", metadata={"help": "auto takes a GPU if any."})
     dtype: Literal["float32", "bfloat16"] = field(default="float32", metadata={"help": "Of the model's weights."})

@@ -19,6 +19,7 @@ from plum_partonomy.scoring.metrics import MaskSource
 from plum_partonomy.scoring.predictions import Prediction, SpanMask
 from processing_plum import PlumProcessor, PreparedImage, parse_span_tags
 
+IMAGES_KEPT = 128
 Message = dict[str, Any]
 Row = tuple[str, list[Message]]  # the id of an image and a conversation whose first message is about it
 
@@ -99,7 +100,7 @@ class Predictor:
         max_new_tokens: int,
         choice_reduction: str,
         mask_source: MaskSource,
-        image_cache_size: int = 128,
+        image_cache_size: int = IMAGES_KEPT,
         embedding_cache: EmbeddingCache | None = None,
     ):
         self.model = model

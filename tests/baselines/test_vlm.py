@@ -6,6 +6,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import BlipConfig, BlipForConditionalGeneration
 
 from plum_partonomy.baselines.served import ServedVlm
 from plum_partonomy.baselines.vlm import LIST_PROMPT, Vlm
@@ -102,6 +103,19 @@ def test_a_template_that_refuses_a_conversation_is_named(pretrained):
 def test_what_is_no_vision_language_model_is_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(DataError, match=r"--vlm .*: expected a checkpoint of AutoModelForImageTextToText"):
+        Vlm.from_pretrained(tmp_path)
+    with pytest.raises(DataError, match=r"--vlm .*absent: expected a checkpoint of AutoModelForImageTextToText"):
+        Vlm.from_pretrained(tmp_path / "absent")
+
+
+def test_a_model_whose_images_are_no_tokens_of_its_prompt_is_refused(pretrained, tmp_path):
+    model, processor = pretrained
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = {**sizes, "image_size": 28, "patch_size": 14}
+    config = BlipConfig(text_config={**sizes, "vocab_size": 420}, vision_config=vision, projection_dim=32)
+    BlipForConditionalGeneration(config).save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    with pytest.raises(DataError, match=r"expected a decoder-only model whose images are tokens .* found 'blip'"):
         Vlm.from_pretrained(tmp_path)
 
 
