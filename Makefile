@@ -1,13 +1,16 @@
 PYTHON := .venv/bin/python
 INSTALLED := .venv/installed
 
-.PHONY: help demo train test slow lint docs fuzz perf
+.PHONY: help install demo train test slow lint docs fuzz perf
 
 help:
+	@echo "make install creates .venv and installs into it; then: . .venv/bin/activate"
 	@echo "make demo    asks plum-tiny about a picture, scores it on the whole test split, trains for a minute"
 	@echo "make train   trains plum-tiny from scratch: an hour or two, runs/plum_tiny"
 	@echo "make test    the test suite; make slow: the tests that take minutes; make fuzz: hostile files"
 	@echo "make docs    the documentation site; make perf: the benchmarks; make lint: style"
+
+install: $(INSTALLED)
 
 demo: $(INSTALLED)
 	rm -rf runs/demo

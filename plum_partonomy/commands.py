@@ -99,9 +99,11 @@ def add_data_commands(parser: Options) -> None:
     command = commands.add_parser("stats", parents=[of_a_split], help="count records, objects, parts and masks")
     command.add_argument("--json", action="store_true", help="as JSON")
     command.set_defaults(run=count)
-    command = commands.add_parser("preview", parents=[of_a_split], help="draw the masks of the first records")
-    command.add_argument("--save", type=Path, required=True, metavar="DIR", help="folder for a PNG a record")
-    command.add_argument("--count", type=positive, default=8, help="how many records; default: 8")
+    command = commands.add_parser("preview", parents=[of_a_split], help="draw the masks of the first images")
+    command.add_argument(
+        "--save", type=Path, default="preview", metavar="DIR", help="folder of PNGs; default: preview"
+    )
+    command.add_argument("--count", type=positive, default=8, help="how many images; default: 8")
     command.set_defaults(run=preview)
 
 
@@ -285,7 +287,8 @@ def preview(options: argparse.Namespace, rest: Sequence[str]) -> None:
 
     rows = undecoded(open_split(options))
     options.save.mkdir(parents=True, exist_ok=True)
-    for index, row in enumerate(rows.select(range(min(options.count, len(rows))))):
+    first = list({image: index for index, image in reversed(list(enumerate(rows["image_id"])))}.values())
+    for index, row in enumerate(rows.select(sorted(first)[: options.count])):
         image, masks = read_image(row["image"], where=f"record {row['id']}, field 'image'"), distinct_masks(row)
         drawn = overlay(image, [decode(mask["rle"], expected_size=(image.height, image.width)) for mask in masks])
         path = options.save / f"{index:04}.png"

@@ -19,7 +19,7 @@ USAGE = """
 Trains PLUM on grounded conversations.
 
     python train.py recipes/plum_tiny.yaml --output_dir runs/plum_tiny
-    accelerate launch train.py recipes/plum_tiny.yaml --output_dir runs/plum_tiny
+    accelerate launch --config_file recipes/accelerate/ddp.yaml train.py recipes/plum_tiny.yaml --output_dir runs/gpus
     torchrun --nproc_per_node 2 train.py recipes/plum_tiny.yaml --output_dir runs/plum_tiny --use_cpu true
 
 A recipe is a yaml file of the options below and of `transformers.TrainingArguments`; options on the command line go

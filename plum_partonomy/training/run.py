@@ -48,7 +48,9 @@ def main(argv: list[str]):
         print(format_table(rows), flush=True)
         if data_arguments.dry_run:
             Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-            write_samples(Path(args.output_dir, "samples.html"), rows, train_dataset, seed=args.seed)
+            samples = Path(args.output_dir, "samples.html")
+            write_samples(samples, rows, train_dataset, seed=args.seed)
+            print(f"Samples of the data: {samples}")
     if data_arguments.dry_run:
         return
     if model_arguments.lora_r:

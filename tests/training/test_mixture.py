@@ -306,7 +306,8 @@ def test_a_dry_run_surveys_the_mixture_writes_the_page_and_trains_nothing(folder
     mixture = [json.dumps({"dataset": source.dataset, "name": "default", "rate": source.rate}) for source in folders]
     train([*options, "--mixture", *mixture, "--dry_run", "true"])
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[1:4:2] for line in lines[2:]] == [[source.dataset, "|"] for source in folders]
+    assert [line.split()[1:4:2] for line in lines[2:-1]] == [[source.dataset, "|"] for source in folders]
+    assert lines[-1] == f"Samples of the data: {tmp_path / 'out' / 'samples.html'}"
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["samples.html"]
 
 
