@@ -1,4 +1,4 @@
-"""`datasets.load_dataset` whose errors are one sentence."""
+"""`datasets.load_dataset` with one-sentence errors."""
 
 import ast
 import re
@@ -17,7 +17,7 @@ def load_split(
     dataset: str, name: str | None, *, split: str, **options: Any
 ) -> datasets.Dataset | datasets.IterableDataset:
     """
-    One split of a data set; arguments as of `datasets.load_dataset`.
+    Return one split of a data set; arguments as in `datasets.load_dataset`.
 
     Raises:
         DataError: The data set, its configuration or split does not exist, or its files cannot be used.

@@ -1,16 +1,16 @@
-"""COCO-style part annotations -> part examples: what Pascal-Part, PACO-LVIS and PartImageNet have in common.
+"""Convert COCO-style part annotations to part examples; base of Pascal-Part, PACO-LVIS and PartImageNet.
 
     images[i].id <--- annotations[j].image_id
                       annotations[j].category_id ---> categories[k].id: an object, or a part of an object
 
-An image gives one example per object label that has parts in it, uncropped; an image without parts gives none. Where
-the file says which object a part belongs to (PACO's `obj_ann_id`) and the image shows several objects of one label,
-the example is about the one with the most parts, of these the largest, and a red box is drawn around it, as for the
-published benchmark. Where it does not say so, the parts of all objects of the label are united.
+An image has one example for each object label with parts, uncropped. An image without parts has none. If the file
+assigns parts to objects (PACO's `obj_ann_id`) and the image shows several objects of one label, the example is about
+the object with the most parts (if equal, the largest), with a red box around it as in the published benchmark.
+Otherwise the parts of all objects of the label are merged.
 
-A segmentation may be a list of polygons, a compressed RLE, or an uncompressed one as COCO's crowd regions have it.
-Parts annotated without a single polygon of three points enclose nothing; they are left out and counted in `blank`. A
-part whose masks cover no pixel is not visible: it has no mask in the example.
+A segmentation is a list of polygons, a compressed RLE, or an uncompressed RLE as in COCO's crowd regions. Parts
+without a polygon of at least three points are skipped and counted in `blank`. A part whose masks cover no pixel is not
+visible and has no mask in the example.
 """
 
 import io
@@ -42,7 +42,7 @@ from plum_partonomy.sources.untrusted import (
 Graph = dict[str, list[str]]
 
 BOX_MARGIN, BOX_WIDTH = 5, 3
-"""Pixels between an object and the red box around it, and the width of its line."""
+"""Distance in pixels between an object and its red box, and the line width of the box."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +59,11 @@ class _Annotation:
     object_id: int | None
     crowd: bool
     segmentation: str
-    """As JSON: polygons as lists of Python numbers would take several times the memory of the file."""
+    """JSON text, because polygons as lists of Python numbers take several times the memory of the file."""
 
 
 class CocoParts:
-    """One split of a data set, opened. Ids, labels and references are checked at once, masks and images on request.
+    """One open split of a data set. Ids, labels and references are checked on opening, masks and images on access.
 
     The order of the records in the file does not matter.
     """
@@ -71,21 +71,23 @@ class CocoParts:
     name: ClassVar[str]
     licence: ClassVar[str]
     annotation_files: ClassVar[dict[str, tuple[str, ...]]]
-    """Split -> where its annotations may lie, relative to the folder."""
+    """Split -> possible paths of its annotations, relative to the folder."""
     image_folders: ClassVar[tuple[str, ...]]
-    """Where images may lie, relative to the folder; {split} (the stem of the annotation file) and {synset} (of the
-    image file) are filled in."""
+    """Possible folders of images, relative to the folder, with {split} (stem of the annotation file) and {synset} (of
+    the image file)."""
     category_count: ClassVar[int]
-    """Categories of the published version."""
+    """Number of categories of the published version."""
     published_counts: ClassVar[dict[str, dict[str, int]]] = {}
-    """Split -> what the publishers count in it: images, objects, parts."""
+    """Split -> the publishers' counts of images, objects and parts."""
 
     def __init__(self, folder: str | Path, *, split: str = "train", on_error: OnError = refuse):
-        """Raises DataError if the file is missing, no such JSON, or of another version.
+        """Args:
+            on_error: Receives a DataError for each record that lacks a field, has an invalid reference or repeats an
+                id. All images with the same id are skipped, and so is an image with a bad annotation, because one of
+                its parts would be missing.
 
-        `on_error` gets every record of an image or an annotation that lacks a field, refers to nothing or repeats an
-        id. Images that repeat an id are left out, all of them, and so is an image with a bad annotation: without it
-        one of its parts would be missing.
+        Raises:
+            DataError: The file is missing, is not JSON of this form, or belongs to another version.
         """
         self.folder, self.split = Path(folder), split
         self.path = self.annotation_path(self.folder, split)
@@ -104,7 +106,7 @@ class CocoParts:
 
     @classmethod
     def splits(cls, folder: str | Path) -> list[str]:
-        """The splits whose annotations lie in the folder. Raises DataError if there are none."""
+        """Return the splits whose annotations exist in the folder. Raises DataError if there are none."""
         found = [
             split
             for split, names in cls.annotation_files.items()
@@ -126,11 +128,11 @@ class CocoParts:
 
     @staticmethod
     def labels(category: dict[str, Any], *, where: str) -> tuple[str, str | None]:
-        """(object, part) of a category, cleaned; part is None if it is the object itself. Raises DataError."""
+        """Return (object, part) of a category, cleaned; part is None for an object. Raises DataError."""
         raise NotImplementedError
 
     def owner(self, record: dict[str, Any], *, where: str) -> int | None:
-        """The id of the annotation of the object that an annotated part belongs to; None if the file does not say."""
+        """Return the annotation id of the object that a part belongs to, or None if the file does not assign parts."""
         return None
 
     def __len__(self) -> int:
@@ -140,7 +142,7 @@ class CocoParts:
         return (self.example(index) for index in range(len(self)))
 
     def image_path(self, index: int) -> str:
-        """The image of an example, relative to the folder; several examples may share one. Raises DataError."""
+        """Return the image path of an example, relative to the folder; examples may share one. Raises DataError."""
         record, where = self._image_record(index)
         name = record.file_name
         synset = Path(name).name.split("_")[0]
@@ -153,7 +155,7 @@ class CocoParts:
         return path
 
     def example(self, index: int) -> PartExample:
-        """Raises DataError naming file, record and field."""
+        """Return a part example with its image. Raises DataError that names file, record and field."""
         image_path, (record, where) = self.image_path(index), self._image_record(index)
         file = self._files.locate(image_path, where=where)
         self._files.check_frame(image_path, record.size, where=f"{where}, fields 'height' and 'width'")
@@ -165,7 +167,7 @@ class CocoParts:
         return example
 
     def annotation(self, index: int) -> PartExample:
-        """The example without its image, which is not looked at. Raises DataError naming file, record and field."""
+        """Return a part example without reading its image. Raises DataError that names file, record and field."""
         image_id, label = self._keys[index]
         record, where = self._image_record(index)
         _, parts = self._one_object(index)
@@ -186,11 +188,11 @@ class CocoParts:
         )
 
     def conversations(self, index: int, *, seed: int) -> Iterator[GroundedConversation]:
-        """The one about an example. Raises DataError."""
+        """Yield the conversation about an example. Raises DataError."""
         yield converse(self.example(index), part_graph=self.part_graph, seed=seed)
 
     def _one_object(self, index: int) -> tuple[_Annotation | None, list[_Annotation]]:
-        """The object that the example is about, if a box must tell it from others of its label, and its parts."""
+        """Return the object of the example, if a box must distinguish it from others of its label, and its parts."""
         group = self._groups[self._keys[index]]
         parts = [item for item in group if item.part]
         objects = {item.id: item for item in group if not item.part}
@@ -219,7 +221,7 @@ class CocoParts:
         return read_segmentation(json.loads(item.segmentation), size=size, where=where)
 
     def _read_categories(self) -> dict[int, tuple[str, str | None]]:
-        """Category id -> (object, part)."""
+        """Return category id -> (object, part)."""
         categories, owners = {}, {}
         for number, (where, record) in enumerate(self.records("categories")):
             id = typed(record, "id", int, where=where)
@@ -254,7 +256,7 @@ class CocoParts:
         return images
 
     def _read_annotations(self, on_error: OnError) -> dict[tuple[int, str], list[_Annotation]]:
-        """(image id, object label) -> its annotations, objects and parts."""
+        """Return (image id, object label) -> annotations of objects and parts."""
         groups, owners, incomplete = {}, {}, set()
         for number, (_, record) in enumerate(self.records("annotations")):
             try:
@@ -267,7 +269,7 @@ class CocoParts:
     def _read_annotation(
         self, number: int, record: Any, groups: dict[tuple[int, str], list[_Annotation]], owners: dict[int, int]
     ) -> None:
-        """Adds the annotation to the group it belongs to, and its id to `owners`."""
+        """Add the annotation to its group, and its id to `owners`."""
         where = self.place("annotations", number)
         id = typed(record, "id", int, where=where)
         _claim(owners, id, number, where=where)
@@ -290,11 +292,11 @@ class CocoParts:
         return record, self.place("images", number)
 
     def records(self, field: str) -> Iterator[tuple[str, Any]]:
-        """(place, record) of every item of a list of the annotations. Raises DataError."""
+        """Yield (place, record) for each item of a list of the annotations. Raises DataError."""
         return list_records(self.path, field)
 
     def place(self, field: str, number: int) -> str:
-        """How errors name an item of a list."""
+        """Return the place of an item of a list, for error messages."""
         return record_place(self.path, field, number)
 
 
@@ -309,7 +311,7 @@ def _id(record: Any, field: str) -> int | None:
 
 
 def _with_box(file: Path, rle: RLE) -> bytes:
-    """The upright image as JPEG, with a red box around the mask."""
+    """Return the upright image as JPEG, with a red box around the mask."""
     left, top, width, height = coco.toBbox({"size": rle["size"], "counts": rle["counts"].encode("ascii")}).tolist()
     drawn = read_image(file, where=str(file))
     right, bottom = min(left + width + BOX_MARGIN, drawn.width - 1), min(top + height + BOX_MARGIN, drawn.height - 1)

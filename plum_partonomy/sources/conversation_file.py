@@ -1,6 +1,6 @@
-"""Grounded conversations of your own: one JSON object per line, the fields those of `schema.GroundedConversation`.
+"""Read your own grounded conversations: one JSON object per line with the fields of `records.GroundedConversation`.
 
-One record, on several lines here (licence: what you say in it):
+One record, on several lines here (licence: its field `licence`):
 
     {"id": "0007", "image": "images/0007.jpg",
      "messages": [{"role": "user", "content": "What holds the bike upright?"},
@@ -8,8 +8,8 @@ One record, on several lines here (licence: what you say in it):
      "masks": [{"label": "kickstand", "rle": {"size": [480, 640], "counts": "kV]12k?3N3L..."}},
                {"label": "crank", "rle": {"size": [480, 640], "counts": "Yc?5m96K4L3N2..."}}]}
 
-The i-th tag of the conversation is grounded by `masks[i]`. `image` is relative to the folder of the file, or null in a
-conversation about nothing visible. `image_id`, `image_label`, `source` and `licence` may be left out.
+`masks[i]` belongs to the i-th tag of the conversation. `image` is relative to the folder of the file, or null for a
+conversation without an image. `image_id`, `image_label`, `source` and `licence` are optional.
 """
 
 from collections.abc import Iterator
@@ -27,12 +27,14 @@ FIELDS = {"id", "image", "messages", "masks", *OPTIONAL_FIELDS}
 
 
 class ConversationFile:
-    """Lines and ids are checked at once, conversations, masks and images on request."""
+    """A file of conversations. Lines and ids are checked on opening; conversations, masks and images on access."""
 
     def __init__(self, path: Path, *, on_error: OnError = refuse):
-        """Raises DataError if the file is too large or holds no record; `on_error` gets what is wrong with a line.
+        """Args:
+            on_error: Receives a DataError for each bad line. Blank lines are skipped.
 
-        Blank lines are skipped, as in every file of one JSON object per line.
+        Raises:
+            DataError: The file is too large or has no record.
         """
         self.path = path
         self._records: list[tuple[str, dict[str, Any]]] = []
@@ -55,20 +57,20 @@ class ConversationFile:
         return len(self._records)
 
     def image_path(self, index: int) -> str | None:
-        """The image of a conversation, relative to the folder of the file; None if it has none."""
+        """Return the image path of a conversation, relative to the folder of the file, or None without an image."""
         given = self._records[index][1]["image"]
         return None if given is None else self._images.spell(given)
 
     def splits(self, *, seed: int) -> dict[str, list[int]]:
-        """Split -> indices, see `hold_out`; a conversation without an image counts as one of its own."""
+        """Return split -> indices, see `hold_out`. A conversation without an image counts as a separate image."""
         return hold_out([self.image_path(index) or f"record {index}" for index in range(len(self))], seed=seed)
 
     def conversations(self, index: int, *, seed: int) -> Iterator[GroundedConversation]:
-        """The one of a line, whatever the seed. Raises DataError."""
+        """Yield the conversation of a line; the seed has no effect. Raises DataError."""
         yield self.example(index)
 
     def example(self, index: int) -> GroundedConversation:
-        """Raises DataError naming file, line and field."""
+        """Return the conversation of a line. Raises DataError that names file, line and field."""
         where, record = self._records[index]
         messages = typed_list(record, "messages", dict, where=where)
         for number, message in enumerate(messages):

@@ -1,6 +1,6 @@
-"""The authors' descriptor of a raw data set: `descriptor.json` and images -> part examples and the graphs.
+"""Read the authors' descriptor of a raw data set: `descriptor.json` and images -> part examples and graphs.
 
-The file, shortened (licence: that of the images, which the file does not state):
+The file, shortened (licence: that of the images, not stated in the file):
 
     {"dataset_name": "car parts",
      "instances": [{"image_path": "images/train108.jpg", "image_label": "pickup truck",
@@ -9,9 +9,8 @@ The file, shortened (licence: that of the images, which the file does not state)
      "part_graph": {"pickup truck": ["hood", "tailgate", "wheel"]},
      "instance_graph": {"vehicle": ["pickup truck", "car"]}}
 
-Labels may carry the data set's own prefixes, "object--pickup truck--part:hood", which are removed. Among such labels
-"object--pickup truck" names the mask of the whole object: no part, so left out; an instance that has no other mask
-gives no example.
+Prefixes of labels, as in "object--pickup truck--part:hood", are removed. A label such as "object--pickup truck" names
+the mask of the whole object, which is not a part and is skipped. An instance without another mask has no example.
 """
 
 from collections.abc import Callable, Iterator
@@ -37,23 +36,25 @@ from plum_partonomy.sources.untrusted import (
 DESCRIPTOR_FILE = "descriptor.json"
 LICENCE = "not stated"
 HELD_OUT = 10
-"""One in about so many images goes to the validation split, and as many to the test split."""
+"""About one in this many images goes to the validation split, and as many to the test split."""
 
 Graph = dict[str, list[str]]
 
 
 class Descriptor:
-    """An opened descriptor. The graphs are checked at once, each instance when it is asked for.
+    """An open descriptor. The graphs are checked on opening, each instance on access.
 
     Instances are sorted by image and label; their order in the file does not matter.
     """
 
     def __init__(self, folder: str | Path, *, on_error: OnError = refuse):
-        """Raises DataError if the file is missing, too large, no JSON or empty, a graph is malformed, or labels differ
-        only in case or spaces.
+        """Args:
+            on_error: Receives a DataError for each instance without an image path or a label, or with the image and
+                label of another instance. All of these are skipped, because none has all masks of the object.
 
-        `on_error` gets every instance without an image path or a label, or with both of another one, which is then
-        left out, too: neither has all masks of the object.
+        Raises:
+            DataError: The file is missing, too large, not JSON or empty, a graph is malformed, or labels differ only
+                in case or spaces.
         """
         self.path = Path(folder) / DESCRIPTOR_FILE
         content = read_json(self.path)
@@ -78,15 +79,15 @@ class Descriptor:
         return (self.example(index) for index in range(len(self)))
 
     def image_path(self, index: int) -> str:
-        """The image of an instance, relative to the folder; several instances may share one."""
+        """Return the image path of an instance, relative to the folder. Several instances may share one."""
         return self._images.spell(typed(self._record(index), "image_path", str, where=self._where(index)))
 
     def splits(self, *, seed: int) -> dict[str, list[int]]:
-        """Split -> indices, see `hold_out`."""
+        """Return split -> indices, see `hold_out`."""
         return hold_out([self.image_path(index) for index in range(len(self))], seed=seed)
 
     def example(self, index: int) -> PartExample:
-        """The instance as a part example. Raises DataError naming file, record and field."""
+        """Return an instance as a part example. Raises DataError that names file, record and field."""
         where, image_path = self._where(index), self.image_path(index)
         file = self._images.locate(image_path, where=where)
         example = self.annotation(index)
@@ -96,11 +97,11 @@ class Descriptor:
         return example
 
     def conversations(self, index: int, *, seed: int) -> Iterator[GroundedConversation]:
-        """The one about an instance. Raises DataError."""
+        """Yield the conversation about an instance. Raises DataError."""
         yield converse(self.example(index), part_graph=self.part_graph, seed=seed)
 
     def annotation(self, index: int) -> PartExample:
-        """The example without its image, which is not looked at. Raises DataError naming file, record and field."""
+        """Return a part example without reading its image. Raises DataError that names file, record and field."""
         where, record = self._where(index), self._record(index)
         label = clean_object_label(typed(record, "image_label", str, where=where))
         if label not in self.part_graph:
@@ -138,7 +139,7 @@ class Descriptor:
         return segmentations
 
     def _identify(self, on_error: OnError) -> list[int]:
-        """The numbers of the records that show parts, sorted by image and label."""
+        """Return the indices of the records that show parts, sorted by image and label."""
         numbers: dict[tuple[str, str], int] = {}
         repeated = set()
         for number, record in enumerate(self._records):
@@ -166,12 +167,12 @@ class Descriptor:
 
 
 def hold_out(image_paths: list[str], *, seed: int) -> dict[str, list[int]]:
-    """Split -> indices of the examples with these images; those that share an image stay together.
+    """Return split -> indices of the examples with these images. Examples that share an image share a split.
 
-    Which split an image is in depends on the seed and its path alone, so that it stays there when others are added:
-    about one in HELD_OUT is in validation, by which checkpoints are selected, and as many in test. Where chance gives
-    either fewer than two (of less than 2 * HELD_OUT images, than one), those that came closest join it; fewer images
-    than HELD_OUT are all for training.
+    The split of an image depends only on the seed and its path, so it does not change when others are added. About one
+    image in HELD_OUT is in validation, which selects checkpoints, and as many are in test. If chance gives either
+    fewer than two images (fewer than one for less than 2 * HELD_OUT images), the images that came closest are added.
+    Fewer images than HELD_OUT are all in train.
     """
     draws = {path: seeded_generator(seed, "held out", normalize("NFC", path)).random() for path in set(image_paths)}
     split_of = {path: "train" for path in draws}
@@ -191,6 +192,8 @@ def hold_out(image_paths: list[str], *, seed: int) -> dict[str, list[int]]:
 
 def clean_object_label(label: str) -> str:
     """
+    Return the label without the prefixes of the data set.
+
     >>> clean_object_label("object--pickup truck")
     'pickup truck'
     """
@@ -199,6 +202,8 @@ def clean_object_label(label: str) -> str:
 
 def clean_part_label(label: str) -> str:
     """
+    Return the label without the prefixes of the data set.
+
     >>> clean_part_label("object--pickup truck--part:hood")
     'hood'
     """
@@ -206,7 +211,7 @@ def clean_part_label(label: str) -> str:
 
 
 def _names_part(label: str) -> bool:
-    """Whether the label of a mask names a part; "object--pickup truck" names the whole object."""
+    """Return whether a mask label names a part; "object--pickup truck" names the whole object."""
     return "--part:" in label or "--" not in label
 
 

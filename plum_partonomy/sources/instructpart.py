@@ -1,4 +1,4 @@
-"""InstructPart (arXiv 2505.18291): an image, an instruction, and the part of an object that it is about.
+"""Read InstructPart (arXiv 2505.18291): images, instructions, and the object parts that they refer to.
 
 One record of `data_test.json`, shortened (licence: MIT, by the publishers' repository):
 
@@ -11,11 +11,11 @@ One record of `data_test.json`, shortened (licence: MIT, by the publishers' repo
     FOLDER/train/train1800/data_train.json  FOLDER/train/train1800/images/  FOLDER/train/train1800/masks/
     FOLDER/test/data_test.json              FOLDER/test/images/             FOLDER/test/masks/
 
-Each entry of `part_list` has its image and its mask under "cup1-cup-handle", blanks as underscores; an image may also
-lie under its own name. A mask is a grey image, in which the part is not 0 (in a JPEG brighter than 127).
+The image and mask files of an entry of `part_list` are named "cup1-cup-handle", with underscores for blanks; an image
+may also have its own name. A mask is a grey image whose part pixels are not 0 (in a JPEG: brighter than 127).
 
-`instructpart` asks by the instruction that a person wrote and its answer names the part; `instructpart_names` asks by
-the name of the part, "handle of the cup", as in the published comparison of the two.
+`instructpart` asks with the instruction written by a person, and the answer names the part. `instructpart_names` asks
+with the name of the part, "handle of the cup", as in the published comparison of the two.
 """
 
 from collections.abc import Iterator
@@ -44,17 +44,17 @@ INSTRUCTIONS = 6
 
 
 class InstructPart:
-    """One split, opened: task instructions. The list is read at once, masks and images on request."""
+    """One open split with task instructions. The list is read on opening, masks and images on access."""
 
     name: ClassVar[str] = "instructpart"
     licence: ClassVar[str] = "MIT"
     instruction: ClassVar[int] = 0
-    """Which of the instructions of an entry is asked."""
+    """Index of the instruction of an entry that is used as the question."""
     files: ClassVar[dict[str, str]] = {"train": "train/train1800/data_train.json", "test": "test/data_test.json"}
     published_counts: ClassVar[dict[str, dict[str, int]]] = {"train": {"samples": 1800}, "test": {"samples": 600}}
 
     def __init__(self, folder: str | Path, *, split: str = "train"):
-        """Raises DataError if the split's file is missing or is no list of records with part lists."""
+        """Raises DataError if the file of the split is missing or is not a list of records with part lists."""
         self.folder, self.split, self.blank = Path(folder), split, 0
         self.path = find_existing(self.folder, [self.files[split]], what=f"the split {split} of {self.name}")
         records = read_json(self.path)
@@ -74,7 +74,7 @@ class InstructPart:
 
     @classmethod
     def splits(cls, folder: str | Path) -> list[str]:
-        """The splits whose files there are. Raises DataError if there are none."""
+        """Return the splits whose files exist. Raises DataError if there are none."""
         found = [split for split, name in cls.files.items() if (Path(folder) / name).is_file()]
         if not found:
             expected = " or ".join(cls.files.values())
@@ -93,7 +93,9 @@ class InstructPart:
         return len(self._entries)
 
     def conversations(self, index: int, *, seed: int) -> Iterator[GroundedConversation]:
-        """The one about an entry; none if its mask is empty. Raises DataError naming file, record and field."""
+        """Yield the conversation about an entry; none if its mask is empty. Raises DataError that names file, record
+        and field.
+        """
         where, image_name, entry = self._entries[index]
         label, part = (typed(entry, field, str, where=where).strip() for field in ("object", "part"))
         stem = f"{PurePosixPath(image_name).stem}-{label}-{part}".replace(" ", "_")
@@ -131,7 +133,7 @@ class InstructPart:
         return PartMask(label, encode(values > (JPEG_THRESHOLD if path.endswith(".jpg") else 0)))
 
     def _find(self, folder: str, names: list[str], *, where: str) -> str:
-        """The first of these files beside the list of records, relative to the folder of the data set."""
+        """Return the first existing file beside the list of records, relative to the folder of the data set."""
         place = PurePosixPath(self.files[self.split]).parent / folder
         candidates = [str(place / name) for name in names]
         if (path := find_file(self.folder, candidates)) is None:

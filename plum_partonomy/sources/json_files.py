@@ -1,4 +1,4 @@
-"""Reading untrusted JSON: bounded in size, depth and length of numbers, in any encoding that says what it is.
+"""Read untrusted JSON with limits on size, depth and length of numbers, in UTF-8 or a declared encoding.
 
 file ──> open_utf8 ──> CheckedJSON ──> read_json, stream_records (streamed), parse_json (a line)
 """
@@ -17,16 +17,16 @@ import numpy as np
 from plum_partonomy.masks import DataError
 
 MAX_JSON_BYTES = 8 * 1024**3
-"""Largest JSON file read, in bytes. Files are parsed as they stream in, so only what is kept of them is in memory."""
+"""Maximum size of a JSON file in bytes. Files are parsed as streams, so only the records in use take memory."""
 
 MAX_LINE_BYTES = 64_000_000
-"""Longest line of a file of one JSON object per line, in bytes."""
+"""Maximum line length in bytes, in a file with one JSON object per line."""
 
 MAX_JSON_DEPTH = 100
-"""Deepest nesting of a JSON file; the time to parse it grows with the square of its depth."""
+"""Maximum nesting depth of a JSON file; parsing time grows with the square of the depth."""
 
 MAX_DIGITS = 1000
-"""Longest number; Python converts no integer of more than 4300 digits, and ijson does not survive one."""
+"""Maximum length of a number; Python refuses integers of more than 4300 digits, and ijson crashes on one."""
 
 _BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
@@ -44,24 +44,24 @@ _WORD = b"+-.0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file. Raises DataError if it is missing, larger than MAX_JSON_BYTES or no JSON."""
+    """Return the content of a JSON file. Raises DataError if it is missing, larger than MAX_JSON_BYTES or not JSON."""
     (content,) = _stream(path, prefix="")
     return content
 
 
 def stream_records(path: Path, *, field: str | None = None) -> Iterator[Any]:
-    """Yields the items of a JSON file that holds a list, or of one list field of it; of anything else none.
+    """Yield the items of a JSON file that is a list, or of one list field of an object. Other content yields nothing.
 
-    Raises DataError as `read_json` does; what is wrong with the end of a file shows once its beginning is out, and
-    the error says after how many records.
+    Raises DataError as `read_json` does. An error near the end of a file is raised after its first records were
+    yielded, and the message gives their number.
     """
     return _stream(path, prefix="item" if field is None else f"{field}.item", field=field)
 
 
 def list_records(path: Path, field: str) -> Iterator[tuple[str, Any]]:
-    """Yields (place, record) for every item of a list field of a JSON file.
+    """Yield (place, record) for each item of a list field of a JSON file.
 
-    Raises DataError as `stream_records` does, and if there is no item.
+    Raises DataError as `stream_records` does, and if the list is empty.
     """
     number = -1
     for number, record in enumerate(stream_records(path, field=field)):
@@ -71,12 +71,12 @@ def list_records(path: Path, field: str) -> Iterator[tuple[str, Any]]:
 
 
 def record_place(path: Path, field: str, number: int) -> str:
-    """How errors name an item of a list field."""
+    """Return the place of an item of a list field, for error messages."""
     return f"{path}, record {field}[{number}]"
 
 
 def stream_fields(path: Path) -> Iterator[str]:
-    """Yields the names of the fields of a JSON file that holds an object, as they come; of anything else none.
+    """Yield the field names of a JSON file that is an object, in their order. Other content yields nothing.
 
     Raises DataError as `stream_records` does.
     """
@@ -85,7 +85,7 @@ def stream_fields(path: Path) -> Iterator[str]:
 
 
 def json_lines(path: Path) -> Iterator[tuple[str, bytes]]:
-    """Yields (place, line in UTF-8 with its end) for every line of a file that is not blank.
+    """Yield (place, line) for each line of a file that is not blank; the line is UTF-8 bytes including its end.
 
     Raises DataError if the file is missing or a line is longer than MAX_LINE_BYTES.
     """
@@ -109,9 +109,10 @@ def _read_line(file: BinaryIO, *, where: str) -> bytes:
 
 
 def parse_json(line: bytes, *, where: str) -> Any:
-    """The content of a line of UTF-8, NaN and Infinity among its numbers, which the fields that hold them refuse.
+    """Return the content of a line of UTF-8. NaN and Infinity are accepted here; the fields that contain them reject
+    them.
 
-    Raises DataError, opening with `where`, if it is no JSON or too deep.
+    Raises DataError, starting with `where`, if the line is not JSON or nested too deeply.
     """
     try:
         return json.loads(CheckedJSON(io.BytesIO(line), where=where, for_ijson=False).read(-1))
@@ -122,7 +123,7 @@ def parse_json(line: bytes, *, where: str) -> Any:
 
 
 def check_size(path: Path, *, limit: int) -> None:
-    """Raises DataError if there is no such file, or it is longer than `limit` bytes."""
+    """Raise DataError if the file does not exist or is longer than `limit` bytes."""
     if not path.is_file():
         raise DataError(f"{path}: no such file; data_dir must be the folder that holds {path.name} and the images")
     size = path.stat().st_size
@@ -131,7 +132,7 @@ def check_size(path: Path, *, limit: int) -> None:
 
 
 def open_utf8(path: Path) -> BinaryIO:
-    """The file as UTF-8 without a byte order mark, whatever its byte order mark says it is."""
+    """Open the file as UTF-8 without a byte order mark, decoded according to its own byte order mark."""
     file = path.open("rb")
     head = file.read(4)
     mark, encoding = next(((mark, name) for mark, name in _BYTE_ORDER_MARKS if head.startswith(mark)), (b"", None))
@@ -145,9 +146,9 @@ def open_utf8(path: Path) -> BinaryIO:
 
 
 def guess_encoding(content: bytes) -> str:
-    """The likeliest encoding of bytes that are no UTF-8, in words."""
+    """Return, in words, the most likely encoding of bytes that are not UTF-8."""
     runs = re.findall(rb"[\x80-\xff]+", content)
-    if all(len(run) % 2 == 0 for run in runs):  # letters of two bytes; accents in Western texts stand alone
+    if all(len(run) % 2 == 0 for run in runs):  # letters of two bytes; accents in Western texts are single bytes
         try:
             content.decode("gbk")
             return "GBK (Chinese Windows)"
@@ -157,7 +158,7 @@ def guess_encoding(content: bytes) -> str:
 
 
 class _Recoded:
-    """A text file, read as UTF-8."""
+    """A text file that is read as UTF-8."""
 
     def __init__(self, file: BinaryIO, encoding: str):
         self._text = io.TextIOWrapper(file, encoding=encoding, newline="\n")
@@ -176,7 +177,7 @@ class _Recoded:
 
 
 def _stream(path: Path, *, prefix: str | None, field: str | None = None) -> Iterator[Any]:
-    """The items at a prefix, or without one the events of ijson."""
+    """Yield the items at a prefix, or the events of ijson without one."""
     check_size(path, limit=MAX_JSON_BYTES)
     found = 0
     with open_utf8(path) as file:
@@ -198,16 +199,16 @@ def _stream(path: Path, *, prefix: str | None, field: str | None = None) -> Iter
 
 
 def _whole_character(escape: re.Match[bytes]) -> bytes:
-    """The escape, or U+FFFD in the place of half a surrogate pair."""
+    """Return the escape, or U+FFFD for half of a surrogate pair."""
     half = escape[0][:3].lower() == rb"\ud" and escape[0][3:4].lower() in b"89abcdef" and escape[1] is None
     return rb"\ufffd" if half else escape[0]
 
 
 class CheckedJSON:
     """
-    A JSON file of UTF-8 that refuses to be read on where it is nested deeper than MAX_JSON_DEPTH, holds a number of
-    more than MAX_DIGITS characters, or is in another encoding. `for_ijson`, which reads neither, NaN and Infinity are
-    refused, too, and half characters (escapes of lone surrogates) are replaced by U+FFFD.
+    A JSON file in UTF-8 that raises an error on nesting deeper than MAX_JSON_DEPTH, numbers of more than MAX_DIGITS
+    characters, and other encodings. With `for_ijson`, NaN and Infinity raise an error as well, and lone surrogate
+    escapes are replaced by U+FFFD, because ijson reads neither.
     """
 
     def __init__(self, file: BinaryIO, *, where: str, for_ijson: bool = True):
@@ -230,12 +231,12 @@ class CheckedJSON:
         outside = self._word + b" ".join(pieces[self._in_string :: 2])
         self._in_string ^= len(pieces) % 2 == 0
         self._check(outside)
-        # a number or a name may go on in the next block
+        # a number or a name may continue in the next block
         self._word = b"" if self._in_string else outside[len(outside.rstrip(_WORD)) :][-MAX_DIGITS - 1 :]
         return _ESCAPE.sub(_whole_character, block) if self._for_ijson and rb"\ud" in block.lower() else block
 
     def _check(self, outside: bytes) -> None:
-        """Raises DataError for what stands outside of strings."""
+        """Raise DataError for invalid content outside strings."""
         depths = self._depth + np.cumsum(_STEPS[np.frombuffer(outside, dtype=np.uint8)], dtype=np.int64)
         if depths.size:
             self._depth = int(depths[-1])

@@ -1,7 +1,7 @@
-"""Data sets of label maps, PNG files whose pixel values are classes: ADE20K, COCO-Stuff and Mapillary Vistas.
+"""Read data sets of label maps (PNG files whose pixel values are classes): ADE20K, COCO-Stuff and Mapillary Vistas.
 
-An image gives conversations about the classes that it shows; all regions of a class are one mask. Pixels of no class,
-and of classes that are not asked for, belong to no mask; an image that shows nothing else is counted in `blank`.
+Each image has conversations about its classes; all regions of a class form one mask. Pixels without a class, and of
+classes that are skipped, belong to no mask. An image with nothing else is counted in `blank`.
 """
 
 import re
@@ -18,24 +18,24 @@ from plum_partonomy.sources.json_files import read_json
 from plum_partonomy.sources.untrusted import ImageFiles, check_labels, find_existing, read_text, typed, typed_list
 
 Classes = dict[int, str | None]
-"""Pixel value -> name, None where the value is allowed and not asked for."""
+"""Pixel value -> name, or None for a valid value that is skipped."""
 
 
 class LabelMaps:
-    """One split of a data set, opened. Classes are read at once, label maps and images on request."""
+    """One open split of a data set. Classes are read on opening, label maps and images on access."""
 
     name: ClassVar[str]
     licence: ClassVar[str]
     layouts: ClassVar[dict[str, tuple[tuple[str, str], ...]]]
-    """Split -> where the folder of its label maps and that of its images may lie."""
+    """Split -> possible folders of its label maps and images."""
     class_files: ClassVar[tuple[str, ...]]
-    """Where the names of the classes may lie."""
+    """Possible paths of the class names."""
     class_count: ClassVar[int]
-    """Entries of that file in the published version."""
+    """Number of entries of that file in the published version."""
     published_counts: ClassVar[dict[str, dict[str, int]]]
 
     def __init__(self, folder: str | Path, *, split: str = "train"):
-        """Raises DataError if a folder or the class file is missing, or the classes are those of another version."""
+        """Raises DataError if a folder or the class file is missing, or the classes belong to another version."""
         self.folder, self.split, self.blank = Path(folder), split, 0
         self._maps, self._pictures = self._layout(self.folder, split) or self.layouts[split][0]
         self._stems = sorted(path.stem for path in (self.folder / self._maps).glob("*.png"))
@@ -54,7 +54,7 @@ class LabelMaps:
 
     @classmethod
     def splits(cls, folder: str | Path) -> list[str]:
-        """The splits whose label maps and images lie in the folder. Raises DataError if there are none."""
+        """Return the splits whose label maps and images exist in the folder. Raises DataError if there are none."""
         found = [split for split in cls.layouts if cls._layout(Path(folder), split)]
         if not found:
             expected = "; ".join(" and ".join(pair) for pair in cls.layouts["train"])
@@ -71,7 +71,7 @@ class LabelMaps:
 
     @staticmethod
     def read_classes(path: Path) -> Classes:
-        """The classes of the file. Raises DataError."""
+        """Return the classes of the file. Raises DataError."""
         raise NotImplementedError
 
     @property
@@ -82,11 +82,13 @@ class LabelMaps:
         return len(self._stems)
 
     def example(self, index: int) -> PartExample:
-        """The image with a mask for each class asked for that it shows. Raises DataError naming the label map."""
+        """Return the image with a mask for each visible class that is not skipped. Raises DataError that names the
+        label map.
+        """
         stem = self._stems[index]
         map_path, image_path = f"{self._maps}/{stem}.png", f"{self._pictures}/{stem}.jpg"
         where = str(self.folder / map_path)
-        # column by column, as masks are encoded, which takes a quarter of the time
+        # column order, as in the mask encoding, takes a quarter of the time
         values = np.asfortranarray(self._files.label_map(map_path, where=where))
         self._files.check_frame(image_path, values.shape, where=where)
         shown = np.unique(values).tolist()
@@ -105,20 +107,20 @@ class LabelMaps:
         )
 
     def conversations(self, index: int, *, seed: int) -> Iterator[GroundedConversation]:
-        """About the classes of one image; none if it shows none of them. Raises DataError."""
+        """Yield the conversations about the classes of one image; none if it shows none of them. Raises DataError."""
         example = self.example(index)
         self.blank += not example.masks
         yield from ask_for_each(example, article="the ", seed=seed)
 
 
 class Ade20k(LabelMaps):
-    """ADE20K as the scene parsing challenge of 2016 has it, 150 classes: ADEChallengeData2016.zip.
+    """ADE20K in the version of the scene parsing challenge of 2016, 150 classes: ADEChallengeData2016.zip.
 
         FOLDER/objectInfo150.txt: a head "Idx, Ratio, Train, Val, Name", then 150 lines, tab-separated:
             2	0.1072	6046	612	building, edifice
         FOLDER/images/training/ADE_train_00000001.jpg  FOLDER/annotations/training/ADE_train_00000001.png
 
-    Pixel values are those of Idx, 0 is everything else. Of several names the first is used.
+    Pixel values are those of Idx; 0 is everything else. Where a class has several names, the first is used.
     """
 
     name = "ade20k"
@@ -148,8 +150,8 @@ class CocoStuff(LabelMaps):
         FOLDER/labels.txt: 183 lines such as "1: person" or "96: building-other"
         FOLDER/images/train2017/000000000009.jpg  FOLDER/annotations/train2017/000000000009.png
 
-    Pixel values are one less than the numbers of labels.txt; 255 is unlabelled. Classes with a hyphen, which tell
-    kinds of a material apart or say "other", are not asked for.
+    Pixel values are one less than the numbers of labels.txt; 255 is unlabelled. Classes with a hyphen, which are
+    variants of a material or "other" classes, are skipped.
     """
 
     name = "coco_stuff"
@@ -191,8 +193,8 @@ class Mapillary(LabelMaps):
 
         FOLDER/training/images/0035fkbjWljhaftpVM37-g.jpg  FOLDER/training/v2.0/labels/0035fkbjWljhaftpVM37-g.png
 
-    Pixel values are positions in `labels`. Labels that are not evaluated (void, parts of the camera's own car) are not
-    asked for. Label maps are indexed images.
+    Pixel values are positions in `labels`. Labels that are not evaluated (void, parts of the camera's own car) are
+    skipped. Label maps are indexed images.
     """
 
     name = "mapillary"

@@ -1,6 +1,6 @@
-"""Shapes of Labelme as masks.
+"""Convert Labelme shapes to masks.
 
-A file, shortened; shapes may be polygons, rectangles, circles and masks:
+A file, shortened; shapes are polygons, rectangles, circles or masks:
 
     {"imagePath": "0007.jpg", "imageHeight": 480, "imageWidth": 640, "flags": {"sedan": true, "pickup": false},
      "shapes": [{"label": "wheel", "shape_type": "polygon", "points": [[10.5, 20.0], ...]}]}
@@ -17,11 +17,11 @@ from plum_partonomy.masks import RLE, DataError, Size, encode
 from plum_partonomy.sources.untrusted import read_polygons, typed, typed_list
 
 CIRCLE_POINTS = 64
-"""Corners of the polygon that stands for a circle."""
+"""Number of corners of the polygon that approximates a circle."""
 
 
 def read_shape(shape: dict[str, Any], *, size: Size, where: str) -> RLE:
-    """A shape as a mask of size (height, width). Raises DataError."""
+    """Return a shape as the RLE of a mask of size (height, width). Raises DataError."""
     kind = typed(shape, "shape_type", str, where=where) if shape.get("shape_type") is not None else "polygon"
     points = typed_list(shape, "points", list, where=where)
     expected = {"rectangle": 2, "circle": 2, "mask": 2}.get(kind, len(points))
@@ -50,8 +50,8 @@ def read_shape(shape: dict[str, Any], *, size: Size, where: str) -> RLE:
 
 
 def _read_mask(shape: dict[str, Any], points: list[list[float]], *, size: Size, where: str) -> RLE:
-    """A mask that stands as a picture of its box, whose upper left and lower right pixel are `points`."""
-    if not all(0 <= value <= max(size) for point in points for value in point):  # nor is NaN
+    """Return a mask stored as an image of its box; `points` are the upper left and lower right pixel of the box."""
+    if not all(0 <= value <= max(size) for point in points for value in point):  # rejects NaN as well
         raise DataError(f"{where}, field 'points': the box {points!r:.80} leaves the image of size {list(size)}")
     (left, top), (right, bottom) = ([int(value) for value in point] for point in points)
     if not (0 <= left <= right < size[1] and 0 <= top <= bottom < size[0]):

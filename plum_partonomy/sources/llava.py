@@ -1,4 +1,4 @@
-"""Chats about images: LLaVA-Instruct-150k and the mixture of 665,000 chats that LLaVA 1.5 was trained on.
+"""Read chats about images: LLaVA-Instruct-150k and the mixture of 665,000 chats for LLaVA 1.5.
 
 One record of either list:
 
@@ -10,12 +10,12 @@ One record of either list:
     FOLDER/llava_v1_5_mix665k.json  FOLDER/coco/train2017/  FOLDER/gqa/images/  FOLDER/ocr_vqa/images/
                                     FOLDER/textvqa/train_images/  FOLDER/vg/VG_100K/  FOLDER/vg/VG_100K_2/
 
-Texts are kept, but for the placeholder: the image stands in front of the first question, whatever its place was. Some
-chats have no image; what looks like the placeholder or another special token there is code that somebody talks about,
-and gets a blank. A chat that opens with the assistant or ends with the user loses that message, and counts in `blank`
-if nothing is left.
+Texts are unchanged except for the image placeholder: the image comes before the first question, wherever its
+placeholder was. In chats without an image, text that looks like the placeholder or another special token is source
+code under discussion; a blank is inserted into it. A chat that starts with the assistant or ends with the user loses
+that message, and is counted in `blank` if nothing is left.
 
-Answers name what is visible and tag none of it: `masks` is None, so that nothing is learnt about tags.
+The answers contain no tags, so `masks` is None and the chats give no supervision of tags.
 """
 
 import json
@@ -33,17 +33,17 @@ ROLES = {"human": "user", "gpt": "assistant"}
 
 
 class LlavaChats:
-    """The chats of one file, opened. Records stay in memory as JSON, a little more than the size of the file."""
+    """The chats of one file. Records stay in memory as JSON, a little more than the size of the file."""
 
     name: ClassVar[str]
     files: ClassVar[tuple[str, ...]]
-    """Where the chats may lie."""
+    """Possible paths of the file."""
     image_folders: ClassVar[tuple[str, ...]]
     licence: ClassVar[str] = "CC BY 4.0; images under the terms of their sources"
     published_counts: ClassVar[dict[str, dict[str, int]]] = {}
 
     def __init__(self, folder: str | Path, *, split: str = "train"):
-        """Raises DataError if the file is missing, or no list in JSON."""
+        """Raises DataError if the file is missing or is not a JSON list."""
         self.folder, self.split, self.blank = Path(folder), split, 0
         self.path = self._find(self.folder)
         self._records = [json.dumps(record) for record in stream_records(self.path)]
@@ -53,7 +53,7 @@ class LlavaChats:
 
     @classmethod
     def splits(cls, folder: str | Path) -> list[str]:
-        """Train. Raises DataError if the file is missing."""
+        """Return ["train"]. Raises DataError if the file is missing."""
         cls._find(Path(folder))
         return ["train"]
 
@@ -73,7 +73,7 @@ class LlavaChats:
         return len(self._records)
 
     def conversations(self, index: int, *, seed: int) -> Iterator[GroundedConversation]:
-        """The chat of a record, which no seed changes. Raises DataError naming file, record and field."""
+        """Yield the chat of a record; the seed has no effect. Raises DataError that names file, record and field."""
         where, record = f"{self.path}, record {index}", json.loads(self._records[index])
         image = self._image(record, where=where)
         messages = _messages(record, has_image=image is not None, where=where)
@@ -104,7 +104,7 @@ class LlavaChats:
 
 
 class LlavaInstruct(LlavaChats):
-    """LLaVA-Instruct-150k: chats, descriptions and reasoning about images of COCO."""
+    """LLaVA-Instruct-150k: chats, descriptions and reasoning about COCO images."""
 
     name = "llava_instruct_150k"
     files = ("llava_instruct_150k.json", "llava_dataset/llava_instruct_150k.json")

@@ -1,6 +1,6 @@
-"""The official release: `partonomy_qa_pairs.json` and `images/` <-> questions.
+"""Read and write the official release: `partonomy_qa_pairs.json` and `images/` <-> questions.
 
-One record of the JSON list, shortened (licence: that of the images, which the release does not state per record):
+One record of the JSON list, shortened (licence: that of the images, not stated per record):
 
     {"image_path": "images/train108.jpg", "image_label": "pickup truck",
      "question_type": "identification", "question": "What visible parts does the object in the image have?",
@@ -11,10 +11,11 @@ One record of the JSON list, shortened (licence: that of the images, which the r
      "object_question": null, "object_answer_choices": null, "object_answer_types": null,
      "object_answer_classes": null}
 
-`segmentations` holds all visible parts of the image. The object fields are filled for whole_to_part and part_to_whole.
+`segmentations` contains all visible parts of the image. Only whole_to_part and part_to_whole have the object fields.
 
-In the file the correct choice always comes first, so that a model which likes the first place would score 1.0. A
-question shows its choices in an order drawn by its id: the same for every copy of the file, whatever the file's order.
+In the file the correct choice is always the first, so a model that always picks the first choice would score 1.0. The
+reader therefore shuffles the choices of each question, seeded by its id: the order is the same for every copy of the
+file and does not depend on the order in the file.
 """
 
 import json
@@ -45,21 +46,27 @@ QUESTIONS_FILE = "partonomy_qa_pairs.json"
 SOURCE = "core"
 LICENCE = "not stated"
 ORDER_SEED = 0
-"""Seed of the order in which the choices of a question are shown."""
+"""Seed of the shuffled order of choices."""
 
 OnResize = Callable[[int], None]
-"""Gets the number of masks of one record that were resized to their image."""
+"""Receives the number of masks of one record that were resized to their image."""
 
 
 def read_questions(
     folder: str | Path, *, on_error: OnError = refuse, on_resize: OnResize | None = None
 ) -> Iterator[Question]:
-    """Yields every record of the folder as a question, its choices in an order drawn by its id.
+    """Yield each record of the folder as a question, with its choices shuffled by its id.
 
-    `image_id` is the image path; `image` holds the absolute path. A record that cannot be used, or asks again what an
-    earlier one asks, goes to `on_error` as a DataError naming file, record and field, and is left out. A mask of
-    another size than its image is resized, as by the authors' loader, if `on_resize` is given; else its record cannot
-    be used. The file is streamed; one that was cut short is refused in any case, as nothing can tell what it lost.
+    `image_id` is the image path; `image` is the absolute path. The file is streamed.
+
+    Args:
+        on_error: Receives a DataError that names file, record and field, for each record that cannot be used or
+            repeats the question of an earlier one. The record is skipped.
+        on_resize: Receives the number of masks that were resized to their image, as in the authors' loader. Without
+            it, a record with a mask of another size than its image is an error.
+
+    Raises:
+        DataError: The file is truncated (the lost records are unknown), missing, or has no question.
     """
     folder = Path(folder)
     path = folder / QUESTIONS_FILE
@@ -84,11 +91,13 @@ def read_questions(
 
 
 def write_official(questions: Iterable[Question], folder: str | Path) -> None:
-    """Writes questions in the official layout; reading the new folder gives equal records.
+    """Write questions in the official layout. Reading the new folder returns equal records.
 
-    As the format has it the correct choice comes first; the others keep the order in which they are shown. Images are
-    copied unchanged. Raises DataError if the folder exists or two images claim one name; an incomplete folder is never
-    left behind.
+    The correct choice comes first, as in the released file; the others keep their shown order. Images are copied
+    unchanged. An incomplete folder is never left behind.
+
+    Raises:
+        DataError: The folder exists, or two images have one name.
     """
     folder = Path(folder)
     if folder.exists():
@@ -106,7 +115,7 @@ def write_official(questions: Iterable[Question], folder: str | Path) -> None:
 
 
 def shown_order(choices: Sequence[str], *key: str) -> list[int]:
-    """Indices of the choices in the order in which they are shown: drawn by the key, whatever their order in the file.
+    """Return the indices of the choices in shown order, which depends on the key but not on the order in the file.
 
     >>> [["b", "a", "c"][index] for index in shown_order(["b", "a", "c"], "core-00000")]
     ['b', 'a', 'c']
@@ -126,7 +135,7 @@ def _in_order(values: list[Any], order: list[int], *, where: str) -> list[Any]:
 def _read_masks(
     segmentations: dict[str, Any], image_path: str, *, images: ImageFiles, on_resize: OnResize | None, where: str
 ) -> list[PartMask]:
-    """The masks of a record in the frame of its image."""
+    """Return the masks of a record at the size of its image."""
     size, resized = images.size(image_path, where=where), 0
 
     def fit(rle: RLE) -> RLE:
@@ -225,7 +234,7 @@ def _write_question(question: Question, folder: Path) -> dict[str, Any]:
 
 
 def _write_image(question: Question, folder: Path) -> str:
-    """Copies the image into the folder; returns its relative path: the image id, completed where it is none."""
+    """Copy the image into the folder and return its relative path: the image id, with a file ending if it has none."""
     content = question.image["bytes"]
     if content is None:
         content = Path(question.image["path"]).read_bytes()

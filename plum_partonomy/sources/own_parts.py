@@ -1,6 +1,6 @@
-"""Your own photographs with part masks, in the form your tool exports them.
+"""Read your own photographs with part masks, in the format of your annotation tool.
 
-What lies in the folder says what it is:
+The format is detected from the files of the folder:
 
     FOLDER/descriptor.json                       the authors' descriptor, see descriptor.py
     FOLDER/*.jsonl                               grounded conversations, see conversation_file.py
@@ -8,21 +8,20 @@ What lies in the folder says what it is:
     FOLDER/{train,valid,test}/_annotations.coco.json   a COCO file for each split, as Roboflow exports them
     FOLDER/*.json or FOLDER/*/*.json             Labelme files, one for each photograph
 
-Records of a COCO file, shortened; images may lie beside the file, in FOLDER, in images/ or in images/SUBSET/:
+Records of a COCO file, shortened; images may be beside the file, in FOLDER, in images/ or in images/SUBSET/:
 
     categories:  {"id": 1, "name": "wheel", "supercategory": "car"}
     images:      {"id": 7, "file_name": "0007.jpg", "height": 480, "width": 640, "image_label": "sedan"}
     annotations: {"id": 3, "image_id": 7, "category_id": 1, "segmentation": [[10.5, 20.0, ...]]}
 
-A category is a part. The object it belongs to is the `image_label` of its image, else the `supercategory`, else
-"object" (also where the supercategory is empty, "none" or the name of the category itself, as some tools write it).
+A category is a part. Its object is the `image_label` of its image, else the `supercategory`, else "object" (also if
+the supercategory is empty, "none" or the name of the category itself, as some tools write it).
 
-Of a Labelme file (see labelme.py) the label of a shape is a part, the one flag that is set is the
-object; without one it is "object". Older files, without the size of their image or with null in the place of flags,
-are read, too.
+In a Labelme file (see labelme.py) the label of a shape is a part, and the one flag that is set is the object; without
+one it is "object". Older files without the image size, or with null instead of flags, are accepted.
 
-An image gives one example per object label. Masks of one part are united. What an object can have are all the parts
-that any photograph of it shows.
+An image has one example for each object label. Masks of one part are merged. The possible parts of an object are all
+parts that any photograph of it shows.
 """
 
 import posixpath
@@ -53,14 +52,19 @@ from plum_partonomy.sources.untrusted import (
 LICENCE = "not stated"
 SPLIT_FILE = "_annotations.coco.json"
 SPLIT_FOLDERS = {"train": "train", "valid": "validation", "test": "test"}
-"""Folders of Roboflow's export, each with a COCO file and its images, and the splits they are kept as."""
+"""Folder of Roboflow's export, with a COCO file and its images -> split."""
 NO_SUPERCATEGORY = ("", "none")
 
 
 @dataclass
 class _Photograph:
-    """One object in one image: `segmentations` holds (where it stands, as it was found) for each part, `searched`
-    where the image may lie, `split` the one that the files keep it in."""
+    """One object in one image.
+
+    Attributes:
+        segmentations: (place in the file, raw segmentation) for each part.
+        searched: Possible paths of the image.
+        split: The split given by the files, if any.
+    """
 
     where: str
     image_path: str
@@ -72,7 +76,7 @@ class _Photograph:
 
 
 def record_files(folder: Path) -> list[Path]:
-    """The files of a folder that may hold records of any kind, sorted; not those that tools keep hidden."""
+    """Return the files of a folder that may contain records of any format, sorted, without hidden files."""
     found = (
         path.relative_to(folder) for pattern in ("*.jsonl", "*.json", "*/*.json") for path in folder.glob(pattern)
     )
@@ -80,9 +84,10 @@ def record_files(folder: Path) -> list[Path]:
 
 
 def open_own_parts(folder: str | Path, *, on_error: OnError = refuse) -> "OwnParts | Descriptor | ConversationFile":
-    """The records of a folder, of whatever kind they are; `on_error` gets what is wrong with one record.
+    """Return the records of a folder in whichever format they are; `on_error` receives a DataError for each bad
+    record.
 
-    Raises DataError if the folder holds no records, or records of several kinds, or several COCO files.
+    Raises DataError if the folder contains no records, records of several formats, or several COCO files.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -112,7 +117,7 @@ def open_own_parts(folder: str | Path, *, on_error: OnError = refuse) -> "OwnPar
 
 
 def _kept_splits(paths: list[Path]) -> dict[Path, str]:
-    """The split of each file of Roboflow's layout; empty for any other."""
+    """Return the split of each file of Roboflow's layout; empty for any other layout."""
     if len(paths) < 2 or any(path.name != SPLIT_FILE or path.parent.name not in SPLIT_FOLDERS for path in paths):
         return {}
     return {path: SPLIT_FOLDERS[path.parent.name] for path in paths}
@@ -128,13 +133,13 @@ def _kind_of_json(path: Path) -> str:
 
 
 class OwnParts:
-    """Photographs of a COCO file or of Labelme files. Records are checked at once, masks and images on request.
+    """Photographs of a COCO file or of Labelme files. Records are checked on opening, masks and images on access.
 
     Args:
-        on_error: gets what is wrong with one record; the image it belongs to is then left out.
+        on_error: Receives a DataError for each bad record; its image is skipped.
 
     Attributes:
-        unannotated: images that are listed, but show no part; they give no example.
+        unannotated: Listed images without parts. They have no example.
     """
 
     name = "own_parts"
@@ -169,11 +174,11 @@ class OwnParts:
         return len(self._photographs)
 
     def image_path(self, index: int) -> str:
-        """The image of an example, relative to the folder; several examples may share one."""
+        """Return the image path of an example, relative to the folder. Several examples may share one."""
         return self._photographs[index].image_path
 
     def splits(self, *, seed: int) -> dict[str, list[int]]:
-        """Split -> indices: those of the files, or see `hold_out`."""
+        """Return split -> indices: the splits of the files, or else those of `hold_out`."""
         if self._photographs[0].split is None:
             return hold_out([self.image_path(index) for index in range(len(self))], seed=seed)
         splits: dict[str, list[int]] = {split: [] for split in SPLIT_FOLDERS.values()}
@@ -182,13 +187,13 @@ class OwnParts:
         return splits
 
     def conversations(self, index: int, *, seed: int) -> Iterator[GroundedConversation]:
-        """The one about an example. Raises DataError."""
+        """Yield the conversation about an example. Raises DataError."""
         yield converse(self.example(index), part_graph=self.part_graph, seed=seed)
 
     def example(self, index: int) -> PartExample:
-        """Raises DataError naming file, record and field."""
+        """Return a part example with its image. Raises DataError that names file, record and field."""
         photograph = self._photographs[index]
-        outside = photograph.image_path.startswith(("/", "../"))  # which `locate` refuses
+        outside = photograph.image_path.startswith(("/", "../"))  # `locate` raises an error for it
         if photograph.searched and not outside and find_file(self.folder, [photograph.image_path]) is None:
             names = " nor ".join(map(repr, dict.fromkeys(map(posixpath.normpath, photograph.searched))))
             raise DataError(f"{photograph.where}, field 'file_name': there is no image {names} in {self.folder}")
@@ -199,7 +204,7 @@ class OwnParts:
         return example
 
     def annotation(self, index: int) -> PartExample:
-        """The example without its image, which is not looked at. Raises DataError naming file, record and field."""
+        """Return a part example without reading its image. Raises DataError that names file, record and field."""
         photograph = self._photographs[index]
         path, masks = photograph.image_path, []
         for part in sorted(photograph.segmentations):
@@ -278,7 +283,7 @@ class OwnParts:
         return [photograph for (id, _), photograph in photographs.items() if id not in incomplete]
 
     def _read_coco_image(self, path: Path, record: Any, *, split: str | None, where: str) -> _Photograph:
-        """The image of a record, wherever it lies in the folder; beside the file if it lies nowhere."""
+        """Return the image of a record, wherever it is in the folder; the path beside the file if it does not exist."""
         size = (typed(record, "height", int, where=where), typed(record, "width", int, where=where))
         file_name = typed(record, "file_name", str, where=where).replace("\\", "/")
         label = typed({"image_label": ""} | record, "image_label", str, where=where).strip()
