@@ -12,23 +12,22 @@
     load_dataset("partonomy", "pascal_part", data_dir=FOLDER)     # your copy of any of plum_partonomy/sources/
     load_dataset("partonomy", "pascal_part_questions", data_dir=FOLDER, scheme="balanced")    # all ten types
 
-What a folder must hold stands in docs/mixtures.md; `plum data validate NAME FOLDER` checks it.
-`streaming=True` and `num_proc` work as everywhere. Records depend neither on the number of processes nor on the order
-of the records in your files. `own_parts`, `descriptor`, `pascal_part`, `paco_lvis`, `partimagenet` and
-`partimagenet_pp` have questions, too.
+docs/mixtures.md lists the files of each folder; `plum data validate NAME FOLDER` checks a folder. `streaming=True` and
+`num_proc` are supported. Records depend neither on the number of processes nor on the order of the records in your
+files. `own_parts`, `descriptor`, `pascal_part`, `paco_lvis`, `partimagenet` and `partimagenet_pp` have `_questions`.
 
-Splits are those of the published files; of your own parts or a descriptor, about a tenth of the images, each drawn by
-its path, is for validation and a tenth for the test. The conversations and the questions of one folder have the same
-splits. `scheme` is how wrong choices are made ("official", the default, or "balanced"; see
-plum_partonomy/questions/distractors.py); they follow counts over all splits that the folder holds.
+Splits are those of the published files. For your own parts or a descriptor, about a tenth of the images, drawn by
+path, is validation and a tenth is test. Conversations and questions of one folder have the same splits. `scheme`
+selects the wrong choices ("official", the default, or "balanced"; see plum_partonomy/questions/distractors.py), from
+statistics over all splits of the folder. The choices of `core` are shuffled, seeded by the id of the record.
 
 A bad record raises `plum_partonomy.records.DataError`, or a DatasetGenerationError with it as its `__cause__`. With
-`on_error="report"` bad records are left out: `left_out(rows)` reads what errors.jsonl, beside the prepared data, says
-of each, and a warning and the description in `rows.info` say how many they are. A stream has no place for that file:
-there, every one of them is a warning. A file that was cut short is refused in any case: nothing can tell what it lost.
+`on_error="report"` bad records are skipped: `left_out(rows)` returns one sentence for each, read from errors.jsonl
+beside the prepared data, and a warning and the description in `rows.info` give their number. A stream has no such file
+and warns of each record. A truncated file always raises an error, because the lost records are unknown.
 
-Masks of `core` whose size is not that of their image are resized (nearest pixel), as by the authors' loader;
-`masks_resized(rows)` says how many they are, a warning says it too, and `on_error="refuse"` refuses them.
+Masks of `core` with another size than their image are resized (nearest neighbour), as in the authors' loader.
+`masks_resized(rows)` and a warning give their number; `on_error="refuse"` raises an error instead.
 """
 
 import hashlib
@@ -89,10 +88,12 @@ _logger = datasets.logging.get_logger(__name__)
 @dataclass
 class PartonomyConfig(datasets.BuilderConfig):
     """
+    Options of a configuration.
+
     Args:
-        scheme: how the wrong choices of questions about your files are made: "official" or "balanced".
-        on_error: "refuse" files with a bad record (the default), or "report": leave it out and say so. A mask of
-            `core` that has another size than its image is bad only under "refuse"; else it is resized and counted.
+        scheme: Scheme of wrong choices in questions about your files: "official" or "balanced".
+        on_error: "refuse" (the default) raises an error on a bad record, "report" skips and lists it. A mask of `core`
+            with another size than its image is an error only with "refuse"; otherwise it is resized and counted.
     """
 
     scheme: str | None = None
@@ -107,7 +108,7 @@ class PartonomyConfig(datasets.BuilderConfig):
         return self.name == "core" or self.name != self.source
 
     def check(self) -> None:
-        """Raises DataError for an option that is unknown or that the config has no use for."""
+        """Raise DataError for an option that is unknown or that the configuration does not use."""
         if self.scheme is not None and not (self.asks and self.source in PART_SOURCES):
             raise DataError(f'the config "{self.name}" makes no questions about your files: leave out scheme')
         if self.scheme not in (None, *SCHEMES):
@@ -121,8 +122,9 @@ def _config(name: str, description: str) -> PartonomyConfig:
 
 
 class Partonomy(datasets.GeneratorBasedBuilder):
-    """One builder for every source. `core` and names in `_questions` give questions, the others grounded
-    conversations, with the features of `plum_partonomy.records`."""
+    """One builder for all sources. `core` and names ending in `_questions` are questions, the others grounded
+    conversations, with the features of `plum_partonomy.features`.
+    """
 
     DEFAULT_CONFIG_NAME = "mini"
     BUILDER_CONFIG_CLASS = PartonomyConfig
@@ -132,10 +134,12 @@ class Partonomy(datasets.GeneratorBasedBuilder):
         _config("mini_questions", "Benchmark questions about the drawings of mini."),
         _config("mini_hard", "Harder drawings: 24 objects, two in an image, hidden and rare parts; conversations."),
         _config("mini_hard_questions", "Benchmark questions about the drawings of mini_hard."),
-        _config("core", f"The official release; data_dir holds {QUESTIONS_FILE} and images/."),
-        _config("own_parts", "Conversations about your own photographs; docs/own_data.md says what data_dir holds."),
-        _config("descriptor", f"Conversations about a raw data set; data_dir holds {DESCRIPTOR_FILE} and its images."),
-        *(_config(name, f"Conversations; docs/mixtures.md says what data_dir holds for {name}.") for name in SOURCES),
+        _config("core", f"The official release; data_dir contains {QUESTIONS_FILE} and images/."),
+        _config("own_parts", "Conversations about your own photographs; docs/own_data.md describes data_dir."),
+        _config(
+            "descriptor", f"Conversations about a raw data set; data_dir contains {DESCRIPTOR_FILE} and its images."
+        ),
+        *(_config(name, f"Conversations; docs/mixtures.md describes the data_dir of {name}.") for name in SOURCES),
         *(_config(f"{name}_questions", f"Benchmark questions; data_dir as for {name}.") for name in PART_SOURCES),
     ]
 
@@ -177,14 +181,14 @@ class Partonomy(datasets.GeneratorBasedBuilder):
         ]
 
     def _report(self, problems: list[DataError], *, streaming: bool) -> None:
-        self.info.description += f" {len(problems)} bad records were left out."
+        self.info.description += f" {len(problems)} bad records were skipped."
         if streaming:
             for problem in problems:
-                _logger.warning(f"left out: {problem}")
+                _logger.warning(f"skipped: {problem}")
             return
-        # a folder that becomes the cache folder once all is prepared
+        # this folder is renamed to the cache folder at the end
         write_problems(Path(self._output_dir, ERRORS_FILE), problems)
-        _logger.warning(f"{len(problems)} bad records were left out: see {Path(self.cache_dir, ERRORS_FILE)}")
+        _logger.warning(f"{len(problems)} bad records were skipped: see {Path(self.cache_dir, ERRORS_FILE)}")
 
     def _generate_examples(
         self, split: str, shards: Shards | None, knowledge: PartKnowledge | None
@@ -202,12 +206,12 @@ class Partonomy(datasets.GeneratorBasedBuilder):
             self._note_resized(sum(resized))
 
     def _core_questions(self, on_error: OnError, *, resized: list[int]) -> Iterator[Question]:
-        """The questions of `core`; `resized` gets the number of masks of each record that were resized."""
+        """Yield the questions of `core`; appends the number of resized masks of each record to `resized`."""
         on_resize = None if self.config.on_error == "refuse" else resized.append
         return read_questions(self._data_dir(), on_error=on_error, on_resize=on_resize)
 
     def _note_resized(self, count: int) -> None:
-        _logger.warning(f"{count} masks had another size than their image and were resized")
+        _logger.warning(f"{count} masks differed in size from their image and were resized")
         if not self._streaming:
             write_whole(Path(self._output_dir, RESIZED_FILE), [json.dumps({"masks_resized": count}), "\n"])
 
@@ -240,7 +244,9 @@ class Partonomy(datasets.GeneratorBasedBuilder):
                 yield converse_about_drawing(self.config.name, split, index)
 
     def as_dataset(self, split: Any = None, in_memory: bool = False) -> datasets.Dataset | datasets.DatasetDict:
-        """As every builder; raises DataError for a split without a record, which `datasets` has no table for."""
+        """Return the data set as every builder does. Raises DataError for a split without records, which `datasets`
+        cannot load.
+        """
         empty = [name for name, info in self.info.splits.items() if not info.num_examples]
         asked = empty if split is None else [name for name in empty if str(split) == name]
         if asked:
@@ -263,26 +269,26 @@ class Partonomy(datasets.GeneratorBasedBuilder):
 
 
 def left_out(rows: datasets.Dataset) -> list[str]:
-    """One sentence for each record that `on_error="report"` left out of a split as it was loaded."""
+    """Return one sentence for each record of a loaded split that `on_error="report"` skipped."""
     path = _beside(rows, ERRORS_FILE)
     return [] if path is None else read_problems(path)
 
 
 def masks_resized(rows: datasets.Dataset) -> int:
-    """How many masks of a split, as it was loaded, had another size than their image and were resized to it."""
+    """Return the number of masks of a loaded split that were resized to their image."""
     path = _beside(rows, RESIZED_FILE)
     return 0 if path is None else json.loads(path.read_text())["masks_resized"]
 
 
 def _beside(rows: datasets.Dataset, name: str) -> Path | None:
-    """A file that was written beside the prepared data of a split, if there is one."""
+    """Return a file beside the prepared data of a split, if it exists."""
     path = Path(rows.cache_files[0]["filename"]).parent / name if rows.cache_files else None
     return path if path is not None and path.is_file() else None
 
 
 @lru_cache(maxsize=32)
 def _opened(name: str, folder: Path, split: str, *, state: str) -> Opened:
-    """A split, read once however many shards of it are; `state` changes with the files.
+    """Return an open split, read once for all its shards; `state` changes with the files.
 
     Bad records were refused or reported when the splits were made.
     """
@@ -290,11 +296,11 @@ def _opened(name: str, folder: Path, split: str, *, state: str) -> Opened:
 
 
 def _ignore(error: DataError) -> None:
-    """For what was refused or reported before."""
+    """Ignore an error that was raised or reported before."""
 
 
 def converse_about_drawing(name: str, split: str, index: int) -> GroundedConversation:
-    """The conversation about one drawing of a configuration of drawings; an index may lie beyond the stored split."""
+    """Return the conversation about one drawing of a configuration; the index may exceed the stored split."""
     example = _drawn(name, split, index)
     if name == "mini_instances":
         return converse_about_instances(example, seed=SEED)
@@ -311,7 +317,7 @@ def _drawn(name: str, split: str, index: int) -> PartExample:
 
 
 def _shards(indices: list[int]) -> Shards:
-    """What `num_proc` shares out."""
+    """Return the shards for `num_proc`."""
     return [indices[start : start + EXAMPLES_PER_SHARD] for start in range(0, len(indices), EXAMPLES_PER_SHARD)]
 
 
@@ -323,7 +329,7 @@ _RECORD_PATHS = {QUESTIONS_FILE, DESCRIPTOR_FILE}.union(*(kind.record_paths() fo
 
 
 def _records_state(folder: Path) -> str:
-    """Changes whenever a file does that a source would read records from: its name, size or time."""
+    """Return a text that changes with the name, size or time of any file with records of a source."""
     paths = [folder / name for name in _RECORD_PATHS]
     within = [path for name in paths if name.is_dir() for path in name.iterdir() if path.suffix in (".png", ".json")]
     files = {*paths, *within, *record_files(folder)}
@@ -332,10 +338,10 @@ def _records_state(folder: Path) -> str:
 
 
 class _ModuleFactory(datasets.load.PackagedDatasetModuleFactory):
-    """Finds the builder without searching for data files; the cache depends on the records that data_dir holds.
+    """Finds the builder without searching for data files; the cache key depends on the records in data_dir.
 
-    For a packaged module `datasets` globs the whole working directory (or data_dir) and makes what it finds part of
-    the cache key: slow in a large folder, an error in an empty one, and a rebuild whenever an unrelated file changes.
+    For a packaged module `datasets` globs the whole working directory (or data_dir) and adds the result to the cache
+    key: slow in a large folder, an error in an empty one, and a rebuild whenever an unrelated file changes.
     """
 
     def get_module(self) -> datasets.load.DatasetModule:
@@ -351,7 +357,7 @@ class _ModuleFactory(datasets.load.PackagedDatasetModuleFactory):
 
 
 def source_files() -> list[Path]:
-    """The code that makes the records: readers, drawings and questions, and what these are built of."""
+    """Return the code files that determine the records: readers, drawings, questions and what they use."""
     library = Path(plum_partonomy.__file__).parent
     built_of = [library / f"{name}.py" for name in ("records", "features", "masks", "images", "seeding", "files")]
     made_by = [path for room in ("sources", "drawn", "questions") for path in (library / room).rglob("*.py")]
@@ -359,7 +365,7 @@ def source_files() -> list[Path]:
 
 
 def _source_hash() -> str:
-    """Changes whenever the code that makes the records does, so that no stale cache is served."""
+    """Return a hash of the code that determines the records, so that no outdated cache is used."""
     return hashlib.sha256(b"".join(path.read_bytes() for path in source_files())).hexdigest()
 
 

@@ -7,9 +7,9 @@
     plum train recipes/NAME.yaml --output_dir DIR ...             # train.py with its options
     plum data validate [SOURCE] FOLDER                            # and stats, preview
 
-IMAGE is a file, or - for the standard input. Answers go to the standard output and are plain text unless that is a
-terminal; problems go to the standard error, one sentence each. Exit codes: 0 done, 1 the input cannot be used,
-2 wrong usage, 3 the model cannot be loaded, 130 interrupted.
+IMAGE is a file, or - for standard input. Answers go to standard output, as plain text unless it is a terminal. Errors
+go to standard error, one sentence each. Exit codes: 0 success, 1 the input cannot be used, 2 wrong usage, 3 the model
+cannot be loaded, 130 interrupted.
 """
 
 import os
@@ -21,14 +21,14 @@ BAD_INPUT, NO_MODEL, INTERRUPTED = 1, 3, 130
 
 def main(arguments: list[str] | None = None) -> int:
     """
-    Runs one command and returns its exit code. Whatever takes time to import is imported in here, so that Ctrl-C is
-    obeyed from the beginning.
+    Run one command and return its exit code. Slow imports are inside the functions, so that Ctrl-C works from the
+    start.
     """
     if arguments is None:
         signal.signal(signal.SIGINT, _interrupt)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # a terminal may lack the letters of an answer
+            stream.reconfigure(errors="backslashreplace")  # a terminal may not support the characters of an answer
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         try:
@@ -36,11 +36,11 @@ def main(arguments: list[str] | None = None) -> int:
 
             return run(arguments)
         finally:
-            if sys.stdout is not None:  # closed by whoever started this
+            if sys.stdout is not None:  # closed by the parent process
                 sys.stdout.flush()
     except KeyboardInterrupt:
         return INTERRUPTED
-    except BrokenPipeError:  # the reader has seen enough
+    except BrokenPipeError:  # the reader closed the pipe
         return 0
     except OSError as error:
         print(f"plum: {error.filename}: {error.strerror}" if error.filename else f"plum: {error}", file=sys.stderr)
@@ -51,17 +51,17 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _interrupt(number: int, frame: object) -> None:
     """
-    Ends the process at once. As an exception, Ctrl-C is reported or swallowed by what it happens to meet: imports,
-    callbacks and threads. Files are written so that a process may be killed at any moment.
+    End the process at once. As an exception, Ctrl-C would be reported or swallowed by imports, callbacks and
+    threads. Files are written so that a process may be killed at any time.
     """
     os._exit(INTERRUPTED)
 
 
 def _discard_unwritable() -> None:
-    """What could not be written is not tried once more, with another complaint, when Python closes the output."""
+    """Discard unwritten output, so that Python does not try and fail to write it again on exit."""
     for stream in (sys.stdout, sys.stderr):
         try:
-            if stream is not None:  # closed by whoever started this
+            if stream is not None:  # closed by the parent process
                 stream.flush()
         except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

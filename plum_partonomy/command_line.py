@@ -1,6 +1,6 @@
 """
-What commands share: options with the nearest known one in the message, and expected errors as one sentence, without a
-traceback. Imports neither torch nor transformers, so that a mistake is named at once.
+Options and errors of all commands: an unknown option suggests the nearest known one, and an expected error is one
+sentence without a traceback. Imports neither torch nor transformers, so that errors appear at once.
 """
 
 import argparse
@@ -17,12 +17,12 @@ from plum_partonomy.masks import DataError
 
 WRONG_USE, INTERRUPTED = 2, 130
 LAUNCHER_SECONDS = 60
-"""Longest time that the launcher of a process is waited for."""
+"""Maximum time to wait for the launcher of a process."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """
-    A half sentence that names the known word that is most like a word; empty if none is like it.
+    Return a clause with the known word that is most similar to a word; empty if none is similar.
 
     >>> nearest("--max_stepz", ["--max_steps", "--save_steps"])
     '; did you mean --max_steps?'
@@ -33,9 +33,10 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 class Options(argparse.ArgumentParser):
     """
-    A parser that names an unknown option and the nearest known one, before it misses others, in one sentence.
+    A parser whose error names the first unknown option and the nearest known one, before it reports missing
+    options.
 
-    `knows_all` is set to False for a command that hands its options on to another.
+    Set `knows_all` to False for a command that passes its options on to another.
     """
 
     knows_all = True
@@ -50,18 +51,18 @@ class Options(argparse.ArgumentParser):
         return super().parse_known_args(words, namespace)
 
     def error(self, message: str):
-        """Ends the command with the sentence alone; all options are in --help."""
+        """End the command with one sentence; --help lists all options."""
         ending = "" if message.endswith((".", "?")) else "."
         end(self.prog, f"{message}{ending}", WRONG_USE)
 
 
 def run_command(name: str, main: Callable[[], None], options: Sequence[str] = ()) -> None:
     """
-    Runs a command. What a person can mend becomes one sentence on the standard error and exit status 2; whatever else
-    is raised is a fault of the program and keeps its traceback.
+    Run a command. An error that the user can fix becomes one sentence on standard error and exit status 2. Any
+    other exception is a bug and keeps its traceback.
 
     Args:
-        name: Of the command, before the sentence.
+        name: Name of the command, printed before the sentence.
         options: Names of its options. An argument of that name in the sentence becomes the option.
     """
     try:
@@ -74,7 +75,7 @@ def run_command(name: str, main: Callable[[], None], options: Sequence[str] = ()
         if error.name is None or error.name.partition(".")[0] == "plum_partonomy":
             raise
         end(name, f"this needs the package {error.name}: pip install {error.name.partition('.')[0]}.", WRONG_USE)
-    except OSError as error:  # such as a folder that cannot be written or a disk without room
+    except OSError as error:  # such as a folder without write permission or a full disk
         place = f"{error.filename}: " if error.filename else ""
         end(name, f"{place}{error.strerror or error}.", WRONG_USE)
     except RuntimeError as error:
@@ -86,7 +87,7 @@ def run_command(name: str, main: Callable[[], None], options: Sequence[str] = ()
 
 
 def check_writable(folder: str | Path) -> None:
-    """Raises DataError unless a folder can be made or written; makes nothing."""
+    """Raise DataError unless a folder can be created or written; creates nothing."""
     found = Path(folder)
     while not found.exists() and found != found.parent:
         found = found.parent
@@ -98,7 +99,7 @@ def check_writable(folder: str | Path) -> None:
 
 def as_options(message: str, names: Iterable[str]) -> str:
     """
-    The message with the arguments of these names as options of a command line.
+    Return the message with arguments of these names written as command-line options.
 
     >>> as_options("Pass data_dir=FOLDER; max_spans is 0.", ["data_dir", "max_spans", "name"])
     'Pass --data_dir FOLDER; --max_spans is 0.'
@@ -112,7 +113,9 @@ def as_options(message: str, names: Iterable[str]) -> str:
 
 
 def end(name: str, sentence: str, status: int) -> None:
-    """Ends the process with a sentence on the standard error, the last one also under a launcher that adds its own."""
+    """End the process with a sentence on standard error, which is the last line also under a launcher with its own
+    output.
+    """
     line = f"{Path(name).name}: {' '.join(sentence.split())}\n"
     sys.stderr.write(line)
     sys.stderr.flush()
@@ -123,7 +126,7 @@ def end(name: str, sentence: str, status: int) -> None:
 
 
 def _repeat_after_launcher(line: str) -> None:
-    """Writes the line once more after the launcher, which reports the exit status of a process with a traceback."""
+    """Write the line again after the launcher, which reports the exit status of a process with a traceback."""
     launcher = os.getppid()
     if os.fork():
         return
@@ -139,7 +142,7 @@ def _repeat_after_launcher(line: str) -> None:
 
 
 def _lives(process: int) -> bool:
-    """Whether a process has not ended; one that nobody has waited for yet has."""
+    """Return whether a process is running; a zombie has ended."""
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:

@@ -1,4 +1,4 @@
-"""The types that records of schema.py are stored with; apart from them, as `datasets` takes long to import."""
+"""Storage types of the records of records.py, in a separate module because importing `datasets` is slow."""
 
 from datasets import Features, Image, List, Value
 

@@ -1,4 +1,4 @@
-"""The images of stored records, read as everywhere else by `inputs_plum.py`."""
+"""Read the images of stored records with `inputs_plum.py`."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +15,12 @@ __all__ = ["MAX_ASPECT_RATIO", "check_shape", "open_image", "read_image", "to_rg
 
 
 def read_image(source: Any, *, where: str) -> Image.Image:
-    """As `inputs_plum.read_image`, and what `datasets` streams from elsewhere, a path such as `hf://...` or `zip://...`."""
+    """Return the image as `inputs_plum.read_image` does, and read paths that `datasets` streams (`hf://...`,
+    `zip://...`).
+    """
     path = source["path"] if isinstance(source, dict) and source.get("bytes") is None else None
     if isinstance(path, str) and "://" in path and not path.startswith(("http://", "https://")):
-        from datasets.utils.file_utils import xopen  # takes long to import; most images come without it
+        from datasets.utils.file_utils import xopen  # slow to import, and rarely needed
 
         try:
             with xopen(path, "rb") as file:
@@ -31,8 +33,8 @@ def read_image(source: Any, *, where: str) -> Image.Image:
 def undecoded(
     records: "datasets.Dataset | datasets.IterableDataset",
 ) -> "datasets.Dataset | datasets.IterableDataset":
-    """The records with images as they are stored, for `read_image`; `datasets` opens any format that Pillow knows."""
-    import datasets  # takes long to import; whoever has records has it already
+    """Return the records with images as stored, for `read_image`; `datasets` would open any format known to Pillow."""
+    import datasets  # slow to import; already imported where records exist
 
     if isinstance((records.features or {}).get("image"), datasets.Image):
         return records.cast_column("image", datasets.Image(decode=False))

@@ -1,7 +1,6 @@
-"""Run-length encoded masks of the toolkit: encoding, and what is computed of them.
+"""Encode masks as run lengths (RLE), and compute areas, unions and resized masks.
 
-An RLE is `{"size": [height, width], "counts": str}`. Untrusted ones, and polygons, are checked and decoded by
-`inputs_plum.py`, as everywhere else.
+An RLE is `{"size": [height, width], "counts": str}`. `inputs_plum.py` checks and decodes untrusted RLEs and polygons.
 """
 
 import numpy as np
@@ -27,7 +26,7 @@ __all__ = [
 
 
 def encode(mask: np.ndarray) -> RLE:
-    """Encodes a boolean mask of shape (height, width)."""
+    """Return the RLE of a boolean mask of shape (height, width)."""
     if mask.ndim != 2 or mask.dtype != bool:
         raise ValueError(f"expected a boolean mask of shape (height, width), found {mask.dtype} of shape {mask.shape}")
     rle = coco.encode(np.asfortranarray(mask, dtype=np.uint8))
@@ -35,7 +34,7 @@ def encode(mask: np.ndarray) -> RLE:
 
 
 def resize(rle: RLE, size: Size) -> RLE:
-    """A valid RLE stretched to (height, width); each pixel takes the value of the nearest one."""
+    """Return a valid RLE resized to (height, width), by nearest neighbour."""
     if tuple(rle["size"]) == tuple(size):
         return rle
     height, width = size
@@ -44,12 +43,12 @@ def resize(rle: RLE, size: Size) -> RLE:
 
 
 def area(rle: RLE) -> int:
-    """Foreground pixels of a valid RLE."""
+    """Return the number of foreground pixels of a valid RLE."""
     return int(coco.area(_as_bytes(rle)))
 
 
 def union(rles: list[RLE]) -> RLE:
-    """The union of valid RLEs of one size."""
+    """Return the union of valid RLEs of one size."""
     sizes = {tuple(rle["size"]) for rle in rles}
     if len(sizes) != 1:
         raise ValueError(f"a union needs masks of one size, found {sorted(sizes)}")

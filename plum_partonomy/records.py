@@ -1,11 +1,11 @@
-"""The records every source is turned into, as dataclasses; features.py holds the types they are stored with.
+"""Records of all sources, as dataclasses; features.py defines their storage types.
 
     source files --> PartExample --> GroundedConversation   (training)
                                \\--> Question               (benchmark)
 
-In a conversation the phrases of the assistant that name something visible stand in span tags, `<p>left wing</p>`; the
-i-th tag of the whole conversation is grounded by `masks[i]`. A literal tag in a text has a backslash before it.
-An image is whatever `datasets.Image` encodes: a PIL image or `{"bytes": ..., "path": ...}`.
+In a conversation, phrases of the assistant that name something visible are in span tags, `<p>left wing</p>`;
+`masks[i]` belongs to the i-th tag of the whole conversation. A literal tag in a text has a backslash before it. An
+image is anything that `datasets.Image` encodes: a PIL image or `{"bytes": ..., "path": ...}`.
 """
 
 import dataclasses
@@ -46,10 +46,10 @@ QUESTION_TYPES = (
     "part_to_whole",
 )
 TWO_STEP_TYPES = ("whole_to_part", "part_to_whole")
-"""Question types that ask for the object too; only these fill the `object_` fields."""
+"""Question types that also ask for the object; only these have the `object_` fields."""
 
 UNNAMED_OBJECT = "object"
-"""The label of an object that nobody has named."""
+"""Label of an object without a name."""
 
 _JOINED_TAGS = re.compile(r"(?<!\\)</p><p>")
 _LITERAL_TAG = re.compile(r"</?p>")
@@ -57,12 +57,12 @@ _SPECIAL_TOKEN = re.compile(
     r"<image>|</?s>|<unk>|<pad>|<mask>|<[be]os>|<(?:start|end)_of_[a-z]+>|<[|\uff5c][^<>\s]{1,40}[|\uff5c]>"
     r"|\[SEG\]|\[/?INST\]"
 )
-"""What tokenizers of vision-language models take for a token of their own wherever it stands in a text."""
+"""Special tokens of vision-language models, which their tokenizers recognise anywhere in a text."""
 
 
 @dataclass
 class PartMask:
-    """A part name and its visible pixels: RLE in the frame of the image."""
+    """A part name and the RLE of its visible pixels, at the size of the image."""
 
     label: str
     rle: RLE
@@ -72,7 +72,7 @@ class PartMask:
 class PartExample:
     """An image of one object and the masks of its visible parts.
 
-    A label occurs once, except where a source keeps instances apart.
+    A label occurs once, except in sources with separate instances.
     """
 
     image: Any
@@ -85,9 +85,13 @@ class PartExample:
 
 @dataclass
 class GroundedConversation:
-    """A training record: `messages` of {"role", "content"}, and one mask per span tag in order of appearance.
+    """A training record.
 
-    `masks` are None where answers name what is visible without tagging it, so that nothing is to be learnt about tags.
+    Attributes:
+        image: None for a conversation without an image.
+        messages: {"role", "content"} of alternating users and assistants.
+        masks: One mask per span tag, in order of appearance. None if the answers have no tags although they name
+            visible things, so the record gives no supervision of tags.
     """
 
     id: str
@@ -100,16 +104,20 @@ class GroundedConversation:
     licence: str
 
     def validate(self, *, where: str) -> None:
-        """Raises DataError as [`check_turns`] does."""
+        """Raise DataError as [`check_turns`] does."""
         check_turns(self.messages, len(self.masks or []), where=where)
 
 
 @dataclass
 class Question:
-    """A multiple-choice benchmark record. `masks` holds all visible parts of the image, not only those of the answer.
+    """A multiple-choice benchmark record.
 
-    `correct` and `object_correct` are indices into `choices` and `object_choices`; the `object_` fields are None
-    except for the types `whole_to_part` and `part_to_whole`.
+    Attributes:
+        correct, object_correct: Indices into `choices` and `object_choices`.
+        choice_parts: The parts that each choice names.
+        masks: All visible parts of the image, not only those of the answer.
+        object_question, object_choices, object_classes, object_correct: None except for the types `whole_to_part` and
+            `part_to_whole`.
     """
 
     id: str
@@ -131,14 +139,16 @@ class Question:
 
     @property
     def photograph(self) -> str:
-        """The image of the question without its object: the same for all objects that one photograph shows.
+        """The image id without the object: the same for all objects in one photograph.
 
-        Sources that make an example of each object of an image add its label to the id, "0.png#car".
+        Sources with an example for each object of an image append its label to the id, "0.png#car".
         """
         return re.sub(rf"(?<=.)[#-]{re.escape(self.image_label)}$", "", self.image_id)
 
     def validate(self, *, where: str) -> None:
-        """Raises DataError, naming the field, unless exactly one of several different choices is right and masked."""
+        """Raise DataError that names the field, unless the choices differ and the correct one has masks for all its
+        parts.
+        """
         if self.question_type not in QUESTION_TYPES:
             known = ", ".join(QUESTION_TYPES)
             raise DataError(f"{where}, field 'question_type': unknown type {self.question_type!r}; known are {known}")
@@ -175,7 +185,7 @@ class Question:
 
 
 def check_turns(messages: list[dict[str, str]], masks: int, *, where: str) -> None:
-    """Raises DataError unless questions and answers alternate, tags pair up, and there is a mask for each tag."""
+    """Raise DataError unless questions and answers alternate, tags pair up, and each tag has a mask."""
     if not messages:
         raise DataError(f"{where}, field 'messages': the conversation is empty")
     tags = 0
@@ -200,14 +210,14 @@ def check_turns(messages: list[dict[str, str]], masks: int, *, where: str) -> No
 
 
 def as_row(record: GroundedConversation | Question) -> dict[str, Any]:
-    """The record as plain dictionaries and lists, for `datasets`; the image is passed on as it is."""
+    """Return the record as plain dictionaries and lists for `datasets`, with the image unchanged."""
     row = {item.name: getattr(record, item.name) for item in dataclasses.fields(record)}
     row["masks"] = record.masks and [{"label": mask.label, "rle": mask.rle} for mask in record.masks]
     return row
 
 
 def check_plain(text: str, *, where: str) -> None:
-    """Raises DataError if a text holds what models take for a special token, such as the end of an answer."""
+    """Raise DataError if a text contains a special token of models, such as the end of an answer."""
     if found := _SPECIAL_TOKEN.search(text):
         raise DataError(
             f"{where}: the text holds {found[0]!r}, which models take for a token of their own, not for words; write "
@@ -216,7 +226,7 @@ def check_plain(text: str, *, where: str) -> None:
 
 
 def defuse(text: str) -> str:
-    """A foreign text in which nothing is taken for a special token.
+    """Return the text with a blank inside each special token, so that no tokenizer recognises it.
 
     >>> defuse("an <image> tag, </s>")
     'an <image > tag, </s >'
@@ -225,12 +235,12 @@ def defuse(text: str) -> str:
 
 
 def escape_tags(text: str) -> str:
-    """Writes literal span tags of a foreign text, such as a label, with a backslash."""
+    """Return the text, such as a label, with a backslash before literal span tags."""
     return _LITERAL_TAG.sub(lambda match: "\\" + match.group(), text)
 
 
 def tagged_phrases(text: str, *, where: str = "text") -> list[str]:
-    """The phrases between span tags, in order. Raises DataError on unbalanced, nested or empty tags."""
+    """Return the phrases between span tags, in order. Raises DataError on unbalanced, nested or empty tags."""
     try:
         plain, spans = parse_span_tags(text)
     except ValueError as error:
@@ -249,7 +259,7 @@ def _check_choices(choices: list[str], *, correct: int, where: str, field: str) 
 
 
 def as_chat(messages: list[dict], image: Any) -> list[dict]:
-    """The messages as a chat with the image, unless it is None, in front of the first; `messages` stay as they are."""
+    """Return a copy of the messages with the image, unless it is None, before the text of the first."""
     chat = [dict(message) for message in messages]
     if image is not None:
         chat[0]["content"] = [{"type": "image", "image": image}, {"type": "text", "text": chat[0]["content"]}]

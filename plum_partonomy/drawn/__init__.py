@@ -1,1 +1,1 @@
-"""The drawn miniature: objects with parts, drawn with exact masks."""
+"""Drawn miniatures: objects with parts and exact masks."""

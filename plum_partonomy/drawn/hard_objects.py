@@ -1,6 +1,6 @@
-"""What `mini_hard` draws: the objects of the miniature and twelve more, each list of parts from back to front.
+"""The objects of `mini_hard`: those of the miniature and twelve more, each a list of parts from back to front.
 
-Coordinates are as in `plum_partonomy.drawn.objects`. Rare parts are drawn about every seventh time.
+Coordinates are as in `plum_partonomy.drawn.objects`. Rare parts are drawn in about one of seven pictures.
 """
 
 from plum_partonomy.drawn.objects import COLOURS as MINI_COLOURS

@@ -1,11 +1,11 @@
-"""The drawn miniature: pictures of objects with optional parts, and pixel-exact masks of what is visible.
+"""Draw pictures of objects with optional parts, and exact masks of the visible parts.
 
     seed, split, index --> class, parts present, pose, colours --> RGB canvas + id canvas --> image, visible masks
 
-Every picture depends on nothing but (seed, split, index), so splits never share one and any range of indices can be
-drawn in any order or process. Both canvases are drawn SUPERSAMPLING times larger: the image is averaged down, while a
-mask pixel belongs to the part that covers its centre. An occluder in front may hide bits of the object; a part of
-which fewer than MIN_VISIBLE_PIXELS stay visible is redrawn elsewhere or left out, never left in unannotated.
+Each picture depends only on (seed, split, index), so splits share no picture and any range of indices can be drawn in
+any order or process. Both canvases are SUPERSAMPLING times larger. The image is averaged down; a mask pixel belongs to
+the part that covers its centre. An occluder may hide some of the object. A part with fewer than MIN_VISIBLE_PIXELS
+visible pixels is drawn again elsewhere or removed; no part is drawn without an annotation.
 """
 
 import colorsys
@@ -36,17 +36,17 @@ _POSES_PER_PART_SET = 8
 @dataclass(frozen=True)
 class Scene:
     """
-    How the pictures of a set are drawn. Lengths are in pixels of the image; ranges are (lowest, highest).
+    How the pictures of a set are drawn. Lengths are in image pixels; ranges are (lowest, highest).
 
     Attributes:
-        families: family -> label -> parts from back to front.
-        image_size: side of the square image.
-        min_visible_pixels: a part of which fewer are visible is left out.
-        scale: half the extent of the object, as a share of half the image.
-        rotation: largest rotation in degrees.
-        occluded: share of the pictures with something in front of the object.
-        occluders: how many things, `occluder_radius` how large.
-        second_object: whether a smaller object of another kind, which belongs to no part, is drawn beside it.
+        families: Family -> label -> parts from back to front.
+        image_size: Side of the square image.
+        min_visible_pixels: Minimum number of visible pixels of a part.
+        scale: Half the extent of the object, as a share of half the image.
+        rotation: Maximum rotation in degrees.
+        occluded: Share of the pictures with an occluder in front of the object.
+        occluders: Number of occluders, of radius `occluder_radius`.
+        second_object: Whether a smaller object of another kind, which belongs to no part, is drawn beside it.
     """
 
     name: str
@@ -88,7 +88,7 @@ HARD = Scene(
 
 @dataclass
 class Drawing:
-    """An RGB image and, per instance drawn, its part name and visible mask: bool `(image_size, image_size)`."""
+    """An RGB image and, for each drawn instance, its part name and visible mask: bool `(image_size, image_size)`."""
 
     image: Image.Image
     names: list[str]
@@ -96,34 +96,34 @@ class Drawing:
 
 
 def part_graph(scene: Scene = MINI) -> dict[str, list[str]]:
-    """All parts an object of each label can have, sorted."""
+    """Return all parts that an object of each label can have, sorted."""
     return {label: sorted(part.name for part in parts) for label, parts in scene.objects.items()}
 
 
 def required_parts(scene: Scene = MINI) -> dict[str, list[str]]:
-    """The parts every object of each label has, sorted."""
+    """Return the parts that every object of each label has, sorted."""
     return {label: sorted(part.name for part in parts if part.required) for label, parts in scene.objects.items()}
 
 
 def presence(scene: Scene = MINI) -> dict[str, dict[str, float]]:
-    """Share of the drawings of each label that have each part, before anything hides it."""
+    """Return the share of the drawings of each label that have each part, before occlusion."""
     return {label: {part.name: part.presence for part in parts} for label, parts in scene.objects.items()}
 
 
 def instance_graph(scene: Scene = MINI) -> dict[str, list[str]]:
-    """The labels of each family."""
+    """Return the labels of each family."""
     return {family: list(objects) for family, objects in scene.families.items()}
 
 
 def encode_image(image: Image.Image) -> dict[str, Any]:
-    """The image as `datasets.Image` stores it. Lossy, so whoever compares pixels must compare decoded ones."""
+    """Return the image as stored by `datasets.Image`. The encoding is lossy, so compare decoded images only."""
     buffer = io.BytesIO()
     image.save(buffer, format="WEBP", quality=WEBP_QUALITY)
     return {"bytes": buffer.getvalue(), "path": None}
 
 
 def draw_example(split: str, index: int, *, scene: Scene = MINI, seed: int = DEFAULT_SEED) -> PartExample:
-    """Draws one object; each visible part is one mask, its instances united. Parts are sorted by name."""
+    """Draw one object. Each visible part has one mask, the union of its instances. Parts are sorted by name."""
     rng = seeded_generator(seed, scene.name, split, index)
     label = _draw_label(index, scene)
     drawing = _draw(label, _draw_parts(label, scene, rng), scene, rng)
@@ -135,9 +135,9 @@ def draw_example(split: str, index: int, *, scene: Scene = MINI, seed: int = DEF
 
 
 def draw_instances_example(split: str, index: int, *, seed: int = DEFAULT_SEED) -> PartExample:
-    """Draws one object with parts that occur several times; each instance is a mask of its own, so labels repeat.
+    """Draw one object with parts that occur several times. Each instance has a separate mask, so labels repeat.
 
-    Two to all instances of such a part are drawn, each visible and apart from the others.
+    Two to all instances of such a part are drawn, each visible and separate from the others.
     """
     rng = seeded_generator(seed, "mini_instances", split, index)
     label = _draw_label(index, MINI)
@@ -152,12 +152,12 @@ def draw_instances_example(split: str, index: int, *, seed: int = DEFAULT_SEED) 
 
 
 def _draw_label(index: int, scene: Scene) -> str:
-    """Labels take turns, so that every split is balanced."""
+    """Return the label of an index; labels alternate, so every split is balanced."""
     return list(scene.objects)[index % len(scene.objects)]
 
 
 def _draw_parts(label: str, scene: Scene, rng: np.random.Generator, *, some_instances: bool = False) -> list[Part]:
-    """The parts of one drawing; with `some_instances` two to all instances of those that occur several times."""
+    """Return the parts of one drawing; `some_instances` keeps two to all instances of repeated parts."""
     drawn = []
     for part in scene.objects[label]:
         if part.required or rng.random() < part.presence:
@@ -176,9 +176,10 @@ def _with_some_instances(part: Part, rng: np.random.Generator) -> Part:
 def _draw(
     label: str, parts: list[Part], scene: Scene, rng: np.random.Generator, *, each_instance: bool = False
 ) -> Drawing:
-    """Draws the parts in new poses until each is visible; parts that stay hidden in every pose are left out.
+    """Draw the parts in new poses until each is visible; parts that stay hidden in every pose are removed.
 
-    A part is visible if one instance is, or with `each_instance` if all of them are and none touches another.
+    A part is visible if one instance is. With `each_instance`, all instances must be visible and none may touch
+    another.
     """
 
     def is_visible(name: str) -> bool:
@@ -236,7 +237,7 @@ def _draw_once(label: str, parts: list[Part], scene: Scene, rng: np.random.Gener
 def _draw_second_object(
     pens: tuple[ImageDraw.ImageDraw, ...], label: str, scene: Scene, rng: np.random.Generator
 ) -> None:
-    """A smaller object of another kind near a corner; it belongs to no part, and hides what is behind it."""
+    """Draw a smaller object of another kind near a corner. It belongs to no part and hides what is behind it."""
     others = [other for other in scene.objects if other != label]
     half = scene.canvas / 2
     frame = _random_frame(scene, rng)
@@ -250,7 +251,7 @@ def _draw_second_object(
 
 
 def _random_frame(scene: Scene, rng: np.random.Generator) -> np.ndarray:
-    """An affine map from object to canvas coordinates: rows are the images of x and y, and the translation."""
+    """Return an affine map from object to canvas coordinates: the images of x and y, and the translation, as rows."""
     half = scene.canvas / 2
     scale = half * rng.uniform(*scene.scale)
     angle = math.radians(rng.uniform(-scene.rotation, scene.rotation))
@@ -263,7 +264,7 @@ def _random_frame(scene: Scene, rng: np.random.Generator) -> np.ndarray:
 
 
 def _jitter(part: Part, rng: np.random.Generator) -> list[list[tuple[np.ndarray, float]]]:
-    """Per instance the points (N, 2) and shade of each shape, the part as a whole slightly moved and resized."""
+    """Return, per instance, the points (N, 2) and shade of each shape, with the part slightly moved and resized."""
     centre = np.mean([point for instance in part.instances for shape in instance for point in shape.points], axis=0)
     stretch = rng.uniform(0.93, 1.08, 2)
     offset = centre * (1 - stretch) + rng.uniform(-0.025, 0.025, 2)
@@ -279,7 +280,7 @@ def _part_colour(part: Part, scene: Scene, rng: np.random.Generator) -> np.ndarr
 
 
 def _fill(pens: tuple[ImageDraw.ImageDraw, ...], points: np.ndarray, colour: np.ndarray, number: int) -> None:
-    """Fills an outlined polygon on both canvases; the outline belongs to the shape."""
+    """Fill an outlined polygon on both canvases; the outline belongs to the shape."""
     corners = points.ravel().tolist()
     closed = corners + corners[:4]
     for pen, fill, outline in zip(pens, (_rgb(colour), number), (_rgb(colour * 0.55), number), strict=True):
@@ -288,7 +289,7 @@ def _fill(pens: tuple[ImageDraw.ImageDraw, ...], points: np.ndarray, colour: np.
 
 
 def _background(scene: Scene, rng: np.random.Generator) -> Image.Image:
-    """A muted gradient with a few faint shapes, all of it behind the object."""
+    """Return a muted gradient with a few faint shapes."""
     corners = rng.uniform(90, 215) + rng.normal(0, 14, (2, 2, 3))
     canvas = Image.fromarray(corners.clip(0, 255).astype(np.uint8)).resize(
         (scene.canvas, scene.canvas), Image.Resampling.BILINEAR
@@ -302,14 +303,14 @@ def _background(scene: Scene, rng: np.random.Generator) -> Image.Image:
 
 
 def _occlude(pens: tuple[ImageDraw.ImageDraw, ...], scene: Scene, rng: np.random.Generator) -> None:
-    """A small leaf-like shape in front of the object; it belongs to no part."""
+    """Draw a small leaf-like shape in front of the object; it belongs to no part."""
     corners = _blob(scene, rng, radius=rng.uniform(*scene.occluder_radius))
     pens[0].polygon(corners, fill=_rgb(np.array([70, 105, 60]) * rng.uniform(0.7, 1.3)))
     pens[1].polygon(corners, fill=0)
 
 
 def _blob(scene: Scene, rng: np.random.Generator, *, radius: float) -> list[float]:
-    """Corners of a random polygon somewhere on the canvas; `radius` in image pixels."""
+    """Return the corners of a random polygon on the canvas; `radius` is in image pixels."""
     angles = np.sort(rng.uniform(0, 2 * math.pi, 6))
     radii = radius * SUPERSAMPLING * rng.uniform(0.6, 1.0, 6)
     x, y = rng.uniform(0.1, 0.9, 2) * scene.canvas

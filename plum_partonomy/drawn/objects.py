@@ -1,8 +1,8 @@
-"""What the miniature draws: twelve kinds of object, each a list of parts from back to front.
+"""The objects of the miniature: twelve kinds, each a list of parts from back to front.
 
-Coordinates are in the object's own frame: x to the right and y down, both within [-1, 1], the object facing right.
-A part holds one or more instances (four windows, two wheels), an instance one or more shapes (a tyre and its hub).
-Required parts are always drawn, optional ones about every second time, so that an answer must be read from the image.
+Coordinates are in the frame of the object: x to the right and y down, both in [-1, 1], with the object facing right. A
+part has one or more instances (four windows, two wheels), and an instance has one or more shapes (a tyre and its hub).
+Required parts are always drawn, optional ones in about half of the pictures, so the answer depends on the image.
 """
 
 import math
@@ -28,7 +28,7 @@ class Part:
     name: str
     instances: tuple[Instance, ...]
     presence: float = 0.5
-    """Share of the drawings of the object that have the part."""
+    """Share of the drawings of the object with this part."""
 
     @property
     def required(self) -> bool:
@@ -334,7 +334,7 @@ OBJECTS: dict[str, tuple[Part, ...]] = {
     label: parts for family in FAMILIES.values() for label, parts in family.items()
 }
 
-# A part without an entry takes a random colour: the large required ones, whose colour then tells nothing.
+# Parts without an entry get a random colour: the large required ones, whose colour then reveals nothing.
 COLOURS: dict[str, Colour] = {
     "antenna": (60, 60, 66),
     "armrest": (126, 82, 48),

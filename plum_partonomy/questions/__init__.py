@@ -1,1 +1,1 @@
-"""Benchmark questions and training conversations from part examples: statistics, distractors, wording."""
+"""Make benchmark questions and training conversations from part examples: statistics, distractors, wording."""

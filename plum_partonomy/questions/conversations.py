@@ -1,13 +1,13 @@
-"""Training conversations about part examples, in wording that varies.
+"""Make training conversations about part examples, in varied wording.
 
-Up to six question-and-answer turns about one image, in random order: which parts it shows, which of them another
-object shares, which it lacks, which one other object shares and a second one lacks, what the object is, and where one
-part is or whether it is there (some of these answers ground nothing). With the object asked for before or after its
-parts, these are all ten question types of the benchmark. About half of the turns use its official wording, the rest
-the phrasings below, so that a span tagger cannot rely on one template. The words of an answer follow from those of
-its question (the n-th answer belongs to the n-th question): what is left to find out is in the image.
+A conversation has up to six question-and-answer turns about one image, in random order: which parts are visible, which
+of them another object shares, which it lacks, which one other object shares and a second one lacks, what the object
+is, and where one part is or whether it is visible (some of these answers have no tags). Together with asking for the
+object before or after its parts, these are all ten question types of the benchmark. About half of the turns use the
+official wording, the rest the phrasings below, so that a span tagger cannot rely on one template. The wording of an
+answer follows from its question (the n-th answer belongs to the n-th question), so the only unknown is in the image.
 
-In the templates {part} and the lists hold the span tags; a tag encloses the bare part name, never its article.
+In the templates {part} and the lists contain the span tags. A tag encloses the part name without its article.
 """
 
 from dataclasses import dataclass, field
@@ -221,10 +221,11 @@ class _Turn:
 
 
 def converse(example: PartExample, *, part_graph: PartGraph, seed: int) -> GroundedConversation:
-    """Two to six turns about the example; every phrase that names a visible part is tagged.
+    """Return a conversation of two to six turns about the example, with a tag on each phrase that names a visible
+    part.
 
-    A comparison for which no other object fits is left out, and an object without a name is not asked for. Parts are
-    listed alphabetically. Depends on (seed, image_id) alone.
+    Comparisons without a matching object are skipped, and an object without a name is not asked for. Parts are listed
+    alphabetically. The result depends only on (seed, image_id).
     """
     rng = seeded_generator(seed, "conversation", example.image_id)
     kinds = ("identification", "positive", "negative", "difference")
@@ -237,9 +238,10 @@ def converse(example: PartExample, *, part_graph: PartGraph, seed: int) -> Groun
 
 
 def converse_about_instances(example: PartExample, *, seed: int) -> GroundedConversation:
-    """One turn per part that occurs several times: its instances are named by the same words, in random order.
+    """Return a conversation with one turn per part that occurs several times; its instances share a name, in random
+    order.
 
-    The masks of `example` are one per instance, labels repeating.
+    `example` has one mask per instance, with repeated labels.
     """
     rng = seeded_generator(seed, "conversation", example.image_id)
     masks: dict[str, list[PartMask]] = {}
@@ -252,14 +254,14 @@ def converse_about_instances(example: PartExample, *, seed: int) -> GroundedConv
 
 
 def turn(question: str, answer: str) -> list[dict[str, str]]:
-    """The message of the user and that of the assistant."""
+    """Return the messages of the user and the assistant."""
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
 def conversation(
     about: PartExample | Question, id: str, messages: list[dict[str, str]], masks: list[PartMask] | None
 ) -> GroundedConversation:
-    """A conversation about the image of a record. Raises DataError if the messages do not fit the masks."""
+    """Return a conversation about the image of a record. Raises DataError if the messages do not match the masks."""
     made = GroundedConversation(
         id=id,
         image=about.image,
@@ -275,7 +277,7 @@ def conversation(
 
 
 def _conversation(example: PartExample, turns: list[_Turn], masks: dict[str, list[PartMask]]) -> GroundedConversation:
-    """Joins the turns; the n-th tag of a label within a turn takes the n-th mask of that label."""
+    """Join the turns; the n-th tag of a label within a turn takes the n-th mask of that label."""
     messages, grounding = [], []
     for asked in turns:
         messages += turn(asked.question, asked.answer)
@@ -288,7 +290,7 @@ def _conversation(example: PartExample, turns: list[_Turn], masks: dict[str, lis
 def _benchmark_turn(
     kind: str, example: PartExample, *, part_graph: PartGraph, rng: np.random.Generator
 ) -> _Turn | None:
-    """A turn about the parts, with or without the object's label; None if no objects to compare with fit."""
+    """Return a turn about the parts, with or without the object's label; None without objects to compare with."""
     label = example.image_label
     visible = sorted(mask.label for mask in example.masks)
     question_type = str(rng.choice([kind, f"{kind}_with_label"]))
@@ -320,7 +322,7 @@ def _benchmark_turn(
 def _draw_compared(
     kind: str, *, label: str, visible: list[str], part_graph: PartGraph, rng: np.random.Generator
 ) -> tuple[dict[str, str | None], list[str]] | None:
-    """The partner and the contrast of a turn, None where it has none, and the visible parts that answer it."""
+    """Return partner and contrast of a turn (None if the turn has none) and the visible parts that answer it."""
     if kind != "difference":
         partners = possible_partners(kind, label=label, visible=visible, part_graph=part_graph)
         if not partners:
@@ -340,7 +342,7 @@ def _draw_compared(
 
 
 def _object_turn(example: PartExample, *, rng: np.random.Generator) -> _Turn:
-    """What the object is, half of the time in the benchmark's words."""
+    """Return a turn that asks for the object, half of the time in the benchmark's words."""
     label = escape_tags(example.image_label)
     if rng.random() < OFFICIAL_SHARE:
         return _Turn(OBJECT_QUESTION, object_answer(label))
@@ -350,7 +352,7 @@ def _object_turn(example: PartExample, *, rng: np.random.Generator) -> _Turn:
 
 
 def _part_turn(example: PartExample, *, part_graph: PartGraph, rng: np.random.Generator) -> _Turn:
-    """Where a part is, or whether it is there."""
+    """Return a turn that asks where a part is, or whether it is visible."""
     label = escape_tags(example.image_label)
     kind = str(rng.choice(["location", "presence"]))
     style = _pick_style(kind, rng)
@@ -391,7 +393,7 @@ def _pick_style(kind: str, rng: np.random.Generator) -> int:
 
 
 def fill_template(template: str, **words: str | None) -> str:
-    """A template filled in; a field written with a capital gets a capital first letter."""
+    """Return the template with its fields filled in; a capitalised field name capitalises the text."""
     capitalised = {key.capitalize(): value[:1].upper() + value[1:] for key, value in words.items() if value}
     return template.format(**words, **capitalised)
 

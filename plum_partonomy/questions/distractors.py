@@ -1,15 +1,14 @@
-"""Wrong choices beside a right one: part lists, and objects. Two schemes.
+"""Make the wrong choices of a question: part lists and objects. There are two schemes.
 
-official (the published way): a wrong list is the right one after 1 or 2 edits, so that 1 to 4 parts differ. An edit
-    adds, deletes or replaces a part. What is added comes nine times out of ten from the parts of the objects
-    involved, else from parts that are often seen beside the right ones; what an edit removes does not come back.
-    Simple, but it leaks: the right list lies in the middle of the five, and impossible parts give wrong ones away.
+official (as published): a wrong list is the correct one after 1 or 2 edits, so 1 to 4 parts differ. An edit adds,
+deletes or replaces a part. In nine of ten cases an added part comes from the parts of the objects involved, otherwise
+from parts that are often visible together with the correct ones. A removed part is not added again. This scheme is
+simple but leaks the answer: the correct list is in the middle of the five, and impossible parts reveal wrong lists.
 
-balanced: the five lists differ only in parts which the object may have or lack, and each of the five is about equally
-    likely to be the right one. Parts that are visible about every second time are added and removed freely (1 to
-    TOGGLES of them differ, the same TOGGLES parts for all five lists). Other parts are exchanged for parts that are
-    about as often visible, so that the five lists are equally long, too. Where there are too few such parts there is
-    no question.
+balanced: the five lists differ only in parts that the object may have or lack, and each list is about equally likely
+to be correct. Parts that are visible in about half of the images are added and removed freely (1 to TOGGLES of them
+differ, from the same TOGGLES parts for all five lists). Other parts are exchanged for parts that are visible about as
+often, so that all lists have the same length. If there are too few such parts, no question is asked.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -28,11 +27,11 @@ _MAX_DRAWS = 100
 
 TOGGLES = 3
 EVEN = 0.05
-"""A part is visible about every second time if its share of images is this close to one half."""
+"""A part counts as visible in half of the images if its share differs from one half by at most this value."""
 ODDS_RATIO = 1.5
-"""Parts are exchanged for each other if the odds that they are visible differ by no larger factor."""
+"""Maximum ratio of the odds of being visible for parts that are exchanged."""
 EXCHANGED = range(4, 9)
-"""Among how many parts may be exchanged."""
+"""Sizes of the pool of parts to exchange."""
 
 _LEAST_SIMILARITY = 0.05
 
@@ -40,10 +39,10 @@ _LEAST_SIMILARITY = 0.05
 def edited_distractors(
     truth: Sequence[str], *, related: Collection[str], knowledge: PartKnowledge, rng: np.random.Generator
 ) -> list[list[str]] | None:
-    """The official scheme: four wrong lists, or None where the edits do not lead to as many.
+    """Return four wrong lists of the official scheme, or None if the edits give fewer.
 
     Args:
-        related: parts of the objects involved; where none is left to add, only co-occurrence decides.
+        related: Parts of the objects involved. If none is left to add, only co-occurrence decides.
     """
     cumulative = _addition_weights(truth, related=related, knowledge=knowledge).cumsum()
     found: dict[frozenset[str], list[str]] = {}
@@ -59,7 +58,7 @@ def edited_distractors(
 
 
 def _addition_weights(truth: Sequence[str], *, related: Collection[str], knowledge: PartKnowledge) -> np.ndarray:
-    """How likely each part of the knowledge is to be added; zero for the right ones."""
+    """Return the probability weight of adding each part of the knowledge; zero for the correct ones."""
     weights = knowledge.conditional[[knowledge.position[part] for part in truth]].mean(0)
     weights[[knowledge.position[part] for part in truth]] = 0
     weights /= weights.sum() or 1
@@ -71,7 +70,7 @@ def _addition_weights(truth: Sequence[str], *, related: Collection[str], knowled
 
 
 def _edit(parts: list[str], *, cumulative: np.ndarray, knowledge: PartKnowledge, rng: np.random.Generator) -> None:
-    """Adds, deletes or replaces one part in place; does nothing if that would empty the list or nothing can come."""
+    """Add, delete or replace one part in place. Does nothing if the list would be empty or there is nothing to add."""
     edit = rng.integers(3)
     deletes, adds = edit > 0, edit != 1
     added = None
@@ -85,10 +84,9 @@ def _edit(parts: list[str], *, cumulative: np.ndarray, knowledge: PartKnowledge,
 
 
 def toggled_distractors(truth: Sequence[str], *, eligible: Sequence[str], rng: np.random.Generator) -> list[list[str]]:
-    """Four wrong part lists: TOGGLES of the eligible parts are drawn, and each list adds or removes some of them.
+    """Return four wrong lists: TOGGLES eligible parts are drawn, and each list adds or removes some of them.
 
-    Where eligible parts are present about every second time, independently, all five lists are equally likely to be
-    the true one.
+    If eligible parts are visible independently in half of the images, all five lists are equally likely to be correct.
     """
     toggles = rng.choice(eligible, TOGGLES, replace=False).tolist()
     subsets = [subset for size in range(1, TOGGLES + 1) for subset in combinations(toggles, size)]
@@ -98,7 +96,7 @@ def toggled_distractors(truth: Sequence[str], *, eligible: Sequence[str], rng: n
 
 
 def exchanged_distractors(truth: Sequence[str], *, pool: Sequence[str], rng: np.random.Generator) -> list[list[str]]:
-    """Four wrong part lists as long as the right one: other members of the pool take the place of those in it."""
+    """Return four wrong lists as long as the correct one: other members of the pool replace those in it."""
     fixed = sorted(set(truth) - set(pool))
     kept = tuple(part for part in pool if part in truth)
     others = [subset for subset in combinations(pool, len(kept)) if subset != kept]
@@ -108,10 +106,11 @@ def exchanged_distractors(truth: Sequence[str], *, pool: Sequence[str], rng: np.
 def balanced_distractors(
     truth: Sequence[str], *, presence: Mapping[str, float], rng: np.random.Generator
 ) -> list[list[str]] | None:
-    """The balanced scheme: four wrong lists, or None where too few parts could be there or not.
+    """Return four wrong lists of the balanced scheme, or None if too few parts are uncertain.
 
     Args:
-        presence: share of the object's images that show the part, for each part that passes the question's filter.
+        presence: Share of the object's images that show the part, for each part that passes the filter of the
+            question.
     """
     even = _even_parts(presence)
     if len(even) >= TOGGLES:
@@ -121,7 +120,7 @@ def balanced_distractors(
 
 
 def can_balance(truth: Sequence[str], *, presence: Mapping[str, float]) -> bool:
-    """Whether `balanced_distractors` finds four."""
+    """Return whether `balanced_distractors` finds four."""
     return len(_even_parts(presence)) >= TOGGLES or next(_exchange_pools(truth, presence), None) is not None
 
 
@@ -130,7 +129,7 @@ def _even_parts(presence: Mapping[str, float]) -> list[str]:
 
 
 def _exchange_pools(truth: Sequence[str], presence: Mapping[str, float]) -> Iterator[list[str]]:
-    """Neighbours by their odds, enough of them in the truth and enough not for five different lists."""
+    """Yield pools of neighbours by odds, with enough parts inside and outside the truth for five different lists."""
     ranked = sorted((share / (1 - share), part) for part, share in presence.items() if 0 < share < 1)
     for size in EXCHANGED:
         for start in range(len(ranked) - size + 1):
@@ -144,7 +143,7 @@ def _exchange_pools(truth: Sequence[str], presence: Mapping[str, float]) -> Iter
 
 
 class WrongObjects:
-    """Draws four objects that the right one might be taken for, guided by the parts it shares with its siblings."""
+    """Draws four wrong objects that resemble the correct one, by shared parts among its siblings."""
 
     def __init__(self, knowledge: PartKnowledge, *, scheme: str):
         self.knowledge, self.scheme = knowledge, scheme
@@ -155,10 +154,11 @@ class WrongObjects:
         self._groups: dict[str, list[list[str]]] = {}
 
     def draw(self, label: str, *, rng: np.random.Generator) -> list[str] | None:
-        """None where fewer than four other objects are known.
+        """Return four wrong objects, or None if fewer than four others are known.
 
-        official: without replacement, weighted by similarity to `label`. balanced: `label` stands in one of the
-        groups that an object forms with those most similar to it, so that being most like the others tells nothing.
+        official: drawn without replacement, weighted by similarity to `label`. balanced: one of the groups that
+        contain `label`, where a group is an object with those most similar to it; being most similar to the others
+        then reveals nothing.
         """
         if label not in self._rivals:
             self._rivals[label] = self.knowledge.rivals(label, at_least=DISTRACTORS)
@@ -175,7 +175,7 @@ class WrongObjects:
         return [rivals[position] for position in drawn]
 
     def _groups_with(self, label: str, rivals: list[str]) -> list[list[str]]:
-        """Each of the candidates with its four most similar ones, where `label` is among the five."""
+        """Return the group of each candidate with its four most similar objects, if `label` is among the five."""
         members = sorted([label, *rivals])
         rows = [self.row[member] for member in members]
         similarity = self.similarity[np.ix_(rows, rows)].copy()

@@ -1,9 +1,9 @@
-"""Conversations that ask for one thing at a time: a class, a part of an object, whatever an expression refers to.
+"""Make conversations that ask for one thing at a time: a class, a part of an object, or a referring expression.
 
-    part example, its labels as they are to be said ──> "Outline the sky, please." "Outlined: the <p>sky</p>." ...
+    part example with labels as phrases ──> "Outline the sky, please." "Outlined: the <p>sky</p>." ...
 
-Everything the example shows is asked for once, in random order, at most TURNS times to a conversation. The words of an
-answer follow from those of its question. What the image does not show gets an answer without a tag.
+Each mask of the example is asked for once, in random order, at most TURNS per conversation. The wording of an answer
+follows from its question. A thing that the image does not show gets an answer without a tag.
 """
 
 from collections.abc import Collection, Iterator
@@ -16,7 +16,7 @@ from plum_partonomy.seeding import seeded_generator
 
 TURNS = 3
 
-# question, answer, and answer where the image does not show it; {thing} is "the sky", {tagged} "the <p>sky</p>"
+# question, answer, and answer if the image does not show it; {thing} is "the sky", {tagged} "the <p>sky</p>"
 PHRASINGS = (
     ("Show me {thing}.", "Here you see {tagged}.", "I have looked, but nothing here fits that."),
     ("Can you find {thing}?", "Yes, I found {tagged}.", "No, I cannot find it here."),
@@ -36,10 +36,12 @@ PHRASINGS = (
 def ask_for_each(
     example: PartExample, *, article: str = "", absent: Collection[str] = (), seed: int
 ) -> Iterator[GroundedConversation]:
-    """Conversations about all masks of the example, which are named by their labels after the article.
+    """Yield conversations about all masks of the example, named by their labels with the article.
 
-    Labels may repeat. `absent` are names of which the image shows nothing. Depends on (seed, source, image_id) and on
-    what is asked for, in any order.
+    Labels may repeat. The result depends only on (seed, source, image_id) and the set of labels.
+
+    Args:
+        absent: Names that the image does not show.
     """
     rng = seeded_generator(seed, "grounding", example.source, example.image_id)
     shown = sorted(example.masks, key=lambda mask: (mask.label, mask.rle["counts"]))
@@ -57,7 +59,7 @@ def ask_for_each(
 
 
 def ask_for_parts(example: PartExample, *, seed: int) -> Iterator[GroundedConversation]:
-    """Conversations about the parts of an object, called by either of two names: "wing of the bird", "bird wing"."""
+    """Yield conversations about the parts of an object under either of two names: "wing of the bird", "bird wing"."""
     rng = seeded_generator(seed, "names", example.source, example.image_id)
     masks = []
     for mask in sorted(example.masks, key=lambda mask: mask.label):
@@ -67,7 +69,7 @@ def ask_for_parts(example: PartExample, *, seed: int) -> Iterator[GroundedConver
 
 
 def answer_question(question: Question) -> GroundedConversation:
-    """The benchmark question with its correct answer, the parts tagged; a two-step question has two turns."""
+    """Return the benchmark question with its correct answer, parts tagged. A two-step question has two turns."""
     parts = question.choice_parts[question.correct]
     answer = tag_phrases(question.choices[question.correct], parts)
     messages = turn(escape_tags(question.question), answer)

@@ -1,10 +1,10 @@
-"""Benchmark questions from part examples: official wording, distractors, shuffled choices. Pure and seeded.
+"""Make benchmark questions from part examples: official wording, distractors, shuffled choices. Pure and seeded.
 
     visible parts --filter by compared objects--> true parts --scheme--> distractors --shuffle--> Question
 
-A question depends on (seed, image_id, question_type), the image's own labels and the knowledge of the whole data set
-alone: not on the order of images or types, the process, or Python's hash seed. Objects to compare with are drawn from
-all labels that fit, the own one included where it does. distractors.py explains the two schemes.
+A question depends only on (seed, image_id, question_type), the labels of the image and the statistics of the whole
+data set; not on the order of images or types, the process, or Python's hash seed. Objects to compare with are drawn
+from all matching labels, including the object's own if it matches. distractors.py explains the two schemes.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -37,9 +37,10 @@ Graph = Mapping[str, frozenset[str]]
 
 
 class _SharedParts:
-    """`graph`: every object -> the parts of one label it can have, too; `partners`: only those that have some.
-
-    `objects_with` groups the objects that have the same ones, so that each group is looked at once.
+    """Attributes:
+    graph: Object -> the parts of one label that it can have as well.
+    partners: The objects with at least one such part.
+    objects_with: Groups of objects with the same such parts, so that each group is checked once.
     """
 
     def __init__(self, graph: Graph):
@@ -54,9 +55,10 @@ class QuestionMaker:
     """Makes the questions of one data set.
 
     Args:
-        scheme: of SCHEMES.
+        scheme: One of SCHEMES.
 
-    Raises ValueError for an unknown scheme, or if "official" is asked for without counts of what occurs together.
+    Raises:
+        ValueError: The scheme is unknown, or "official" is requested without co-occurrence counts.
     """
 
     def __init__(self, knowledge: PartKnowledge, *, scheme: str, seed: int) -> None:
@@ -69,10 +71,10 @@ class QuestionMaker:
         self._shared: dict[str, _SharedParts] = {}
 
     def questions(self, example: PartExample, question_types: Sequence[str] = QUESTION_TYPES) -> list[Question]:
-        """The questions this example allows, at most one per type, in the order of `question_types`.
+        """Return the questions of an example, at most one per type, in the order of `question_types`.
 
-        A type is not asked where nothing is visible, no object to compare with fits, or the scheme finds no four
-        distractors. Raises DataError if the part graph does not know the object or one of its parts.
+        A type is skipped if nothing is visible, no object to compare with matches, or the scheme finds no four
+        distractors. Raises DataError if the part graph does not contain the object or one of its parts.
         """
         label, visible = example.image_label, sorted({mask.label for mask in example.masks})
         check_known(label, visible, part_graph=self.knowledge.part_graph, where=f"example {example.image_id}")
@@ -117,7 +119,7 @@ class QuestionMaker:
     def _draw_parts(
         self, question_type: str, *, label: str, visible: list[str], rng: np.random.Generator
     ) -> tuple[Comparison, list[list[str]]] | None:
-        """What is compared with, and the part lists of the choices, the true one first; None if it cannot be asked."""
+        """Return the comparison and the part lists of the choices, the true one first; None if it cannot be asked."""
         kind = question_kind(question_type)
         shared = self._shared_parts(label)
         presence = self._presence(label, visible)
@@ -164,7 +166,7 @@ class QuestionMaker:
         return self._shared[label]
 
     def _presence(self, label: str, visible: list[str]) -> dict[str, float]:
-        """Share of images of the parts that a balanced list may add or remove."""
+        """Return the share of images of the parts that a balanced list may add or remove."""
         presence = self.knowledge.presence[label]
         parts = sorted({*visible, *self.knowledge.part_graph[label]})
         return {part: presence[part] for part in parts if 0 < presence[part] < 1}
@@ -175,7 +177,7 @@ def _restricted(presence: Mapping[str, float], passing: Collection[str]) -> dict
 
 
 def passing_parts(kind: str, label: str, comparison: Comparison, *, graph: Graph) -> frozenset[str]:
-    """The parts of `label` that answer a `kind` question if they are visible.
+    """Return the parts of `label` that answer a `kind` question if they are visible.
 
     `graph` maps every object to those of these parts that it can have.
     """
@@ -197,7 +199,7 @@ def _draw_comparison(
     can_ask: Callable[[frozenset[str]], bool],
     rng: np.random.Generator,
 ) -> Comparison | None:
-    """Uniform over the partners that leave a question to ask; then, for difference, over the contrasts that do."""
+    """Draw uniformly from the partners that leave a question, then, for difference, from the contrasts that do."""
     if kind != "difference":
         partners = possible_partners(kind, label=label, visible=visible, part_graph=shared.partners)
         comparisons = map(Comparison, partners)
@@ -219,9 +221,10 @@ def _draw_comparison(
 def possible_partners(
     kind: str, *, label: str, visible: Sequence[str], part_graph: Mapping[str, Collection[str]]
 ) -> list[str] | list[None]:
-    """The objects a `kind` question can compare with: [None] if it compares with none, [] if it cannot be asked.
+    """Return the objects that a `kind` question can compare with: [None] if it compares with none, [] if it cannot be
+    asked.
 
-    positive: every label that shares a visible part, the own one included. negative: every other label that shares
+    positive: each label that shares a visible part, including the object's own. negative: each other label that shares
     some but not all visible parts.
     """
     if kind == "identification":
@@ -234,7 +237,7 @@ def possible_partners(
 
 
 def filter_parts(kind: str, parts: Sequence[str], *, partner: str | None, part_graph: PartGraph) -> list[str]:
-    """Those of the parts that answer a `kind` question: all, those the partner can have, or those it cannot."""
+    """Return the parts that answer a `kind` question: all, those the partner can have, or those it cannot have."""
     if kind == "identification":
         return list(parts)
     return [part for part in parts if (part in part_graph[partner]) == (kind == "positive")]
@@ -249,10 +252,11 @@ def make_questions(
     question_types: Sequence[str] = QUESTION_TYPES,
     seed: int,
 ) -> list[Question]:
-    """Balanced questions about an object that is drawn.
+    """Return balanced questions about a drawn object.
 
     Args:
-        presence: share of the drawings of a label that have each part; no distractor leaves out one that all have.
+        presence: Share of the drawings of a label that have each part. No distractor omits a part that all drawings
+            have.
     """
     if example.image_label not in presence:
         raise DataError(

@@ -1,4 +1,4 @@
-"""What is known about objects and parts apart from one image: graphs, how often parts are visible, and which together.
+"""Statistics of objects and parts over a data set: graphs, how often parts are visible, and which occur together.
 
 (label, visible parts) of all images --collect_knowledge--> PartKnowledge --> questions, distractors
 """
@@ -17,13 +17,15 @@ PartGraph = Mapping[str, Sequence[str]]
 @dataclass
 class PartKnowledge:
     """
+    Statistics of a data set.
+
     Args:
-        part_graph: all parts an object of each label can have.
-        instance_graph: parent -> children; parents need not be labels.
-        presence: label -> part -> share of the label's images that show the part.
-        together: how often two parts are visible in one image: float (parts, parts), in the order of `parts`. On the
-            diagonal the images that show the part.
-        images: how many images were counted.
+        part_graph: Label -> all parts that the object can have.
+        instance_graph: Parent -> children; parents need not be labels.
+        presence: Label -> part -> share of the label's images that show the part.
+        together: Number of images that show both of two parts: float (parts, parts), in the order of `parts`. The
+            diagonal counts the images that show the part.
+        images: Number of images.
     """
 
     part_graph: PartGraph
@@ -42,10 +44,10 @@ class PartKnowledge:
 
     @cached_property
     def conditional(self) -> np.ndarray:
-        """How likely the column's part is where the row's is visible: float (parts, parts).
+        """Return the probability of the column's part where the row's part is visible: float (parts, parts).
 
-        Shrunk towards the column's overall frequency by one pseudo-image, so that rare parts claim nothing certain.
-        Raises ValueError if the knowledge does not come from images.
+        One pseudo-image shrinks it towards the column's overall frequency, so that rare parts give no certain values.
+        Raises ValueError if the statistics do not come from images.
         """
         if self.together is None:
             raise ValueError("which parts occur together is not known: make the knowledge with collect_knowledge")
@@ -53,7 +55,7 @@ class PartKnowledge:
         return (self.together + frequency) / (self.together.diagonal()[:, None] + 1)
 
     def shared_parts(self, label: str) -> dict[str, frozenset[str]]:
-        """Every label, sorted -> those of the parts of `label`, under their names there, that it can have too."""
+        """Return each label, sorted -> the parts of `label`, under its own names, that it can have as well."""
         shared: dict[str, set[str]] = {other: set() for other in sorted(self.part_graph)}
         for part in self.part_graph[label]:
             for other in self._labels_of_part[part]:
@@ -69,7 +71,7 @@ class PartKnowledge:
         return labels
 
     def part_overlap(self, labels: Sequence[str]) -> np.ndarray:
-        """How alike any two labels are, within [0, 1]: parts that both can have over parts that either can have."""
+        """Return the similarity of any two labels in [0, 1]: parts of both over parts of either."""
         has = np.zeros((len(labels), len(self.parts)))
         for row, label in enumerate(labels):
             has[row, [self.position[part] for part in self.part_graph[label]]] = 1
@@ -78,7 +80,7 @@ class PartKnowledge:
         return shared / np.maximum(either, 1)
 
     def relatives(self, label: str, *, up: bool) -> set[str]:
-        """All ancestors, or all descendants, of a label in the instance graph. Cycles do no harm."""
+        """Return all ancestors, or all descendants, of a label in the instance graph, which may have cycles."""
         found: set[str] = set()
         frontier = {label}
         while frontier:
@@ -91,9 +93,10 @@ class PartKnowledge:
         return found - {label}
 
     def rivals(self, label: str, *, at_least: int) -> list[str]:
-        """Labels that `label` might be taken for: its siblings, or where there are fewer than `at_least` all others.
+        """Return labels that may be confused with `label`: its siblings, or all others if it has fewer than
+        `at_least`.
 
-        Never an ancestor or a descendant: those would be right, too.
+        Ancestors and descendants are never included, because they would be correct as well.
         """
         related = self.relatives(label, up=True) | self.relatives(label, up=False) | {label}
         others = set(self.part_graph) - related
@@ -107,9 +110,9 @@ def collect_knowledge(
     part_graph: PartGraph,
     instance_graph: Mapping[str, Sequence[str]],
 ) -> PartKnowledge:
-    """Counts over (label, visible parts) of all images; their order does not matter.
+    """Return the statistics of (label, visible parts) of all images; their order does not matter.
 
-    Raises DataError if the part graph does not know a label, or a part of it.
+    Raises DataError if the part graph does not contain a label or one of its parts.
     """
     knowledge = PartKnowledge(part_graph, instance_graph, {})
     together = np.zeros((len(knowledge.parts), len(knowledge.parts)))
@@ -132,7 +135,7 @@ def collect_knowledge(
 
 
 def check_known(label: str, parts: Iterable[str], *, part_graph: PartGraph, where: str) -> None:
-    """Raises DataError if the part graph does not know the label, or one of the parts for it."""
+    """Raise DataError if the part graph does not contain the label, or one of its parts."""
     if label not in part_graph:
         raise DataError(f"{where}, field 'image_label': the part graphs do not know {label!r}")
     unknown = sorted(set(parts) - set(part_graph[label]))

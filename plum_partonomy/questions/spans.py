@@ -1,4 +1,4 @@
-"""Span tags in a plain answer: where its parts are named."""
+"""Put span tags around the part names of a plain answer."""
 
 import re
 from collections.abc import Sequence
@@ -9,21 +9,20 @@ __all__ = ["join_parts", "tag_phrases"]
 
 
 def join_parts(parts: Sequence[str]) -> str:
-    """Parts as the benchmark's answers list them: "x", "x, and y", "x, y, and z"."""
+    """Return the parts as the benchmark's answers list them: "x", "x, and y", "x, y, and z"."""
     return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + ", and " + parts[-1]
 
 
 def tag_phrases(text: str, phrases: Sequence[str]) -> str:
-    """Puts span tags round the phrases of an answer's part list.
+    """Return the answer with span tags around the phrases of its part list.
 
     Args:
-        text: a plain answer that contains the list of the phrases, in the given order, joined as by `join_parts`.
-            Where it occurs several times (an object called like its part) the last one is the list. A literal tag in
-            it is escaped.
-        phrases: at least one part name.
+        text: A plain answer that contains the phrases in this order, joined as by `join_parts`. The last occurrence
+            is used (an object may have the name of its part). A literal tag in it is escaped.
+        phrases: At least one part name.
 
     Raises:
-        ValueError: the list does not occur in the text, or a phrase is empty.
+        ValueError: The text does not contain the list, or a phrase is empty.
 
     >>> tag_phrases("The wing in the image has the following visible parts: flap, and wing.", ["flap", "wing"])
     'The wing in the image has the following visible parts: <p>flap</p>, and <p>wing</p>.'

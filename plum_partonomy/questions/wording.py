@@ -1,7 +1,7 @@
-"""The wording of the official release, word for word; `inflect` chooses the articles.
+"""The exact wording of the official release; `inflect` chooses the articles.
 
-NAME is the word "object", or the image's label in types called `_with_label` and in `whole_to_part`. The partner is
-the object compared with, the contrast the second one of a difference question.
+NAME is the word "object", or the label of the image in types ending in `_with_label` and in `whole_to_part`. The
+partner is the object compared with; the contrast is the second one of a difference question.
 """
 
 from dataclasses import dataclass
@@ -32,14 +32,14 @@ ANSWER_TEMPLATES = {
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a question compares the object with: labels of other objects, or nothing."""
+    """The labels of the objects that a question compares with, if any."""
 
     partner: str | None = None
     contrast: str | None = None
 
 
 def question_kind(question_type: str) -> str:
-    """The template of a type: the whole-part types ask for the parts as identification does.
+    """Return the template of a type; the whole-part types ask for the parts as identification does.
 
     >>> question_kind("negative_with_label"), question_kind("part_to_whole")
     ('negative', 'identification')
@@ -59,7 +59,7 @@ def official_question(
 def official_answer(
     question_type: str, parts: str, *, image_label: str, partner: str | None = None, contrast: str | None = None
 ) -> str:
-    """`parts` is the list as text, as `join_parts` writes it."""
+    """Return the answer of the official release. `parts` is the list as text, from `join_parts`."""
     return ANSWER_TEMPLATES[question_kind(question_type)].format(
         name=_name(question_type, image_label),
         partner=_described(partner),
@@ -70,6 +70,8 @@ def official_answer(
 
 def object_answer(label: str) -> str:
     """
+    Return the answer that names the object.
+
     >>> object_answer("angled sedan")
     'It is an angled sedan.'
     """
@@ -86,13 +88,13 @@ def _described(label: str | None) -> str | None:
 
 @cache
 def with_article(phrase: str) -> str:
-    """The phrase after "a" or "an", as `inflect` chooses for the whole phrase."""
+    """Return the phrase after "a" or "an", chosen by `inflect` for the whole phrase."""
     return inflect_engine().a(phrase)
 
 
 @cache
 def inflect_engine() -> "inflect.engine":
-    """The grammar of `inflect`, which takes seconds to import and is needed for articles and plurals alone."""
+    """Return the grammar of `inflect`, which takes seconds to import and is needed only for articles and plurals."""
     import inflect
 
     return inflect.engine()

@@ -1,1 +1,1 @@
-"""One reader per raw data set, each turning files into the records of `plum_partonomy.records`."""
+"""One reader per raw data set. Each converts files to the records of `plum_partonomy.records`."""

@@ -1,4 +1,4 @@
-"""Every data set that is read split by split into grounded conversations."""
+"""The data sets that are read split by split into grounded conversations."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,33 +27,35 @@ from plum_partonomy.sources.semantic_parts import SemanticPacoLvis, SemanticPart
 
 
 class Source(Protocol):
-    """One split of a data set, opened."""
+    """One open split of a data set."""
 
     name: ClassVar[str]
     published_counts: ClassVar[dict[str, dict[str, int]]]
-    """Split -> what the publishers count in it."""
+    """Split -> the publishers' counts."""
     split: str
     path: Path
-    """The file that problems with the whole split are reported for."""
+    """The file named in problems of the whole split."""
     counts: dict[str, int]
-    """What the split holds; has every key of its published counts."""
+    """Counts of the split, with every key of its published counts."""
     blank: int
-    """How much was read so far that gives nothing to talk about."""
+    """Number of records read so far without content for a conversation."""
 
     @classmethod
     def splits(cls, folder: str | Path) -> list[str]:
-        """The splits that lie in the folder. Raises DataError if there are none."""
+        """Return the splits that exist in the folder. Raises DataError if there are none."""
 
     @classmethod
     def record_paths(cls) -> set[str]:
-        """Files of records, and folders of such files, that the folder may hold, relative to it."""
+        """Return the possible files of records, and folders of such files, relative to the folder."""
 
     def __init__(self, folder: str | Path, *, split: str): ...
 
     def __len__(self) -> int: ...
 
     def conversations(self, index: int, *, seed: int) -> Iterator[GroundedConversation]:
-        """Those about one image, or one record, of the split. Raises DataError naming file, record and field."""
+        """Yield the conversations about one image or record of the split. Raises DataError that names file, record and
+        field.
+        """
 
 
 SOURCES: dict[str, type[Source]] = {

@@ -283,7 +283,7 @@ class OwnParts:
         return [photograph for (id, _), photograph in photographs.items() if id not in incomplete]
 
     def _read_coco_image(self, path: Path, record: Any, *, split: str | None, where: str) -> _Photograph:
-        """Return the image of a record, wherever it is in the folder; the path beside the file if it does not exist."""
+        """Return the image of a record from anywhere in the folder; if it does not exist, the path beside the file."""
         size = (typed(record, "height", int, where=where), typed(record, "width", int, where=where))
         file_name = typed(record, "file_name", str, where=where).replace("\\", "/")
         label = typed({"image_label": ""} | record, "image_label", str, where=where).strip()

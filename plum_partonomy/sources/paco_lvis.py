@@ -1,4 +1,4 @@
-"""PACO-LVIS version 1: `annotations/paco_lvis_v1_SPLIT.json` over the images of COCO 2017.
+"""Read PACO-LVIS version 1: `annotations/paco_lvis_v1_SPLIT.json` over the images of COCO 2017.
 
 Records of the lists of the file, shortened (licence: annotations not stated; photographs under Flickr's terms):
 
@@ -13,8 +13,8 @@ Records of the lists of the file, shortened (licence: annotations not stated; ph
 
     FOLDER/annotations/paco_lvis_v1_train.json  FOLDER/images/train2017/000000391895.jpg (or FOLDER/coco/train2017/)
 
-An annotation of a part names that of its object in `obj_ann_id`; attributes (colour, pattern, material, transparency)
-are not used. Labels lose underscores and the sense in brackets: "car_(automobile)" is "car".
+`obj_ann_id` of a part is the annotation id of its object. Attributes (colour, pattern, material, transparency) are not
+used. Underscores and the sense in brackets are removed from labels: "car_(automobile)" becomes "car".
 """
 
 import re
@@ -28,7 +28,7 @@ _SENSE = re.compile(r"_\(.*?\)")
 
 
 class PacoLvis(CocoParts):
-    """531 categories: 75 objects and 456 parts of objects. Counts are those of the publishers' data set document."""
+    """531 categories: 75 objects and 456 parts of objects. Counts are from the publishers' data set document."""
 
     name = "paco_lvis"
     licence = "annotations not stated; images under the Flickr terms of use"
@@ -47,6 +47,8 @@ class PacoLvis(CocoParts):
     @staticmethod
     def labels(category: dict[str, Any], *, where: str) -> tuple[str, str | None]:
         """
+        Return (object, part) of a category; part is None for an object.
+
         >>> PacoLvis.labels({"name": "car_(automobile):wheel"}, where="record 0")
         ('car', 'wheel')
         """

@@ -1,4 +1,4 @@
-"""PartImageNet: one COCO-style json per split, over images of ImageNet in folders per split.
+"""Read PartImageNet: one COCO-style json per split, over images of ImageNet in folders per split.
 
 One record of each list of a file (licence: annotations not stated; images under ImageNet's terms, for research only):
 
@@ -10,8 +10,8 @@ One record of each list of a file (licence: annotations not stated; images under
     FOLDER/train.json (or FOLDER/annotations/train/train.json)
     FOLDER/train/n02071294/n02071294_3451.JPEG (or without the inner folder, or all of it in FOLDER/images/)
 
-An object is one of the eleven supercategories, not its ImageNet class; an image shows one object. Polygons of fewer
-than three points occur and enclose nothing. Names such as "Car Tier", for a tyre, are kept but for their case.
+An object is one of the eleven supercategories, not its ImageNet class, and each image shows one object. Polygons of
+fewer than three points are skipped. Names such as "Car Tier", for a tyre, are kept in lower case.
 """
 
 from typing import Any
@@ -36,6 +36,8 @@ class PartImageNet(CocoParts):
     @staticmethod
     def labels(category: dict[str, Any], *, where: str) -> tuple[str, str]:
         """
+        Return (object, part) of a category.
+
         >>> PartImageNet.labels({"name": "Car Side Mirror", "supercategory": "Car"}, where="record 0")
         ('car', 'side mirror')
         """

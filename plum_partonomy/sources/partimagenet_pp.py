@@ -1,4 +1,4 @@
-"""PartImageNet++: one COCO-style json for each of ImageNet's 1,000 classes, 100 images each.
+"""Read PartImageNet++: one COCO-style json for each of ImageNet's 1,000 classes, 100 images each.
 
 Records of the lists of a class file, shortened (licence: MIT, by the data set's card; images under ImageNet's terms):
 
@@ -10,11 +10,11 @@ Records of the lists of a class file, shortened (licence: MIT, by the data set's
     FOLDER/json/n01443537.json  FOLDER/category_name.json
     FOLDER/images/n01443537_78.JPEG (or images/n01443537/, train/n01443537/, n01443537/, or beside the json folder)
 
-The card (huggingface.co/datasets/lixiao20/PartImageNetPP) publishes no splits: the last tenth of a class, by id, is
-the split test, as public code has it, the others train. The card says that a file is a class and holds its parts, not
-how classes are called: the name is that of the class in `category_name.json` (a text, or a list whose first item is
-one), else the `supercategory` of its parts. Two classes of one name have their number behind it. Part names lose the
-class before a colon. Parts may include each other, as the folder `including` says; each keeps its own mask.
+The card (huggingface.co/datasets/lixiao20/PartImageNetPP) defines no splits: the last tenth of a class, by id, is
+test, as in public code, and the rest is train. The card does not say which fields hold the class names. The name of a
+class is its entry in `category_name.json` (a text, or a list that starts with one), else the `supercategory` of its
+parts. If two classes have the same name, their number is appended. A class name before a colon is removed from part
+names. Parts may include each other (see the folder `including`); each keeps its own mask.
 """
 
 from collections import Counter
@@ -29,9 +29,9 @@ from plum_partonomy.sources.untrusted import typed
 
 CLASS_FOLDER, NAMES_FILE = "json", "category_name.json"
 ID_RANGE = 10**8
-"""Ids of a class file lie below; those of all files become ids of one list by the number of the file."""
+"""Upper bound of ids in a class file; the number of the file makes them unique over all files."""
 TEST_SHARE = 10
-"""One in so many images of a class is for the test."""
+"""One in this many images of a class belongs to the test split."""
 
 
 class PartImageNetPP(CocoParts):
@@ -45,7 +45,7 @@ class PartImageNetPP(CocoParts):
     published_counts = {"train": {"images": 90_000}, "test": {"images": 10_000}}
 
     def __init__(self, folder: str | Path, **options: Any):
-        """As for `CocoParts`."""
+        """Arguments as in `CocoParts`."""
         self._class_files = self._list_classes(Path(folder))
         self._names = _class_names(Path(folder) / NAMES_FILE)
         self._places: dict[str, list[str]] = {"categories": [], "images": [], "annotations": []}
@@ -61,7 +61,7 @@ class PartImageNetPP(CocoParts):
 
     @classmethod
     def splits(cls, folder: str | Path) -> list[str]:
-        """Both splits. Raises DataError if there is no class file."""
+        """Return both splits. Raises DataError if there is no class file."""
         cls._list_classes(Path(folder))
         return list(cls.annotation_files)
 
@@ -76,6 +76,8 @@ class PartImageNetPP(CocoParts):
     @staticmethod
     def labels(category: dict[str, Any], *, where: str) -> tuple[str, str]:
         """
+        Return (object, part) of a category.
+
         >>> PartImageNetPP.labels({"name": "Goldfish:Tail fin", "class_name": "goldfish"}, where="record 0")
         ('goldfish', 'tail fin')
         """
@@ -86,7 +88,7 @@ class PartImageNetPP(CocoParts):
         return label, part
 
     def records(self, field: str) -> Iterator[tuple[str, Any]]:
-        """The records of all class files, with ids that differ; of images and annotations those of the split."""
+        """Yield the records of all class files, with unique ids; images and annotations of this split only."""
         places = self._places[field]
         places.clear()
         for number, path in enumerate(self._class_files):
@@ -103,7 +105,7 @@ class PartImageNetPP(CocoParts):
         return self._places[field][number]
 
     def _members(self, path: Path) -> set[int]:
-        """Ids of the images of a class that are in the other split."""
+        """Return the ids of the images of a class that belong to the other split."""
         ids = sorted({record["id"] for _, record in list_records(path, "images") if _has_id(record)})
         held_out = set(ids[len(ids) - len(ids) // TEST_SHARE :])
         return held_out if self.split == "train" else set(ids) - held_out
@@ -128,7 +130,7 @@ def _has_id(record: Any) -> bool:
 
 
 def _class_names(path: Path) -> dict[str, str]:
-    """Synset -> name of the class, different for all; empty without the file. Raises DataError."""
+    """Return synset -> unique class name; empty without the file. Raises DataError."""
     if not path.is_file():
         return {}
     content = read_json(path)

@@ -1,4 +1,4 @@
-"""Pascal-Part: COCO-style `train.json` and `val.json`, as VLPart converts the annotations, over the VOC 2010 images.
+"""Read Pascal-Part: COCO-style `train.json` and `val.json` as converted by VLPart, over the VOC 2010 images.
 
 One record of each list of the file (licence: annotations not stated; photographs from Flickr, under Flickr's terms):
 
@@ -9,8 +9,8 @@ One record of each list of the file (licence: annotations not stated; photograph
 
     FOLDER/train.json  FOLDER/val.json  FOLDER/VOCdevkit/VOC2010/JPEGImages/2008_000003.jpg
 
-Only parts are annotated, whole objects are not: the parts of all buses of an image belong to one example. `abbr` is
-the name in the original Matlab files and is not used.
+Only parts are annotated, not whole objects, so the parts of all buses of an image form one example. `abbr` is the name
+in the original Matlab files and is not used.
 """
 
 from typing import Any
@@ -21,7 +21,7 @@ from plum_partonomy.sources.untrusted import typed
 
 
 class PascalPart(CocoParts):
-    """93 categories; VLPart's files for its base categories (77) are another version."""
+    """93 categories. VLPart's files for its 77 base categories are another version."""
 
     name = "pascal_part"
     licence = "annotations not stated; images under the Flickr terms of use"
@@ -32,6 +32,8 @@ class PascalPart(CocoParts):
     @staticmethod
     def labels(category: dict[str, Any], *, where: str) -> tuple[str, str]:
         """
+        Return (object, part) of a category.
+
         >>> PascalPart.labels({"name": "bus:license plate"}, where="record 0")
         ('bus', 'license plate')
         """

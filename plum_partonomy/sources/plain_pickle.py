@@ -1,7 +1,7 @@
-"""Reading pickles without running them: plain containers, text and numbers, and nothing else.
+"""Read pickles without executing them: plain containers, text and numbers only.
 
-A pickle is a program that can import and call anything. Here its instructions are read first, and one that is not
-needed to build plain data is refused before any of them runs.
+A pickle is a program that can import and call anything. The reader checks all instructions first, and raises an error
+on one that is not needed for plain data before anything runs.
 """
 
 import io
@@ -14,7 +14,7 @@ from plum_partonomy.masks import DataError
 from plum_partonomy.sources.json_files import check_size
 
 MAX_PICKLE_BYTES = 1024**3
-"""Largest pickle read, in bytes."""
+"""Maximum size of a pickle in bytes."""
 
 _PLAIN_INSTRUCTIONS = frozenset(
     "PROTO FRAME STOP MARK MEMOIZE PUT BINPUT LONG_BINPUT GET BINGET LONG_BINGET "
@@ -32,10 +32,11 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 def read_plain_pickle(path: Path) -> Any:
-    """What the pickle holds. Text of Python 2 is read as UTF-8.
+    """Return the content of the pickle. Text of Python 2 is read as UTF-8.
 
-    Raises DataError if the file is missing, larger than MAX_PICKLE_BYTES, damaged, or holds anything but lists,
-    tuples, dictionaries, text, numbers, booleans and None.
+    Raises:
+        DataError: The file is missing, larger than MAX_PICKLE_BYTES, damaged, or contains anything but lists, tuples,
+            dictionaries, text, numbers, booleans and None.
     """
     check_size(path, limit=MAX_PICKLE_BYTES)
     content = path.read_bytes()
@@ -44,7 +45,7 @@ def read_plain_pickle(path: Path) -> Any:
         return _PlainUnpickler(io.BytesIO(content), encoding="utf-8").load()
     except DataError:
         raise
-    except Exception as error:  # on corrupt pickles nearly anything is raised
+    except Exception as error:  # corrupt pickles raise almost any exception
         raise DataError(f"{path}: expected a pickle; the file is damaged or cut short ({error})") from error
 
 
@@ -55,6 +56,6 @@ def _check_instructions(content: bytes, *, where: str) -> None:
                 f"{where}: expected a pickle of plain lists, dictionaries, text and numbers, found the instruction "
                 f"{instruction.name}, which can run code; nothing of it was run, get the file from its publishers"
             )
-        # the memory for what is stored grows with the largest index, which a few bytes can make enormous
+        # memory grows with the largest index of a stored value, which a few bytes can make huge
         if instruction.name in _STORING_INSTRUCTIONS and argument > number + 1:
             raise DataError(f"{where}: expected a pickle that stores values one by one, found the index {argument}")

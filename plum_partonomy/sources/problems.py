@@ -1,4 +1,4 @@
-"""What could not be used of somebody's files: one sentence for each record, kept in a file.
+"""The file of records that could not be used, one sentence per record.
 
 {"problem": "descriptor.json, record 6: has the image and the label of record 5"}
 """
@@ -13,10 +13,10 @@ ERRORS_FILE = "errors.jsonl"
 
 
 def write_problems(path: Path, problems: Iterable[object]) -> None:
-    """Writes the file, whole or not at all; a problem is a sentence, or an error that says one."""
+    """Write the file completely or not at all. A problem is a sentence, or an error with one."""
     write_whole(path, (json.dumps({"problem": str(problem)}, ensure_ascii=False) + "\n" for problem in problems))
 
 
 def read_problems(path: Path) -> list[str]:
-    """The sentences of a file that `write_problems` wrote."""
+    """Return the sentences of a file written by `write_problems`."""
     return [json.loads(line)["problem"] for line in path.read_text(encoding="utf-8").splitlines()]

@@ -1,7 +1,7 @@
-"""PARTONOMY's questions as conversations: each is answered with its correct choice, whose parts are tagged.
+"""Convert PARTONOMY questions to conversations: the answer is the correct choice with its parts tagged.
 
-The folder is that of the official release, see official.py. It is a benchmark: what is trained on some
-of its images can only be measured on others.
+The folder is that of the official release, see official.py. It is a benchmark: evaluate a model only on images that it
+was not trained on.
 """
 
 from collections.abc import Iterator
@@ -22,13 +22,13 @@ class CoreConversations:
     published_counts: ClassVar[dict[str, dict[str, int]]] = {}
 
     def __init__(self, folder: str | Path, *, split: str = "train", on_error: OnError = refuse):
-        """Raises DataError if the file is missing or damaged; `on_error` gets every bad record of it."""
+        """Raises DataError if the file is missing or damaged; `on_error` receives a DataError for each bad record."""
         self.split, self.blank, self.path = split, 0, Path(folder) / QUESTIONS_FILE
         self._groups = self.group(list(read_questions(folder, on_error=on_error)))
 
     @classmethod
     def splits(cls, folder: str | Path) -> list[str]:
-        """Train. Raises DataError if the file is missing."""
+        """Return ["train"]. Raises DataError if the file is missing."""
         find_existing(Path(folder), [QUESTIONS_FILE], what="the questions")
         return ["train"]
 
@@ -38,7 +38,7 @@ class CoreConversations:
 
     @staticmethod
     def group(questions: list[Question]) -> list[list[Question]]:
-        """The questions of which one each is asked."""
+        """Return groups of questions; one question of each group becomes a conversation."""
         return [[question] for question in questions]
 
     @property
@@ -49,15 +49,16 @@ class CoreConversations:
         return len(self._groups)
 
     def conversations(self, index: int, *, seed: int) -> Iterator[GroundedConversation]:
-        """The one about a question of the group, drawn by seed and image."""
+        """Yield the conversation about one question of the group, drawn by seed and image."""
         group = self._groups[index]
         rng = seeded_generator(seed, "question", group[0].image_id)
         yield answer_question(group[rng.integers(len(group))])
 
 
 class CoreStage2(CoreConversations):
-    """What the second stage of the published training uses: one question about each image, drawn from those of the
-    types identification, positive and negative that name the object."""
+    """The data of the second stage of the published training: one question about each image, drawn from its
+    identification, positive and negative questions that name the object.
+    """
 
     name = "core_stage2"
     types = ("identification_with_label", "positive_with_label", "negative_with_label")

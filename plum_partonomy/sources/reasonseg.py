@@ -1,4 +1,4 @@
-"""ReasonSeg: an image, questions that take reasoning, and the region that answers them, one JSON file per image.
+"""Read ReasonSeg: images, questions that require reasoning, and the region that answers them, one JSON file each.
 
 The file, shortened (licence: not stated):
 
@@ -10,13 +10,13 @@ The file, shortened (licence: not stated):
     FOLDER/train/1.jpg  FOLDER/train/1.json  FOLDER/val/2.jpg  FOLDER/val/2.json
     FOLDER/explanatory/train.json: [{"image": "1.jpg", "query": "...", "outputs": "The speed is shown ..."}, ...]
 
-Where `is_sentence` is false the texts are phrases, "the camera lens that suits close objects": the answer tags the
-phrase. Sentences are asked as they stand, and as the files name no answer, the tag goes round a general word such as
-"this region". Half of the questions about an image that has an explanation ask for it, too. All texts of an image are
-rephrasings of each other, so each is a conversation of its own.
+If `is_sentence` is false, the texts are phrases, "the camera lens that suits close objects", and the answer tags the
+phrase. Sentences are asked unchanged. The files name no answer, so the tag encloses a general phrase such as "this
+region". Half of the questions about an image with an explanation ask for it as well. All texts of an image rephrase
+each other, so each is a separate conversation.
 
-Smaller shapes lie over larger ones; `ignore` regions are ambiguous, for training no part of the target. Shapes called
-"flag" are void; shapes of fewer than three points enclose nothing. Files are UTF-8 or Windows-1252.
+Smaller shapes are drawn over larger ones. `ignore` regions are ambiguous and do not belong to the training target.
+"flag" shapes and shapes of fewer than three points are skipped. Files are UTF-8 or Windows-1252.
 """
 
 from collections.abc import Iterator
@@ -57,7 +57,7 @@ ASKING_WHY = (
 
 
 class ReasonSeg:
-    """One split, opened. Files are listed at once, read on request."""
+    """One open split. Files are listed on opening and read on access."""
 
     name: ClassVar[str] = "reasonseg"
     licence: ClassVar[str] = "not stated"
@@ -69,7 +69,7 @@ class ReasonSeg:
     }
 
     def __init__(self, folder: str | Path, *, split: str = "train"):
-        """Raises DataError if the split's folder holds no JSON file, or the explanations are no such file."""
+        """Raises DataError if the folder of the split has no JSON file, or the explanations are malformed."""
         self.folder, self.split, self.blank = Path(folder), split, 0
         self.path = self.folder / self.folders[split]
         self._files = sorted(self.path.glob("*.json"))
@@ -80,7 +80,7 @@ class ReasonSeg:
 
     @classmethod
     def splits(cls, folder: str | Path) -> list[str]:
-        """The splits whose folders there are. Raises DataError if there are none."""
+        """Return the splits whose folders exist. Raises DataError if there are none."""
         found = [split for split, name in cls.folders.items() if (Path(folder) / name).is_dir()]
         if not found:
             raise DataError(f"{folder}: no such files of {cls.name}; expected the folders train and val")
@@ -98,12 +98,14 @@ class ReasonSeg:
         return len(self._files)
 
     def regions(self, index: int) -> tuple[RLE, RLE]:
-        """The masks of the target and of what is to be ignored. Raises DataError naming file and shape."""
+        """Return the masks of the target and of the region to ignore. Raises DataError that names file and shape."""
         where = str(self._files[index])
         return _paint(self._read(index), size=self._images.size(self._image_path(index), where=where), where=where)
 
     def conversations(self, index: int, *, seed: int) -> Iterator[GroundedConversation]:
-        """One for each text of an image; none if no target is drawn. Raises DataError naming file and field."""
+        """Yield a conversation for each text of an image; none without a target. Raises DataError that names file and
+        field.
+        """
         where, content = str(self._files[index]), self._read(index)
         texts = [" ".join(text.split()) for text in typed_list(content, "text", str, where=where)]
         if not texts or not all(texts):
@@ -137,7 +139,7 @@ class ReasonSeg:
         return parse_json(read_text(path, encodings=("utf-8-sig", "cp1252")).encode(), where=str(path))
 
     def _read_explanations(self) -> dict[str, str]:
-        """Image name -> why its target is the answer."""
+        """Return image name -> explanation of its target."""
         path = self.folder / EXPLANATIONS_FILE
         records = read_json(path)
         if not isinstance(records, list):
@@ -162,7 +164,9 @@ def _reason(example: PartExample, explanation: str | None, *, seed: int) -> Grou
 
 
 def _paint(content: Any, *, size: Size, where: str) -> tuple[RLE, RLE]:
-    """Target and ignored region; the smaller shape lies over the larger, of equal ones the later."""
+    """Return the target and the ignored region. A smaller shape covers a larger one; of equal ones, the later covers
+    the earlier.
+    """
     shapes = []
     for number, shape in enumerate(typed_list(content, "shapes", dict, where=where)):
         place = f"{where}, record shapes[{number}]"

@@ -1,4 +1,4 @@
-"""Referring expressions: RefCOCO, RefCOCO+, RefCOCOg, RefCLEF and gRefCOCO.
+"""Read referring expressions: RefCOCO, RefCOCO+, RefCOCOg, RefCLEF and gRefCOCO.
 
     refs[i].image_id ───> instances.json: images[j].id
     refs[i].ann_id ─────> instances.json: annotations[k].id
@@ -10,14 +10,14 @@ One record of the list in the pickle `refs(unc).p`, shortened:
      "sentences": [{"sent_id": 0, "sent": "the lady with the blue shirt", "raw": "THE LADY WITH THE BLUE SHIRT",
                     "tokens": ["the", "lady", "with", "the", "blue", "shirt"]}, ...]}
 
-In gRefCOCO, `grefs(unc).json`, `ann_id` is a list: of several objects, whose masks are united, or [-1] where nothing
-in the image is meant. `instances.json` has COCO's format; in RefCLEF a segmentation is a list of compressed RLEs.
+In gRefCOCO (`grefs(unc).json`), `ann_id` is a list of objects, whose masks are merged, or [-1] for an expression that
+matches nothing. `instances.json` has COCO's format; in RefCLEF a segmentation is a list of compressed RLEs.
 
     FOLDER/refcoco/refs(unc).p  FOLDER/refcoco/instances.json  FOLDER/grefcoco/grefs(unc).json ...
     FOLDER/images/mscoco/images/train2014/COCO_train2014_000000581857.jpg (or FOLDER/images/train2014/)
     FOLDER/images/saiapr_tc-12/... (RefCLEF)
 
-Every expression about an image is asked for once. Those without words or without a mask are counted in `blank`.
+Each expression about an image is asked for once. Expressions without words or without a mask are counted in `blank`.
 """
 
 import json
@@ -43,7 +43,7 @@ from plum_partonomy.sources.untrusted import (
 )
 
 SPLITS = {"val": "validation"}
-"""How the files call a split -> its name here, where that differs."""
+"""Split name in the files -> name here, where they differ."""
 COCO_FOLDERS = ("images/mscoco/images/train2014", "images/train2014")
 
 
@@ -61,7 +61,7 @@ class _ImageRecord:
 
 
 class Referring:
-    """One split of a data set, opened. Records and references between them are checked at once, masks on request."""
+    """One open split of a data set. Records and references are checked on opening, masks on access."""
 
     name: ClassVar[str]
     refs_file: ClassVar[str]
@@ -70,9 +70,11 @@ class Referring:
     published_counts: ClassVar[dict[str, dict[str, int]]] = {}
 
     def __init__(self, folder: str | Path, *, split: str = "train", on_error: OnError = refuse):
-        """Raises DataError if a file is missing, damaged or no plain data, or no reference can be used.
+        """Args:
+            on_error: Receives a DataError for each record that lacks a field and each reference to a missing record.
 
-        `on_error` gets every record that lacks a field, and every reference that leads to no record.
+        Raises:
+            DataError: A file is missing, damaged or contains more than plain data, or no reference can be used.
         """
         self.folder, self.split, self.blank = Path(folder), split, 0
         self.path = self.folder / self.refs_file
@@ -99,7 +101,7 @@ class Referring:
 
     @classmethod
     def splits(cls, folder: str | Path) -> list[str]:
-        """The splits of the file. Raises DataError if it cannot be read."""
+        """Return the splits of the file. Raises DataError if it cannot be read."""
         path = Path(folder) / cls.refs_file
         records = enumerate(_read_refs(Path(folder), cls.refs_file))
         return sorted({_split(record, where=f"{path}, record {number}") for number, record in records})
@@ -116,7 +118,9 @@ class Referring:
         return len(self._image_ids)
 
     def conversations(self, index: int, *, seed: int) -> Iterator[GroundedConversation]:
-        """About what is referred to in one image. Raises DataError naming file, record and field."""
+        """Yield the conversations about the expressions of one image. Raises DataError that names file, record and
+        field.
+        """
         image_id = self._image_ids[index]
         record = self._images[image_id]
         where = f"{self._instances}, image {image_id}"
@@ -143,7 +147,7 @@ class Referring:
         yield from ask_for_each(example, absent=absent, seed=seed)
 
     def _mask(self, reference: _Reference, size: Size) -> RLE | None:
-        """The united mask of what is meant; None if that is nothing, or covers no pixel."""
+        """Return the merged mask of the expression, or None if it matches nothing or covers no pixel."""
         rles = []
         for id in reference.annotation_ids:
             _, segmentation = self._segmentations[id]
@@ -166,7 +170,7 @@ class Referring:
         return images
 
     def _read_segmentations(self, on_error: OnError) -> dict[int, tuple[int, str]]:
-        """Annotation id -> its image id, and its segmentation as JSON, which takes less memory than Python numbers."""
+        """Return annotation id -> (image id, segmentation as JSON, which takes less memory than Python numbers)."""
         references = (item for references in self._references.values() for item in references)
         wanted = {id for reference in references for id in reference.annotation_ids}
         segmentations = {}
@@ -181,7 +185,7 @@ class Referring:
         return segmentations
 
     def _leave_out_dangling(self, on_error: OnError) -> None:
-        """Leaves out references to an image or an annotation that there is not."""
+        """Remove references to a missing image or annotation."""
         for image_id, references in list(self._references.items()):
             found = [reference for reference in references if self._is_good(reference, image_id, on_error)]
             self._references[image_id] = found
@@ -202,7 +206,7 @@ class Referring:
 
 
 class RefCoco(Referring):
-    """RefCOCO in the split of UNC."""
+    """RefCOCO, UNC split."""
 
     name = "refcoco"
     refs_file = "refcoco/refs(unc).p"
@@ -210,14 +214,14 @@ class RefCoco(Referring):
 
 
 class RefCocoGoogle(Referring):
-    """RefCOCO in the split of Google."""
+    """RefCOCO, Google split."""
 
     name = "refcoco_google"
     refs_file = "refcoco/refs(google).p"
 
 
 class RefCocoPlus(Referring):
-    """RefCOCO+, expressions without words of place, in the split of UNC."""
+    """RefCOCO+ (expressions without words of place), UNC split."""
 
     name = "refcoco+"
     refs_file = "refcoco+/refs(unc).p"
@@ -225,7 +229,7 @@ class RefCocoPlus(Referring):
 
 
 class RefCocoG(Referring):
-    """RefCOCOg, longer expressions, in the split of UMD, in which no image is in two splits."""
+    """RefCOCOg (longer expressions), UMD split, in which no image is in two splits."""
 
     name = "refcocog"
     refs_file = "refcocog/refs(umd).p"
@@ -233,14 +237,14 @@ class RefCocoG(Referring):
 
 
 class RefCocoGGoogle(Referring):
-    """RefCOCOg in the split of Google, in which images are in several splits."""
+    """RefCOCOg, Google split, in which some images are in several splits."""
 
     name = "refcocog_google"
     refs_file = "refcocog/refs(google).p"
 
 
 class RefClef(Referring):
-    """RefCLEF, expressions about IAPR TC-12, in the split of UNC."""
+    """RefCLEF (expressions about IAPR TC-12), UNC split."""
 
     name = "refclef"
     refs_file = "refclef/refs(unc).p"
@@ -249,7 +253,7 @@ class RefClef(Referring):
 
 
 class GRefCoco(Referring):
-    """gRefCOCO, expressions for several objects or for none."""
+    """gRefCOCO: expressions for several objects or for none."""
 
     name = "grefcoco"
     refs_file = "grefcoco/grefs(unc).json"
@@ -262,7 +266,7 @@ def _read_refs(folder: Path, name: str) -> list[Any]:
 
 @lru_cache(maxsize=1)
 def _load_refs(path: Path, modified: int) -> list[Any]:
-    """Read once for all splits, unless the file is modified."""
+    """Read the file once for all splits, unless it was modified."""
     records = read_json(path) if path.suffix == ".json" else read_plain_pickle(path)
     if not isinstance(records, list) or not records:
         raise DataError(f"{path}: expected a non-empty list of references, found {type(records).__name__}")

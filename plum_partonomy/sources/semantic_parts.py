@@ -1,8 +1,7 @@
 """Pascal-Part, PACO-LVIS and PartImageNet as semantic parts: each part is asked for by a name such as "bird wing".
 
-The files are those of `pascal_part`, `paco_lvis` and `partimagenet`, and so are images and masks: all parts of one
-name in an image are one mask, and where one of several objects is meant a red box is drawn around it. Only what is
-said about them differs.
+Files, images and masks are those of `pascal_part`, `paco_lvis` and `partimagenet`: all parts of one name in an image
+form one mask, and a red box marks the object if there are several. Only the conversations differ.
 """
 
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from plum_partonomy.sources.pascal_part import PascalPart
 
 class _PartsByName(CocoParts):
     def conversations(self, index: int, *, seed: int) -> Iterator[GroundedConversation]:
-        """About the parts of one example. Raises DataError."""
+        """Yield the conversations about the parts of one example. Raises DataError."""
         yield from ask_for_parts(self.example(index), seed=seed)
 
 

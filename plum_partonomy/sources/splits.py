@@ -1,9 +1,9 @@
-"""What a build must know of a copy of a raw data set before it makes the first record.
+"""Survey a raw data set before a build makes its first record.
 
-    folder --survey--> Survey: which examples each split has, which parts each of them shows, the graphs --> knowledge
+    folder --survey--> Survey: examples of each split, parts that each example shows, graphs --> knowledge
 
-Published splits are kept as they are; those of your own parts and of a descriptor are drawn by image. No image may be
-in two splits.
+Published splits are kept. Splits of your own parts and of a descriptor are drawn by image. No image may be in two
+splits.
 """
 
 from collections.abc import Iterator
@@ -23,10 +23,10 @@ from plum_partonomy.sources.referring import Referring
 from plum_partonomy.sources.untrusted import OnError, check_labels, refuse
 
 DRAWN_SPLITS = ("descriptor", "own_parts")
-"""Data sets of your own, a tenth of whose images is drawn for validation and a tenth for the test."""
+"""Data sets of your own: a tenth of the images is drawn for validation and a tenth for test."""
 PUBLISHED_PARTS = ("pascal_part", "paco_lvis", "partimagenet", "partimagenet_pp")
 PART_SOURCES = (*DRAWN_SPLITS, *PUBLISHED_PARTS)
-"""Data sets of objects and their parts, which questions can be made about."""
+"""Data sets of objects and parts, which have benchmark questions."""
 
 Opened = Source | Descriptor | OwnParts | ConversationFile
 
@@ -40,10 +40,12 @@ class Annotated(NamedTuple):
 @dataclass
 class Survey:
     """
+    The examples of a data set.
+
     Args:
-        members: split -> indices of its examples in the source that `open_source` gives.
-        annotated: split -> what these examples show, in the same order.
-        part_graph, instance_graph: those of all splits, united.
+        members: Split -> indices of its examples in the source returned by `open_source`.
+        annotated: Split -> the (label, parts) of these examples, in the same order.
+        part_graph, instance_graph: The merged graphs of all splits.
     """
 
     members: dict[str, list[int]] = field(default_factory=dict)
@@ -52,13 +54,13 @@ class Survey:
     instance_graph: Graph = field(default_factory=dict)
 
     def knowledge(self) -> PartKnowledge:
-        """Counts over the examples of all splits."""
+        """Return the part statistics of the examples of all splits."""
         counted = [(item.label, item.parts) for split in self.annotated.values() for item in split]
         return collect_knowledge(counted, part_graph=self.part_graph, instance_graph=self.instance_graph)
 
 
 def open_source(name: str, folder: Path, *, split: str, on_error: OnError = refuse) -> Opened:
-    """What the indices of a split belong to. `name` is one of DRAWN_SPLITS or SOURCES."""
+    """Return the source that the indices of a split belong to. `name` is one of DRAWN_SPLITS or SOURCES."""
     if name == "own_parts":
         return open_own_parts(folder, on_error=on_error)
     if name == "descriptor":
@@ -66,13 +68,13 @@ def open_source(name: str, folder: Path, *, split: str, on_error: OnError = refu
     kind = SOURCES[name]
     if issubclass(kind, CocoParts | Referring | CoreConversations):
         return kind(folder, split=split, on_error=on_error)
-    return kind(folder, split=split)  # the others check no record before it is asked for
+    return kind(folder, split=split)  # the others check records only on access
 
 
 def usable(name: str, folder: Path, *, on_error: OnError = refuse) -> dict[str, list[int]]:
-    """Split -> indices of the records that can be used. `name` is one of SOURCES.
+    """Return split -> indices of the records that can be used. `name` is one of SOURCES.
 
-    Each is read to tell, unless bad records are refused: then the build stops at a bad one.
+    With `on_error=refuse` no record is read here; the build stops at the first bad one.
     """
     members = {}
     for split in SOURCES[name].splits(folder):
@@ -94,17 +96,18 @@ def _is_good(source: Opened, index: int, on_error: OnError) -> bool:
 
 
 def survey(name: str, folder: Path, *, seed: int, on_error: OnError = refuse) -> Survey:
-    """Looks at the annotations of every example of a copy, and, unless bad records are refused, at every image too.
+    """Read the annotations of all examples, and all images unless `on_error` is `refuse`.
 
-    Conversations of one's own have members alone: what they show is not known by parts.
+    Conversations of your own have members only, because their parts are unknown.
 
     Args:
-        name: one of PART_SOURCES.
-        seed: for the splits that are drawn.
-        on_error: gets every bad record as a DataError naming it; the example it belongs to is left out. `refuse`
-            leaves images to the build, which stops at a bad one: each is decoded once, not twice.
+        name: One of PART_SOURCES.
+        seed: Seed of drawn splits.
+        on_error: Receives a DataError for each bad record; its example is skipped. With `refuse`, images are checked
+            in the build instead, so that each is decoded only once.
 
-    Raises DataError if a file cannot be read, an image is in two splits, or no example is left.
+    Raises:
+        DataError: A file cannot be read, an image is in two splits, or no example is left.
     """
     found = Survey()
     owners: dict[str, str] = {}

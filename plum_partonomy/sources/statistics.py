@@ -1,6 +1,6 @@
-"""What a data set holds: objects, parts, object-part pairs, images, masks and questions, as the paper counts them.
+"""Count objects, parts, object-part pairs, images, masks and questions of a data set as the paper does.
 
-Rows are counted one by one:
+Add the rows one by one:
 
     statistics = Statistics()
     for row in rows:
@@ -16,11 +16,12 @@ from typing import Any
 
 @dataclass
 class Statistics:
-    """Counts distinct things over rows of any config; a row that repeats an image adds nothing but its question.
+    """Counts of distinct items over rows of any config. A row that repeats an image adds only its question.
 
-    - images are told apart by `image_id`: an image of two objects that a source gives two examples of counts twice,
-    - a mask is one of a part of an object in an image; instances kept apart are masks of their own,
-    - an object-part pair is a label with a part that a mask shows.
+    - Images are distinguished by `image_id`. An image with two objects that a source splits into two examples counts
+      twice.
+    - A mask is one part of one object in one image; separate instances are separate masks.
+    - An object-part pair is a label and a part with a mask.
     """
 
     rows: int = 0
@@ -32,7 +33,7 @@ class Statistics:
     """(source, licence) -> rows."""
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """A row as `plum_partonomy.records.as_row` gives it, with or without its image."""
+        """Add a row as returned by `plum_partonomy.records.as_row`, with or without its image."""
         self.rows += 1
         self.images.add(row["image_id"])
         self.licences[row["source"], row["licence"]] += 1
@@ -43,7 +44,7 @@ class Statistics:
             self.masks.add((row["image_id"], mask["label"], mask["rle"]["counts"]))
 
     def as_row(self) -> dict[str, int]:
-        """Column -> count."""
+        """Return column -> count."""
         return {
             "objects": len({label for label, _ in self.pairs}),
             "parts": len({part for _, part in self.pairs}),

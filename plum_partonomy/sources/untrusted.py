@@ -1,4 +1,4 @@
-"""Reading untrusted records: typed fields, masks, images that stay inside their folder."""
+"""Read untrusted records: typed fields, masks, and images that must be inside their folder."""
 
 import posixpath
 from collections.abc import Callable, Container, Iterable, Sequence
@@ -15,23 +15,23 @@ from plum_partonomy.records import PartMask, check_plain
 from plum_partonomy.sources.json_files import check_size
 
 MAX_TEXT_BYTES = 16 * 1024**2
-"""Largest text file read at once, in bytes."""
+"""Maximum size in bytes of a text file that is read at once."""
 
 _ROTATED_ORIENTATIONS = (5, 6, 7, 8)
 
 OnError = Callable[[DataError], None]
-"""What is done about a bad record: `refuse`, or something that keeps the error, and the record is left out."""
+"""Handler of a bad record: `refuse` raises the error; any other handler collects it and the record is skipped."""
 
 
 def refuse(error: DataError) -> None:
-    """Refuses the whole file for one bad record."""
+    """Raise the error of a bad record, which rejects the whole file."""
     raise error
 
 
 def read_text(path: Path, *, encodings: Sequence[str] = ("utf-8-sig",)) -> str:
-    """The content of a small file in the first encoding that fits.
+    """Return the content of a small file in the first encoding that fits.
 
-    Raises DataError if it is missing, longer than MAX_TEXT_BYTES or none fits.
+    Raises DataError if it is missing, longer than MAX_TEXT_BYTES, or no encoding fits.
     """
     check_size(path, limit=MAX_TEXT_BYTES)
     content = path.read_bytes()
@@ -44,27 +44,28 @@ def read_text(path: Path, *, encodings: Sequence[str] = ("utf-8-sig",)) -> str:
 
 
 def find_existing(folder: Path, names: Sequence[str], *, what: str) -> Path:
-    """The first of these files that the folder holds. Raises DataError, saying what is missing."""
+    """Return the first of these files that exists in the folder. Raises DataError that says what is missing."""
     if (name := find_file(folder, names)) is None:
         raise DataError(f"{folder}: no such file for {what}; expected {' or '.join(names)}")
     return folder / name
 
 
 def find_file(folder: Path, names: Iterable[str]) -> str | None:
-    """The first of these relative paths that is a file, as it is spelled on the disk: an accent may be a character of
-    its own there (NFD) and not in the records (NFC), or the other way round."""
+    """Return the first of these relative paths that is a file, as spelled on disk. An accent may be a separate
+    character there (NFD) and part of the letter in the records (NFC), or the reverse.
+    """
     for name in names:
         for spelled in dict.fromkeys((name, normalize("NFC", name), normalize("NFD", name))):
             try:
                 if (folder / spelled).is_file():
                     return spelled
-            except (OSError, ValueError):  # too long, or with characters that no file name has
+            except (OSError, ValueError):  # too long, or with invalid characters
                 break
     return None
 
 
 def check_labels(labels: Iterable[str], *, where: str) -> None:
-    """Raises DataError if a label is empty or holds a special token, or two differ only in case or spaces."""
+    """Raise DataError if a label is empty or contains a special token, or two differ only in case or spaces."""
     seen: dict[str, str] = {}
     for label in labels:
         check_unicode(label, where=where)
@@ -79,7 +80,7 @@ def check_labels(labels: Iterable[str], *, where: str) -> None:
 
 
 def typed(record: Any, field: str, kind: type | tuple[type, ...], *, where: str) -> Any:
-    """`record[field]`, checked to be of the kind. Raises DataError."""
+    """Return `record[field]` after a check of its type. Raises DataError."""
     if not isinstance(record, dict) or field not in record:
         raise DataError(f"{where}: field {field!r} is missing")
     value = record[field]
@@ -92,7 +93,7 @@ def typed(record: Any, field: str, kind: type | tuple[type, ...], *, where: str)
 
 
 def check_unicode(text: str, *, where: str) -> None:
-    """Raises DataError if a text holds half a character (a lone surrogate), which no file can store."""
+    """Raise DataError if a text contains half a character (a lone surrogate), which no file can store."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -100,7 +101,7 @@ def check_unicode(text: str, *, where: str) -> None:
 
 
 def known_id(record: Any, field: str, known: Container[int], *, where: str) -> int:
-    """The id in `record[field]`, checked to be one of those known. Raises DataError."""
+    """Return the id in `record[field]` after a check that it is known. Raises DataError."""
     id = typed(record, field, int, where=where)
     if id not in known:
         raise DataError(f"{where}, field {field!r}: no usable record has the id {id}")
@@ -108,7 +109,7 @@ def known_id(record: Any, field: str, known: Container[int], *, where: str) -> i
 
 
 def typed_list(record: Any, field: str, kind: type, *, where: str) -> list[Any]:
-    """`record[field]`, checked to be a list of the kind. Raises DataError."""
+    """Return `record[field]` after a check that it is a list of the type. Raises DataError."""
     values = typed(record, field, list, where=where)
     for position, value in enumerate(values):
         if not isinstance(value, kind):
@@ -119,7 +120,7 @@ def typed_list(record: Any, field: str, kind: type, *, where: str) -> list[Any]:
 
 
 class ImageFiles:
-    """The images of a folder, each opened and decoded once to learn its size; `field` is what records call them."""
+    """The images of a folder, each decoded once to get its size; `field` is their field name in records."""
 
     def __init__(self, folder: Path, *, field: str = "image_path"):
         self.folder, self.field = folder.resolve(), field
@@ -127,20 +128,22 @@ class ImageFiles:
         self._turned: set[str] = set()
 
     def spell(self, image_path: str) -> str:
-        """The path as it is on the disk, without detours: one image has one such path; as given if it is no file."""
+        """Return the normalised path as spelled on disk, one per image; the given path if it is not a file."""
         found = find_file(self.folder, [image_path])
         path = (self.folder / (found or "")).resolve()
         inside = found is not None and path.is_relative_to(self.folder)
         return path.relative_to(self.folder).as_posix() if inside else posixpath.normpath(image_path)
 
     def locate(self, image_path: str, *, where: str) -> Path:
-        """The file of a path relative to the folder. Raises DataError if that leads out of it or to no file."""
+        """Return the file of a path relative to the folder. Raises DataError if it is outside the folder or does not
+        exist.
+        """
         place = f"{where}, field {self.field!r}"
         check_unicode(image_path, where=place)
         found = find_file(self.folder, [image_path])
         try:
             path = (self.folder / (found or image_path)).resolve()
-        except (OSError, ValueError):  # no file has such a name
+        except (OSError, ValueError):  # invalid file name
             path = self.folder
         if Path(image_path).is_absolute() or not path.is_relative_to(self.folder):
             raise DataError(f"{place}: {image_path!r:.200} leads out of {self.folder}")
@@ -149,7 +152,7 @@ class ImageFiles:
         return path
 
     def size(self, image_path: str, *, where: str) -> Size:
-        """(height, width) in pixels as `inputs_plum.py` reads it, turned upright. Raises DataError."""
+        """Return (height, width) in pixels after EXIF rotation. Raises DataError."""
         if image_path not in self._sizes:
             path = self.locate(image_path, where=where)
             place = f"{where}, field {self.field!r}: {path}"
@@ -162,7 +165,7 @@ class ImageFiles:
         return self._sizes[image_path]
 
     def label_map(self, image_path: str, *, where: str) -> np.ndarray:
-        """The pixel values of an indexed or grey image, not its colours: uint8 (height, width). Raises DataError."""
+        """Return the pixel values of an indexed or grey image: uint8 (height, width). Raises DataError."""
         path = self.locate(image_path, where=where)
         image = open_image(path, where=f"{where}, field {self.field!r}: {path}")
         if image.mode not in ("L", "P"):
@@ -173,7 +176,7 @@ class ImageFiles:
         return np.asarray(image)
 
     def check_frame(self, image_path: str, annotated: Any, *, where: str) -> None:
-        """Raises DataError if a size [height, width] that was annotated is not that of the upright image."""
+        """Raise DataError if an annotated size [height, width] differs from the size of the upright image."""
         size = self.size(image_path, where=where)
         if tuple(annotated) == size:
             return
@@ -184,7 +187,7 @@ class ImageFiles:
         )
 
     def check_turn(self, image_path: str, annotated: Any, *, where: str) -> None:
-        """Raises DataError if a size [height, width] that was annotated is that of the image before its EXIF turn."""
+        """Raise DataError if an annotated size [height, width] is that of the image before its EXIF rotation."""
         size = self.size(image_path, where=where)
         if image_path in self._turned and tuple(annotated) == size[::-1]:
             raise DataError(
@@ -196,11 +199,17 @@ class ImageFiles:
 def read_part_masks(
     segmentations: dict[str, Any], *, resize: Callable[[RLE], RLE] | None = None, where: str
 ) -> list[PartMask]:
-    """One mask per part, all of one size, sorted by label, from part name -> list of segmentations, which are united.
+    """Return one mask per part, all of one size and sorted by label.
 
-    A segmentation is an RLE, an RLE under the key `segmentation`, or a flat `polygon` [x0, y0, ...] beside `size`.
-    `resize` brings each of them to one size. Raises DataError. Whether the size is that of the image is left to
-    `ImageFiles.check_frame`.
+    `ImageFiles.check_frame` checks whether the size is that of the image.
+
+    Args:
+        segmentations: Part name -> list of segmentations, which are merged. Each is an RLE, an RLE under the key
+            `segmentation`, or a flat `polygon` [x0, y0, ...] with a `size`.
+        resize: Converts each of them to one size.
+
+    Raises:
+        DataError: A segmentation is malformed, or sizes differ.
     """
     check_labels(segmentations, where=f"{where}, field 'segmentations'")
     masks, size = [], None
@@ -229,7 +238,8 @@ def _read_mask(piece: Any, *, where: str) -> RLE:
 
 
 def read_segmentation(segmentation: Any, *, size: Size, where: str) -> RLE:
-    """The mask of COCO's `segmentation` of size (height, width): polygons, an RLE of either kind, or a list of RLEs.
+    """Return the mask of a COCO `segmentation` of size (height, width): polygons, an RLE of either kind, or a list of
+    RLEs.
 
     Raises DataError.
     """
@@ -241,9 +251,9 @@ def read_segmentation(segmentation: Any, *, size: Size, where: str) -> RLE:
 
 
 def read_polygons(polygons: list[list[float]], *, size: Size, where: str) -> RLE:
-    """Rasterises flat polygons of one part to a mask of size (height, width). Parts beyond the border are cut off.
+    """Return the mask of size (height, width) of flat polygons of one part. Areas beyond the border are cut off.
 
-    Raises DataError if a polygon is malformed or does not touch the image at all.
+    Raises DataError if a polygon is malformed or completely outside the image.
     """
     rle = polygons_to_rle(polygons, size=size, where=where)
     height, width = size

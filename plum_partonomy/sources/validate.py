@@ -1,8 +1,9 @@
-"""Checks a user's copy of a data set before a long build: every record is read, every image decoded.
+"""Check a data set before a long build: read every record and decode every image.
 
     validate("paco_lvis", FOLDER) -> Report(problems=[...], notes=[...])
 
-Problems are what a build would refuse, and counts or versions other than the published ones; notes say what was read.
+Problems are records that a build rejects, and counts or versions that differ from the published ones. Notes describe
+what was read.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -23,12 +24,12 @@ from plum_partonomy.sources.splits import Opened, open_source
 from plum_partonomy.sources.statistics import Statistics
 
 PUBLISHED_CORE = {"objects": 534, "parts": 862, "object-part pairs": 1976, "images": 1068, "masks": 4968}
-"""What the paper counts in Partonomy-Core; other releases have the same layout, so a difference is only a note."""
+"""The paper's counts of Partonomy-Core. Other releases have the same layout, so a difference is only a note."""
 
 
 @dataclass
 class Report:
-    """One sentence each. A copy is fit for a build if there are no problems."""
+    """Problems and notes, one sentence each. A data set without problems can be built."""
 
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -38,7 +39,7 @@ class Report:
 
 
 def validate(source: str, folder: str | Path) -> Report:
-    """Reads everything the source finds in the folder; goes on after a bad record. `source` is one of CHECKS."""
+    """Read everything that the source finds in the folder, continuing after bad records. `source` is one of CHECKS."""
     report = Report()
     try:
         CHECKS[source](Path(folder), report)
@@ -51,7 +52,7 @@ def _check_core(folder: Path, report: Report) -> None:
     resized: list[int] = []
     questions = read_questions(folder, on_error=report.refuse, on_resize=resized.append)
     statistics = Statistics()
-    for question in tqdm(questions, desc="questions", unit=" questions", disable=None):  # none off a terminal
+    for question in tqdm(questions, desc="questions", unit=" questions", disable=None):  # only on a terminal
         statistics.add(as_row(question))
     by_type = ", ".join(f"{count} {name}" for name, count in sorted(statistics.questions.items()))
     counts = statistics.as_row()
@@ -100,7 +101,7 @@ def _check_own_parts(folder: Path, report: Report) -> None:
     _check_drawn_splits(source, splits, report)
     if not splits["validation"]:
         needed = f"at least {HELD_OUT} images are needed; one in {HELD_OUT} is held out to select a checkpoint"
-        if splits["test"]:  # splits of the files
+        if splits["test"]:  # splits given by the files
             needed = "the split validation has no image with a part; it selects the checkpoint"
         report.problems.append(f"{folder}: {needed}")
 
@@ -115,7 +116,7 @@ def _check_drawn_splits(
 
 
 def _read_conversations(source: Opened, indices: Sequence[int], *, split: str, report: Report) -> str:
-    """What the conversations of these records hold; bad ones are reported."""
+    """Return a summary of the conversations of these records; bad ones are reported."""
     conversations, questions, spans, masks = 0, 0, 0, set()
     for index in tqdm(indices, desc=split, unit=" records", disable=None):
         try:
@@ -149,4 +150,4 @@ CHECKS: dict[str, Callable[[Path, Report], None]] = {
     "descriptor": _check_descriptor,
     **{name: _check_source(kind) for name, kind in SOURCES.items()},
 }
-"""Name -> what reads a folder of it into a report."""
+"""Name -> function that reads a folder into a report."""

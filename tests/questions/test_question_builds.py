@@ -216,7 +216,7 @@ def test_bad_instances_are_refused_as_a_whole_or_left_out_and_named(tmp_path, na
     assert all("descriptor.json, record " in problem for problem in problems)
     for text in expected:
         assert any(text in problem for problem in problems), text
-    assert splits["train"].info.description.endswith(f" {len(expected)} bad records were left out.")
+    assert splits["train"].info.description.endswith(f" {len(expected)} bad records were skipped.")
     used = {image_id.split("#")[0] for rows in splits.values() for image_id in rows["image_id"]}
     assert not used & {f"images/{number}.png" for number in (3, 5, 8, 14, 22, 30)}
     assert len(used) == IMAGES - 8
