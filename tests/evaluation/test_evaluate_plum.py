@@ -436,7 +436,7 @@ def test_a_disk_without_room_is_one_sentence_and_leaves_no_half_file(question_se
         cwd=tmp_path,
         preexec_fn=limit_files,
     )
-    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.returncode == 2 and "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith("evaluate_plum.py: ") and "File too large" in done.stderr
     assert not list(tmp_path.rglob("*.tmp"))
 
@@ -445,7 +445,7 @@ def test_a_place_that_cannot_be_written_to_is_one_sentence(question_set, tmp_pat
     (tmp_path / "file").write_text("")
     options = ["--baseline", "full_image", "--dataset", question_set, "--name", "default"]
     done = run_script(*map(str, options), "--output_dir", str(tmp_path / "file" / "run"))
-    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.returncode == 2 and "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith("evaluate_plum.py: ")
 
 
@@ -470,7 +470,7 @@ def test_the_script_ends_with_one_sentence_and_an_exit_code_for_bad_input(model_
         *("--model", str(model_dir), "--dataset", str(question_set), "--name", "default", "--split", "dev"),
         *("--output_dir", str(tmp_path / "run")),
     )
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert done.stderr.strip().splitlines()[-1].startswith("evaluate_plum.py: Cannot load data set")
     assert not (tmp_path / "run").exists()
