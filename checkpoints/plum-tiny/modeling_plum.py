@@ -619,22 +619,22 @@ class PlumForConditionalGeneration(PlumVision, PlumMaskDecoding, PlumPreTrainedM
         self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None = None, **inputs_and_options
     ) -> PlumSegmentationOutput:
         r"""
-        Generate the answers of prompts, tag them and segment the tagged spans.
+        Generate the answers of prompts, tag them and segment the tagged spans. Conversations that the processor
+        encoded with their answers go to [`segment_answers`], or to [`segment_spans`] if they hold spans.
 
         Args:
             input_ids, attention_mask (`(B, L)`): Prompts, padded on the left.
-            inputs_and_options: The image inputs of [`generate`], further inputs of the vision-language model, and
-                options of transformers' `generate`, such as `max_new_tokens`.
+            inputs_and_options: The image inputs and options of [`generate`], such as `max_new_tokens`.
 
         Raises:
-            ValueError: Rows that hold answers already, or several returned sequences per prompt.
+            ValueError: Spans, masks or hidden states of answers without `labels`, or several sequences per prompt.
         """
-        given = [name for name in GIVEN_ANSWERS if inputs_and_options.pop(name, None) is not None]
+        given = [name for name in GIVEN_ANSWERS if inputs_and_options.get(name) is not None]
+        if "labels" in given:
+            given_method = self.segment_spans if "spans" in given else self.segment_answers
+            return given_method(input_ids, attention_mask=attention_mask, **inputs_and_options)
         if given:
-            raise ValueError(
-                f"segment() generates answers, found {', '.join(given)} of answers that are given; call "
-                "segment_answers() to have these tagged, segment_spans() to segment the spans you name."
-            )
+            raise ValueError(f"{', '.join(given)} belong to answers that are given; pass their labels as well.")
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         images, inputs = self._take_images(input_ids, inputs_and_options)

@@ -156,6 +156,7 @@ def test_without_feedback_every_span_is_decoded_on_its_own():
     model, processor = tiny_model(mask_feedback=False), tiny_processor()
     batch = mixed_batch(processor)
     together = model.segment_spans(**batch)
+    assert_close(model.segment(**batch).pred_masks, together.pred_masks, rtol=0, atol=0)
     batch["spans"] = batch["spans"][2:3]
     assert_close(model.segment_spans(**batch).pred_masks[0], together.pred_masks[2], **EXACT)
 
@@ -369,6 +370,7 @@ def test_generated_spans_have_the_masks_of_the_same_answer_given(model_and_proce
     given["attention_mask"] = torch.cat([prompts["attention_mask"], torch.ones(2, 12, dtype=torch.long)], dim=1)
     labels = torch.where(generated.answer_mask, generated.sequences, -100)
     tagged = model.segment_answers(**given, labels=labels)
+    assert torch.equal(model.segment(**given, labels=labels).spans, tagged.spans)
     assert_close(tagged.spans, generated.spans)
     assert_close(tagged.pred_masks, generated.pred_masks, **EXACT)
 
