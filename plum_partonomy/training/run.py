@@ -48,9 +48,8 @@ def main(argv: list[str]):
         print(format_table(rows), flush=True)
         if data_arguments.dry_run:
             Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-            samples = Path(args.output_dir, "samples.html")
-            write_samples(samples, rows, train_dataset, seed=args.seed)
-            print(f"Samples of the data: {samples}")
+            write_samples(Path(args.output_dir, "samples.html"), rows, train_dataset, seed=args.seed)
+            print(f"Samples of the data: {Path(args.output_dir, 'samples.html')}")
     if data_arguments.dry_run:
         return
     if model_arguments.lora_r:
