@@ -18,8 +18,9 @@ def installed(tmp_path_factory) -> Path:
     """A folder with the unpacked wheel, which Python is told to look in first."""
     folder = tmp_path_factory.mktemp("wheel")
     # built from a copy: setuptools leaves folders beside what it builds
-    names = subprocess.run(["git", "ls-files", "*.py", "setup.cfg", "pyproject.toml", "README.md", "LICENSE"],
-                           cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()  # fmt: skip
+    copied = ["*.py", "*/tasks/*", "setup.cfg", "pyproject.toml", "README.md", "LICENSE"]
+    listed = subprocess.run(["git", "ls-files", *copied], cwd=ROOT, check=True, capture_output=True, text=True)
+    names = listed.stdout.split()
     for name in names:
         copy = folder / "source" / name
         copy.parent.mkdir(parents=True, exist_ok=True)
@@ -34,6 +35,14 @@ def installed(tmp_path_factory) -> Path:
 def run(installed: Path, cwd: Path, *words: str) -> subprocess.CompletedProcess:
     environment = os.environ | {"PYTHONPATH": str(installed)}
     return subprocess.run([sys.executable, "-P", *words], cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+def test_the_wheel_holds_the_tasks_of_lmms_eval_and_the_entry_point_of_its_model(installed):
+    tasks = Path("plum_partonomy", "lmms", "tasks")
+    names = {path.name for path in (installed / tasks).iterdir()}
+    assert names == {path.name for path in (ROOT / tasks).iterdir()}
+    (entry_points,) = installed.glob("*.dist-info/entry_points.txt")
+    assert "[lmms_eval.models]\nplum = plum_partonomy.lmms.models:manifest" in entry_points.read_text()
 
 
 def test_the_wheel_holds_the_library_and_modules_of_names_of_its_own(installed):
