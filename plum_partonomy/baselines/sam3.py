@@ -50,14 +50,18 @@ class Sam3:
         cls, name: str | Path, *, dtype: torch.dtype = torch.float32, device: Any = "cpu", **options: Any
     ) -> "Sam3":
         """Load a checkpoint from a folder or the Hub. Raises DataError if it takes no text prompts."""
-        config = AutoConfig.from_pretrained(name)
+        try:
+            config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        except (ValueError, OSError) as error:
+            reason = " ".join(str(error).split())
+            raise DataError(f"--sam3 {name}: expected a SAM 3 of transformers: {reason:.300}") from error
         if config.model_type not in ("sam3", "sam3_video"):
             raise DataError(
                 f"--sam3 {name}: expected a SAM 3 that takes text prompts (model type sam3), found "
                 f"{config.model_type!r}; use facebook/sam3."
             )
         model = Sam3Model.from_pretrained(name, dtype=dtype, use_safetensors=True).to(device)
-        return cls(model, AutoTokenizer.from_pretrained(name), **options)
+        return cls(model, AutoTokenizer.from_pretrained(name, trust_remote_code=False), **options)
 
     @torch.no_grad()
     def encode(self, image: Image.Image) -> SeenImage:

@@ -95,8 +95,9 @@ class Vlm:
     ) -> "Vlm":
         """Load a checkpoint from a folder or the Hub. Raises DataError if it is no vision-language model."""
         try:
-            model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, use_safetensors=True)
-            processor = AutoProcessor.from_pretrained(name)
+            safely = {"trust_remote_code": False, "use_safetensors": True}  # no question that a "yes" could answer
+            model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, **safely)
+            processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
         except (ValueError, ImportError, OSError) as error:
             reason = " ".join(str(error).split())
             raise DataError(

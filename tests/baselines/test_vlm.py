@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from transformers import BlipConfig, BlipForConditionalGeneration
 
+from plum_partonomy.baselines.sam3 import Sam3
 from plum_partonomy.baselines.served import ServedVlm
 from plum_partonomy.baselines.vlm import LIST_PROMPT, Vlm
 from plum_partonomy.masks import DataError
@@ -106,6 +107,17 @@ def test_what_is_no_vision_language_model_is_refused(tmp_path):
         Vlm.from_pretrained(tmp_path)
     with pytest.raises(DataError, match=r"--vlm .*absent: expected a checkpoint of AutoModelForImageTextToText"):
         Vlm.from_pretrained(tmp_path / "absent")
+
+
+def test_code_beside_the_weights_does_not_run_whatever_is_answered(tmp_path, monkeypatch):
+    (tmp_path / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    auto_map = {"AutoConfig": "code.Config", "AutoModelForImageTextToText": "code.Model"}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "unknown", "auto_map": auto_map}))
+    monkeypatch.setattr("builtins.input", lambda _: "yes")
+    for open_model in (Vlm.from_pretrained, Sam3.from_pretrained):
+        with pytest.raises(DataError, match="expected a"):
+            open_model(tmp_path)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_model_whose_images_are_no_tokens_of_its_prompt_is_refused(pretrained, tmp_path):
