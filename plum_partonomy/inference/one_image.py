@@ -273,6 +273,12 @@ def _encode(plum: Plum, image, messages, **options) -> dict[str, torch.Tensor]:
         inputs = plum.processor.apply_chat_template(chat, tokenize=True, return_dict=True, **options)
     except ValueError as error:
         raise DataError(str(error)) from error
+    count, most = inputs["input_ids"].shape[1], plum.model.config.get_text_config().max_position_embeddings
+    if count > most:
+        raise DataError(
+            f"The question is too long: with image and earlier turns it has {count} tokens, and this model reads at "
+            f"most {most}; shorten it."
+        )
     return dict(inputs.to(plum.model.device))
 
 

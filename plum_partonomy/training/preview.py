@@ -125,6 +125,7 @@ def write_samples(path: Path, rows: list[dict[str, str]], examples: torch.utils.
         measured=MEASURED,
         samples=[{"id": example["id"], "conversations": list(_drawn(example))} for example in shown],
     )
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, [page])
 
 

@@ -47,9 +47,9 @@ def main(argv: list[str]):
         rows = survey(sources, parts, processor, max_length=max_length, turns_per_record=turns_per_record)
         print(format_table(rows), flush=True)
         if data_arguments.dry_run:
-            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-            write_samples(Path(args.output_dir, "samples.html"), rows, train_dataset, seed=args.seed)
-            print(f"Samples of the data: {Path(args.output_dir, 'samples.html')}")
+            samples = Path(args.output_dir, "samples.html")
+            write_samples(samples, rows, train_dataset, seed=args.seed)
+            print(f"Samples of the data: {samples}")
     if data_arguments.dry_run:
         return
     if model_arguments.lora_r:

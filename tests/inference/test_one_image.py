@@ -180,6 +180,8 @@ def test_a_long_question_is_answered_and_refused_only_where_a_limit_is_set(plum)
     assert ask(plum, random_image(), question, max_new_tokens=2).messages[0]["content"] == question.strip()
     with pytest.raises(DataError, match="Expected a question of 1 to 500 characters, found 999"):
         check_text(question, what="a question", max_characters=500)
+    with pytest.raises(DataError, match="The question is too long: .* this model reads at most 512; shorten it"):
+        ask(plum, random_image(), question * 20)
 
 
 def test_what_is_saved_can_be_read_by_others(plum, tmp_path):
