@@ -1,10 +1,10 @@
-"""How well predicted masks meet true ones: counts, IoU, matchings and average precision, straight from run lengths.
+"""Compare predicted with true masks: counts, IoU, matching and average precision, computed on run lengths.
 
-Every mask is a COCO RLE ({"size": [height, width], "counts": str}); the masks compared share one pixel frame. Nothing
-is decoded to a dense array: pycocotools counts on the runs. The file needs numpy, scipy and pycocotools only.
+Each mask is a COCO RLE ({"size": [height, width], "counts": str}); compared masks have the same size. pycocotools
+computes on the run lengths, and no mask is decoded. This file needs only numpy, scipy and pycocotools.
 
-The examples speak of an image of one row and four columns, where three runs read as they are written: "022" is no
-pixel of background, two of foreground, two of background.
+The examples use an image of one row and four columns, where the counts can be read as digits: "022" is no pixel of
+background, two of foreground, two of background.
 """
 
 from collections import defaultdict
@@ -22,12 +22,12 @@ MATCHINGS: tuple[Matching, ...] = ("paired", "greedy", "hungarian", "union")
 
 
 def normalise(name: str) -> str:
-    """A part name as it is compared: without surrounding blanks, in lower case."""
+    """Return a part name in the form used for comparison: stripped and in lower case."""
     return name.strip().lower()
 
 
 def overlap(predicted: RLE, true: RLE) -> tuple[int, int]:
-    """Pixels of the intersection and of the union of two masks of one frame.
+    """Return the pixels of the intersection and of the union of two masks of one size.
 
     >>> first = {"size": [1, 4], "counts": "013"}
     >>> left = {"size": [1, 4], "counts": "022"}
@@ -40,17 +40,17 @@ def overlap(predicted: RLE, true: RLE) -> tuple[int, int]:
 
 
 def area(rle: RLE) -> int:
-    """Pixels of a mask."""
+    """Return the number of pixels of a mask."""
     return int(coco.area(_as_bytes(rle)))
 
 
 def strict_overlaps(
     predicted: Iterable[tuple[str, RLE]], true: Iterable[tuple[str, RLE]]
 ) -> dict[str, tuple[int, int]]:
-    """(intersection, union) in pixels of every part that is true or predicted, by normalised name.
+    """Return (intersection, union) in pixels of each true or predicted part, by normalised name.
 
-    A part with a mask on one side only has no intersection. A part whose masks are empty on both sides says nothing
-    about the model and is left out. Masks of one name are united first.
+    A part with a mask on one side only has no intersection. A part with empty masks on both sides is skipped. Masks
+    with the same name are merged first.
     """
     predicted, true = unite_by_name(predicted), unite_by_name(true)
     overlaps = {name: overlap(predicted[name], true[name]) for name in predicted.keys() & true.keys()}
@@ -62,9 +62,9 @@ def strict_overlaps(
 
 
 def strict_ious(predicted: Iterable[tuple[str, RLE]], true: Iterable[tuple[str, RLE]]) -> dict[str, float]:
-    """IoU of every part that is true or predicted, by normalised name; 0 for a part that one side lacks.
+    """Return the IoU of each true or predicted part, by normalised name; 0 for a part that is missing on one side.
 
-    Half of the hull is found, the mast is taken for a flag:
+    Half of the hull is found, and the mast is predicted as a flag:
 
     >>> left = {"size": [1, 4], "counts": "022"}
     >>> first = {"size": [1, 4], "counts": "013"}
@@ -73,7 +73,7 @@ def strict_ious(predicted: Iterable[tuple[str, RLE]], true: Iterable[tuple[str, 
     {'flag': 0.0, 'hull': 0.5, 'mast': 0.0}
 
     Args:
-        predicted: (part name, RLE) pairs in any order; equal names are united.
+        predicted: (part name, RLE) pairs in any order; equal names are merged.
         true: the same for the ground truth.
     """
     overlaps = strict_overlaps(predicted, true)
@@ -81,7 +81,7 @@ def strict_ious(predicted: Iterable[tuple[str, RLE]], true: Iterable[tuple[str, 
 
 
 def unite_by_name(masks: Iterable[tuple[str, RLE]]) -> dict[str, RLE]:
-    """One mask per normalised part name: masks that share a name are united."""
+    """Return one mask per normalised part name; masks with the same name are merged."""
     groups: dict[str, list[RLE]] = defaultdict(list)
     for name, rle in masks:
         groups[normalise(name)].append(rle)
@@ -89,9 +89,9 @@ def unite_by_name(masks: Iterable[tuple[str, RLE]]) -> dict[str, RLE]:
 
 
 def matched_ious(predicted: Sequence[RLE], true: Sequence[RLE], *, matching: Matching = "paired") -> list[float]:
-    """IoU of the matched masks of one image under the authors' protocol; part names play no role.
+    """Return the IoU of the matched masks of one image in the authors' protocol, which ignores part names.
 
-    Two empty masks have an IoU of 1, a mask without a partner costs nothing:
+    Two empty masks have an IoU of 1; unmatched masks are ignored:
 
     >>> left = {"size": [1, 4], "counts": "022"}
     >>> first = {"size": [1, 4], "counts": "013"}
@@ -105,11 +105,11 @@ def matched_ious(predicted: Sequence[RLE], true: Sequence[RLE], *, matching: Mat
     Args:
         predicted: RLE masks in the order of the answer's spans.
         true: RLE masks in the order of the answer's parts.
-        matching: `paired` by position, the longer list cut; `greedy` by descending IoU; `hungarian` for the largest
-            sum; `union` compares the union of each side, one pair.
+        matching: `paired` by position, with the longer list cut; `greedy` by descending IoU; `hungarian` for the
+            largest sum; `union` compares the union of each side.
 
     Raises:
-        ValueError: one side has no mask (the authors' evaluator skips such an image).
+        ValueError: One side has no mask (the authors' evaluator skips such an image).
     """
     if not predicted or not true:
         raise ValueError(f"Matching needs masks on both sides, found {len(predicted)} predicted, {len(true)} true.")
@@ -131,7 +131,7 @@ def matched_ious(predicted: Sequence[RLE], true: Sequence[RLE], *, matching: Mat
 def average_precision(
     scores: np.ndarray, hits: np.ndarray, *, true: float, weights: np.ndarray | None = None
 ) -> float | None:
-    """Average precision as COCO takes it: precision at 101 recalls, each the best at that recall or beyond.
+    """Return average precision as in COCO: precision at 101 recalls, each the maximum at that recall or above.
 
     Three masks for two true parts; the best two scores are a hit and a miss, the last is the second hit. Precision is
     1 up to a recall of 1/2 (51 of 101 recalls) and 2/3 beyond:
@@ -141,13 +141,13 @@ def average_precision(
     True
 
     Args:
-        scores: (N,) confidences; masks of equal confidence enter together, so that their order plays no role.
-        hits: (N,) bool, whether the mask meets its true mask at the threshold; at most one hit per true mask.
-        true: number of true masks (with `weights`, their weighted number).
-        weights: (N,) how often each mask counts; once if None.
+        scores: (N,) confidences; masks of equal confidence enter together, so their order has no effect.
+        hits: (N,) bool, whether the mask matches its true mask at the threshold; at most one hit per true mask.
+        true: Number of true masks (with `weights`, their weighted number).
+        weights: (N,) number of times each mask counts; once if None.
 
     Returns:
-        The average precision in [0, 1], or None without a true mask.
+        Average precision in [0, 1], or None without a true mask.
     """
     if not true:
         return None
@@ -158,13 +158,13 @@ def average_precision(
     last_of_score = np.append(np.diff(scores[order]) != 0, True)[: len(scores)] & (shown > 0)
     found, shown = found[last_of_score], shown[last_of_score]
     precision = np.maximum.accumulate((found / shown)[::-1])[::-1]
-    # the tolerance keeps a recall of 1/2, reached in floating point, on its own side
+    # the tolerance keeps a recall of 1/2 in floating point on the correct side
     reached = np.searchsorted(found / true, np.linspace(0, 1, 101) - 1e-9)
     return float(np.append(precision, 0.0)[reached].sum() / 101)
 
 
 def iou_matrix(predicted: Sequence[RLE], true: Sequence[RLE]) -> np.ndarray:
-    """(predicted, true) IoU; 1 where both masks are empty."""
+    """Return the IoU matrix (predicted, true); 1 where both masks are empty."""
     predicted, true = [_as_bytes(rle) for rle in predicted], [_as_bytes(rle) for rle in true]
     sizes = {tuple(rle["size"]) for rle in [*predicted, *true]}
     if len(sizes) != 1:
@@ -175,7 +175,7 @@ def iou_matrix(predicted: Sequence[RLE], true: Sequence[RLE]) -> np.ndarray:
 
 
 def unite(rles: Sequence[RLE]) -> RLE:
-    """The union of one mask or more of one frame; raises ValueError for masks of several sizes."""
+    """Return the union of one or more masks of one size. Raises ValueError for masks of several sizes."""
     if len(rles) == 1:
         return rles[0]
     sizes = {tuple(rle["size"]) for rle in rles}

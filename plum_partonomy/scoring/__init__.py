@@ -1,1 +1,1 @@
-"""Predictions and answers of any model, their metrics, intervals and reports. Never imports torch."""
+"""Predictions and answers of any model, their metrics, confidence intervals and reports. Never imports torch."""

@@ -1,13 +1,13 @@
-"""Answers of any model, from a file of one JSON object per question:
+"""Read the answers of any model from a file with one JSON object per question:
 
     {"id": "mini-test-3/positive", "choice_scores": [-3.1, -1.2, -4.0, -9.5, -7.7],
      "masks": [{"part": "hull", "rle": {"size": [128, 128], "counts": "Pm2..."}, "confidence": 0.97}]}
 
-docs/predictions.schema.json is the form as a JSON schema. `choice` (the index of the chosen answer in the order in
-which the data set shows them, or its text) may stand in place of `choice_scores` (larger is better), the part-whole
-types have `object_choice` or `object_choice_scores` as well. A model that only segments leaves the choices out, one
-that only chooses leaves out `masks`, on every line. A mask is in the frame of the question's image; masks of one part
-are united; `confidence` ranks masks for average precision.
+docs/predictions.schema.json is the JSON schema. `choice` (the index of the chosen answer in the order of the data set,
+or its text) may replace `choice_scores` (larger is better). The part-whole types also have `object_choice` or
+`object_choice_scores`. A model that only segments omits the choices on every line, and a model that only chooses omits
+`masks`. Masks have the size of the question's image; masks of one part are merged; `confidence` ranks masks for
+average precision.
 """
 
 import sys
@@ -48,19 +48,19 @@ def read_answers(
     mask_source: MaskSource = "gt_answer",
     format: AnswerFormat = "jsonl",
 ) -> tuple[list[Prediction], list[str]]:
-    """The answers that can be used, in question order, and one sentence for everything in the file that cannot.
+    """Return the usable predictions in question order, and one sentence for each problem in the file.
 
     A question whose answer is missing, damaged or repeated has no prediction. `predictions.jsonl` of evaluate_plum.py
-    is read as well.
+    is accepted as well.
 
     Args:
-        path: the file; with `official` a file or a folder of them, as official_answers.py describes them.
-        questions: the questions it answers.
-        mask_source: whether the masks are those of a given answer or (`generated`) of one that the model wrote.
-        format: the form described above, or that of the authors' scripts.
+        path: The file; with `official`, a file or a folder of files as described in official_answers.py.
+        questions: The questions that it answers.
+        mask_source: Whether the masks are those of a given answer or (`generated`) of one that the model wrote.
+        format: The format above, or that of the authors' scripts.
 
     Raises:
-        DataError: there is no such file, or the format does not hold the masks that are asked for.
+        DataError: The file does not exist, or the format does not contain the requested masks.
     """
     if format == "official" and mask_source != "gt_answer":
         raise DataError(
@@ -78,12 +78,13 @@ def read_answers(
 def collect_answers(
     reader: Any, questions: Sequence[Any], *, path: Path
 ) -> tuple[list[Prediction], list[str], dict[str, str]]:
-    """Usable predictions in question order, a sentence for every problem, and the place of each question's answer.
+    """Return the usable predictions in question order, a sentence for each problem, and the place of each question's
+    answer.
 
     Args:
-        reader: gives the records of a file, the question of a record, and its prediction; see `LineReader`.
-        questions: whatever has an `id`.
-        path: the file, to be named.
+        reader: Returns the records of a file, the question of a record, and its prediction; see `LineReader`.
+        questions: Objects with an `id`.
+        path: The file, for error messages.
     """
     answers: dict[str, Prediction] = {}
     place_of: dict[str, str] = {}
@@ -108,7 +109,7 @@ def collect_answers(
 
 
 def answer_files(path: Path, *, format: AnswerFormat = "jsonl") -> list[Path]:
-    """The files that `read_answers` reads; raises DataError if there are none."""
+    """Return the files that `read_answers` reads. Raises DataError if there are none."""
     files = [path]
     if format == "official" and path.is_dir():
         files = sorted(path.glob("*.json"))
@@ -122,11 +123,11 @@ def answer_files(path: Path, *, format: AnswerFormat = "jsonl") -> list[Path]:
 def make_prediction(
     record: dict[str, Any], question: Question, *, mask_source: MaskSource = "gt_answer", where: str
 ) -> Prediction:
-    """The prediction that a record of the form above describes.
+    """Return the prediction of a record in the format above.
 
     Raises:
-        DataError: a field is unknown or of another type, a score is not finite, an index or the number of scores does
-            not fit the question, or a mask is no valid RLE of the image's size; names `where` and the field.
+        DataError: A field is unknown or has another type, a score is not finite, an index or the number of scores does
+            not match the question, or a mask is not a valid RLE of the image's size. Names `where` and the field.
     """
     check_fields(record, FIELDS, where=where)
     masks = record.get("masks")
@@ -150,7 +151,7 @@ def make_prediction(
 
 
 class LineReader:
-    """One JSON object a line: of the form above, or as evaluate_plum.py writes it."""
+    """Reads one JSON object per line, in the format above or as written by evaluate_plum.py."""
 
     def __init__(self, path: Path, questions: Sequence[Any], *, mask_source: MaskSource = "gt_answer"):
         (self.path,) = answer_files(path)
@@ -160,7 +161,7 @@ class LineReader:
         self.own = b'"question_id"' in first[:1000]
 
     def records(self) -> Iterator[tuple[str, bytes]]:
-        """(place, line) of every line that is not blank."""
+        """Yield (place, line) for each line that is not blank."""
         return json_lines(self.path)
 
     def parse(self, line: bytes, *, where: str) -> dict[str, Any]:
@@ -190,7 +191,7 @@ class LineReader:
 
 
 class _OfficialReader:
-    """The authors' predictions json."""
+    """Reads the authors' predictions json."""
 
     def __init__(self, path: Path, questions: Sequence[Question]):
         self.files = answer_files(path, format="official")
@@ -207,14 +208,16 @@ class _OfficialReader:
 
 
 def check_fields(record: dict[str, Any], known: Sequence[str], *, where: str) -> None:
-    """Raises DataError naming the first field that is not known."""
+    """Raise DataError that names the first unknown field."""
     unknown = sorted(set(record) - set(known))
     if unknown:
         raise DataError(f"{where}: unknown field {unknown[0]!r}; known are {', '.join(known)}.")
 
 
 def _scores(record: dict[str, Any], name: str, choices: Sequence[str], *, where: str) -> list[float] | None:
-    """What `Prediction` holds, smaller being better; an index or a text becomes 0 for the chosen, 1 for the others."""
+    """Return scores as in `Prediction` (smaller is better); for an index or a text, 0 for the chosen and 1 for the
+    others.
+    """
     count = len(choices)
     index, scores = record.get(name), record.get(f"{name}_scores")
     if index is not None and scores is not None:
@@ -241,7 +244,7 @@ def _scores(record: dict[str, Any], name: str, choices: Sequence[str], *, where:
 
 
 def read_span(mask: Any, size: tuple[int, int] | None, *, where: str) -> SpanMask:
-    """A mask of an answers file, of the (height, width) `size` if that is given; raises DataError."""
+    """Return a mask of an answers file, which must have the (height, width) `size` if given. Raises DataError."""
     if not isinstance(mask, dict):
         raise DataError(f"{where}: expected an object with a part and its rle, found {mask!r:.80}.")
     check_fields(mask, MASK_FIELDS, where=where)
@@ -259,7 +262,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _differing(predictions: Sequence[Prediction], by_id: dict[str, Question], place_of: dict[str, str]) -> list[str]:
-    """A sentence for each field that some lines lack, for no mean could be taken over the others alone."""
+    """Return a sentence for each field that some lines lack, because a mean over the other lines would be biased."""
     with_object = [p for p in predictions if by_id[p.question_id].object_question is not None]
     groups = {
         "'choice' or 'choice_scores'": ([p.choice_scores is not None for p in predictions], predictions),

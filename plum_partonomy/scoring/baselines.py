@@ -1,12 +1,12 @@
-"""Answers that need no model, to read a benchmark's figures against.
+"""Baselines without a model, as a reference for the metrics of a benchmark.
 
-    random        a uniformly drawn choice; for each part of the correct answer a box drawn within the image
+    random        a uniformly drawn choice; a random box in the image for each part of the correct answer
     majority      the choice closest to the parts that at least half of the images with this label show, counted over
-                  the training questions, or over the other images of the split where there are none; no masks
+                  the training questions, or without them over the other images of the split; no masks
     full_image    the whole image as the mask of each part of the correct answer; no choices
-    ground_truth  the correct choice, its tags, its masks, and the same again as the generated answer: 1.0 everywhere
+    ground_truth  the correct choice, its tags and its masks, also as the generated answer: 1.0 everywhere
 
-Masks are those of a given correct answer, as for a model under `gt_answer`.
+Masks belong to the given correct answer, as for a model with `gt_answer`.
 """
 
 from collections import Counter, defaultdict
@@ -30,12 +30,12 @@ SEED = 0
 def answer_without_model(
     name: str, questions: Sequence[Question], *, training: Sequence[Question] | None = None
 ) -> list[Prediction]:
-    """The predictions of a baseline, one per question; those of `random` depend on the questions' ids alone.
+    """Return the predictions of a baseline, one per question; those of `random` depend only on the question ids.
 
     Args:
-        name: one of BASELINES.
-        questions: the questions to answer.
-        training: the questions that `majority` counts over; if None, those about the other images asked about.
+        name: One of BASELINES.
+        questions: The questions to answer.
+        training: The questions that `majority` counts; if None, those about the other images.
     """
     if name == "majority":
         return _majority(questions, training)
@@ -63,7 +63,9 @@ def _random(question: Question) -> Prediction:
 
 
 def _majority(questions: Sequence[Question], training: Sequence[Question] | None) -> list[Prediction]:
-    """The image asked about never votes for itself; without any other image of its label nothing is usual."""
+    """Return the predictions of `majority`. An image does not count for itself; without another image of its label no
+    part is common.
+    """
     counted = questions if training is None else training
     parts_of = {q.image_id: (q.image_label, {normalise(mask.label) for mask in q.masks}) for q in counted}
     shown: dict[str, Counter] = defaultdict(Counter)

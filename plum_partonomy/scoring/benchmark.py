@@ -1,4 +1,4 @@
-"""The questions of a benchmark split, in the batches and with the wrong images an evaluation uses."""
+"""Load the questions of a benchmark split, make its batches and assign its wrong images."""
 
 import hashlib
 import itertools
@@ -36,16 +36,16 @@ CONTROL_SEED = 0
 def load_questions(
     dataset: str, *, name: str, split: str, limit: int | None = None, **options: Any
 ) -> tuple[datasets.Dataset, list[Question]]:
-    """A split and its questions, in order and without their images.
+    """Return a split and its questions, in order and without their images.
 
     Args:
-        dataset, name, split: as in `datasets.load_dataset`.
-        limit: only this many questions, from the start.
-        options: of the data set's builder, such as data_dir.
+        dataset, name, split: As in `datasets.load_dataset`.
+        limit: Number of questions, from the start; None for all.
+        options: Options of the data set's builder, such as data_dir.
 
     Raises:
-        DataError: the data set, configuration or split does not exist, is empty or holds no questions, or a record is
-            not valid.
+        DataError: The data set, configuration or split does not exist, is empty or contains no questions, or a record
+            is not valid.
     """
     asked = _describe(dataset, name, split)
     rows = load_rows(dataset, name=name, split=split, limit=limit, **options)
@@ -66,8 +66,9 @@ def load_questions(
 
 
 def load_rows(dataset: str, *, name: str, split: str, limit: int | None = None, **options: Any) -> datasets.Dataset:
-    """The records of a split, or the first of them, with images as they are stored; arguments and errors as for
-    `load_questions`."""
+    """Return the records of a split, or the first of them, with images as stored; arguments and errors as in
+    `load_questions`.
+    """
     rows = load_split(dataset, name, split=split, **options)
     if limit is not None:
         rows = rows.select(range(min(limit, len(rows))))
@@ -79,7 +80,7 @@ def _describe(dataset: str, name: str, split: str) -> str:
 
 
 def load_image(rows: datasets.Dataset, index: int, question: Question) -> Image.Image:
-    """The image of one record as RGB; raises DataError if it cannot be read or is not of its masks' size."""
+    """Return the image of a record as RGB. Raises DataError if it cannot be read or differs in size from its masks."""
     image = read_image(rows, index, where=f"Question {question.id!r}, image {question.image_id!r}")
     size, expected = [image.height, image.width], list(question.masks[0].rle["size"])
     if size != expected:
@@ -88,17 +89,17 @@ def load_image(rows: datasets.Dataset, index: int, question: Question) -> Image.
 
 
 def read_image(rows: datasets.Dataset, index: int, *, where: str) -> Image.Image:
-    """The image of one record as RGB; raises DataError, opening with `where`, if it cannot be read."""
+    """Return the image of a record as RGB. Raises DataError, starting with `where`, if it cannot be read."""
     return images.read_image(rows[index]["image"], where=where)
 
 
 def fingerprint(questions: Sequence[Question]) -> str:
-    """Changes with any text, mask or image id of the questions, and with their order; not with the machine."""
+    """Return a hash of the texts, masks and image ids of the questions and of their order, equal on every machine."""
     return fingerprint_rows({**as_row(question), "image": None} for question in questions)
 
 
 def fingerprint_rows(rows: Iterable[dict]) -> str:
-    """Changes with any value of the rows, which are ready for JSON, and with their order."""
+    """Return a hash of the values of the rows, which must be JSON values, and of their order."""
     digest = hashlib.sha256()
     for row in rows:
         digest.update(json.dumps(row, sort_keys=True).encode())
@@ -106,12 +107,12 @@ def fingerprint_rows(rows: Iterable[dict]) -> str:
 
 
 def data_folder(data_dir: str | None) -> str | None:
-    """The folder of raw data as a run's settings name it: the same from every working folder."""
+    """Return the absolute path of the raw data for the settings of a run, from any working folder."""
     return None if data_dir is None else str(Path(data_dir).resolve())
 
 
 def make_batches(questions: Sequence[Question], batch_size: int) -> list[list[int]]:
-    """Indices of the questions of each step, questions about one image next to each other."""
+    """Return the question indices of each batch, with questions about one image next to each other."""
     first_use: dict[str, int] = {}
     for index, question in enumerate(questions):
         first_use.setdefault(question.image_id, index)
@@ -120,12 +121,12 @@ def make_batches(questions: Sequence[Question], batch_size: int) -> list[list[in
 
 
 def pick_wrong_images(questions: Sequence[Question]) -> dict[str, str]:
-    """For every image id another one, of another photograph, and of another label where the labels allow it.
+    """Return for each image id the id of another photograph's image, of another label where possible.
 
-    Each is used once, unless half of all are objects of one photograph.
+    Each image is used once, unless half of all are objects of one photograph.
 
     Raises:
-        DataError: all questions are about one photograph.
+        DataError: All questions are about one photograph.
     """
     labels = {question.image_id: question.image_label for question in questions}
     photographs = {question.image_id: question.photograph for question in questions}
@@ -133,7 +134,7 @@ def pick_wrong_images(questions: Sequence[Question]) -> dict[str, str]:
         raise DataError("The wrong-image control needs at least two images, found one: use --control none.")
     shuffled = seeded_generator(CONTROL_SEED, "wrong_image").permutation(sorted(labels)).tolist()
     by_label = sorted(shuffled, key=labels.__getitem__)
-    # Turned by the size of the largest label, no image meets its own label while that has at most half of all images.
+    # Rotation by the size of the largest label pairs no image with its own label, unless one has over half of them.
     largest = max(len(list(group)) for _, group in itertools.groupby(by_label, labels.__getitem__))
     turn = min(largest, len(by_label) - 1)
     wrong = dict(zip(by_label, by_label[turn:] + by_label[:turn], strict=True))
@@ -144,8 +145,7 @@ def pick_wrong_images(questions: Sequence[Question]) -> dict[str, str]:
 
 
 def _exchange(image: str, wrong: dict[str, str], labels: dict[str, str], photographs: dict[str, str]) -> None:
-    """Gives an image the wrong image of another one in exchange for its own, so that both are of other photographs,
-    and of other labels if possible."""
+    """Swap the wrong images of two images, so that both are of other photographs, and of other labels if possible."""
 
     def differ(names: dict[str, str], other: str) -> bool:
         return names[image] != names[wrong[other]] and names[other] != names[wrong[image]]

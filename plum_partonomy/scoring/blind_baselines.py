@@ -1,7 +1,7 @@
-"""How often the right choice can be told without the image: blind heuristics, to be held against chance.
+"""Measure how often heuristics that do not see the image find the correct choice, compared with chance.
 
-Each heuristic scores the part lists of a question; the best score is its choice, and a tie of n that holds the
-right one counts 1 / n.
+Each heuristic scores the part lists of a question and chooses the best. A tie of n choices that includes the correct
+one counts 1 / n.
 """
 
 from collections import Counter
@@ -22,10 +22,10 @@ from plum_partonomy.sources.splits import Survey
 
 PENALTY = 1.0
 MAX_IMAGES = 2000
-"""Most images, drawn by seed, that either half of a data set is measured on."""
+"""Maximum number of images, drawn by seed, of each half of a data set."""
 
 Leak = dict[str, float]
-"""Blind heuristic -> its accuracy, and "chance"."""
+"""Heuristic, or "chance" -> accuracy."""
 
 
 def compare_schemes(
@@ -36,11 +36,11 @@ def compare_schemes(
     seed: int,
     question_types: Sequence[str] = QUESTION_TYPES,
 ) -> dict[str, Leak | None]:
-    """Scheme -> the leak of its questions about the test images, None where one half gets no question.
+    """Return scheme -> leak of its questions about the test images, or None if one half has no question.
 
     Args:
-        train, test: what the images show; they themselves are not looked at.
-        knowledge: scheme -> what its questions are made from.
+        train, test: The examples; their images are not read.
+        knowledge: Scheme -> the statistics for its questions.
     """
     leaks = {}
     for scheme, known in knowledge.items():
@@ -53,10 +53,10 @@ def compare_schemes(
 def leak_of_drawings(
     sizes: Mapping[str, int], *, scene: miniature.Scene = miniature.MINI, seed: int
 ) -> dict[str, Leak | None]:
-    """Scheme -> the leak of questions about drawings.
+    """Return scheme -> leak of questions about drawings.
 
     Args:
-        sizes: how many drawings of the splits "train" and "test".
+        sizes: Number of drawings of the splits "train" and "test".
     """
     train, test = (
         [miniature.draw_example(split, number, scene=scene, seed=seed) for number in range(sizes[split])]
@@ -94,7 +94,7 @@ def leak_of_copy(found: Survey, *, seed: int) -> dict[str, Leak | None]:
 
 
 def leak_of_published(questions: Sequence[Question], *, seed: int) -> Leak | None:
-    """The leak of questions that come without a training split: half of the images, drawn by seed, is for training."""
+    """Return the leak of questions without a training split; half of the images, drawn by seed, serve as training."""
     photographs = seeded_generator(seed, "leak").permutation(sorted({question.photograph for question in questions}))
     train = set(photographs[: len(photographs) // 2].tolist())
     halves = [[q for q in questions if (q.photograph in train) == wanted] for wanted in (True, False)]
@@ -102,14 +102,14 @@ def leak_of_published(questions: Sequence[Question], *, seed: int) -> Leak | Non
 
 
 def measure_leak(train: Sequence[Question], test: Sequence[Question]) -> Leak:
-    """Accuracy of each blind heuristic on the test questions; `chance` is what guessing gives.
+    """Return the accuracy of each heuristic on the test questions; `chance` is the accuracy of guessing.
 
     - longest, shortest: by number of parts.
-    - most_frequent_parts: by the mean frequency of its parts among the right answers of the training questions.
-    - middle: the fewest parts that differ from the other four lists, summed.
+    - most_frequent_parts: by the mean frequency of the parts in the correct answers of the training questions.
+    - middle: the smallest number of parts that differ from the other four lists, summed.
     - bag_of_parts: a linear classifier of the set of parts, fitted to the training questions.
 
-    Raises ValueError if there are no training or no test questions.
+    Raises ValueError without training or test questions.
     """
     if not train or not test:
         raise ValueError(f"expected questions to train and to test on, found {len(train)} and {len(test)}")
@@ -127,7 +127,7 @@ def measure_leak(train: Sequence[Question], test: Sequence[Question]) -> Leak:
 
 
 def fit_bag_of_parts(questions: Sequence[Question]) -> dict[str, float]:
-    """A weight per part such that the sum over a list is the logit of its being right among the lists of a question.
+    """Return a weight per part, such that the sum over a list is its logit among the lists of a question.
 
     Conditional logistic regression with an L2 penalty of PENALTY / 2 times the squared weights.
     """

@@ -1,11 +1,12 @@
-"""From what single questions add up to, to figures, their confidence intervals and differences between models.
+"""Aggregate per-question counts into metrics, confidence intervals and differences between models.
 
-Every figure but one is a ratio of two sums over questions (a mean is a sum over a count), so that a question is known
-by its addends, and processes combine exactly. The exception is average precision, which ranks the masks of all.
+Every metric except average precision is a ratio of two sums over questions (a mean is a sum over a count). A question
+therefore contributes a numerator and a denominator, and several processes combine exactly. Average precision ranks the
+masks of all questions.
 
 Intervals are percentile bootstrap over images (Efron & Tibshirani, An Introduction to the Bootstrap, 1993, chapter
-13): the images are drawn again with replacement, as many as there are, each with all its questions, and the figure is
-taken of each draw. Questions about one image succeed and fail together: drawn one by one they would promise too much.
+13): images are drawn with replacement, each with all its questions, and the metric is computed for each draw.
+Questions about one image are correlated, so drawing single questions would give intervals that are too narrow.
 """
 
 from collections.abc import Sequence
@@ -49,12 +50,12 @@ FIGURES = (*RATIO_FIGURES, "ap50")
 
 @dataclass
 class Tally:
-    """What one question adds to the figures.
+    """The contribution of one question to the metrics.
 
     Attributes:
-        ratios: (numerator, denominator) by figure; a figure to which the question has nothing to say is absent.
-        detections: (confidence, whether its IoU is at least 0.5) of every predicted mask.
-        true_masks: number of true masks.
+        ratios: Metric -> (numerator, denominator). Metrics that do not apply to the question are absent.
+        detections: (confidence, whether its IoU is at least 0.5) of each predicted mask.
+        true_masks: Number of true masks.
     """
 
     ratios: dict[str, Ratio]
@@ -63,7 +64,7 @@ class Tally:
 
 
 def summarise(tallies: Sequence[Tally]) -> Figures:
-    """Every figure from the sums over questions; None where no question has anything to say to it.
+    """Return each metric, computed from sums over questions; None if it applies to no question.
 
     >>> summarise([Tally({"span_f1": (0.5, 1)}), Tally({"span_f1": (0.5, 3)})])["span_f1"]
     0.25
@@ -76,7 +77,7 @@ def summarise(tallies: Sequence[Tally]) -> Figures:
 
 
 def ratio_figures(tallies: Sequence[Tally], *, names: Sequence[str]) -> Figures:
-    """The named ratios of sums over questions; None where no question has anything to say to it."""
+    """Return the named ratios of sums over questions; None if a ratio applies to no question."""
     figures: Figures = {}
     for name in names:
         ratios = [tally.ratios[name] for tally in tallies if name in tally.ratios]
@@ -88,14 +89,14 @@ def ratio_figures(tallies: Sequence[Tally], *, names: Sequence[str]) -> Figures:
 def resample(
     tallies: Sequence[Tally], photographs: Sequence[str], *, resamples: int = RESAMPLES, seed: int = BOOTSTRAP_SEED
 ) -> dict[str, np.ndarray]:
-    """Each figure of `resamples` draws of the photographs with replacement: (resamples,) arrays by name.
+    """Return each metric of `resamples` draws of the photographs with replacement: arrays (resamples,) by name.
 
-    Figures without any question are left out; a draw in which no question speaks of a figure gives NaN. Equal
-    photographs and seeds give equal draws, so that two models scored on the same questions are compared draw by draw.
+    Metrics that apply to no question are absent; a draw without a question for a metric gives NaN. Equal photographs
+    and seeds give equal draws, so two models with the same questions are compared draw by draw.
 
     Args:
-        tallies: one per question.
-        photographs: the one that each question is about; all its objects are drawn together.
+        tallies: One per question.
+        photographs: The photograph of each question; all its objects are drawn together.
     """
     weights = _draw(photographs, resamples=resamples, seed=seed)
     figures = _ratio_draws(tallies, weights, names=RATIO_FIGURES)
@@ -109,12 +110,12 @@ def resample(
 def ratio_draws(
     tallies: Sequence[Tally], photographs: Sequence[str], *, names: Sequence[str]
 ) -> dict[str, np.ndarray]:
-    """The named ratios of each draw; as `resample` otherwise."""
+    """Return the named ratios of each draw; arguments as in `resample`."""
     return _ratio_draws(tallies, _draw(photographs, resamples=RESAMPLES, seed=BOOTSTRAP_SEED), names=names)
 
 
 def _draw(photographs: Sequence[str], *, resamples: int, seed: int) -> np.ndarray:
-    """(resamples, questions) how often each question is drawn, with its photograph."""
+    """Return how often each question is drawn, with its photograph: (resamples, questions)."""
     unique, index = np.unique(photographs, return_inverse=True)
     n = len(unique)
     return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples).astype(float)[:, index]
@@ -135,18 +136,18 @@ def _ratio_draws(tallies: Sequence[Tally], weights: np.ndarray, *, names: Sequen
 
 
 def confidence_intervals(tallies: Sequence[Tally], photographs: Sequence[str]) -> dict[str, tuple[float, float]]:
-    """95 % interval (low, high) of every figure that has a value; arguments as for `resample`."""
+    """Return the 95 % interval (low, high) of each metric with a value; arguments as in `resample`."""
     return {name: interval(draws) for name, draws in resample(tallies, photographs).items()}
 
 
 def interval(draws: np.ndarray) -> tuple[float, float]:
-    """The range that holds the middle 95 % of the draws; NaN draws are left out."""
+    """Return the range of the middle 95 % of the draws, without NaN."""
     low, high = np.nanquantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
 
 
 class _Detections:
-    """The predicted masks of all questions, to be ranked together."""
+    """The predicted masks of all questions, ranked together."""
 
     def __init__(self, tallies: Sequence[Tally]):
         rows = [(index, *detection) for index, tally in enumerate(tallies) for detection in tally.detections]
@@ -155,6 +156,6 @@ class _Detections:
         self.true = np.array([tally.true_masks for tally in tallies], dtype=float)
 
     def average_precision(self, weights: np.ndarray) -> float | None:
-        """Average precision when each question counts as often as its weight says."""
+        """Return average precision with the given weight of each question."""
         true = float(weights @ self.true)
         return average_precision(self.scores, self.hits, true=true, weights=weights[self.question])

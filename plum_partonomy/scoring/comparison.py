@@ -1,4 +1,6 @@
-"""Several models on the same questions, on one page: figures with intervals, paired differences, masks in a row."""
+"""Compare several models on the same questions on one page: metrics with intervals, paired differences, masks side by
+side.
+"""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -26,17 +28,16 @@ EXAMPLES_PER_TYPE = 6
 def compare(
     questions: Sequence[Question], models: dict[str, Sequence[Prediction]], *, mask_source: MaskSource = "gt_answer"
 ) -> dict[str, list[dict[str, Any]]]:
-    """For all questions (`overall`) and each question type one row per figure that any model has.
+    """Return, for all questions (`overall`) and each question type, one row per metric of any model.
 
-    A row holds `figure`, and `cells`: per model `value`, `interval`, `gain`, its value minus that of the first model,
-    and `difference`, the interval of this when both are taken of the same draws of images (None for the first model,
-    and where one of the two has no value). A difference whose interval does not hold 0 is not explained by the choice
-    of images.
+    A row has `figure` and `cells`: for each model `value`, `interval`, `gain` (its value minus that of the first
+    model) and `difference` (the interval of the gain over the same draws of images; None for the first model and
+    without both values). The choice of images does not explain a difference whose interval excludes 0.
 
     Args:
-        questions: the questions that all models answered.
-        models: predictions by name of the model, one per question; differences are taken to the first.
-        mask_source: the masks that the mask figures speak of.
+        questions: The questions that all models answered.
+        models: Model name -> predictions, one per question. Differences are relative to the first.
+        mask_source: The source of the scored masks.
     """
     ordered = sorted(questions, key=lambda question: question.id)
     tallies = {
@@ -86,10 +87,10 @@ def write_comparison(
     load_image: Callable[[Question], Image.Image],
     mask_source: MaskSource = "gt_answer",
 ) -> None:
-    """Writes the page, whole or not at all.
+    """Write the page completely or not at all. Arguments as in `compare`.
 
-    Of each question type it shows the questions on which the models' masks differ most; arguments as for `compare`,
-    and `load_image` gives the image of a question, in the frame of its masks.
+    For each question type it shows the questions on which the masks of the models differ most. `load_image` returns
+    the image of a question, at the size of its masks.
     """
     answers = {name: [p for _, p in pair_by_id(questions, predictions)] for name, predictions in models.items()}
     ious = np.array(
@@ -123,7 +124,7 @@ def write_comparison(
 
 
 def _most_differing(questions: Sequence[Question], ious: np.ndarray) -> list[int]:
-    """Indices of the questions shown, largest difference first; `ious` is (models, questions)."""
+    """Return the indices of the questions to show, largest difference first; `ious` is (models, questions)."""
     shown, taken = [], Counter()
     for index in np.argsort(-np.ptp(ious, axis=0), kind="stable").tolist():
         question_type = questions[index].question_type
@@ -143,7 +144,9 @@ def _caption(name: str, question: Question, prediction: Prediction, iou: float) 
 def _panels(
     question: Question, spans: dict[str, list[SpanMask]], captions: dict[str, str], image: Image.Image
 ) -> dict[str, Any]:
-    """`parts`, (part, colour), and `panels`, (caption, address of the drawing), of the truth and of every model."""
+    """Return `parts` (part, colour) and `panels` (caption, data address of the drawing) of the ground truth and each
+    model.
+    """
     sides = {"truth": [(mask.label, mask.rle) for mask in true_masks(question)]}
     sides |= {captions[name]: [(span.text, span.rle) for span in found] for name, found in spans.items()}
     parts = list(dict.fromkeys(normalise(part) for side in sides.values() for part, _ in side))
@@ -155,10 +158,10 @@ def _panels(
     return {"parts": list(colours.items()), "panels": panels}
 
 
-PAGE = """<p class="quiet">Below each figure its 95 % bootstrap interval over the images.
+PAGE = """<p class="quiet">Below each value: 95 % bootstrap interval over images.
 {% for name in names[1:] %}{% if loop.first %}
-For {{ names[1:] | join(", ") }} also the difference to {{ names[0] }} with its interval on the same draws of images,
-in bold where that does not hold 0: then the choice of images does not explain it.{% endif %}{% endfor %}</p>
+For {{ names[1:] | join(", ") }} also: the difference from {{ names[0] }} with its interval over the same draws,
+in bold if it excludes 0, so that the choice of images does not explain it.{% endif %}{% endfor %}</p>
 <p><label>Questions <select id="type">
 {% for group in groups %}
 <option value="{{ group }}">{{ group | replace("_", " ") }} ({{ counts[group] }})</option>

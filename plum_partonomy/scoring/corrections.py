@@ -1,10 +1,10 @@
-"""Metrics and report of `--task correction`: how well a model tells equal parts apart, and what a given mask changes.
+"""Metrics and report of `--task correction`: how well a model separates equal parts, and the effect of given masks.
 
     masks of one answer, own and after true ones were given ──> CorrectedAnswer ──> metrics.json, report.html
 
-Spans of one answer with the same words are *equal*. Their masks are interchangeable, so a *matched* IoU compares each
-span with the true mask that a Hungarian assignment among the equal ones gives it; every other IoU compares spans and
-true masks in the order in which the answer lists them.
+Spans of one answer with the same words are *equal*, and their masks are interchangeable. A *matched* IoU compares each
+span with the true mask assigned to it by a Hungarian assignment among equal spans. All other IoUs compare spans and
+true masks in the order of the answer.
 """
 
 import dataclasses
@@ -31,11 +31,11 @@ CURVE_STEPS = 4
 """Points of the correction curve: after 0, 1, 2 and 3 given masks."""
 
 METRICS = {
-    "later_iou_own": "IoU of the second and later spans, in listed order, after the model's own earlier masks",
+    "later_iou_own": "IoU of the second and later spans, in listed order, after predicted earlier masks",
     "later_iou_given": "the same after the true earlier masks",
-    "correction_gain": "later_iou_given minus later_iou_own: whether a person can steer which one is meant",
-    "matched_iou": "IoU after matching equal spans, the model's own masks",
-    "matched_iou_given": "IoU after matching equal spans of those after 1, 2, ... given true masks",
+    "correction_gain": "later_iou_given minus later_iou_own: the effect of a correction on later masks",
+    "matched_iou": "IoU after matching equal spans, predicted masks",
+    "matched_iou_given": "IoU after matching equal spans, masks that follow 1, 2, ... given true masks",
     "repeat_overlap": "largest IoU of a mask with an earlier one of the same words; low is good",
 }
 
@@ -43,18 +43,18 @@ METRICS = {
 @dataclass(frozen=True, kw_only=True)
 class CorrectedAnswer:
     """
-    What was measured on one answer of S spans, at least two.
+    The measurements on one answer of S spans, at least two.
 
     Attributes:
-        phrases: words of each span.
-        own, given: IoU of each span in listed order, after own and after given true earlier masks.
-        matched: IoU of each span after matching, own masks.
-        matched_given: for k = 1 to S - 1 given masks, the matched IoUs of the spans after them.
-        repeats: for each span with an earlier one of the same words, its largest IoU with such a one.
-        curve: for k = 0, 1, ... given masks, worst first, the mean matched IoU of the spans that were not given.
-        corrected: index of the span that was given first.
-        true, before, after: masks in the order of the spans: the matched true ones, the model's own, and those after
-            the first was given.
+        phrases: Words of each span.
+        own, given: IoU of each span in listed order, after predicted and after given true earlier masks.
+        matched: IoU of each span after matching, predicted masks.
+        matched_given: For k = 1 to S - 1 given masks, the matched IoUs of the spans after them.
+        repeats: For each span with an earlier equal span, its largest IoU with the mask of such a span.
+        curve: For k = 0, 1, ... given masks, worst first, the mean matched IoU of the spans without a given mask.
+        corrected: Index of the span whose mask was given first.
+        true, before, after: Masks in the order of the spans: matched true masks, predicted masks, and masks after the
+            first was given.
     """
 
     id: str
@@ -76,12 +76,12 @@ class CorrectedAnswer:
 
 def match_equal(ious: np.ndarray, phrases: Sequence[str], given: Mapping[int, int]) -> list[int]:
     """
-    The true mask of each span: the assignment among spans of the same words with the largest summed IoU.
+    Return the true mask of each span: the assignment among equal spans with the largest summed IoU.
 
     Args:
         ious: `(S, S)` IoU of each span's mask with each true mask; true mask i has the words of span i.
         phrases: S words.
-        given: Span to true mask, for the spans whose masks were given; these take no part in the assignment.
+        given: Span -> true mask, for the spans with given masks, which are excluded from the assignment.
 
     >>> match_equal(np.array([[0.1, 0.9], [0.2, 0.8]]), ["wheel", "wheel"], {})
     [1, 0]
@@ -97,7 +97,7 @@ def match_equal(ious: np.ndarray, phrases: Sequence[str], given: Mapping[int, in
 
 
 def read_corrections(path: Path) -> list[CorrectedAnswer]:
-    """The answers of a run's file; raises DataError if a line is none."""
+    """Return the answers of a run's file. Raises DataError if a line is not an answer."""
     answers = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
@@ -113,7 +113,7 @@ def read_corrections(path: Path) -> list[CorrectedAnswer]:
 
 
 def tally(answer: CorrectedAnswer) -> Tally:
-    """What one answer adds to each metric."""
+    """Return the contribution of one answer to each metric."""
     later = len(answer.own) - 1
     remaining = [iou for ious in answer.matched_given for iou in ious]
     ratios = {
@@ -135,8 +135,8 @@ def _point(k: int) -> str:
 
 def summarise_corrections(answers: Sequence[CorrectedAnswer]) -> dict[str, Any]:
     """
-    `overall` with each of METRICS, `correction_curve` (its points by given masks, None where no answer has more spans)
-    and `n`; `intervals`, the 95 % bootstrap interval of each over images.
+    Return `overall`: METRICS, `correction_curve` (by number of given masks, None without an answer of that many
+    spans) and `n`; and `intervals`: the 95 % bootstrap interval of each over images.
     """
     tallies, names = [tally(answer) for answer in answers], [*METRICS, *map(_point, range(CURVE_STEPS))]
     values = ratio_figures(tallies, names=names)
@@ -161,7 +161,7 @@ def score_corrections(
     output_dir: Path,
     run: dict[str, Any],
 ) -> dict[str, Any]:
-    """Writes metrics.json and report.html; returns the metrics."""
+    """Write metrics.json and report.html; return the metrics."""
     metrics = {**summarise_corrections(answers), "run": run}
     write_whole(output_dir / "metrics.json", [json.dumps(metrics, indent=2, allow_nan=False), "\n"])
     gains = sorted(answers, key=lambda answer: (-gain(answer), answer.id))
@@ -178,7 +178,7 @@ def score_corrections(
 
 
 def gain(answer: CorrectedAnswer) -> float:
-    """What the first given mask changed in the others, on average."""
+    """Return the mean change of the other masks' IoU after the first given mask."""
     others = [iou for i, iou in enumerate(answer.matched) if i != answer.corrected]
     return answer.curve[1] - fsum(others) / len(others)
 
@@ -198,7 +198,7 @@ def _example(answer: CorrectedAnswer, image: Image.Image) -> dict[str, Any]:
 
 
 def format_correction_table(metrics: dict[str, Any]) -> str:
-    """The metrics with their intervals."""
+    """Return the metrics with their intervals as a table."""
     overall, intervals = metrics["overall"], metrics["intervals"]["overall"]
     lines = [f"{'answers':24}{overall['n']:>9}", f"{'images':24}{overall['images']:>9}"]
     cells = [(name.replace("_", " "), overall[name], intervals.get(name)) for name in METRICS]
@@ -215,14 +215,14 @@ def format_correction_table(metrics: dict[str, Any]) -> str:
 
 
 def as_line(answer: CorrectedAnswer) -> str:
-    """The answer as `read_corrections` reads it."""
+    """Return the answer as a line for `read_corrections`."""
     return json.dumps(dataclasses.asdict(answer), ensure_ascii=False) + "\n"
 
 
 PAGE = """<p class="quiet">{{ metrics.overall.n }} answers with two or more masks about {{ metrics.overall.images }}
 images{% if run.model %}, model {{ run.model }}{% endif %}. Small print: 95 % bootstrap intervals over the images.</p>
 <div class="box"><table>
-<tr><th>metric</th><th></th><th>what it is</th></tr>
+<tr><th>metric</th><th></th><th>meaning</th></tr>
 {% for name, meaning in explained.items() %}
 <tr><td>{{ name }}</td><td>
 {% if metrics.overall[name] is none %}–{% else %}<b>{{ "%.3f" | format(metrics.overall[name]) }}</b>{% endif %}
@@ -232,8 +232,8 @@ images{% if run.model %}, model {{ run.model }}{% endif %}. Small print: 95 % bo
 {% endfor %}
 </table></div>
 <h2>Correction curve</h2>
-<p class="quiet">Mean matched IoU of the masks that were not given, after so many true masks were given, the worst mask
-first. An answer counts as long as it has masks that were not given.</p>
+<p class="quiet">Mean matched IoU of the remaining masks after this number of true masks was given, worst mask first.
+An answer counts as long as it has remaining masks.</p>
 <div class="box bars" style="columns: 1">
 {% for value in metrics.overall.correction_curve if value is not none %}
 <div class="bar"><span>{{ loop.index0 }} given</span><i><i style="width: {{ 100 * value }}%"></i></i>
@@ -242,7 +242,7 @@ first. An answer counts as long as it has masks that were not given.</p>
 </div>
 <h2>Answers</h2>
 <p class="quiet">{{ examples | length }} answers at even distances from the largest gain to the smallest. The gain is
-what the first given mask changed in the matched IoU of the others.</p>
+the change in the matched IoU of the others after the first given mask.</p>
 {% for example in examples %}
 <div class="box">
 <h3>{{ example.question }}</h3>

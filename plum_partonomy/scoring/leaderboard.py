@@ -1,9 +1,9 @@
-"""One page for a folder of results: a sortable table of models for each set of questions, and the published figures.
+"""Make one page for a folder of results: a sortable table of models for each set of questions, and published results.
 
     FOLDER/**/metrics.json ──read_results──> [Result] ──make_leaderboard──> index.html
 
-Models stand in one table only if they answered the same questions, by the fingerprint in metrics.json. Published
-figures have a table of their own: they were measured by others, on images that need not be the same.
+Models share a table only if they answered the same questions, by the fingerprint in metrics.json. Published results
+have a separate table, because they were measured by others, possibly on other images.
 """
 
 import json
@@ -42,7 +42,7 @@ class Result:
 
     @property
     def model(self) -> str:
-        """What was scored, in words."""
+        """The name of the scored model."""
         run = self.run
         parts = [run[part]["name"] for part in ("vlm", "sam3") if part in run]
         if parts:
@@ -50,7 +50,7 @@ class Result:
         return str(run.get("model") or run.get("baseline") or Path(run.get("predictions") or "answers").name)
 
     def cell(self, group: str, figure: str) -> dict[str, Any]:
-        """Value, interval and wrong-image control of a figure, over all questions or one type."""
+        """Return value, interval and wrong-image control of a metric, over all questions or one type."""
         figures, ranges = self.metrics["overall"], self.metrics["intervals"]["overall"]
         if group != "overall":
             figures = self.metrics["by_type"].get(group, {})
@@ -63,7 +63,7 @@ class Result:
 
 
 def read_results(folder: Path) -> tuple[list[Result], list[str]]:
-    """Return the runs under a folder by the name of their folder, and one sentence for each that has no place here.
+    """Return the runs under a folder, named after their folder, and one sentence for each run that is skipped.
 
     Raises:
         DataError: a metrics.json is damaged, or there is none of PARTONOMY's questions.
@@ -87,7 +87,7 @@ def read_results(folder: Path) -> tuple[list[Result], list[str]]:
 
 
 def make_leaderboard(results: Sequence[Result], *, title: str = "PARTONOMY leaderboard") -> str:
-    """Return the page, which loads nothing from elsewhere; without scripts it shows every table, best gIoU first."""
+    """Return the page, which loads no external files. Without scripts it shows every table, best gIoU first."""
     benchmarks: dict[str, list[Result]] = {}
     for result in results:
         benchmarks.setdefault(result.run["questions_fingerprint"], []).append(result)

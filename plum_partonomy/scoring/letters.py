@@ -1,4 +1,4 @@
-"""Choices by letter, for models that only write."""
+"""Multiple choice by letter, for models that only generate text."""
 
 import re
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ LETTER_PROMPT = "Answer with the letter of the correct choice only."
 
 
 def letter_question(messages: Sequence[dict[str, str]], choices: Sequence[str]) -> list[dict[str, str]]:
-    """Return the messages with the choices in the last one, a letter before each.
+    """Return the messages with lettered choices added to the last one.
 
     >>> print(letter_question([{"role": "user", "content": "Which?"}], ["hull", "mast"])[0]["content"])
     Which?
@@ -24,7 +24,7 @@ def letter_question(messages: Sequence[dict[str, str]], choices: Sequence[str]) 
 
 
 def read_letter(text: str, count: int) -> int | None:
-    """Return the index of the choice whose letter an answer gives, None if it gives none.
+    """Return the index of the choice whose letter the answer gives, or None.
 
     >>> read_letter("B", 5), read_letter("**C.** a hull", 5), read_letter("The answer is (D).", 5)
     (1, 2, 3)

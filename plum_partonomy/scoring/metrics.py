@@ -1,15 +1,15 @@
-"""The figures of the PARTONOMY benchmark, computed from questions and predictions alone: no model, no image.
+"""Compute the metrics of the PARTONOMY benchmark from questions and predictions, without model and images.
 
-Every mask is a COCO RLE ({"size": [height, width], "counts": str}) in the pixel frame of the question's image, and is
-compared by run lengths, never as a dense array. Two protocols stand side by side:
+Each mask is a COCO RLE ({"size": [height, width], "counts": str}) of the size of the question's image, and is compared
+by run lengths. There are two protocols:
 
-    strict     masks are paired by part name; a missing or surplus part scores 0, no question is left out
+    strict     masks are paired by part name; a missing or surplus part scores 0, no question is skipped
     reference  the evaluator of the PARTONOMY authors (github.com/AnselBlume/partonomy, src/evaluation/evaluators):
-               masks are paired by position, unmatched masks cost nothing, questions without a predicted mask are left
-               out, an empty mask against an empty mask scores 1
+               masks are paired by position, unmatched masks are ignored, questions without a predicted mask are
+               skipped, an empty mask against an empty mask scores 1
 
 gIoU is the grounded mean IoU of the paper: `macro` is the mean over questions of the mean IoU inside a question,
-`micro` the mean over all pairs of all questions. docs/benchmark.md works one example through both protocols.
+`micro` the mean over all pairs of all questions. docs/benchmark.md computes one example in both protocols.
 """
 
 from collections import defaultdict
@@ -47,7 +47,7 @@ __all__ = [
 
 
 class Counts(NamedTuple):
-    """Hits and totals that add up over questions before any ratio is taken."""
+    """Hits and totals, summed over questions before a ratio is taken."""
 
     hits: float
     predicted: float
@@ -67,7 +67,7 @@ class Counts(NamedTuple):
         return 2 * self.precision * self.recall / total if total else 0.0
 
     def ratios(self, prefix: str) -> dict[str, Ratio]:
-        """Numerators and denominators of precision, recall and F1 (2 * hits over all names of both sides)."""
+        """Return numerators and denominators of precision, recall and F1 (2 * hits over the names of both sides)."""
         return {
             f"{prefix}_precision": (self.hits, self.predicted),
             f"{prefix}_recall": (self.hits, self.true),
@@ -76,17 +76,17 @@ class Counts(NamedTuple):
 
 
 def pool(counts: Iterable[Counts]) -> Counts:
-    """Sums of hits and totals over questions."""
+    """Return the sums of hits and totals over questions."""
     return Counts(*(fsum(column) for column in zip(Counts(0, 0, 0), *counts, strict=True)))
 
 
 def part_counts(
     predicted: Iterable[str], true: Iterable[str], *, protocol: Literal["strict", "reference"] = "strict"
 ) -> Counts:
-    """Part names in common after normalising.
+    """Return the counts of common part names after normalising.
 
     `strict` compares sets. `reference` compares lists as the authors' `part_text` evaluator does: a repeated
-    prediction counts as a hit each time, so that recall and F1 can exceed 1.
+    prediction counts as a hit each time, so recall and F1 can exceed 1.
 
     >>> part_counts(["wing", "Wing"], ["wing", "tail"]).recall
     0.5
@@ -100,7 +100,7 @@ def part_counts(
 
 
 def accuracy(predicted: Sequence[int], true: Sequence[int]) -> float:
-    """Share of equal choice indices (the authors' `mc_text`)."""
+    """Return the share of equal choice indices (the authors' `mc_text`)."""
     return fmean(left == right for left, right in zip(predicted, true, strict=True))
 
 
@@ -108,12 +108,12 @@ def accuracy(predicted: Sequence[int], true: Sequence[int]) -> float:
 
 
 def true_parts(question: Question) -> list[str]:
-    """Part names of the correct answer, in the order the answer names them."""
+    """Return the part names of the correct answer, in its order."""
     return question.choice_parts[question.correct]
 
 
 def true_masks(question: Question) -> list[PartMask]:
-    """Masks of the correct answer's parts, in the order the answer names them."""
+    """Return the masks of the correct answer's parts, in its order."""
     by_label = {mask.label: mask for mask in question.masks}
     return [by_label[part] for part in true_parts(question)]
 
@@ -127,18 +127,18 @@ def _named_truth(question: Question) -> list[tuple[str, RLE]]:
 
 
 def question_ious(question: Question, spans: Iterable[SpanMask]) -> dict[str, float]:
-    """Strict IoU of every part of the correct answer and of the spans, by normalised name."""
+    """Return the strict IoU of each part of the correct answer and of the spans, by normalised name."""
     return strict_ious(_named_masks(spans), _named_truth(question))
 
 
 def mean_iou(question: Question, spans: Iterable[SpanMask]) -> float:
-    """Mean of `question_ious`; 0 where there is nothing to compare."""
+    """Return the mean of `question_ious`; 0 if there is nothing to compare."""
     ious = question_ious(question, spans)
     return fmean(ious.values()) if ious else 0.0
 
 
 def scored_spans(prediction: Prediction, mask_source: MaskSource) -> list[SpanMask] | None:
-    """The masks that the mask figures speak of; None where the model gives no masks."""
+    """Return the masks that are scored, or None for a model without masks."""
     return prediction.generated_spans if mask_source == "generated" else prediction.given_spans
 
 
@@ -146,7 +146,7 @@ def scored_spans(prediction: Prediction, mask_source: MaskSource) -> list[SpanMa
 
 
 def tally(question: Question, prediction: Prediction, *, mask_source: MaskSource) -> Tally:
-    """What one question adds to the figures. A figure to which it has nothing to say is not among its ratios."""
+    """Return the contribution of one question to the metrics, without metrics that do not apply to it."""
     result = Tally(ratios=_text_ratios(question, prediction))
     spans = scored_spans(prediction, mask_source)
     if spans is not None:
@@ -177,7 +177,7 @@ def _add_masks(result: Tally, question: Question, spans: Sequence[SpanMask]) -> 
 
 
 def reference_ratios(predicted: Sequence[RLE], true: Sequence[RLE]) -> dict[str, Ratio]:
-    """What one image adds to the figures of the authors' evaluator under each of its matchings."""
+    """Return the contribution of one image to the metrics of the authors' evaluator under each matching."""
     ratios: dict[str, Ratio] = {}
     for matching in MATCHINGS:
         matched = matched_ious(predicted, true, matching=matching)
@@ -209,8 +209,9 @@ def _text_ratios(question: Question, prediction: Prediction) -> dict[str, Ratio]
 
 
 def _random_figures(questions: Sequence[Question]) -> Figures:
-    """What a uniformly random choice gets: the exact expectation of accuracy, and the ratios of the expected counts
-    for precision, recall and F1 (counts are pooled before a ratio is taken, for a model as for chance)."""
+    """Return the metrics of a uniformly random choice: the exact expectation of accuracy, and the ratios of the
+    expected counts for precision, recall and F1 (counts are pooled before the ratio, as for a model).
+    """
     expected = []
     for question in questions:
         choices = [part_counts(parts, true_parts(question)) for parts in question.choice_parts]
@@ -227,11 +228,11 @@ def _random_figures(questions: Sequence[Question]) -> Figures:
 
 
 def pair_by_id(questions: Sequence[Question], predictions: Iterable[Prediction]) -> list[Pair]:
-    """Every question with its prediction, in question order.
+    """Return each question with its prediction, in question order.
 
     Raises:
-        DataError: there is no question, a question has no prediction or several, a prediction answers no question,
-            the number of choices or the size of a mask differs, or the wrong-image control ran for some questions.
+        DataError: There is no question, a question has no or several predictions, a prediction matches no question,
+            the number of choices or the size of a mask differs, or only some questions have the wrong-image control.
     """
     if not questions:
         raise DataError("There is no question to score: give a split that has at least one.")
@@ -259,7 +260,7 @@ def pair_by_id(questions: Sequence[Question], predictions: Iterable[Prediction])
 
 
 def check_fit(question: Question, prediction: Prediction) -> None:
-    """Raises DataError where scores or masks of the prediction have another number or size than the question's."""
+    """Raise DataError if the number of scores or the size of a mask differs between question and prediction."""
     for name in ("choices", "object_choices"):
         choices = getattr(question, name)
         scores = prediction.choice_scores if name == "choices" else prediction.object_choice_scores
@@ -289,18 +290,18 @@ def evaluate_predictions(
     mask_source: MaskSource = "gt_answer",
     intervals: bool = False,
 ) -> dict[str, Any]:
-    """All figures, over all questions (`overall`) and by question type (`by_type`).
+    """Return all metrics, over all questions (`overall`) and by question type (`by_type`).
 
-    Every figure is a share in [0, 1], or None where no question can tell (object choices without an object question,
-    reference gIoU without any predicted mask). Figures of the wrong-image control carry the suffix `_wrong_image`,
-    those of a random choice `_random`. The order of questions and predictions does not matter.
+    A metric is a share in [0, 1], or None if it applies to no question (object choices without an object question,
+    reference gIoU without a predicted mask). Metrics of the wrong-image control have the suffix `_wrong_image`, those
+    of a random choice `_random`. The order of questions and predictions does not matter.
 
     Args:
-        questions, predictions: one prediction per question.
-        mask_source: the masks that the mask figures speak of: those of the given answer, which is the correct one
-            (`gt_answer`) or the chosen one (`predicted_answer`), or those of the answer the model wrote (`generated`).
-            They are always held against the masks of the correct answer.
-        intervals: also give `intervals`, with 95 % bootstrap intervals [low, high] in the same two groups.
+        questions, predictions: One prediction per question.
+        mask_source: The scored masks: those of the given answer, which is the correct one (`gt_answer`) or the chosen
+            one (`predicted_answer`), or those of the generated answer (`generated`). They are always compared with
+            the masks of the correct answer.
+        intervals: Also return `intervals`, the 95 % bootstrap intervals [low, high] in the same two groups.
 
     >>> wing = {"size": [2, 3], "counts": "024"}  # the left column of a 2 x 3 image, column by column
     >>> question = Question(
@@ -317,7 +318,7 @@ def evaluate_predictions(
     >>> figures["end_to_end_giou"], figures["generated_part_recall"]
     (0.0, 0.0)
     """
-    # sorted, so that resampling does not depend on the order in which the questions come
+    # sorted, so that resampling does not depend on the order of the questions
     pairs = sorted(pair_by_id(questions, predictions), key=lambda pair: pair[0].id)
     by_type: dict[str, list[Pair]] = defaultdict(list)
     for pair in pairs:
@@ -335,7 +336,7 @@ def evaluate_predictions(
 def _figures(
     pairs: Sequence[Pair], *, mask_source: MaskSource, intervals: bool
 ) -> tuple[Figures, dict[str, tuple[float, float]]]:
-    """The figures of a group of questions, and their intervals."""
+    """Return the metrics of a group of questions, and their intervals."""
     tallies = [tally(question, prediction, mask_source=mask_source) for question, prediction in pairs]
     photographs = [question.photograph for question, _ in pairs]
     counts = {"n": len(pairs), "photographs": len(set(photographs))}
@@ -354,7 +355,9 @@ def _figures(
 def iou_per_part(
     questions: Sequence[Question], predictions: Iterable[Prediction], *, mask_source: MaskSource = "gt_answer"
 ) -> dict[str, dict[str, float]]:
-    """Mean strict IoU and number of questions of every part, by part name; empty for a model without masks."""
+    """Return the mean strict IoU and the number of questions of each part, by part name; empty for a model without
+    masks.
+    """
     ious: dict[str, list[float]] = defaultdict(list)
     for question, prediction in pair_by_id(questions, predictions):
         for name, iou in question_ious(question, scored_spans(prediction, mask_source) or ()).items():

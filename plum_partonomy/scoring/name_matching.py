@@ -1,8 +1,8 @@
-"""Which part names of a generated answer mean which parts of the correct one, beyond equal names.
+"""Match part names of a generated answer with part names of the correct one, beyond equal names.
 
-A predicted name that means a true part is replaced by that part's name; every figure of the generated answer, masks
-included, then compares names exactly. A true part is meant by names equal to it; else by names of the same lemma
-(`lemmatised`), or by the one name nearest to it in embedding (`embedding`, one to one).
+A predicted name that matches a true part is replaced by the name of that part. All metrics of the generated answer,
+including masks, then compare names exactly. A true part matches names equal to it; otherwise names with the same lemma
+(`lemmatised`), or the one name with the nearest embedding (`embedding`, one to one).
 """
 
 import re
@@ -30,15 +30,15 @@ __all__ = [
 ]
 
 EMBEDDING_THRESHOLD = 0.75
-"""Least cosine of two names that mean the same part, as in the authors' evaluator (evaluators/part_text.py)."""
+"""Minimum cosine of two names of the same part, as in the authors' evaluator (evaluators/part_text.py)."""
 
 NameMatcher = Callable[[Sequence[str], Sequence[str]], dict[str, str]]
-"""(predicted, true) names, all different and normalised -> the true name for each predicted name that means one."""
+"""(predicted, true) names, all different and normalised -> the true name of each predicted name with a match."""
 
 
 @cache
 def lemmatised(name: str) -> str:
-    """Lower case, hyphens and underscores as spaces, the last word in the singular.
+    """Return the name in lower case, with spaces for hyphens and underscores, and its last word in the singular.
 
     >>> lemmatised("Front_Wheels"), lemmatised("side-mirror")
     ('front wheel', 'side mirror')
@@ -49,7 +49,7 @@ def lemmatised(name: str) -> str:
 
 
 def by_lemma(predicted: Sequence[str], true: Sequence[str]) -> dict[str, str]:
-    """Names with the same lemma mean the same part; a [`NameMatcher`].
+    """Match names with the same lemma; a [`NameMatcher`].
 
     >>> by_lemma(["wheels", "oar"], ["wheel", "mast"])
     {'wheels': 'wheel'}
@@ -59,9 +59,9 @@ def by_lemma(predicted: Sequence[str], true: Sequence[str]) -> dict[str, str]:
 
 
 def by_embedding(embeddings: Mapping[str, np.ndarray], *, threshold: float = EMBEDDING_THRESHOLD) -> NameMatcher:
-    """The one-to-one assignment with the largest sum of cosines, of which pairs below the threshold are dropped.
+    """Return a matcher: the one-to-one assignment with the largest sum of cosines, without pairs below the threshold.
 
-    The authors' evaluator assigns all names so; here equal names are paired before the others are assigned.
+    The authors' evaluator assigns all names in this way; here equal names are paired first.
 
     >>> vectors = {"tyre": np.array([0.8, 0.6]), "oar": np.array([0.0, 1.0]), "wheel": np.array([1.0, 0.0])}
     >>> by_embedding(vectors)(["oar", "tyre"], ["wheel"])
@@ -87,11 +87,11 @@ def by_embedding(embeddings: Mapping[str, np.ndarray], *, threshold: float = EMB
 def rename_generated(
     questions: Sequence[Question], predictions: Sequence[Prediction], matcher: NameMatcher
 ) -> list[Prediction]:
-    """The predictions with matched names in their generated answers, the wrong-image control's included.
+    """Return the predictions with matched names in their generated answers, including the wrong-image control.
 
     Args:
-        questions, predictions: one prediction for each question, in any order.
-        matcher: tells which names mean which.
+        questions, predictions: One prediction for each question, in any order.
+        matcher: Matches predicted with true names.
     """
     by_id = {question.id: question for question in questions}
 
@@ -114,7 +114,7 @@ def rename_generated(
 
 
 def generated_names(questions: Sequence[Question], predictions: Sequence[Prediction]) -> list[str]:
-    """Every name that a matcher may be asked about, normalised and sorted."""
+    """Return all names that a matcher may receive, normalised and sorted."""
     written = [
         name
         for prediction in predictions

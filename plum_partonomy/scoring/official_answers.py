@@ -1,6 +1,6 @@
-"""The predictions json that the authors' evaluation scripts write, one file for each question type.
+"""Read the predictions json of the authors' evaluation scripts, one file for each question type.
 
-Its form is that of src/evaluation/prediction.py of github.com/AnselBlume/partonomy. One file, shortened:
+The format is that of src/evaluation/prediction.py of github.com/AnselBlume/partonomy. One file, shortened:
 
     {"metrics": {...}, "predictions": [
       {"image_path": "images/train108.jpg", "question_type": "identification",
@@ -13,8 +13,8 @@ Its form is that of src/evaluation/prediction.py of github.com/AnselBlume/parton
        "mask_confidences": null, "object_answer_choices": null, "gt_object_answer": null,
        "predicted_object_answer": null, "gt_object": null, "predicted_object": null, "metrics": {...}}, ...]}
 
-`predicted_masks` are those of the correct answer's parts. A record has no id: image, type, question and choices tell
-which question it answers. Its metrics are not read; they are computed again.
+`predicted_masks` are those of the correct answer's parts. A record has no id: image, type, question and choices
+identify its question. Its metrics are not read but computed again.
 """
 
 from collections import defaultdict
@@ -31,7 +31,7 @@ __all__ = ["QuestionFinder", "as_answer", "read_records"]
 
 
 def read_records(files: Sequence[Path]) -> Iterator[tuple[str, Any]]:
-    """(place, record) of every prediction; a damaged file raises DataError where its damage is reached."""
+    """Yield (place, record) for each prediction. Raises DataError where the damage of a file is reached."""
     for path in files:
         index = -1
         for index, record in enumerate(stream_records(path, field="predictions")):
@@ -49,7 +49,9 @@ class QuestionFinder:
             self._asked[question.image_id, question.question_type, question.question].append(question)
 
     def __call__(self, record: Any, *, where: str) -> Question:
-        """Raises DataError unless exactly one question has the record's image, type, text, choices and answer."""
+        """Return the only question with the record's image, type, text, choices and answer; raises DataError
+        otherwise.
+        """
         image_path = typed(record, "image_path", str, where=where)
         question_type = typed(record, "question_type", str, where=where)
         texts = typed_list(record, "questions", str, where=where)
@@ -72,7 +74,9 @@ class QuestionFinder:
 
 
 def as_answer(record: dict[str, Any], question: Question, *, where: str) -> dict[str, Any]:
-    """The record in the form of docs/predictions.schema.json; raises DataError naming `where` and the field."""
+    """Return the record in the format of docs/predictions.schema.json. Raises DataError that names `where` and the
+    field.
+    """
     answer: dict[str, Any] = {
         "id": question.id,
         "choice": _index(record, "predicted_parts_answer", question.choices, where=where),

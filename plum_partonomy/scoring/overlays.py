@@ -1,4 +1,4 @@
-"""Masks drawn on images, and texts cut at their spans, in one set of colours."""
+"""Draw masks on images and split texts at their spans, in one set of colours."""
 
 import base64
 import colorsys
@@ -14,7 +14,7 @@ from plum_partonomy.scoring.predictions import SpanMask
 
 __all__ = ["data_address", "draw_named_masks", "highlight", "mask_opacity", "overlay", "panel", "pick_colours"]
 
-# Told apart on photographs and by colour-blind readers (after Okabe and Ito), all dark enough for white text.
+# Distinct on photographs and for colour-blind readers (after Okabe and Ito), dark enough for white text.
 COLOURS = (
     "#0072b2",
     "#c44e00",
@@ -32,17 +32,17 @@ NAMED_SIDE = 512  # least longest side of an image with names beside it, in pixe
 
 
 def pick_colours(count: int) -> list[str]:
-    """So many different colours as "#rrggbb", always the same ones first, all dark enough for white text."""
+    """Return distinct colours as "#rrggbb", always in the same order, dark enough for white text."""
     further = []
     for number in range(count - len(COLOURS)):
-        hue = (0.03 + number * 0.618034) % 1  # steps by the golden ratio, which never come back to a hue
+        hue = (0.03 + number * 0.618034) % 1  # golden ratio steps never repeat a hue
         rgb = colorsys.hls_to_rgb(hue, 0.16 + 0.05 * (number % 3), 0.7)
         further.append("#{:02x}{:02x}{:02x}".format(*(round(255 * part) for part in rgb)))
     return [*COLOURS[:count], *further]
 
 
 def overlay(image: Image.Image, masks: Sequence[np.ndarray], *, colours: Sequence[str] | None = None) -> Image.Image:
-    """The image with every mask filled translucently and outlined.
+    """Return the image with each mask filled translucently and outlined.
 
     Args:
         image: PIL image of any mode; left unchanged.
@@ -70,7 +70,7 @@ def overlay(image: Image.Image, masks: Sequence[np.ndarray], *, colours: Sequenc
 def draw_named_masks(
     image: Image.Image, masks: Sequence[np.ndarray], names: Sequence[str], *, colours: Sequence[str] | None = None
 ) -> Image.Image:
-    """The overlay with the name of each mask to its right, joined to it by a line.
+    """Return the overlay with the name of each mask on the right, connected by a line.
 
     Args:
         image: PIL image of any mode; enlarged where its longer side has less than NAMED_SIDE pixels.
@@ -105,7 +105,7 @@ def draw_named_masks(
 
 
 def _inner_point(mask: np.ndarray) -> tuple[int, int] | None:
-    """(x, y) of the mask's pixel in the middle of its longest row; None if the mask is empty."""
+    """Return the (x, y) of the pixel in the middle of the mask's longest row, or None for an empty mask."""
     if not mask.any():
         return None
     y = int(mask.sum(axis=1).argmax())
@@ -114,7 +114,7 @@ def _inner_point(mask: np.ndarray) -> tuple[int, int] | None:
 
 
 def _spread(tops: Sequence[int], step: int, height: int) -> list[int]:
-    """The places, in order, moved apart to at least `step`, all within the height if there is room."""
+    """Return the places in order, moved apart by at least `step`, within the height if there is room."""
     moved: list[int] = []
     for top in tops:
         moved.append(max(top, moved[-1] + step if moved else 0))
@@ -126,7 +126,7 @@ def _spread(tops: Sequence[int], step: int, height: int) -> list[int]:
 
 
 def mask_opacity(mask: np.ndarray) -> np.ndarray:
-    """Opacity 0..255, uint8, of a mask as it is drawn: translucent inside, opaque along its edge."""
+    """Return the opacity of a drawn mask, uint8 0..255: translucent inside, opaque along its edge."""
     area = Image.fromarray(mask.astype(np.uint8) * 255)
     inside = area.filter(ImageFilter.MinFilter(3))
     edge = np.asarray(area) > np.asarray(inside)
@@ -136,7 +136,7 @@ def mask_opacity(mask: np.ndarray) -> np.ndarray:
 def highlight(
     text: str, spans: Sequence[SpanMask], *, colours: Sequence[str] | None = None
 ) -> list[tuple[str, str | None]]:
-    """Cuts a text at its spans: (piece, colour of its mask or None), in order; the pieces joined are the text."""
+    """Split a text at its spans: (piece, colour of its mask or None), in order; the joined pieces are the text."""
     colours = colours or pick_colours(len(spans))
     pieces, position = [], 0
     for index in sorted(range(len(spans)), key=lambda index: spans[index].start):
@@ -149,7 +149,7 @@ def highlight(
 
 
 def panel(image: Image.Image, rles: Iterable[RLE], colours: Sequence[str]) -> str:
-    """Address (data:) of the overlay at page size, for an HTML page."""
+    """Return the overlay at page size as a data address for an HTML page."""
     scale = PANEL_SIZE / max(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     masks = [Image.fromarray(decode(rle, expected_size=(image.height, image.width))) for rle in rles]
@@ -161,5 +161,5 @@ def panel(image: Image.Image, rles: Iterable[RLE], colours: Sequence[str]) -> st
 
 
 def data_address(content: io.BytesIO, *, kind: str) -> str:
-    """Address (data:) of an image file, `kind` "jpeg" or "png", for an HTML page."""
+    """Return an image file, `kind` "jpeg" or "png", as a data address for an HTML page."""
     return f"data:image/{kind};base64,{base64.b64encode(content.getvalue()).decode()}"

@@ -1,4 +1,4 @@
-"""HTML pages in one style that load nothing from elsewhere; all text is escaped by the template engine."""
+"""HTML pages in one style, without external files; the template engine escapes all text."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,13 +11,13 @@ EXAMPLES = 24
 
 
 def pick_evenly(ordered: Sequence[Any], most: int = EXAMPLES) -> list[Any]:
-    """So many of the items at even distances, the first and the last among them: no choice of ours."""
+    """Return that many of the items, evenly spaced, including the first and the last."""
     count = min(most, len(ordered))
     return [ordered[round(number * (len(ordered) - 1) / max(count - 1, 1))] for number in range(count)]
 
 
 def render_page(body: str, *, title: str, **values: Any) -> str:
-    """A whole HTML page; `body` is a template of its content, filled with `values`, that may use MACROS."""
+    """Return a complete HTML page. `body` is a template of its content, filled with `values`, and may use MACROS."""
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(MACROS + START + body + END).render(title=title, style=STYLE, **values)
 

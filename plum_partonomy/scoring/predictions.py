@@ -1,4 +1,4 @@
-"""What a model answered to one question, and the file such answers are kept in.
+"""The prediction of a model for one question, and the file of predictions.
 
 One line of predictions.jsonl, shortened (spans are characters of the answer, tags are tokens of it):
 
@@ -41,9 +41,9 @@ class SpanMask:
     """A span of an answer and its mask.
 
     Attributes:
-        text: the characters [start, end) of the answer.
-        rle: COCO RLE in the pixel frame of the question's image.
-        score: confidence in [0, 1].
+        text: The characters [start, end) of the answer.
+        rle: COCO RLE of the size of the question's image.
+        score: Confidence in [0, 1].
     """
 
     text: str
@@ -55,18 +55,18 @@ class SpanMask:
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """Everything one model run says about one question; None for what this kind of model does not say.
+    """The result of one model run on one question. Fields that a kind of model does not have are None.
 
     Attributes:
-        image_id: the image the model saw; another record's in the wrong-image control.
-        choice_scores: negative log-likelihood of each choice, the smallest is chosen.
-        given_spans: masks of the parts of an answer that was given: the correct one, or the one the model chose.
-        true_tags, predicted_tags: [start, end) of the part spans in the given answer, as its tokens were labelled and
-            as the model tags them, counted from the answer's first token.
-        generated_text, generated_spans: the freely generated answer and its masks.
-        generated_parts: the parts that it names, of a model that makes no masks of them; else None.
-        object_choice_scores: the same as choice_scores for the object question of the part-whole types, else None.
-        wrong_image: the prediction for the same question with the image of another record, if that control ran.
+        image_id: The image that the model saw; another record's image in the wrong-image control.
+        choice_scores: Negative log-likelihood of each choice; the smallest is chosen.
+        given_spans: Masks of the parts of the given answer: the correct one, or the one that the model chose.
+        true_tags, predicted_tags: [start, end) of the part spans in the given answer, as labelled and as tagged by the
+            model, in tokens from the start of the answer.
+        generated_text, generated_spans: The generated answer and its masks.
+        generated_parts: The parts that the generated answer names, for a model without masks; else None.
+        object_choice_scores: As choice_scores, for the object question of the part-whole types; else None.
+        wrong_image: The prediction for the same question with the image of another record, if that control ran.
     """
 
     question_id: str
@@ -89,7 +89,7 @@ class Prediction:
 
     @property
     def named_parts(self) -> list[str] | None:
-        """Parts that the generated answer names; None if there is no such answer."""
+        """Parts that the generated answer names, or None without such an answer."""
         if self.generated_spans is not None:
             return [span.text for span in self.generated_spans]
         return self.generated_parts
@@ -106,11 +106,11 @@ class Prediction:
 
     @classmethod
     def from_dict(cls, record: dict[str, Any], *, where: str) -> "Prediction":
-        """A prediction from its JSON form.
+        """Return a prediction from its JSON form.
 
         Raises:
-            DataError: a field is missing, unknown or of another type, a number is not finite, or a mask is no valid
-                RLE; names `where` and the field.
+            DataError: A field is missing, unknown or has another type, a number is not finite, or a mask is not a
+                valid RLE. Names `where` and the field.
         """
         known = [item.name for item in dataclasses.fields(cls)]
         optional = ("generated_parts", "object_choice_scores", "wrong_image")
@@ -132,7 +132,7 @@ class Prediction:
 
 
 def _known_fields(record: Any, known: Sequence[str], *, optional: Sequence[str] = (), where: str) -> dict[str, Any]:
-    """A copy of an object with these fields and no others. Raises DataError."""
+    """Return a copy of an object with exactly these fields. Raises DataError."""
     if not isinstance(record, dict):
         raise DataError(f"{where}: expected an object, found {record!r:.80}")
     if unknown := sorted(record.keys() - set(known)):
@@ -143,7 +143,7 @@ def _known_fields(record: Any, known: Sequence[str], *, optional: Sequence[str] 
 
 
 def _optional_list(fields: dict[str, Any], name: str, read: Callable[..., Any], *, where: str) -> None:
-    """Replaces the items of a list field, unless it is null, by what `read` makes of them. Raises DataError."""
+    """Convert the items of a list field, unless it is null, with `read`. Raises DataError."""
     if fields.get(name) is not None:
         items = typed(fields, name, list, where=where)
         fields[name] = [read(item, where=f"{where}, field '{name}[{i}]'") for i, item in enumerate(items)]
@@ -181,12 +181,12 @@ def _line(prediction: Prediction) -> str:
 
 
 def write_predictions(path: Path, predictions: Iterable[Prediction]) -> None:
-    """Writes a predictions file, whole or not at all."""
+    """Write a predictions file, completely or not at all."""
     write_whole(path, map(_line, predictions))
 
 
 def append_predictions(path: Path, predictions: Iterable[Prediction]) -> None:
-    """Adds lines to a file and has them on the disk before it returns."""
+    """Append lines to a file and flush them to disk."""
     with path.open("a", encoding="utf-8") as file:
         file.writelines(map(_line, predictions))
         file.flush()
@@ -194,12 +194,12 @@ def append_predictions(path: Path, predictions: Iterable[Prediction]) -> None:
 
 
 def read_predictions(path: Path) -> list[Prediction]:
-    """All complete lines of a predictions file.
+    """Return the predictions of all complete lines of a file.
 
-    A last line without its line end was cut off when a run was interrupted, and is left out.
+    A last line without its line end was truncated by an interruption and is skipped.
 
     Raises:
-        DataError: any other line is not a prediction; names file and line.
+        DataError: Another line is not a prediction; names file and line.
     """
     lines = ((where, line) for where, line in json_lines(path) if line.endswith(b"\n"))
     return [Prediction.from_dict(parse_json(line, where=where), where=where) for where, line in lines]
@@ -209,10 +209,10 @@ def read_predictions(path: Path) -> list[Prediction]:
 
 
 def check_run(folder: Path, settings: dict[str, Any]) -> None:
-    """Refuses a folder that holds another run than the one of these settings; changes nothing.
+    """Raise an error if a folder contains a run with other settings; changes nothing.
 
     Raises:
-        DataError: run.json differs, naming the settings, or there are predictions without a run.json.
+        DataError: run.json differs, with the names of the settings, or there are predictions without a run.json.
     """
     path = folder / "run.json"
     if not path.exists():
@@ -230,10 +230,10 @@ def check_run(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def merge_predictions(folder: Path, question_ids: Sequence[str]) -> None:
-    """Gathers predictions.jsonl and what each process wrote beside it into predictions.jsonl, in question order.
+    """Merge predictions.jsonl and the files of all processes into predictions.jsonl, in question order.
 
     Raises:
-        DataError: a line is damaged or answers none of the questions.
+        DataError: A line is damaged or matches no question.
     """
     merged, paths = folder / "predictions.jsonl", sorted(folder.glob("predictions.rank*.jsonl"))
     by_id = {

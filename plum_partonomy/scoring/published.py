@@ -1,7 +1,7 @@
 """The published grounded mean IoU on PARTONOMY-Core.
 
-From the authors' project page (https://wjdghks950.github.io/partonomy.github.io, commit 5f8cb9c of its repository),
-which takes it from Table 2 of the paper (arXiv 2505.20759): micro / macro, in percent. A measured run has them as
+Source: the authors' project page (https://wjdghks950.github.io/partonomy.github.io, commit 5f8cb9c of its repository),
+from Table 2 of the paper (arXiv 2505.20759): micro / macro, in percent. The corresponding metrics here are
 `reference_micro_giou` and `reference_macro_giou`.
 """
 

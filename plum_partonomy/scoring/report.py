@@ -1,6 +1,6 @@
-"""One self-contained HTML page about an evaluation: figures, training curve, parts, and answers drawn on their images.
+"""Write a self-contained HTML page of an evaluation: metrics, training curves, parts, and answers with their masks.
 
-A part has one colour in the masks and in the text of an answer.
+A part has the same colour in the masks and in the text of an answer.
 """
 
 import csv
@@ -24,7 +24,7 @@ from plum_partonomy.scoring.predictions import Prediction
 
 __all__ = ["FIGURES", "write_report"]
 
-# What the tables show: key in the figures, name on the page.
+# Rows of the tables: key of the metric, name on the page.
 FIGURES = {
     "strict_macro_giou": "gIoU, macro (strict)",
     "strict_micro_giou": "gIoU, micro (strict)",
@@ -44,31 +44,31 @@ FIGURES = {
     "generated_part_precision": "generated parts, precision",
     "generated_part_recall": "generated parts, recall",
     "generated_part_f1": "generated parts, F1",
-    "generated_exact": "generated part set exactly right",
+    "generated_exact": "generated part set exactly correct",
     "end_to_end_giou": "gIoU of the generated answer",
 }
-# What each of them says, in one line.
+# Definition of each metric, in one line.
 MEANINGS = {
-    "strict_macro_giou": "mean IoU of a question's masks, averaged over questions; a missing or surplus mask counts 0",
+    "strict_macro_giou": "mean IoU of a question's masks, averaged over questions; a missing or surplus mask scores 0",
     "strict_micro_giou": "the same, averaged over masks",
     "strict_ciou": "intersections of all masks over their unions",
     "ap50": "average precision of masks with an IoU above 0.5",
-    "reference_macro_giou": "mean IoU as the paper computes it: masks in order, surplus and missing ones left out",
+    "reference_macro_giou": "mean IoU as in the paper: masks paired in order, surplus and missing ones ignored",
     "reference_micro_giou": "the same, averaged over masks",
-    "reference_hungarian_macro_giou": "masks matched so that the sum of IoU is largest",
-    "reference_greedy_macro_giou": "masks matched best pair first",
-    "reference_union_macro_giou": "all masks of a question united into one",
-    "choice_accuracy": "the model finds the right one of the choices likeliest",
-    "object_choice_accuracy": "the chosen answer names the right object",
-    "part_precision": "parts of the chosen answer that are right",
-    "part_recall": "right parts that are in the chosen answer",
+    "reference_hungarian_macro_giou": "masks matched for the largest sum of IoU",
+    "reference_greedy_macro_giou": "masks matched by descending IoU",
+    "reference_union_macro_giou": "all masks of a question merged into one",
+    "choice_accuracy": "share of questions with the correct choice",
+    "object_choice_accuracy": "share of object questions with the correct choice",
+    "part_precision": "share of the chosen answer's parts that are correct",
+    "part_recall": "share of the correct parts in the chosen answer",
     "part_f1": "harmonic mean of the two",
-    "span_f1": "words of the right answer that the model tags as it should",
-    "generated_part_precision": "parts of the model's own answer that are right",
-    "generated_part_recall": "right parts that are in the model's own answer",
+    "span_f1": "F1 of the model's span tags in the correct answer",
+    "generated_part_precision": "share of the generated answer's parts that are correct",
+    "generated_part_recall": "share of the correct parts in the generated answer",
     "generated_part_f1": "harmonic mean of the two",
-    "generated_exact": "own answers that name all parts and no others",
-    "end_to_end_giou": "mean IoU, strict, of the masks of the model's own answer",
+    "generated_exact": "share of generated answers with all correct parts and no others",
+    "end_to_end_giou": "mean IoU, strict, of the masks of the generated answer",
 }
 FIGURES_BY_TYPE = (
     "strict_macro_giou",
@@ -82,7 +82,7 @@ FIGURES_BY_TYPE = (
 
 
 def _read_curves(path: Path) -> dict[str, tuple[list[float], list[float]]]:
-    """Columns of a curves file: name -> (steps, values); an empty cell means not measured at that step."""
+    """Return the columns of a curves file: name -> (steps, values). An empty cell was not measured at that step."""
     curves: dict[str, tuple[list[float], list[float]]] = {}
     with path.open(encoding="utf-8", newline="") as file:
         for number, row in enumerate(csv.DictReader(file), start=2):
@@ -99,7 +99,7 @@ def _read_curves(path: Path) -> dict[str, tuple[list[float], list[float]]]:
 
 
 def _draw_curves(path: Path) -> str:
-    """Data address of the training curves: losses on the left, figures of the validation split on the right."""
+    """Return the training curves as a data address: losses on the left, validation metrics on the right."""
     curves = _read_curves(path)
     losses = [name for name in curves if "loss" in name]
     figures = [name for name in curves if name.startswith("eval_") and name not in losses]
@@ -126,7 +126,7 @@ def _draw_curves(path: Path) -> str:
 COLUMNS = {"model": "", "wrong image": "_wrong_image", "random": "_random"}  # title: suffix in the figures
 EXAMPLES_PER_TYPE = 12
 HEAD = ("model", "predictions", "baseline", "dataset", "name", "split", "date", "command")
-"""What the head of the page says of the run, where it is known."""
+"""Settings of the run in the head of the page, where known."""
 
 
 def _range(intervals: dict[str, Any], name: str) -> str:
@@ -134,20 +134,20 @@ def _range(intervals: dict[str, Any], name: str) -> str:
 
 
 def _cells(figures: dict[str, Any], name: str, columns: Iterable[str] = COLUMNS) -> list[str]:
-    """One figure for every column as text, a dash where it was not measured."""
+    """Return one metric for each column as text, with a dash where it was not measured."""
     values = [figures.get(name + COLUMNS[column]) for column in columns]
     return ["–" if value is None else f"{value:.3f}" for value in values]
 
 
 def _shown_iou(pair: Pair) -> float:
-    """Mean IoU of the model's own answer or, where it wrote none, of the given one."""
+    """Return the mean IoU of the generated answer or, without one, of the given answer."""
     question, prediction = pair
     own = prediction.generated_spans
     return mean_iou(question, (prediction.given_spans or ()) if own is None else own)
 
 
 def _spread(pairs: Sequence[Pair]) -> list[Pair]:
-    """Of each question type pairs at even distances between the best and the worst masks; worst first."""
+    """Return pairs of each question type, evenly spaced between the worst and the best masks; worst first."""
     by_type: dict[str, list[Pair]] = {}
     for pair in sorted(pairs, key=lambda pair: (_shown_iou(pair), pair[0].id)):
         by_type.setdefault(pair[0].question_type, []).append(pair)
@@ -156,7 +156,7 @@ def _spread(pairs: Sequence[Pair]) -> list[Pair]:
 
 
 def _columns(overall: dict[str, Any], names: Sequence[str]) -> list[str]:
-    """The columns that any of these figures has a value in."""
+    """Return the columns with a value of any of these metrics."""
     measured = {
         title for title, suffix in COLUMNS.items() if any(overall.get(name + suffix) is not None for name in names)
     }
@@ -179,7 +179,7 @@ def _example(pair: Pair, load_image: Callable[[Question], Image.Image]) -> dict[
         if spans is not None:
             panels.append((caption, panel(image, [span.rle for span in spans], of(span.text for span in spans))))
     text, own_text, scores = question.choices[question.correct], prediction.generated_text, prediction.choice_scores
-    # the spans of a given answer are cut out of the correct one, which need not be what was given
+    # spans of a given answer refer to the correct answer, which may differ from the given one
     given = [span for span in given or () if text[span.start : span.end] == span.text]
     return {
         "question": question.question,
@@ -212,16 +212,16 @@ def write_report(
     load_image: Callable[[Question], Image.Image],
     training_curves: Path | None = None,
 ) -> None:
-    """Writes the page, whole or not at all.
+    """Write the page, completely or not at all.
 
     Args:
-        path: the HTML file, replaced if it exists.
-        metrics: what metrics.json holds: `overall`, `by_type` and `intervals` of `evaluate_predictions`,
-            `by_part` of `iou_per_part`, and `run`, whatever should stand in the head of the page.
-        questions: the questions scored.
-        predictions: one per question.
-        load_image: gives the image of a question, in the frame of its masks.
-        training_curves: CSV with a column `step` and one column per loss or metric; left out if None.
+        path: The HTML file, replaced if it exists.
+        metrics: The content of metrics.json: `overall`, `by_type` and `intervals` of `evaluate_predictions`, `by_part`
+            of `iou_per_part`, and `run`, the head of the page.
+        questions: The scored questions.
+        predictions: One per question.
+        load_image: Returns the image of a question, at the size of its masks.
+        training_curves: CSV with a column `step` and one column per loss or metric; omitted if None.
     """
     shown = [name for name in FIGURES if metrics["overall"].get(name) is not None]
     columns = _columns(metrics["overall"], shown)
@@ -263,11 +263,11 @@ PAGE = """{{ show_left_out(run) }}
 <nav><a href="#overall">Overall</a> <a href="#types">By question type</a>
 {% if curves %}<a href="#training">Training</a> {% endif %}
 <a href="#parts">Mean IoU by part</a> <a href="#answers">Answers</a></nav>
-<p class="quiet">{{ n }} questions. Figures are shares between 0 and 1, larger is better.
-{%- if "wrong image" in columns %} The wrong-image column asks the same questions of another record's image; what
-remains there is not read from the image.{% endif %}</p>
+<p class="quiet">{{ n }} questions. Metrics are shares between 0 and 1; larger is better.
+{%- if "wrong image" in columns %} The wrong-image column shows the same questions with another record's image; a score
+there does not come from reading the image.{% endif %}</p>
 <details class="box">
-<summary>What was run{% if run.protocol %}; protocol {{ run.protocol.name }}{% endif %}</summary><dl>
+<summary>Settings of the run{% if run.protocol %}; protocol {{ run.protocol.name }}{% endif %}</summary><dl>
 {% for name, value in run.items() if value is not none %}
 <dt>{{ name | replace("_", " ") }}</dt>
 <dd>{{ value.items() | map("join", " ") | join(", ") if value is mapping else value }}</dd>
@@ -275,7 +275,7 @@ remains there is not read from the image.{% endif %}</p>
 </dl></details>
 
 <h2 id="overall">Overall</h2>
-<p class="quiet">Below each figure: its 95 % bootstrap interval over the images.</p>
+<p class="quiet">Below each value: 95 % bootstrap interval over images.</p>
 <div class="box"><table>
 <tr><th></th>{% for column in columns %}<th>{{ column }}</th>{% endfor %}</tr>
 {% for name, meaning, range, cells in overall %}
@@ -285,7 +285,7 @@ remains there is not read from the image.{% endif %}</p>
 </table></div>
 
 <h2 id="types">By question type</h2>
-{% if type_suffixes %}<p class="quiet">Below each figure: {{ type_suffixes | join(" / ") }}.</p>{% endif %}
+{% if type_suffixes %}<p class="quiet">Below each value: {{ type_suffixes | join(" / ") }}.</p>{% endif %}
 <div class="box"><table class="wide">
 <tr><th>type</th><th>n</th>
 {% for name, meaning in type_columns %}<th title="{{ meaning }}">{{ name }}</th>{% endfor %}</tr>
@@ -311,8 +311,8 @@ remains there is not read from the image.{% endif %}</p>
 </div>
 
 <h2 id="answers">Answers</h2>
-<p class="quiet">{{ examples | length }} questions, of each type some at even distances between the worst and the best
-masks. A part has one colour in text and masks. The reference answer is the correct one, whose spans the model
+<p class="quiet">{{ examples | length }} questions, evenly spaced for each type between the worst and the best masks. A
+part has the same colour in text and masks. The reference answer is the correct one, whose spans the model
 segmented.</p>
 <p><label>Type <select id="type"><option value="">all</option>
 {% for name in examples | map(attribute="type") | unique | sort %}
@@ -331,9 +331,9 @@ segmented.</p>
 {{ show_panels(example.panels) }}
 <p><span class="quiet">reference answer</span> {{ show_pieces(example.given) }}</p>
 {% if example.generated is not none %}
-<p><span class="quiet">own answer</span> {{ show_pieces(example.generated) or "(empty)" }}</p>
+<p><span class="quiet">generated answer</span> {{ show_pieces(example.generated) or "(empty)" }}</p>
 {% endif %}
-<details open><summary>choices (smaller score is likelier)</summary><ol>
+<details open><summary>choices (a smaller score is more likely)</summary><ol>
 {% for choice in example.choices %}
 <li>{{ choice.text }} <span class="quiet">{{ choice.score }}</span>
 {% if choice.correct %}<span class="tag correct">correct</span>{% endif %}

@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind once the predictions are there: metrics.json, report.html and a printed table."""
+"""Write the outputs of an evaluation from its predictions: metrics.json, report.html and a printed table."""
 
 import hashlib
 import json
@@ -37,11 +37,11 @@ __all__ = [
 
 
 PUBLISHED_PROTOCOL = {"choice_reduction": "sequence_mean", "mask_source": "gt_answer", "match": "exact"}
-"""The rules behind the paper's figures, by the name of the option that sets each."""
+"""Option -> value in the published protocol."""
 
 
 def describe_protocol(*, choice_reduction: str, mask_source: MaskSource, match: str) -> dict[str, Any]:
-    """The rules that the figures follow, under a name: `published`, or `custom` with what differs.
+    """Return the protocol of the metrics with its name: `published`, or `custom` with the differences.
 
     >>> describe_protocol(choice_reduction="answer_sum", mask_source="gt_answer", match="exact")["name"]
     'custom: choice_reduction answer_sum'
@@ -56,7 +56,7 @@ def describe_protocol(*, choice_reduction: str, mask_source: MaskSource, match: 
 
 
 def describe_command() -> dict[str, Any]:
-    """What was called, when, and with which versions."""
+    """Return the command line, the time and the versions of the libraries."""
     packages = ("torch", "transformers", "datasets", "accelerate", "numpy", "scipy", "pycocotools")
     return {
         "command": shlex.join(["python", *sys.argv]),
@@ -66,14 +66,14 @@ def describe_command() -> dict[str, Any]:
 
 
 def fingerprint_model(folder: Path) -> str:
-    """Changes with the weights, configuration, processor or code of a checkpoint; not with its place."""
+    """Return a hash of the weights, configuration, processor and code of a checkpoint, independent of its path."""
     return fingerprint_files(
         path for path in folder.iterdir() if path.suffix in (".safetensors", ".json", ".jinja", ".py")
     )
 
 
 def fingerprint_files(paths: Iterable[Path]) -> str:
-    """Changes with the names and the contents of files, not with their folder."""
+    """Return a hash of the names and contents of files, independent of their folder."""
     digest = hashlib.sha256()
     for path in sorted(paths):
         with path.open("rb") as file:
@@ -88,15 +88,15 @@ def leave_out(
     *,
     report_to: Path | None,
 ) -> list[Question]:
-    """The questions to score when some predictions cannot be used.
+    """Return the questions to score when some predictions cannot be used.
 
     Args:
-        questions, predictions: all questions and the usable predictions.
-        problems: one sentence for each prediction that cannot be used.
-        report_to: file for the problems, one JSON object per line; None refuses them.
+        questions, predictions: All questions and the usable predictions.
+        problems: One sentence for each prediction that cannot be used.
+        report_to: File for the problems, one JSON object per line; None raises an error instead.
 
     Raises:
-        DataError: there are problems and no file to report them to, or no prediction is left.
+        DataError: There are problems but no file for them, or no prediction is left.
     """
     if problems and report_to is None:
         more = f" (and {len(problems) - 1} more; evaluate_plum.py --on_error report lists them)"
@@ -123,15 +123,15 @@ def score(
     mask_source: MaskSource,
     training_curves: Path | None = None,
 ) -> dict[str, Any]:
-    """Writes metrics.json and report.html from questions and predictions alone; returns the metrics.
+    """Write metrics.json and report.html from questions and predictions; return the metrics.
 
     Args:
-        rows: the data set, whose records carry the images of the questions.
-        questions, predictions: one prediction per question.
-        output_dir: folder that exists.
-        run: what should be known about the run, for both files.
-        mask_source: the masks that the mask figures speak of.
-        training_curves: CSV for the report, if that file exists.
+        rows: The data set, whose records contain the images of the questions.
+        questions, predictions: One prediction per question.
+        output_dir: An existing folder.
+        run: Settings of the run, for both files.
+        mask_source: The source of the scored masks.
+        training_curves: CSV for the report, if the file exists.
     """
     metrics = evaluate_predictions(questions, predictions, mask_source=mask_source, intervals=True)
     metrics |= {"by_part": iou_per_part(questions, predictions, mask_source=mask_source), "run": run}
@@ -149,7 +149,7 @@ def score(
 
 
 def describe_left_out(run: dict[str, Any]) -> list[str]:
-    """The lines that a printed table has where something was left out or resized."""
+    """Return the lines of a printed table about skipped records and resized masks."""
     questions, records = run.get("left_out", 0), run.get("records_left_out", 0)
     lines = []
     if questions or records:
@@ -160,7 +160,7 @@ def describe_left_out(run: dict[str, Any]) -> list[str]:
 
 
 def format_table(metrics: dict[str, Any]) -> str:
-    """The figures with their intervals beside their wrong-image control and their chance level."""
+    """Return the metrics with intervals, wrong-image control and chance level as a table."""
     overall, intervals = metrics["overall"], metrics["intervals"]["overall"]
     lines = [f"protocol: {metrics['run']['protocol']['name']}", *describe_left_out(metrics["run"])]
     lines += [f"{'':34}{'model':>9}{'95 % interval':>18}{'wrong image':>13}{'random':>9}"]

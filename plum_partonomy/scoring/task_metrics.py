@@ -1,15 +1,15 @@
-"""Figures of tasks other than PARTONOMY, one question at a time: masks against one true mask, words against answers.
+"""Metrics of tasks other than PARTONOMY, question by question: masks against one true mask, text against answers.
 
-referring, reasoning    gIoU, the mean over questions of the IoU, and cIoU, the sum of intersections over the sum of
-                        unions (LISA, arXiv 2308.00692, section 5.1); nothing found where nothing is meant counts 1
+referring, reasoning    gIoU, the mean IoU over questions, and cIoU, the sum of intersections over the sum of unions
+                        (LISA, arXiv 2308.00692, section 5.1); an empty prediction for an empty target counts 1
 instructed_parts        the same, and P@50, the share of questions with an IoU of at least 0.5 (InstructPart, arXiv
                         2505.18291)
-generalized_referring   gIoU and cIoU, and N-acc and T-acc, the shares of questions that mean nothing (something) for
-                        which nothing (something) is found (GRES, arXiv 2306.00968, section 3)
+generalized_referring   gIoU and cIoU, and N-acc and T-acc, the shares of questions without (with) a target for which
+                        nothing (something) is found (GRES, arXiv 2306.00968, section 3)
 semantic_parts          mIoU: intersections over unions of a class summed over questions, then the mean over classes
-gqa                     exact match, but for case, surrounding blanks and a full stop
-textvqa                 soft accuracy: an answer that three of the other annotators gave is right (VQA, arXiv
-                        1505.00468, section 5), averaged over leaving out each annotator
+gqa                     exact match, ignoring case, surrounding blanks and a full stop
+textvqa                 soft accuracy: an answer of three of the other annotators is correct (VQA, arXiv 1505.00468,
+                        section 5), averaged over leaving out each annotator
 pope                    accuracy, precision, recall, F1 of "yes", and the share of "yes" (POPE, arXiv 2305.10355)
 """
 
@@ -37,7 +37,7 @@ TEXT_TASKS = {
     "pope": ("accuracy", "precision", "recall", "f1", "yes_rate"),
 }
 TASKS = MASK_TASKS | TEXT_TASKS
-"""Task -> its figures."""
+"""Task -> its metrics."""
 
 NUMBERS = "zero one two three four five six seven eight nine ten".split()
 NUMBER_WORDS = {"none": "0"} | {word: str(number) for number, word in enumerate(NUMBERS)}
@@ -49,13 +49,13 @@ PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 
 
 def mask_ratios(task: str, predicted: Sequence[RLE], true: Sequence[RLE], *, label: str | None) -> dict[str, Ratio]:
-    """What one question adds to the figures of its task.
+    """Return the contribution of one question to the metrics of its task.
 
     Args:
-        task: one of MASK_TASKS.
-        predicted: masks found, united before they are compared; none where nothing was found.
-        true: masks meant, united; none where the question means nothing in the image.
-        label: name of what is meant, by which `semantic_parts` tells classes apart; None where nothing is.
+        task: One of MASK_TASKS.
+        predicted: Predicted masks, merged before the comparison; empty if nothing was found.
+        true: True masks, merged; empty if the image does not show the target.
+        label: Name of the target, the class in `semantic_parts`; None without a target.
     """
     both, united = _overlap(predicted, true)
     if task == "semantic_parts":
@@ -76,7 +76,7 @@ def _overlap(predicted: Sequence[RLE], true: Sequence[RLE]) -> tuple[int, int]:
 
 
 def class_name(label: str) -> str:
-    """One name for a class that is called in two ways.
+    """Return one name for the two ways to name a class.
 
     >>> class_name("Wing of the bird"), class_name("bird wing")
     ('bird wing', 'bird wing')
@@ -89,7 +89,9 @@ def class_name(label: str) -> str:
 
 
 def text_ratios(task: str, predicted: str, true: Sequence[str]) -> dict[str, Ratio]:
-    """What one answer adds to the figures of its task, one of TEXT_TASKS; `true` are the annotators' answers."""
+    """Return the contribution of one answer to the metrics of its task, one of TEXT_TASKS; `true` are the annotators'
+    answers.
+    """
     if task == "gqa":
         return {"exact_match": (_plain(predicted) == _plain(true[0]), 1)}
     if task == "textvqa":
@@ -110,7 +112,7 @@ def _plain(answer: str) -> str:
 
 
 def says_yes(answer: str) -> bool:
-    """Whether the first sentence lacks "no" and "not", as POPE's evaluation reads an answer.
+    """Return whether the first sentence has neither "no" nor "not", as in POPE's evaluation.
 
     >>> says_yes("Yes, there is a dog."), says_yes("There is no dog. Yes."), says_yes("No, there is not.")
     (True, False, False)
@@ -120,7 +122,7 @@ def says_yes(answer: str) -> bool:
 
 
 def soft_accuracy(predicted: str, true: Sequence[str]) -> float:
-    """min(1, matches / 3), averaged over leaving out each of the annotators.
+    """Return min(1, matches / 3), averaged over leaving out each annotator.
 
     >>> soft_accuracy("The Two dogs!", ["2 dogs", "two dogs", "dog", "2 dogs"]), soft_accuracy("cat", ["dog"] * 4)
     (0.75, 0.0)
@@ -131,9 +133,10 @@ def soft_accuracy(predicted: str, true: Sequence[str]) -> float:
 
 
 def vqa_words(answer: str) -> str:
-    """An answer as the VQA evaluation compares it: lower case, without punctuation and articles, numbers as digits.
+    """Return an answer as the VQA evaluation compares it: lower case, without punctuation and articles, numbers as
+    digits.
 
-    The evaluation writes apostrophes into a list of contractions ("dont"); here all of them are taken out.
+    The evaluation restores apostrophes of listed contractions ("dont"); here all apostrophes are removed.
     """
     text = answer.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
     text = text.replace("\n", " ").replace("\t", " ")
@@ -151,7 +154,7 @@ def vqa_words(answer: str) -> str:
 def summarise_task(
     task: str, tallies: Sequence[Tally], image_ids: Sequence[str]
 ) -> tuple[Figures, dict[str, tuple[float, float]]]:
-    """The figures of a task, None where no question can tell, and the 95 % bootstrap interval of each over images."""
+    """Return the metrics of a task, None where no question applies, and their 95 % bootstrap intervals over images."""
     names = TASKS[task]
     if task != "semantic_parts":
         draws = ratio_draws(tallies, image_ids, names=names)

@@ -1,11 +1,11 @@
-"""Benchmarks other than PARTONOMY: their questions, answers of any model from a file, and what a run leaves behind.
+"""Other benchmarks than PARTONOMY: questions, answers of any model from a file, and the outputs of a run.
 
-    grounded conversations ──> one question for each turn, its masks those tagged in the answer    (tasks of masks)
-    records {id, question, answers} ──> one question each                                          (tasks of words)
+    grounded conversations ──> one question per turn, with the masks tagged in its answer    (mask tasks)
+    records {id, question, answers} ──> one question each                                    (text tasks)
     questions + predictions ──plum_partonomy.scoring.task_metrics──> metrics.json, report.html
 
-One line of an answers file, `task_answer` in docs/predictions.schema.json; a task of masks reads `masks`, a task of
-words reads `answer`:
+One line of an answers file, `task_answer` in docs/predictions.schema.json; a mask task reads `masks`, a text task
+reads `answer`:
 
     {"id": "refcoco-17", "answer": "Here it is: the left dog.",
      "masks": [{"part": "left dog", "rle": {"size": [480, 640], "counts": "Pm2..."}}]}
@@ -48,13 +48,13 @@ COUNTS = ("n", "photographs")
 
 @dataclass(frozen=True, kw_only=True)
 class TaskQuestion:
-    """What is asked about an image, and what is right.
+    """A question about an image with its correct answer.
 
     Attributes:
-        row: index of the record that holds the image.
-        text: the question.
-        masks: what is meant, for a task of masks; empty where the image does not show it.
-        answers: the annotators' answers, for a task of words.
+        row: Index of the record with the image.
+        text: The question.
+        masks: The target of a mask task; empty if the image does not show it.
+        answers: The annotators' answers of a text task.
     """
 
     id: str
@@ -68,16 +68,16 @@ class TaskQuestion:
 def load_task_questions(
     task: str, dataset: str, *, name: str, split: str, limit: int | None = None, **options: Any
 ) -> tuple[datasets.Dataset, list[TaskQuestion]]:
-    """A split and its questions.
+    """Return a split and its questions.
 
-    A turn of a conversation has the id of its record, followed by / and its number where there are several.
+    The id of a turn is the id of its record, followed by / and the number of the turn if there are several.
 
     Args:
-        task: one of TASKS.
-        dataset, name, split, limit, options: as for `plum_partonomy.scoring.benchmark.load_questions`.
+        task: One of TASKS.
+        dataset, name, split, limit, options: As in `plum_partonomy.scoring.benchmark.load_questions`.
 
     Raises:
-        DataError: the split cannot be loaded, its records are not of the task's kind, or an id repeats.
+        DataError: The split cannot be loaded, its records are not of the task's kind, or an id repeats.
     """
     rows = load_rows(dataset, name=name, split=split, limit=limit, **options)
     columns = ("id", "image_id", "messages", "masks") if task in MASK_TASKS else ("id", "question", "answers")
@@ -124,7 +124,7 @@ def _words(record: dict[str, Any], row: int) -> list[TaskQuestion]:
 
 
 def load_task_image(rows: datasets.Dataset, question: TaskQuestion) -> Image.Image:
-    """The image of a question as RGB; raises DataError if there is none or it cannot be read."""
+    """Return the image of a question as RGB. Raises DataError if there is none or it cannot be read."""
     where = f"Question {question.id!r}, image {question.image_id!r}"
     if "image" not in rows.column_names:
         raise DataError(f"{where}: the records have no field 'image'; a model needs one.")
@@ -135,7 +135,7 @@ def load_task_image(rows: datasets.Dataset, question: TaskQuestion) -> Image.Ima
 
 
 def cut_off_unfinished(path: Path) -> set[str]:
-    """Takes a last line that was not written to its end off an answers file; returns the ids of the others."""
+    """Remove an incomplete last line from an answers file; return the ids of the other lines."""
     lines = path.read_bytes().splitlines(keepends=True)
     if lines and not lines[-1].endswith(b"\n"):
         lines.pop()
@@ -149,7 +149,7 @@ def cut_off_unfinished(path: Path) -> set[str]:
 def read_task_answers(
     path: Path, questions: Sequence[TaskQuestion], *, task: str
 ) -> tuple[list[Prediction], list[str]]:
-    """The answers that can be used, in question order, and one sentence for everything in the file that cannot."""
+    """Return the usable answers in question order, and one sentence for each problem in the file."""
     predictions, problems, _ = collect_answers(_TaskReader(path, questions, task=task), questions, path=path)
     return predictions, problems
 
@@ -186,7 +186,7 @@ class _TaskReader(LineReader):
         spans = []
         for index, mask in enumerate(masks):
             spans.append(read_span(mask, size, where=f"{where}, field 'masks[{index}]'"))
-            size = tuple(spans[0].rle["size"])  # without a true mask all are of the first one's size
+            size = tuple(spans[0].rle["size"])  # without a true mask, all must have the size of the first
         return spans
 
 
@@ -202,7 +202,7 @@ def score_task(
     output_dir: Path,
     run: dict[str, Any],
 ) -> dict[str, Any]:
-    """Writes metrics.json and report.html from one prediction for each question; returns the metrics."""
+    """Write metrics.json and report.html from one prediction per question; return the metrics."""
     by_id = {prediction.question_id: prediction for prediction in predictions}
     pairs = [(question, by_id[question.id]) for question in questions]
     tallies = [Tally(_ratios(task, question, prediction)) for question, prediction in pairs]
@@ -245,7 +245,7 @@ def _ratios(task: str, question: TaskQuestion, prediction: Prediction) -> dict[s
 
 
 def _shown_score(tally: Tally) -> float:
-    """The share that the question's first figure says; 0 where it says nothing."""
+    """Return the ratio of the question's first metric, or 0 without one."""
     numerator, denominator = next(iter(tally.ratios.values()), (0, 0))
     return numerator / denominator if denominator else 0.0
 
@@ -264,7 +264,7 @@ def _example(
 
 
 def format_task_table(metrics: dict[str, Any]) -> str:
-    """The figures with their intervals; tells how many questions were left out."""
+    """Return the metrics with their intervals as a table, with the number of skipped questions."""
     overall, intervals = metrics["overall"], metrics["intervals"]["overall"]
     lines = describe_left_out(metrics["run"])
     for name, value in overall.items():
@@ -275,8 +275,7 @@ def format_task_table(metrics: dict[str, Any]) -> str:
 
 
 PAGE = """{{ show_left_out(run) }}
-<p class="quiet">{{ metrics.overall.n }} questions. Below each figure its 95 % bootstrap interval over the
-images.</p>
+<p class="quiet">{{ metrics.overall.n }} questions. Below each value: 95 % bootstrap interval over images.</p>
 <div class="box"><table>
 {% for name in names %}
 <tr><td>{{ name | replace("_", " ") }}</td><td>
@@ -287,14 +286,14 @@ images.</p>
 {% endfor %}
 </table></div>
 <h2>Answers</h2>
-<p class="quiet">{{ examples | length }} questions at even distances from the best to the worst answer.</p>
+<p class="quiet">{{ examples | length }} questions, evenly spaced from the best to the worst answer.</p>
 {% for example in examples %}
 <div class="box">
 <h3>{{ example.question }}</h3>
 <p class="quiet">{{ example.id }} · {{ example.score }}</p>
 {% if example.answers %}
-<p><span class="quiet">right</span> {{ example.answers | join(" / ") }}</p>
-<p><span class="quiet">answered</span> {{ example.answer }}</p>
+<p><span class="quiet">correct</span> {{ example.answers | join(" / ") }}</p>
+<p><span class="quiet">predicted</span> {{ example.answer }}</p>
 {% endif %}
 {{ show_panels(example.panels) }}
 </div>

@@ -227,7 +227,7 @@ def test_a_stream_warns_of_each_bad_record(tmp_path, caplog):
     datasets.logging.enable_propagation()
     rows = list(load("descriptor", folder, on_error="report", split="train", streaming=True))
     datasets.logging.disable_propagation()
-    assert len([record for record in caplog.records if "left out: " in record.message]) == len(expected)
+    assert len([record for record in caplog.records if "skipped: " in record.message]) == len(expected)
     assert rows
 
 

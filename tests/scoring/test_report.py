@@ -132,7 +132,7 @@ def test_the_page_is_well_formed_stands_alone_and_shows_every_figure(tmp_path):
     assert all("src" not in attributes for tag, attributes in tags.seen if tag == "script")
     assert sum(tag == "img" for tag, _ in tags.seen) == 3 * len(pairs)
     assert re.search(
-        r"generated part set exactly right<small>[^<]*</small></td><td><b>0\.500</b>"
+        r"generated part set exactly correct<small>[^<]*</small></td><td><b>0\.500</b>"
         r"<small>0\.000 to 1\.000</small></td>",
         text,
     )
