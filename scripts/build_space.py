@@ -1,4 +1,4 @@
-"""Gathers what the demonstration needs as a Space of its own: its card and requirements, the code and the checkpoint.
+"""Gathers what the demonstration needs as a Space of its own: its card and requirements, the code and the checkpoints.
 
 python scripts/build_space.py --output_dir runs/space
 python scripts/push_to_hub.py space runs/space --repo_id user/plum-demo
@@ -10,7 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 CODE = ["*.py", "plum_partonomy/**/*.py", "demo/*.py", "demo/*.css", "demo/*.js"]
-CHECKPOINT = ["checkpoints/plum-tiny/*"]
+CHECKPOINTS = ["checkpoints/*/*"]
 
 
 def build_space(folder: Path) -> None:
@@ -18,7 +18,7 @@ def build_space(folder: Path) -> None:
     folder.mkdir(parents=True)
     for name in ("README.md", "requirements.txt"):
         shutil.copyfile(ROOT / "demo" / name, folder / name)
-    for path in (path for pattern in [*CODE, *CHECKPOINT] for path in ROOT.glob(pattern)):
+    for path in (path for pattern in [*CODE, *CHECKPOINTS] for path in ROOT.glob(pattern)):
         copy = folder / path.relative_to(ROOT)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, copy)
