@@ -20,7 +20,7 @@ with the name of the part, "handle of the cup", as in the published comparison o
 
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from plum_partonomy.masks import DataError, area, encode
 from plum_partonomy.questions.conversations import conversation, turn
@@ -60,17 +60,17 @@ class InstructPart:
         records = read_json(self.path)
         if not isinstance(records, list):
             raise DataError(f"{self.path}: expected a list of records, found {type(records).__name__}")
-        self._entries = [
-            (f"{self.path}, record {number}, part_list[{place}]", record["image_path"], entry)
-            for number, record in enumerate(records)
-            for place, entry in enumerate(self._parts(record, where=f"{self.path}, record {number}"))
-        ]
+        self._entries: list[tuple[str, str, dict] | DataError] = []
+        for number, record in enumerate(records):
+            where = f"{self.path}, record {number}"
+            try:
+                image_path = typed(record, "image_path", str, where=where)
+                entries = typed_list(record, "part_list", dict, where=where)
+            except DataError as error:
+                self._entries.append(error)
+                continue
+            self._entries += [(f"{where}, part_list[{n}]", image_path, entry) for n, entry in enumerate(entries)]
         self._images = ImageFiles(self.folder)
-
-    @staticmethod
-    def _parts(record: Any, *, where: str) -> list[dict]:
-        typed(record, "image_path", str, where=where)
-        return typed_list(record, "part_list", dict, where=where)
 
     @classmethod
     def splits(cls, folder: str | Path) -> list[str]:
@@ -96,7 +96,10 @@ class InstructPart:
         """Yield the conversation about an entry; none if its mask is empty. Raises DataError that names file, record
         and field.
         """
-        where, image_name, entry = self._entries[index]
+        found = self._entries[index]
+        if isinstance(found, DataError):
+            raise found
+        where, image_name, entry = found
         label, part = (typed(entry, field, str, where=where).strip() for field in ("object", "part"))
         stem = f"{PurePosixPath(image_name).stem}-{label}-{part}".replace(" ", "_")
         image_path = self._find("images", [f"{stem}.jpg", f"{stem}.png", image_name], where=where)

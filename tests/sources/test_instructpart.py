@@ -5,8 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from datasets import load_dataset
+from datasets.exceptions import DatasetGenerationError
 from PIL import Image
 
+import partonomy_dataset
 from plum_partonomy.masks import DataError, decode
 from plum_partonomy.sources.instructpart import InstructPart, InstructPartNames
 from plum_partonomy.sources.validate import validate
@@ -78,6 +81,18 @@ def test_a_mask_of_another_size_and_a_folder_of_something_else_are_refused(tmp_p
         InstructPart(folder, split="test")
     with pytest.raises(DataError, match="no such files of instructpart; expected train/train1800/data_train.json"):
         InstructPart.splits(tmp_path)
+
+
+def test_a_record_without_its_fields_is_left_out_where_that_is_asked_for(tmp_path):
+    folder = instructpart_folder(tmp_path / "data")
+    path = folder / "test" / "data_test.json"
+    path.write_text(json.dumps([{"image_path": "cup2.jpg"}, *json.loads(path.read_text())]))
+    options = {"data_dir": str(folder), "split": "test", "cache_dir": tmp_path / "cache"}
+    with pytest.raises(DatasetGenerationError) as caught:
+        load_dataset("partonomy", "instructpart", **options)
+    assert "record 0: field 'part_list' is missing" in str(caught.value.__cause__)
+    rows = load_dataset("partonomy", "instructpart", on_error="report", **options)
+    assert len(rows) == len(partonomy_dataset.left_out(rows)) == 1
 
 
 def test_validate_compares_with_the_published_counts(tmp_path):
