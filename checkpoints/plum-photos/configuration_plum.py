@@ -1,0 +1,219 @@
+"""Configuration of PLUM (Partonomy, arXiv 2505.20759): a vision-language model, a SAM, and what links them."""
+
+from typing import Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig, SamConfig
+
+
+@strict
+class PlumConfig(PreTrainedConfig):
+    r"""
+    Configuration of [`PlumForConditionalGeneration`]. The defaults are those of the published model (LLaVA + SAM).
+
+    Args:
+        vlm_config (`PreTrainedConfig` or `dict`, *optional*, defaults to `LlavaConfig()`):
+            The image-text-to-text model that answers.
+        sam_config (`PreTrainedConfig` or `dict`, *optional*, defaults to `SamConfig()`):
+            The segmentation model that turns spans of the answer into masks.
+        vlm_image_input (`str`, *optional*, defaults to `"pixel_values"`):
+            What the vision tower of the vision-language model looks at: `"pixel_values"`, the image as its own image
+            processor prepares it, or `"sam_image_embeddings"`, the output of SAM's encoder (then one vision encoder
+            serves both sides, and the tower is a small network over SAM's grid: `num_channels` is SAM's embedding
+            width and `image_size` its grid).
+        span_source (`str`, *optional*, defaults to `"tagger"`):
+            Where spans come from: `"tagger"`, the span tagger's O/B/I classes of a plain-text answer, or
+            `"seg_token"`, a special token that the model writes after each phrase it grounds, as in LISA
+            (arXiv 2308.00692); then a span is that one token, and there is no span tagger and no span loss.
+        seg_token_id (`int`, *optional*): That token, for `span_source="seg_token"`.
+        span_tagger_num_layers (`int`, *optional*, defaults to 1):
+            Bidirectional encoder layers of the span tagger; 0 tags from the causal hidden states directly.
+        span_tagger_num_heads (`int`, *optional*, defaults to 8):
+            Attention heads of each tagger layer.
+        span_tagger_intermediate_size (`int`, *optional*, defaults to 2048):
+            Width of the feed-forward part of each tagger layer.
+        mask_feedback (`bool`, *optional*, defaults to `True`):
+            Whether the masks of earlier spans condition the mask of the next.
+        mask_feedback_num_heads (`int`, *optional*, defaults to 8):
+            Attention heads over the earlier masks.
+        language_modeling_loss_weight (`float`, *optional*, defaults to 1.0): Weight of next-token cross-entropy.
+        span_loss_weight (`float`, *optional*, defaults to 8.0): Weight of the O/B/I cross-entropy.
+        span_class_weights (`list[float]`, *optional*, defaults to `(0.1, 1.0, 1.0)`): Class weights of O, B and I.
+        span_loss_scope (`str`, *optional*, defaults to `"answer"`):
+            `"answer"`: answer tokens of every row that carries span supervision. `"sequence"`: every position of the
+            rows that have a span, prompt, image and padding counted as O (as the published model was trained).
+        mask_overlap_loss (`str`, *optional*, defaults to `"focal_tversky"`): `"focal_tversky"` or `"dice"`.
+        mask_overlap_loss_weight (`float`, *optional*, defaults to 8.0): Weight of the overlap loss.
+        tversky_false_negative_weight (`float`, *optional*, defaults to 0.7): Alpha of the Tversky index.
+        tversky_false_positive_weight (`float`, *optional*, defaults to 0.3): Beta of the Tversky index.
+        tversky_focal_exponent (`float`, *optional*, defaults to 0.75): Gamma of the focal Tversky loss.
+        mask_bce_loss_weight (`float`, *optional*, defaults to 2.0): Weight of the per-pixel binary cross-entropy.
+        mask_iou_loss_weight (`float`, *optional*, defaults to 0.0):
+            Weight of the squared error of SAM's predicted IoU (Segment Anything, section 3). 0 as in the published
+            model, which starts from a trained SAM; from scratch the mask scores mean nothing without it.
+        teacher_kl_loss_weight (`float`, *optional*, defaults to 0.1):
+            Weight of the divergence from the frozen language model on span tokens, where a teacher is given.
+        teacher_kl_sigma (`float`, *optional*, defaults to 1.0): Standard deviation of the two Gaussians compared.
+        image_statistics (`dict`, *optional*): How images of the kinds that the model has learnt look to SAM's encoder,
+            written by `scripts/calibrate_confidence.py`: for each kind, `mean` and `std` of each channel of the mean
+            embeddings of its images; `intercept` and `slope` of the confidence, and the `threshold` below which an
+            image counts as unlike them.
+        initializer_range (`float`, *optional*, defaults to 0.02): Standard deviation of PLUM's own fresh weights.
+    """
+
+    model_type = "plum"
+    sub_configs = {"vlm_config": AutoConfig, "sam_config": SamConfig}
+
+    # The two backbones
+    vlm_config: dict | PreTrainedConfig | None = None
+    sam_config: dict | PreTrainedConfig | None = None
+    vlm_image_input: Literal["pixel_values", "sam_image_embeddings"] = "pixel_values"
+
+    # Spans
+    span_source: Literal["tagger", "seg_token"] = "tagger"
+    seg_token_id: int | None = None
+    span_tagger_num_layers: int = 1
+    span_tagger_num_heads: int = 8
+    span_tagger_intermediate_size: int = 2048
+
+    # Mask feedback
+    mask_feedback: bool = True
+    mask_feedback_num_heads: int = 8
+
+    # Losses
+    language_modeling_loss_weight: float = 1.0
+    span_loss_weight: float = 8.0
+    span_class_weights: list[float] | tuple[float, ...] = (0.1, 1.0, 1.0)
+    span_loss_scope: Literal["answer", "sequence"] = "answer"
+    mask_overlap_loss: Literal["focal_tversky", "dice"] = "focal_tversky"
+    mask_overlap_loss_weight: float = 8.0
+    tversky_false_negative_weight: float = 0.7
+    tversky_false_positive_weight: float = 0.3
+    tversky_focal_exponent: float = 0.75
+    mask_bce_loss_weight: float = 2.0
+    mask_iou_loss_weight: float = 0.0
+    teacher_kl_loss_weight: float = 0.1
+    teacher_kl_sigma: float = 1.0
+
+    # Confidence
+    image_statistics: dict | None = None
+
+    initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs):
+        if not isinstance(self.vlm_config, PreTrainedConfig):
+            self.vlm_config = AutoConfig.for_model(**{"model_type": "llava", **(self.vlm_config or {})})
+        if not isinstance(self.sam_config, PreTrainedConfig):
+            self.sam_config = SamConfig(**(self.sam_config or {}))
+        super().__post_init__(**kwargs)
+
+    def get_text_config(self, decoder=None, encoder=None) -> PreTrainedConfig:
+        """The language model's configuration."""
+        return self.vlm_config.get_text_config(decoder=decoder, encoder=encoder)
+
+    @property
+    def sam_grid_size(self) -> int:
+        """Side, in cells, of SAM's square image embedding."""
+        return self.sam_config.vision_config.image_size // self.sam_config.vision_config.patch_size
+
+    @property
+    def low_res_mask_size(self) -> int:
+        """Side, in pixels, of the square masks that SAM's decoder puts out."""
+        return 4 * self.sam_grid_size
+
+    def validate_architecture(self):
+        """Cross-field checks; raises `ValueError` naming both values."""
+        sam = self.sam_config
+        self._check_vlm_family()
+        embedding_width = sam.vision_config.output_channels
+        text_width = self.vlm_config.get_text_config().hidden_size
+        for name, value in (
+            ("sam_config.prompt_encoder_config.hidden_size", sam.prompt_encoder_config.hidden_size),
+            ("sam_config.mask_decoder_config.hidden_size", sam.mask_decoder_config.hidden_size),
+            ("2 * sam_config.vision_config.num_pos_feats", 2 * sam.vision_config.num_pos_feats),
+        ):
+            if value != embedding_width:
+                raise ValueError(
+                    f"{name} is {value} but sam_config.vision_config.output_channels is {embedding_width}; "
+                    "SAM's encoder, prompts and mask decoder share one width."
+                )
+        for side in ("image_size", "patch_size"):
+            vision, prompt = getattr(sam.vision_config, side), getattr(sam.prompt_encoder_config, side)
+            if vision != prompt:
+                raise ValueError(
+                    f"sam_config.vision_config.{side} is {vision} but sam_config.prompt_encoder_config.{side} is "
+                    f"{prompt}; set both to the same value."
+                )
+        self._check_span_source()
+        self._check_image_statistics(embedding_width)
+        if self.span_tagger_num_layers and text_width % self.span_tagger_num_heads:
+            raise ValueError(
+                f"span_tagger_num_heads is {self.span_tagger_num_heads}, which does not divide the language model's "
+                f"hidden size {text_width}."
+            )
+        if self.mask_feedback and embedding_width % self.mask_feedback_num_heads:
+            raise ValueError(
+                f"mask_feedback_num_heads is {self.mask_feedback_num_heads}, which does not divide SAM's embedding "
+                f"width {embedding_width}."
+            )
+        if len(self.span_class_weights) != 3:
+            raise ValueError(
+                f"span_class_weights needs three weights, for O, B and I, found {self.span_class_weights}."
+            )
+        if self.vlm_image_input == "sam_image_embeddings":
+            tower = self.vlm_config.vision_config
+            side = tower.image_size if isinstance(tower.image_size, int) else max(tower.image_size)
+            found, expected = (tower.num_channels, side), (embedding_width, self.sam_grid_size)
+            if found != expected:
+                raise ValueError(
+                    "vlm_image_input is 'sam_image_embeddings', so vlm_config.vision_config must have (num_channels, "
+                    f"image_size) = SAM's (embedding width, grid size) = {expected}, found {found}."
+                )
+
+    def _check_image_statistics(self, embedding_width: int):
+        if self.image_statistics is None:
+            return
+        missing = {"mean", "std", "intercept", "slope", "threshold"} - set(self.image_statistics)
+        if missing:
+            raise ValueError(f"image_statistics lacks {sorted(missing)}; run scripts/calibrate_confidence.py again.")
+        mean, std = (self.image_statistics[name] for name in ("mean", "std"))
+        rows = [*mean, *std]
+        lengths = {len(row) if isinstance(row, list) else 0 for row in rows}
+        if len(mean) != len(std) or lengths != {embedding_width}:
+            raise ValueError(
+                f"image_statistics must hold a mean and a deviation of {embedding_width} channels, SAM's, for each "
+                f"kind of images, found {len(mean)} and {len(std)} of {sorted(lengths)} channels; run "
+                "scripts/calibrate_confidence.py again."
+            )
+
+    def _check_span_source(self):
+        if (self.span_source == "seg_token") != (self.seg_token_id is not None):
+            raise ValueError(
+                f"span_source is {self.span_source!r} but seg_token_id is {self.seg_token_id}; give the id of the "
+                "tokenizer's special token with 'seg_token', and none with 'tagger'."
+            )
+        vocab_size = self.vlm_config.get_text_config().vocab_size
+        if self.seg_token_id is not None and not 0 <= self.seg_token_id < vocab_size:
+            raise ValueError(
+                f"seg_token_id is {self.seg_token_id} but the language model has {vocab_size} tokens; add the token "
+                "to the tokenizer and resize the model's embeddings."
+            )
+
+    def _check_vlm_family(self):
+        """PLUM tags and segments tokens by the hidden states at their positions in `input_ids`."""
+        vlm = self.vlm_config
+        if vlm.is_encoder_decoder or vlm.get_text_config().is_encoder_decoder:
+            raise ValueError(
+                f"vlm_config is a {vlm.model_type!r} model, an encoder-decoder: its decoder sees the answer alone, so "
+                "that hidden states do not line up with input_ids; choose a decoder-only vision-language model."
+            )
+        if getattr(vlm, "image_token_id", None) is None:
+            raise ValueError(
+                f"vlm_config is a {vlm.model_type!r} model without image_token_id: images are not placeholder tokens "
+                "in input_ids, so that hidden states do not line up with them; choose a family where they are."
+            )
+
+
+PlumConfig.register_for_auto_class()
+
+__all__ = ["PlumConfig"]

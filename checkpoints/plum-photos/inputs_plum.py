@@ -1,0 +1,687 @@
+"""
+What people and files give a model, checked before it is used: masks, images, conversations and their span tags.
+
+    path, URL, base64, bytes, open file ──> one of FORMATS, measured before it is decoded ──┐
+    PIL image, array, tensor ───────────────────────────────────────────────────────────────┴─> upright, RGB
+    array, tensor, picture, RLE, polygons ──> boolean array of the size of its image
+    "A <p>wing</p>." ──> "A wing." and the character range (2, 6)
+
+The readers of data sets use this file as the processor does; it needs numpy, Pillow and pycocotools, and no torch.
+
+An RLE is `{"size": [height, width], "counts": str}` as COCO writes it: pixels in column-major order, alternating runs
+of background and foreground, starting with background. pycocotools does the work; what it leaves out is checked here:
+that the runs fill exactly height * width pixels, so that a forged string can neither read nor write out of bounds, and
+that polygons are short enough to be drawn.
+
+What is transparent in an image is put on white; of 16 bits the upper 8 are kept; an image is turned by its EXIF
+orientation. A *span tag* `<p>...</p>` in an assistant's text says that the words are grounded by a mask.
+"""
+
+import base64
+import binascii
+import http.client
+import io
+import re
+import urllib.request
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from numbers import Integral, Number, Real
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+from pycocotools import mask as coco
+
+ROLES = ("system", "user", "assistant")
+IMAGE_KEYS = ("image", "url", "path", "base64")
+"""What an image may be given under in a part of a message, as in transformers."""
+
+# ---------------------------------------------------------------- masks
+
+RLE = dict[str, Any]
+Size = tuple[int, int]
+
+MAX_PIXELS = 64_000_000
+"""Largest image or mask accepted, in pixels."""
+
+MAX_PERIMETER = 4_000_000
+"""Longest outline of a mask given as polygons, in pixels: rasterising walks it, at about 50 bytes a pixel."""
+
+
+class DataError(ValueError):
+    """A record that cannot be used. The message names the file, the record and the field."""
+
+    def __init__(self, message: str):
+        # names of files and texts of records may hold what no terminal and no file can show
+        super().__init__(message.encode("utf-8", "backslashreplace").decode("utf-8"))
+
+
+def decode_rle(rle: Any, *, expected_size: Size | None = None, where: str = "mask") -> np.ndarray:
+    """Decodes an untrusted RLE to a boolean array of shape (height, width).
+
+    Raises DataError, opening with `where`, if the RLE is malformed or its size is not `expected_size` (height, width).
+    """
+    rle = validate_rle(rle, expected_size=expected_size, where=where)
+    return coco.decode({"size": rle["size"], "counts": rle["counts"].encode("ascii")}).astype(bool)
+
+
+def validate_rle(rle: Any, *, expected_size: Size | None = None, where: str = "mask") -> RLE:
+    """The RLE with text counts, once its size and its runs agree.
+
+    Uncompressed counts (a list of run lengths) are compressed. Nothing is allocated before the runs are summed.
+    Raises DataError, opening with `where`.
+    """
+    if not isinstance(rle, dict) or "size" not in rle or "counts" not in rle:
+        raise DataError(f"{where}: expected an RLE with 'size' and 'counts', found {rle!r:.80}")
+    height, width = check_size(rle["size"], where=where)
+    if expected_size is not None and (height, width) != tuple(expected_size):
+        raise DataError(
+            f"{where}: the mask has size [{height}, {width}], but its image has [height, width] {list(expected_size)}"
+        )
+    counts = rle["counts"]
+    if isinstance(counts, str):
+        filled = _filled_pixels(counts, limit=height * width, where=where)
+    elif isinstance(counts, list) and all(_is_integer(run) and run >= 0 for run in counts):
+        filled = sum(counts)
+    else:
+        raise DataError(f"{where}: expected counts as text or a list of run lengths, found {counts!r:.80}")
+    if filled != height * width:
+        raise DataError(
+            f"{where}: the counts decode to {'more than ' * (filled > height * width)}{min(filled, height * width)} "
+            f"pixels, but size [{height}, {width}] has {height * width}"
+        )
+    if isinstance(counts, list):
+        return _as_text(coco.frPyObjects({"size": [height, width], "counts": counts}, height, width))
+    return {"size": [height, width], "counts": counts}
+
+
+def polygons_to_rle(polygons: Any, *, size: Size, where: str = "polygon") -> RLE:
+    """Rasterises flat polygons [x0, y0, x1, y1, ...] (pixels) of one part to a mask of `size` (height, width).
+
+    Raises DataError if a polygon has fewer than three points or lies more than one image size outside the image, or
+    if the outlines are longer than MAX_PERIMETER together.
+    """
+    height, width = size = check_size(size, where=where)
+    limit = max(size)
+    if not isinstance(polygons, list) or not polygons:
+        raise DataError(f"{where}: expected a list of polygons, found {polygons!r:.80}")
+    perimeter = 0.0
+    for polygon in polygons:
+        numbers = isinstance(polygon, list) and all(map(_is_number, polygon))
+        if not numbers or len(polygon) < 6 or len(polygon) % 2:
+            raise DataError(f"{where}: expected a polygon of at least three x, y pairs, found {polygon!r:.80}")
+        if any(not -limit <= value <= 2 * limit for value in polygon):  # true of NaN, too
+            raise DataError(
+                f"{where}: expected coordinates near the image of size {list(size)}, found {polygon!r:.80}"
+            )
+        perimeter += _perimeter(polygon)
+    if perimeter > MAX_PERIMETER:
+        raise DataError(
+            f"{where}: the outline of the mask is {perimeter:.0f} pixels long, more than {MAX_PERIMETER}; "
+            "give it as an RLE or with fewer points"
+        )
+    return _as_text(coco.merge(coco.frPyObjects([list(map(float, polygon)) for polygon in polygons], height, width)))
+
+
+def check_size(size: Any, *, where: str) -> Size:
+    """(height, width) of an untrusted size. Raises DataError unless it is two positive integers within MAX_PIXELS."""
+    valid = isinstance(size, list | tuple) and len(size) == 2 and all(_is_integer(side) and side > 0 for side in size)
+    if not valid:
+        raise DataError(f"{where}: expected a size [height, width] of two positive integers, found {size!r:.80}")
+    if size[0] * size[1] > MAX_PIXELS:
+        raise DataError(f"{where}: size {list(size)!s:.80} exceeds the limit of {MAX_PIXELS} pixels")
+    return int(size[0]), int(size[1])
+
+
+def _perimeter(polygon: Sequence[float]) -> float:
+    """Steps that rasterising takes along the closed outline, one at least for each edge."""
+    points = np.asarray(polygon, dtype=float).reshape(-1, 2)
+    return float(np.abs(points - np.roll(points, 1, axis=0)).max(axis=1).sum()) + len(points)
+
+
+def _filled_pixels(counts: str, *, limit: int, where: str) -> int:
+    """Sums the runs of compressed counts; stops at the first run that ends beyond `limit`.
+
+    A run is written in base 32, lowest digit first, one character each (code 48 upwards): 0x20 marks that more follow,
+    0x10 of the last digit is the sign. From the fourth run on the difference to the run two places before is written.
+    """
+    total, runs, value, shift = 0, [0, 0], 0, 0
+    position = 0
+    for character in counts:
+        digit = ord(character) - 48
+        if not 0 <= digit < 64 or shift > 30:
+            raise DataError(f"{where}: the counts hold {character!r}, which no RLE has at this place")
+        value |= (digit & 0x1F) << shift
+        shift += 5
+        if digit & 0x20:
+            continue
+        if digit & 0x10:
+            value -= 1 << shift
+        if position > 2:
+            value += runs[position % 2]
+        if value < 0:
+            raise DataError(f"{where}: the counts decode to a negative run length")
+        runs[position % 2] = value
+        total += value
+        if total > limit:
+            return total
+        position, value, shift = position + 1, 0, 0
+    if shift:
+        raise DataError(f"{where}: the counts end in the middle of a run")
+    return total
+
+
+def _is_integer(value: Any) -> bool:
+    return type(value) is int or isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) or isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _as_text(rle: RLE) -> RLE:
+    return {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode("ascii")}
+
+
+def to_binary_mask(mask, size: tuple[int, int]) -> np.ndarray:
+    """
+    A mask in any of the usual forms as a boolean array.
+
+    Args:
+        mask: Array, tensor, PIL image or nested list `(height, width)`, with or without one axis of length 1 for its
+            single channel (non-zero is inside); COCO RLE `{"size", "counts"}`; or a list of polygons
+            `[x0, y0, x1, y1, ...]` in pixels, united.
+        size: (height, width) of the image the mask belongs to.
+
+    Raises:
+        ValueError: The mask has another size than its image, or its RLE or its polygons are damaged. Nothing is
+            allocated before that is known.
+    """
+    size = (int(size[0]), int(size[1]))
+    if isinstance(mask, dict):
+        counts = mask.get("counts")
+        counts = counts.decode("latin-1") if isinstance(counts, bytes) else counts
+        return decode_rle({**mask, "counts": counts}, expected_size=size)
+    if isinstance(mask, (list, tuple)):
+        mask = [item.tolist() if hasattr(item, "tolist") else item for item in mask]
+        if not _is_dense(mask, size):
+            polygons = [list(item) if isinstance(item, tuple) else item for item in mask]
+            return decode_rle(polygons_to_rle(polygons, size=size, where="mask"))
+    mask = _as_array(mask, size)
+    if mask.shape in ((1, *size), (*size, 1)):
+        mask = mask.reshape(size)
+    if mask.shape != size:
+        raise DataError(f"A mask is {mask.shape} (height, width) but its image is {size}; resize the mask.")
+    if mask.dtype.kind not in "biuf":
+        raise DataError(f"Expected a mask of booleans or numbers, found an array of {mask.dtype}.")
+    if mask.dtype.kind == "f" and not np.isfinite(mask).all():
+        raise DataError("Expected a mask of finite numbers, found NaN or infinity.")
+    return mask != 0
+
+
+def _as_array(mask, size: tuple[int, int]) -> np.ndarray:
+    if hasattr(mask, "detach"):
+        mask = mask.detach().cpu()
+        return (mask.float() if mask.is_floating_point() else mask).numpy()
+    if not isinstance(mask, Image.Image):
+        return np.asarray(mask)
+    if mask.size != size[::-1] or len(mask.getbands()) != 1:  # known before the pixels are decoded
+        raise DataError(
+            f"Expected a mask picture of one channel of {size} (height, width), found mode {mask.mode!r} of "
+            f"{mask.size[::-1]}; convert it with .convert('L') or resize it."
+        )
+    try:
+        return np.asarray(mask)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise DataError(f"A mask picture cannot be decoded: {error}.") from error
+
+
+def _is_dense(mask: list, size: tuple[int, int]) -> bool:
+    """Whether a nested list is pixels, 0 and one other value, and not polygons, whose coordinates differ."""
+    if len(mask) == 1 and isinstance(mask[0], (list, tuple)) and mask[0] and isinstance(mask[0][0], (list, tuple)):
+        mask = mask[0]
+    if len(mask) != size[0] or not all(isinstance(row, (list, tuple)) and len(row) == size[1] for row in mask):
+        return False
+    values = [value for row in mask for value in row]
+    return all(isinstance(value, (Number, np.bool_)) for value in values) and len({0, *values}) <= 2
+
+
+# ---------------------------------------------------------------- images
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+"""File formats that are opened, in Pillow's words; of several frames the first is taken. Pillow knows many more, and
+hands some of them to other programs."""
+
+MAX_BYTES = 512 * 1024**2
+"""Largest image file accepted, in bytes."""
+
+MAX_ASPECT_RATIO = 256
+"""Largest ratio of the sides: beyond it the short side of a resized image has no pixel."""
+
+URL_TIMEOUT = 30
+"""Seconds that a server may be silent."""
+
+CHANNELS = (1, 3, 4)
+"""How many channels an array may have: grey, RGB, and with alpha."""
+
+SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N")
+UNBOUNDED_MODES = ("I", "F")
+
+
+def read_image(
+    source: Any, *, where: str = "image", max_pixels: int = MAX_PIXELS, max_bytes: int = MAX_BYTES
+) -> Image.Image:
+    """
+    An image as RGB, upright.
+
+    Args:
+        source: Path, `http(s)` URL, `data:` URL or base64 text; bytes or a binary file; `{"bytes", "path"}` as
+            `datasets` stores it; PIL image, opened or made; array or tensor `(H, W)`, `(H, W, C)` or `(C, H, W)` of
+            1, 3 or 4 (with alpha) channels: uint8, uint16 (the whole range), bool, other integers of 0 to 255, or
+            floats of 0 to 1 or, if any is larger, 0 to 255.
+        where: What error messages start with.
+        max_pixels, max_bytes: Largest image and file accepted.
+
+    Raises:
+        DataError: It is no readable image of FORMATS, too large, or too narrow to be resized.
+    """
+    if not isinstance(source, Image.Image):
+        is_array = hasattr(source, "__array__") or isinstance(source, np.ndarray)
+        opened = _from_array(source, where=where) if is_array else None
+        image = opened or open_image(source, where=where, max_pixels=max_pixels, max_bytes=max_bytes)
+    else:
+        image = source
+        _check_format(image, where=where)
+    _check_size(image, where=where, max_pixels=max_pixels)
+    check_shape(image.size, where=where)
+    try:
+        upright = ImageOps.exif_transpose(image)
+    except Exception as error:  # on corrupt files Pillow's decoders raise nearly anything
+        raise DataError(f"{where}: no readable image ({error})") from error
+    return to_rgb(upright, where=where)
+
+
+def open_image(
+    source: Any, *, where: str = "image", max_pixels: int = MAX_PIXELS, max_bytes: int = MAX_BYTES
+) -> Image.Image:
+    """The decoded image of a file in its own mode, as it is stored, not turned; arguments and errors as above."""
+    content = _content(source, where=where, max_bytes=max_bytes)
+    try:
+        with Image.open(content, formats=FORMATS) as image:
+            _check_size(image, where=where, max_pixels=max_pixels)
+            check_mode(image, where=where)
+            image.load()
+            image.getexif()  # read while the file is open, kept by the image
+            return image
+    except DataError:
+        raise
+    except Exception as error:  # as above
+        reason = error
+        if isinstance(error, Image.UnidentifiedImageError):
+            reason = f"expected {', '.join(FORMATS)}, found another format or a damaged file"
+        raise DataError(f"{where}: no readable image ({reason})") from error
+
+
+def check_mode(image: Image.Image, *, where: str) -> None:
+    """Raises DataError if the pixels are 32-bit numbers, of which nobody can say what is black and what is white."""
+    if image.mode in UNBOUNDED_MODES:
+        raise DataError(
+            f"{where}: the image has 32-bit pixels (Pillow's mode {image.mode!r}), whose range is unknown; save it "
+            "with 8 or 16 bits per channel"
+        )
+
+
+def check_shape(size: tuple[int, int], *, where: str) -> None:
+    """Raises DataError if one side is so much longer than the other that the short one would be resized to nothing."""
+    if max(size) > MAX_ASPECT_RATIO * min(size):
+        raise DataError(
+            f"{where}: the image has {size[0]} x {size[1]} pixels, and one side may be at most {MAX_ASPECT_RATIO} "
+            "times the other; crop or pad it"
+        )
+
+
+def to_rgb(image: Image.Image, *, where: str) -> Image.Image:
+    """The image in mode RGB; what is transparent lies on white, of 16 bits the upper 8 are kept. Raises DataError."""
+    check_mode(image, where=where)
+    try:
+        if image.mode in SIXTEEN_BIT_MODES:
+            # Pillow would clip at 255 and give an image that is white nearly everywhere
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        if image.mode == "La":
+            image = image.convert("LA")
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+    except Exception as error:  # an opened image is decoded here, and corrupt files raise nearly anything
+        raise DataError(f"{where}: no readable image ({error})") from error
+
+
+def _check_format(image: Image.Image, *, where: str) -> None:
+    # Pillow opens a JPEG of several pictures, as telephones write them, as MPO
+    if image.format not in (None, "MPO", *FORMATS):
+        raise DataError(
+            f"{where}: expected an image of the formats {', '.join(FORMATS)}, found {image.format}; convert the file, "
+            "or pass the decoded image (image.copy())"
+        )
+
+
+def _check_size(image: Image.Image, *, where: str, max_pixels: int) -> None:
+    width, height = image.size
+    if width * height > max_pixels:
+        raise DataError(
+            f"{where}: the image has {width} x {height} pixels, more than {max_pixels / 10**6:g} megapixels; make it "
+            "smaller"
+        )
+    if not width * height:
+        raise DataError(f"{where}: the image has no pixels, [height, width] {[height, width]}")
+
+
+def _content(source: Any, *, where: str, max_bytes: int) -> io.BytesIO | Path:
+    """What Pillow opens; of a file, its path, so that it is not read before it is known to be an image."""
+    if isinstance(source, dict) and source.keys() == {"bytes", "path"}:
+        source = source["bytes"] if source["bytes"] is not None else source["path"]
+    if isinstance(source, str):
+        source = _from_text(source, where=where, max_bytes=max_bytes)
+    if isinstance(source, Path):
+        try:
+            if not source.is_file():  # a device or a pipe could be read for ever
+                problem = "{} is no regular file" if source.exists() else "there is no image file {}"
+                raise DataError(f"{where}: {problem.format(repr(str(source)))}")
+            size = source.stat().st_size
+        except (OSError, ValueError) as error:
+            if isinstance(error, DataError):
+                raise
+            reason = getattr(error, "strerror", None) or error
+            raise DataError(f"{where}: the image cannot be read ({reason})") from error
+        _check_bytes(size, where=where, max_bytes=max_bytes)
+        return source
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        content = bytes(source)
+    elif hasattr(source, "read"):
+        content = source.read(max_bytes + 1)
+    else:
+        raise DataError(
+            f"{where}: expected a path, a URL, bytes, a PIL image, an array or a tensor, found {type(source).__name__}"
+        )
+    _check_bytes(len(content), where=where, max_bytes=max_bytes)
+    return io.BytesIO(content)
+
+
+def _check_bytes(size: int, *, where: str, max_bytes: int) -> None:
+    if size > max_bytes:
+        raise DataError(f"{where}: the file has more than {max_bytes / 10**6:g} MB; save it smaller")
+
+
+def _from_text(text: str, *, where: str, max_bytes: int) -> Path | bytes:
+    """A URL's content, the bytes of base64 text, else a path."""
+    if text.startswith(("http://", "https://")):
+        try:
+            with urllib.request.urlopen(text, timeout=URL_TIMEOUT) as response:
+                return response.read(max_bytes + 1)
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            raise DataError(f"{where}: the image cannot be fetched from {text!r:.200} ({error})") from error
+    encoded = text.partition(",")[2] if text.startswith("data:") else text
+    try:
+        is_file = not text.startswith("data:") and Path(text).is_file()
+    except (OSError, ValueError):  # too long for a path, or with a null character
+        is_file = False
+    if not is_file:
+        try:
+            content = base64.b64decode("".join(encoded.split()), validate=True)
+        except (binascii.Error, ValueError):
+            content = b""
+        if text.startswith("data:") or _opens(content):
+            return content
+    return Path(text)
+
+
+def _opens(content: bytes) -> bool:
+    """Whether bytes start as an image does; many a path is base64 by chance."""
+    try:
+        Image.open(io.BytesIO(content), formats=FORMATS)
+    except Exception:  # Pillow's readers raise nearly anything
+        return False
+    return True
+
+
+def _from_array(source: Any, *, where: str) -> Image.Image:
+    """An array or tensor as an image of mode L, RGB or RGBA."""
+    is_tensor = hasattr(source, "detach")
+    if is_tensor:
+        source = source.detach().cpu()
+        source = source.float() if source.is_floating_point() else source  # numpy has no bfloat16
+    pixels = np.asarray(source)
+    if pixels.ndim == 3:
+        # where both ends could be channels, tensors have theirs in front, unless only the last has three
+        first, last = pixels.shape[0], pixels.shape[-1]
+        in_front = last not in CHANNELS or is_tensor and (first == 3 or last != 3)
+        if first in CHANNELS and in_front:
+            pixels = np.moveaxis(pixels, 0, -1)
+    if pixels.ndim != 2 and not (pixels.ndim == 3 and pixels.shape[-1] in CHANNELS) or not pixels.size:
+        raise DataError(
+            f"{where}: expected an array (H, W), (H, W, C) or (C, H, W) of 1, 3 or 4 channels, found {pixels.shape}"
+        )
+    pixels = _as_bytes(pixels, where=where)
+    return Image.fromarray(pixels[..., 0] if pixels.shape[2:] == (1,) else np.ascontiguousarray(pixels))
+
+
+def _as_bytes(pixels: np.ndarray, *, where: str) -> np.ndarray:
+    if pixels.dtype == np.uint8:
+        return pixels
+    if pixels.dtype == bool:
+        return pixels * np.uint8(255)
+    if pixels.dtype == np.uint16:
+        return (pixels >> 8).astype(np.uint8)
+    if pixels.dtype.kind not in "iuf":
+        raise DataError(f"{where}: expected an array of numbers, found {pixels.dtype}")
+    low, high = float(pixels.min()), float(pixels.max())
+    if not 0 <= low <= high <= 255:  # true of NaN, too
+        raise DataError(
+            f"{where}: expected pixels of 0 to 255, or floats of 0 to 1, found {low:g} to {high:g}; an image that was "
+            "normalised must be given as it was before"
+        )
+    if pixels.dtype.kind == "f":
+        pixels = np.rint(pixels * (255 if high <= 1 else 1))
+    return pixels.astype(np.uint8)
+
+
+# ---------------------------------------------------------------- conversations and span tags
+
+
+@dataclass
+class PlainChat:
+    """
+    A rendered conversation without tags and with one placeholder per image; ranges are `(start, end)` in characters.
+    """
+
+    text: str
+    answers: list[tuple[int, int]]
+    spans: list[tuple[int, int]]
+
+
+def parse_span_tags(text: str) -> tuple[str, list[tuple[int, int]]]:
+    r"""
+    Takes the span tags out of a text.
+
+    >>> parse_span_tags("A <p>wing</p> and \\<p> as text.")
+    ('A wing and <p> as text.', [(2, 6)])
+
+    Returns:
+        The plain text, and the character range `(start, end)` of each span in it.
+
+    Raises:
+        ValueError: A tag is unbalanced, nested or empty; the message counts the tags and quotes the text.
+    """
+    plain, spans, opened, last = "", [], None, 0
+
+    def fail(problem: str):
+        opening, closing = (len(re.findall(rf"(?<!\\){tag}", text)) for tag in ("<p>", "</p>"))
+        raise ValueError(f"{problem} in a text with {opening} opening and {closing} closing span tags: {text!r}")
+
+    for match in re.finditer(r"\\?</?p>", text):
+        plain += text[last : match.start()]
+        last = match.end()
+        tag = match.group()
+        if tag.startswith("\\"):
+            plain += tag[1:]
+        elif tag == "<p>":
+            if opened is not None:
+                fail("Nested span tag")
+            opened = len(plain)
+        else:
+            if opened is None:
+                fail("Unbalanced span tag")
+            if not plain[opened:].strip():
+                fail("Empty span tag")
+            spans.append((opened, len(plain)))
+            opened = None
+    if opened is not None:
+        fail("Unbalanced span tag")
+    return plain + text[last:], spans
+
+
+def strip_span_tags(rendered: str, answer_ranges: list[tuple[int, int]]) -> PlainChat:
+    """Takes the span tags out of the answers of a rendered conversation."""
+    parsed, last = PlainChat("", [], []), 0
+    for start, end in answer_ranges:
+        parsed.text += rendered[last:start]
+        answer, spans = parse_span_tags(rendered[start:end])
+        offset, last = len(parsed.text), end
+        parsed.answers.append((offset, offset + len(answer)))
+        parsed.spans += [(offset + span_start, offset + span_end) for span_start, span_end in spans]
+        parsed.text += answer
+    parsed.text += rendered[last:]
+    return parsed
+
+
+def insert_seg_tokens(chat: PlainChat, seg_token: str) -> PlainChat:
+    """
+    Puts the special token after each span; the spans of the result are those tokens.
+
+    >>> insert_seg_tokens(PlainChat("A wing.", [(0, 7)], [(2, 6)]), "[SEG]")
+    PlainChat(text='A wing[SEG].', answers=[(0, 12)], spans=[(6, 11)])
+    """
+    ends, width = [end for _, end in chat.spans], len(seg_token)
+    pieces = [chat.text[start:end] for start, end in zip([0, *ends], [*ends, len(chat.text)], strict=True)]
+    return PlainChat(
+        seg_token.join(pieces),
+        [
+            (start + width * bisect_right(ends, start), end + width * bisect_right(ends, end))
+            for start, end in chat.answers
+        ],
+        [(end + width * i, end + width * (i + 1)) for i, end in enumerate(ends)],
+    )
+
+
+class WordMarks:
+    """Spans are the words between tags, as a model with a span tagger reads and writes them."""
+
+    def write(self, chat: PlainChat) -> PlainChat:
+        """Return the chat as the model reads it, with its spans."""
+        return chat
+
+    def find_start(self, text: str, start: int, end: int, *, last_end: int) -> int:
+        """Return the character of an answer's text where the words of a span start that was found at `start`."""
+        return start
+
+
+@dataclass(frozen=True)
+class TokenMarks:
+    """Spans are a special token after their words, as in LISA: where the words end, and not where they start."""
+
+    token: str
+
+    def write(self, chat: PlainChat) -> PlainChat:
+        return insert_seg_tokens(chat, self.token)
+
+    def find_start(self, text: str, start: int, end: int, *, last_end: int) -> int:
+        return last_end + find_last_phrase(text[last_end:end])
+
+
+def span_marks(seg_token: str | None) -> WordMarks | TokenMarks:
+    """Return how spans stand in texts, with a special token or without."""
+    return WordMarks() if seg_token is None else TokenMarks(seg_token)
+
+
+def find_last_phrase(text: str) -> int:
+    """
+    Where the phrase at the end of a text starts: after the last punctuation mark, conjunction or article. For texts
+    in which a token says where a phrase ends and nothing says where it starts.
+
+    >>> text = "It has a tail and a left wing"
+    >>> text[find_last_phrase(text) :]
+    'left wing'
+    """
+    boundary = re.match(r".*([.,:;!?()]|\b(and|or|an?|another|the)\s)\s*", text, re.DOTALL | re.IGNORECASE)
+    return boundary.end() if boundary else 0
+
+
+def without_images(messages: list[dict], special_tokens: Iterable[str], *, where: str) -> list[dict]:
+    """
+    The messages with lists of parts as contents and bare image placeholders: templates touch no pixels.
+
+    Args:
+        special_tokens: What may stand in no text: the tokenizer would read it as the end of an answer or an image.
+        where: What error messages start with.
+
+    Raises:
+        ValueError: Something else than messages with a known role and parts of text and images; a special token.
+    """
+    plain = []
+    for i, message in enumerate(messages):
+        place = f"{where}, message {i}"
+        if not isinstance(message, dict) or message.get("role") not in ROLES:
+            found = message.get("role") if isinstance(message, dict) else message
+            raise ValueError(f"{place}: expected a role of {', '.join(ROLES)}, found {found!r}.")
+        parts = message.get("content")
+        parts = [{"type": "text", "text": parts}] if isinstance(parts, str) else parts
+        if not isinstance(parts, (list, tuple)):
+            raise ValueError(f"{place}: expected a string or a list of parts as content, found {parts!r}.")
+        for part in parts:
+            kind = part.get("type") if isinstance(part, dict) else None
+            if not (kind in ("image", "image_url") or (kind == "text" and isinstance(part.get("text"), str))):
+                raise ValueError(f"{place}: expected parts of type 'text' or 'image', found {part!r:.200}.")
+        text = "".join(part["text"] for part in parts if part["type"] == "text")
+        _check_special_tokens(text, message["role"], special_tokens, where=place)
+        plain.append({**message, "content": [{"type": "image"} if _is_image(part) else part for part in parts]})
+    if not plain:
+        raise ValueError(f"{where} has no messages.")
+    return plain
+
+
+def _check_special_tokens(text: str, role: str, special_tokens: Iterable[str], *, where: str):
+    if role == "assistant":
+        text = re.sub(r"(\\?)</?p>", lambda tag: tag.group()[1:] if tag.group(1) else "", text)
+    found = next((token for token in special_tokens if token in text), None)
+    if found is not None:
+        raise ValueError(
+            f"{where}: the text holds {found!r}, which the tokenizer reads as a special token and not as words; "
+            f"write it otherwise: {text!r:.200}"
+        )
+
+
+def find_image(messages: list[dict]):
+    """What is given as the one image of a conversation, in whatever form, or `None`."""
+    contents = [part for message in messages if not isinstance(message["content"], str) for part in message["content"]]
+    images = [part for part in contents if _is_image(part)]
+    if len(images) > 1:
+        raise ValueError(f"PLUM segments one image per conversation, found {len(images)}.")
+    if not images:
+        return None
+    part = images[0]
+    if part["type"] == "image_url":
+        url = part.get("image_url")
+        part = {"url": url.get("url") if isinstance(url, dict) else url}
+    given = [part[key] for key in IMAGE_KEYS if part.get(key) is not None]
+    if len(given) != 1:
+        raise ValueError(
+            f"Expected the image of a part under one of the keys {', '.join(IMAGE_KEYS)}, found {sorted(part)}."
+        )
+    return given[0]
+
+
+def _is_image(part: dict) -> bool:
+    return part["type"] in ("image", "image_url")

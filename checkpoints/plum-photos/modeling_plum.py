@@ -1,0 +1,900 @@
+"""PLUM: a vision-language model that tags spans of its own plain-text answer and turns each into a mask.
+
+From "Partonomy: Large Multimodal Models with Part-Level Visual Understanding" (arXiv 2505.20759).
+
+    input_ids, image ──> vlm ──> hidden states H ──> lm_head ──> next token
+                                      │
+                                      ├──> span tagger (bidirectional) ──> O/B/I per token ──> spans
+                                      └──> span projector ──> mean over the span's tokens ──> query z
+                                                                                               │
+    image ──> SAM encoder ──> image embedding ──────────────────> SAM mask decoder <───────────┤
+                                                                    ▲       │                  │
+                                            dense prompt ───────────┘       └──> low-res mask ──> (next span)
+                                    (first span: "no mask"; later: mask feedback over the earlier masks)
+
+With `span_source="seg_token"` the model is the LISA-like baseline (arXiv 2308.00692): no tagger, but a special token
+`[SEG]` after each grounded phrase, whose hidden state alone is the span's. All else is the same.
+
+Words used throughout. A *tag* is the class O, B or I of one token. A *span* is a B token and the I tokens directly
+after it, written `[row, start, end)` in token positions. A *row* is one conversation of the batch. *Grid* is SAM's
+image embedding (G x G cells), a *low-res mask* has 4G x 4G logits in the frame of SAM's padded square input.
+
+Shapes. B rows, L tokens, S spans of the whole batch, N images, D language width, C SAM width, G grid side, H/W pixels.
+
+Deliberate differences from the authors' research code: conversations of one batch are decoded in lock-step; images
+may be shared between rows or be absent; FiLM's unused third projection is gone; the focal Tversky loss has finite
+gradients on perfect predictions; every loss can be normalised by counts of the global batch.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedModel,
+    SamModel,
+)
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import ModelOutput
+
+try:
+    from . import modules_plum as modules
+    from .configuration_plum import PlumConfig
+    from .modules_plum import IGNORE_INDEX, PlumMaskDecoding
+    from .processing_plum import CUSTOM_PIPELINES
+except ImportError:
+    if __package__:
+        raise
+    import modules_plum as modules
+    from configuration_plum import PlumConfig
+    from modules_plum import IGNORE_INDEX, PlumMaskDecoding
+    from processing_plum import CUSTOM_PIPELINES
+
+# What the processor returns for images, or what was made of these.
+IMAGE_INPUTS = ("pixel_values", "sam_pixel_values", "sam_image_embeddings", "sam_image_index", "vlm_image_features")
+# What the processor returns for answers that a conversation holds already.
+GIVEN_ANSWERS = ("labels", "spans", "span_labels", "mask_labels", "given_masks", "hidden_states")
+# Positions whose logits over the vocabulary are held at once where only their loss is asked for.
+LOGIT_ROWS = 64
+
+
+@dataclass
+class PlumOutput(ModelOutput):
+    """
+    Output of [`PlumForConditionalGeneration.forward`].
+
+    Args:
+        loss (`torch.FloatTensor` of shape `(1,)`): Weighted sum of `losses`.
+        losses (`dict[str, torch.FloatTensor]`): The unweighted losses by name, each a scalar.
+        logits (`torch.FloatTensor` of shape `(B, L, vocab_size)`): Next-token logits.
+        span_logits (`torch.FloatTensor` of shape `(B, L, 3)`): Logits of O, B and I (see `tag_tokens`).
+        pred_masks (`torch.FloatTensor` of shape `(S, 4G, 4G)`): Low-res mask logits, one per span of `spans`.
+        iou_scores (`torch.FloatTensor` of shape `(S,)`): SAM's predicted IoU of each mask.
+        mask_targets (`torch.LongTensor` of shape `(S,)`): Index of each span's mask in `mask_labels`.
+        last_hidden_state (`torch.FloatTensor` of shape `(B, L, D)`): The language model's output after its final norm.
+    """
+
+    loss: torch.FloatTensor | None = None
+    losses: dict[str, torch.FloatTensor] | None = None
+    logits: torch.FloatTensor | None = None
+    span_logits: torch.FloatTensor | None = None
+    pred_masks: torch.FloatTensor | None = None
+    iou_scores: torch.FloatTensor | None = None
+    mask_targets: torch.LongTensor | None = None
+    last_hidden_state: torch.FloatTensor | None = None
+
+
+@dataclass
+class PlumSegmentationOutput(ModelOutput):
+    """
+    Output of [`PlumForConditionalGeneration.segment`]; `PlumProcessor.post_process_segmentation` reads it.
+
+    Args:
+        sequences (`torch.LongTensor` of shape `(B, L)`): Prompt and answer.
+        answer_mask (`torch.BoolTensor` of shape `(B, L)`): Tokens of the answer, special tokens left out.
+        is_truncated (`torch.BoolTensor` of shape `(B,)`): Whether a generated answer was cut off before it ended.
+        span_logits (`torch.FloatTensor` of shape `(B, L, 3)`): Logits of O, B and I.
+        spans (`torch.LongTensor` of shape `(S, 3)`): The spans `[row, start, end)`, rows ascending.
+        tag_scores (`torch.FloatTensor` of shape `(S,)`):
+            Mean probability of "not O" over the span's tokens; 1 for spans that the caller gave.
+        pred_masks (`torch.FloatTensor` of shape `(S, 4G, 4G)`): Low-res mask logits.
+        iou_scores (`torch.FloatTensor` of shape `(S,)`): SAM's predicted IoU; 1 for masks that the caller gave.
+        sam_image_index (`torch.LongTensor` of shape `(B,)`): Image of each row, -1 for none.
+        original_sizes, reshaped_input_sizes (`torch.LongTensor` of shape `(N, 2)`):
+            (height, width) in pixels of the images as given and as resized for SAM before padding.
+        image_confidences (`torch.FloatTensor` of shape `(N,)`):
+            Probability that an image is of a kind that the model has learnt; None for a model that was not calibrated.
+    """
+
+    sequences: torch.LongTensor | None = None
+    answer_mask: torch.BoolTensor | None = None
+    is_truncated: torch.BoolTensor | None = None
+    span_logits: torch.FloatTensor | None = None
+    spans: torch.LongTensor | None = None
+    tag_scores: torch.FloatTensor | None = None
+    pred_masks: torch.FloatTensor | None = None
+    iou_scores: torch.FloatTensor | None = None
+    sam_image_index: torch.LongTensor | None = None
+    original_sizes: torch.LongTensor | None = None
+    reshaped_input_sizes: torch.LongTensor | None = None
+    image_confidences: torch.FloatTensor | None = None
+
+
+@dataclass
+class PlumImages:
+    """
+    The images of a batch as the two halves of the model take them.
+
+    Args:
+        vlm_inputs: Image inputs of the vision-language model.
+        sam_embeddings: `(N, C, G, G)`, or None without images.
+        index: `(B,)` image of each row, -1 for none.
+        original_sizes, reshaped_sizes: `(N, 2)` (height, width) in pixels as given, and as resized for SAM.
+    """
+
+    vlm_inputs: dict[str, torch.Tensor]
+    sam_embeddings: torch.Tensor | None
+    index: torch.LongTensor
+    original_sizes: torch.LongTensor | None
+    reshaped_sizes: torch.LongTensor | None
+
+    def sizes_of(self, spans: torch.LongTensor) -> torch.LongTensor | None:
+        """`(S, 4)` original and reshaped size of the image of each span `[row, start, end)`, if sizes are known."""
+        if self.original_sizes is None:
+            return None
+        return torch.cat([self.original_sizes, self.reshaped_sizes], dim=1)[self.index[spans[:, 0]]]
+
+
+def sincos_position_embedding(grid_size: int, width: int) -> torch.Tensor:
+    """Fixed 2D sine-cosine embedding `(1, G, G, width)` (as in ViT-MAE, arXiv 2111.06377), amplitude 0.5."""
+    frequencies = 10000.0 ** (-torch.arange(width // 4) / (width // 4))
+    angles = torch.arange(grid_size)[:, None] * frequencies  # (G, width/4)
+    axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # (G, width/2)
+    rows = axis[:, None].expand(-1, grid_size, -1)
+    columns = axis[None].expand(grid_size, -1, -1)
+    return 0.5 * torch.cat([rows, columns], dim=-1)[None]
+
+
+class PlumPreTrainedModel(PreTrainedModel):
+    config: PlumConfig
+    base_model_prefix = "plum"
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, modules.PlumMaskFeedback):
+            init.normal_(module.queries, std=self.config.initializer_range)
+
+
+class PlumVision:
+    """The part of [`PlumForConditionalGeneration`] that turns images into inputs of its language model."""
+
+    def get_image_embeddings(self, sam_pixel_values: torch.Tensor) -> torch.Tensor:
+        """SAM's encoder: `(N, 3, image_size, image_size)` pixels to `(N, C, G, G)` embeddings."""
+        return self.sam.vision_encoder(sam_pixel_values.to(self.sam.vision_encoder.dtype)).last_hidden_state
+
+    def get_vlm_image_features(self, image_token_counts: list[int], **image_inputs) -> list[torch.Tensor] | None:
+        """
+        What the vision-language model sees of images, to be kept and given as `vlm_image_features` wherever they are
+        asked about.
+
+        Args:
+            image_token_counts: Placeholder tokens of each image.
+            image_inputs: `sam_image_embeddings` where the model looks through SAM, else the inputs that the
+                vision-language model takes for these images.
+
+        Returns:
+            `(image tokens, D)` features of each image; `None` for a family that takes more from an image than these.
+        """
+        if self.config.vlm_image_input == "sam_image_embeddings":
+            embeddings = image_inputs["sam_image_embeddings"].to(self.vlm.dtype)
+            outputs = self.vlm.model.get_image_features(embeddings, return_dict=True)
+        else:
+            if "mm_encoder_outputs" not in inspect.signature(self.vlm.model.forward).parameters:
+                return None
+            image_inputs["pixel_values"] = image_inputs["pixel_values"].to(self.vlm.dtype)
+            outputs = self.vlm.model.get_image_features(**image_inputs, return_dict=True)
+            if set(outputs) - {"last_hidden_state", "pooler_output", "hidden_states", "attentions"}:
+                return None
+        features = torch.cat([feature.flatten(0, -2) for feature in outputs.pooler_output])
+        if len(features) != sum(image_token_counts):
+            raise ValueError(
+                f"Image features and image tokens do not match: {len(image_token_counts)} images have {len(features)} "
+                f"features and {sum(image_token_counts)} image tokens; set the processor's num_image_tokens right."
+            )
+        return list(features.split(image_token_counts))
+
+    def rate_images(self, sam_image_embeddings: torch.Tensor) -> torch.Tensor | None:
+        """
+        Probability `(N,)` that an image is of a kind that the model has learnt, from `(N, C, G, G)` embeddings; None
+        for a model without `config.image_statistics`.
+
+        The distance of an image from a kind is the mean over channels of its squared deviation from the kind's mean
+        embedding, in standard deviations; its probability is a logistic function of the smallest distance's logarithm.
+        """
+        known = self.config.image_statistics
+        if known is None:
+            return None
+        pooled = sam_image_embeddings.float().mean(dim=(2, 3))  # (N, C)
+        mean, std = (torch.tensor(known[name], device=pooled.device) for name in ("mean", "std"))  # (kinds, C)
+        distance = ((pooled[:, None] - mean) / std).square().mean(dim=2).amin(dim=1)
+        return torch.sigmoid(known["intercept"] - known["slope"] * distance.log())
+
+    def _take_images(self, input_ids, inputs: dict) -> tuple[PlumImages, dict]:
+        """The images among the inputs of a call, and the inputs without them."""
+        inputs = dict(inputs)
+        pixels, sam_pixels, embeddings, index, features = (inputs.pop(name, None) for name in IMAGE_INPUTS)
+        if embeddings is None and sam_pixels is not None and len(sam_pixels):
+            embeddings = self.get_image_embeddings(sam_pixels)
+        if index is None:
+            count = 0 if embeddings is None else len(embeddings)
+            if count not in (0, len(input_ids)):
+                raise ValueError(
+                    f"Found {count} images for {len(input_ids)} rows; pass sam_image_index (B,) with the image of "
+                    "each row, -1 for none."
+                )
+            rows = torch.arange(len(input_ids), device=input_ids.device)
+            index = rows if count else torch.full_like(rows, -1)
+        vlm_inputs = {}
+        if self.config.vlm_image_input == "sam_image_embeddings":
+            if embeddings is not None:
+                vlm_inputs["inputs_embeds"] = self._embed_with_images(input_ids, embeddings, index, features)
+        elif features is not None:
+            of_rows = [features[image] for image in index.tolist() if image >= 0]
+            vlm_inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=of_rows)}
+        elif pixels is not None and len(pixels):
+            vlm_inputs["pixel_values"] = pixels.to(self.vlm.dtype)
+        sizes = (inputs.pop("original_sizes", None), inputs.pop("reshaped_input_sizes", None))
+        return PlumImages(vlm_inputs, embeddings, index, *sizes), inputs
+
+    def _check_image_tokens(self, input_ids, vlm_inputs: dict):
+        """`ValueError` where the vision-language model would take image tokens for words."""
+        given = vlm_inputs.keys() & {"inputs_embeds", "pixel_values", "mm_encoder_outputs"}
+        if not given and (input_ids == self.config.vlm_config.image_token_id).any():
+            raise ValueError(
+                "input_ids hold image tokens, but no image comes with them; pass pixel_values, or what "
+                "get_vlm_image_features returned as vlm_image_features."
+            )
+
+    def _embed_with_images(self, input_ids, sam_image_embeddings, sam_image_index, features=None) -> torch.Tensor:
+        """
+        Input embeddings `(B, L, D)` with the features of each row's image in its placeholders. The vision tower sees
+        an image once, however many rows ask about it.
+        """
+        placeholders = input_ids == self.config.vlm_config.image_token_id
+        if features is None:
+            outputs = self.vlm.model.get_image_features(sam_image_embeddings.to(self.vlm.dtype), return_dict=True)
+            features = list(outputs.pooler_output)
+        features = torch.stack(features)[sam_image_index[sam_image_index >= 0]]
+        if placeholders.sum() != features.shape[:2].numel():
+            raise ValueError(
+                f"Image features and image tokens do not match: {len(features)} rows with an image have "
+                f"{features.shape[1]} features each, found {int(placeholders.sum())} image tokens; set the "
+                f"processor's num_image_tokens to {features.shape[1]}."
+            )
+        embeddings = self.get_input_embeddings()(input_ids)
+        return embeddings.masked_scatter(placeholders[..., None], features.to(embeddings))
+
+
+def _load_whole(auto_class, folder: str, config, dtype) -> PreTrainedModel:
+    """A pretrained model; `ValueError` if any of its weights is not in the checkpoint."""
+    model, report = auto_class.from_pretrained(
+        folder, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+    )
+    absent = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
+    if absent:
+        raise ValueError(
+            f"{folder} lacks {len(absent)} tensors of a {config.model_type!r} model or holds them in another shape: "
+            f"{', '.join(absent[:5])}{' ...' if len(absent) > 5 else ''}."
+        )
+    return model
+
+
+class PlumForConditionalGeneration(PlumVision, PlumMaskDecoding, PlumPreTrainedModel, GenerationMixin):
+    """A vision-language model with a span tagger, a span projector, mask feedback and a SAM."""
+
+    # Every loss below is normalised by its own count, so the Trainer must not divide again.
+    accepts_loss_kwargs = False
+    # What 4- and 8-bit weights must leave alone: `BitsAndBytesConfig(llm_int8_skip_modules=...)`.
+    full_precision_modules = ("sam", "span_tagger", "span_projector", "mask_feedback", "vlm.lm_head")
+
+    def __init__(self, config: PlumConfig):
+        super().__init__(config)
+        text_width = config.vlm_config.get_text_config().hidden_size
+        sam_width = config.sam_config.vision_config.output_channels
+        self.vlm = AutoModelForImageTextToText.from_config(config.vlm_config, trust_remote_code=False)
+        if not isinstance(getattr(self.vlm, "model", None), PreTrainedModel):
+            raise ValueError(
+                f"vlm_config is a {config.vlm_config.model_type!r} model, and {type(self.vlm).__name__} has no model "
+                "without language-modeling head, whose hidden states PLUM tags; choose another family."
+            )
+        modules.let_observe(self.vlm.get_decoder())
+        self.sam = SamModel(config.sam_config)
+        self.span_tagger = modules.SPAN_TAGGERS[config.span_source](config)
+        self.span_projector = nn.Sequential(
+            nn.Linear(text_width, text_width), nn.ReLU(), nn.Linear(text_width, sam_width)
+        )
+        self.mask_feedback = modules.PlumMaskFeedback(config) if config.mask_feedback else None
+        self.post_init()
+
+    @classmethod
+    def from_backbones(
+        cls, vlm: str, sam: str, *, dtype: str | torch.dtype = "auto", **plum_options
+    ) -> "PlumForConditionalGeneration":
+        """
+        A PLUM of a pretrained vision-language model and a pretrained SAM, fresh only in what is PLUM's own: span
+        tagger, span projector and mask feedback. `PlumProcessor.from_backbones` makes the processor.
+
+        Args:
+            vlm: Folder or Hub name of an image-text-to-text model, such as `llava-hf/llava-1.5-7b-hf`.
+            sam: Folder or Hub name of a SAM, such as `facebook/sam-vit-huge`.
+            dtype: Precision of all weights; `"auto"` takes that of the vision-language model.
+            plum_options: Further fields of [`PlumConfig`].
+
+        Raises:
+            ValueError: A backbone of another kind or that does not fit (before any weight is read), or that lacks
+                weights.
+        """
+        vlm_config, sam_config = (AutoConfig.from_pretrained(name, trust_remote_code=False) for name in (vlm, sam))
+        if sam_config.model_type != "sam":
+            raise ValueError(f"{sam} holds a {sam_config.model_type!r} model, expected 'sam'.")
+        with torch.device("meta"):
+            model = cls(cls.config_class(vlm_config=vlm_config, sam_config=sam_config, **plum_options))
+        config = model.config
+        model.vlm = _load_whole(AutoModelForImageTextToText, vlm, config.vlm_config, dtype)
+        modules.let_observe(model.vlm.get_decoder())
+        model.sam = _load_whole(SamModel, sam, config.sam_config, model.vlm.dtype)
+        model.generation_config = model.vlm.generation_config
+        for module in (model.span_tagger, model.span_projector, model.mask_feedback):
+            if module is not None:
+                module.to_empty(device=model.vlm.device).to(model.vlm.dtype).apply(model._init_weights)
+        config.dtype = model.vlm.dtype
+        return model.eval()
+
+    def initialize_weights(self):
+        """As in transformers, but with positions that a SAM can learn from when it starts without weights."""
+        super().initialize_weights()
+        # transformers draws the Gaussian matrix with a standard deviation of hundreds, which makes neighbouring cells
+        # orthogonal, and starts the encoder's absolute positions at zero. Loaded tensors are left alone by `init`.
+        with torch.no_grad():
+            for embedding in (self.sam.shared_image_embedding, self.sam.prompt_encoder.shared_embedding):
+                init.normal_(embedding.positional_embedding, std=1.0)
+            encoder = self.sam.vision_encoder
+            if encoder.pos_embed is not None:
+                init.copy_(encoder.pos_embed, sincos_position_embedding(*encoder.pos_embed.shape[2:]))
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.vlm.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.vlm.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.vlm.get_output_embeddings()
+
+    def set_output_embeddings(self, value: nn.Module):
+        self.vlm.set_output_embeddings(value)
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs belong: the device of the weights or, if these are offloaded, the one that computes."""
+        device = super().device
+        if device.type == "meta":
+            hooks = (getattr(module, "_hf_hook", None) for module in self.modules())
+            computing = next((hook for hook in hooks if getattr(hook, "execution_device", None) is not None), None)
+            device = device if computing is None else torch.device(computing.execution_device)
+        return device
+
+    def enable_input_require_grads(self):
+        """As in transformers, but for words alone: frozen image encoders would keep activations for no gradient."""
+        self.vlm.get_decoder().enable_input_require_grads()
+
+    def disable_input_require_grads(self):
+        self.vlm.get_decoder().disable_input_require_grads()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """
+        As in transformers; but a generation config that is damaged is an error, not a reason for defaults, and one
+        that is absent is made of the language model's config, where the tokens that end an answer are.
+        """
+        names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+        hub_options = {key: kwargs[key] for key in names if kwargs.get(key) is not None}
+        is_there = (name := pretrained_model_name_or_path) and modules.check_generation_file(name, **hub_options)
+        loaded = super().from_pretrained(name, *args, **kwargs)
+        if not is_there and kwargs.get("generation_config") is None:
+            model = loaded[0] if isinstance(loaded, tuple) else loaded
+            model.generation_config = GenerationConfig.from_model_config(model.config)
+        return loaded
+
+    def save_pretrained(self, save_directory, save_original_format: bool = False, **kwargs):
+        """
+        As in transformers; but parameter names are saved as they are. Renamed to the vision-language model's own older
+        format they would not be found again by a Trainer that resumes. The length of an answer is saved as well.
+        """
+        if self.generation_config.max_new_tokens is None:
+            self.generation_config.max_length = None
+            self.generation_config.max_new_tokens = modules.DEFAULT_MAX_NEW_TOKENS
+        # transformers records one auto class per model; this one answers to three.
+        auto_map, own = getattr(self.config, "auto_map", None) or {}, f"modeling_plum.{type(self).__name__}"
+        self.config.auto_map = {**auto_map, "AutoModelForImageTextToText": own, "AutoModelForMultimodalLM": own}
+        self.config.custom_pipelines = CUSTOM_PIPELINES
+        super().save_pretrained(save_directory, save_original_format=save_original_format, **kwargs)
+
+    # ---------------------------------------------------------------- training
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        span_labels: torch.LongTensor | None = None,
+        spans: torch.LongTensor | None = None,
+        mask_labels: list[torch.Tensor] | None = None,
+        span_groups: torch.LongTensor | None = None,
+        mask_groups: torch.LongTensor | None = None,
+        teacher_forced: torch.BoolTensor | None = None,
+        teacher: Callable[..., ModelOutput] | None = None,
+        loss_counts: dict[str, torch.Tensor] | None = None,
+        **inputs,
+    ) -> PlumOutput:
+        r"""
+        One pass over prompts and answers, with every loss whose labels are given.
+
+        Args:
+            input_ids, attention_mask (`(B, L)`): Tokens; image placeholders are already expanded by the processor.
+            labels (`(B, L)`): Tokens of the answers, -100 elsewhere; not shifted.
+            span_labels (`(B, L)`): 0 = O, 1 = B, 2 = I, -100 where unsupervised.
+            spans (`(S, 3)`): Spans `[row, start, end)` to segment, rows ascending, in the order of the conversation.
+            mask_labels (S tensors `(H, W)`, 0/1): The mask of each span, at the size of its image or of `label_frame`.
+            span_groups, mask_groups (`(S,)`, `(M,)`): Group of each span and of each of then M `mask_labels`; spans of
+                a group may take its masks in any order (see [`MaskTargets`]). Default: mask i belongs to span i.
+            teacher_forced (`(S,)` bool): Spans whose true mask, not the predicted one, is fed back to later spans.
+            teacher: The frozen language model that the span tokens are held to. Called, without gradients, with the
+                inputs that the language model of this model gets, its input embeddings among them.
+            loss_counts: Divisors of the losses (see [`count_loss_items`]), for batches that are only part of a larger
+                one (gradient accumulation, several processes). Default: the counts of this batch.
+            inputs: The image inputs, and further inputs of the vision-language model:
+                `pixel_values`, images for the vision-language model, in order of their placeholders;
+                `sam_pixel_values (N, 3, image_size, image_size)`, images for SAM, or in their place
+                `sam_image_embeddings (N, C, G, G)`; `sam_image_index (B,)`, the image of each row, -1 for none
+                (default: image i belongs to row i); `original_sizes` and `reshaped_input_sizes (N, 2)`, (height,
+                width) in pixels, as the processor returns them.
+        """
+        if spans is not None:
+            modules.check_spans(spans, input_ids.shape)
+        images, vlm_inputs = self._take_images(input_ids, inputs)
+        with modules.RecordedInputs(self.vlm.get_decoder()) as recorded:
+            hidden_states = self._run_language_model(input_ids, attention_mask, **images.vlm_inputs, **vlm_inputs)
+        logits = self.get_output_embeddings()(hidden_states)
+        span_logits = self.tag_tokens(input_ids, hidden_states, attention_mask)
+        pred_masks = iou_scores = targets = sizes = None
+        if spans is not None and len(spans):
+            sizes = images.sizes_of(spans)
+            targets = self._mask_targets(mask_labels, sizes, span_groups, mask_groups, teacher_forced)
+            pred_masks, iou_scores = self.decode_masks(
+                hidden_states, spans, images.sam_embeddings, images.index, targets=targets
+            )
+
+        config, losses = self.config, {}
+        counts = loss_counts or modules.count_loss_items(config, labels, span_labels, spans, mask_labels)
+        if labels is not None:
+            losses["language_modeling"] = modules.language_modeling_loss(logits, labels, counts["tokens"])
+        if span_labels is not None and self.span_tagger.has_loss:
+            losses["span_tagging"] = modules.span_tagging_loss(config, span_logits, span_labels, counts["tag_weight"])
+        if mask_labels:
+            if targets is not None:
+                mask_labels = [mask_labels[i] for i in targets.of_span.tolist()]
+            losses |= modules.mask_losses(config, pred_masks, iou_scores, mask_labels, sizes, counts["masks"])
+        elif mask_labels is not None:
+            losses |= dict.fromkeys(modules.MASK_LOSSES, torch.zeros((), device=logits.device))
+        if teacher is not None:
+            losses["teacher_kl"] = self._teacher_loss(hidden_states, teacher, recorded.inputs, spans, counts["spans"])
+        weights = self.loss_weights
+        return PlumOutput(
+            loss=sum(weights[name] * value for name, value in losses.items()) if losses else None,
+            losses=losses or None,
+            logits=logits,
+            span_logits=span_logits,
+            pred_masks=pred_masks,
+            iou_scores=iou_scores,
+            mask_targets=None if targets is None else targets.of_span,
+            last_hidden_state=hidden_states,
+        )
+
+    def _mask_targets(self, mask_labels, sizes, span_groups, mask_groups, teacher_forced):
+        """Targets that are chosen while decoding, from `(S, 4)` sizes of each span's image; None if none need be."""
+        if span_groups is None and teacher_forced is None:
+            return None
+        if not mask_labels or sizes is None:
+            raise ValueError(
+                "teacher_forced, span_groups and mask_groups need the true masks: pass mask_labels, original_sizes "
+                "and reshaped_input_sizes as well."
+            )
+        if span_groups is None:
+            span_groups = mask_groups = torch.arange(len(sizes), device=sizes.device)
+        if len(mask_groups) != len(mask_labels):
+            raise ValueError(
+                f"Found {len(mask_groups)} mask_groups for {len(mask_labels)} mask_labels; give one each."
+            )
+        if teacher_forced is None:
+            teacher_forced = torch.zeros_like(span_groups, dtype=torch.bool)
+        # All masks of a group are about one image, that of its first span.
+        first_span = (span_groups == mask_groups[:, None]).int().argmax(dim=1)
+        low_res_masks = modules.shrink_mask_labels(
+            mask_labels,
+            sizes[first_span],
+            self.config.sam_config.vision_config.image_size,
+            self.config.low_res_mask_size,
+        )
+        return modules.MaskTargets(low_res_masks, span_groups, mask_groups, teacher_forced)
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        """Weight of each named loss in the total."""
+        return {
+            "language_modeling": self.config.language_modeling_loss_weight,
+            "span_tagging": self.config.span_loss_weight,
+            "mask_overlap": self.config.mask_overlap_loss_weight,
+            "mask_bce": self.config.mask_bce_loss_weight,
+            "mask_iou": self.config.mask_iou_loss_weight,
+            "teacher_kl": self.config.teacher_kl_loss_weight,
+        }
+
+    def _run_language_model(self, input_ids, attention_mask, **vlm_inputs) -> torch.Tensor:
+        """Hidden states `(B, L, D)` after the language model's final norm; they line up with `input_ids`."""
+        self._check_image_tokens(input_ids, vlm_inputs)
+        if "inputs_embeds" not in vlm_inputs:
+            vlm_inputs["input_ids"] = input_ids
+        outputs = self.vlm.model(attention_mask=attention_mask, use_cache=False, **vlm_inputs)
+        hidden_states = outputs.last_hidden_state.to(input_ids.device)
+        if hidden_states.shape[:2] != input_ids.shape:
+            raise ValueError(
+                f"{type(self.vlm).__name__} returns {tuple(hidden_states.shape[:2])} hidden states for input_ids of "
+                f"shape {tuple(input_ids.shape)}; PLUM needs a family with one for each token."
+            )
+        return hidden_states
+
+    def tag_tokens(
+        self, input_ids: torch.LongTensor, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Return the O/B/I logits `(B, L, 3)` of tokens from their hidden states `(B, L, D)`."""
+        return self.span_tagger(hidden_states, attention_mask, input_ids).to(hidden_states.device)
+
+    def _teacher_loss(self, hidden_states, teacher, language_inputs, spans, count) -> torch.Tensor:
+        if spans is None or not len(spans):
+            return hidden_states.new_zeros(())
+        with torch.no_grad():
+            expected = teacher(**language_inputs).last_hidden_state
+        return modules.teacher_kl_loss(hidden_states, expected, spans, self.config.teacher_kl_sigma, count)
+
+    # --------------------------------------------------------------- inference
+
+    @torch.no_grad()
+    def generate(
+        self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None = None, **inputs_and_options
+    ) -> torch.LongTensor:
+        """
+        Generate answers with the vision-language model's own `generate`; takes all that the processor returns. SAM
+        runs only where the vision-language model looks through it (`vlm_image_input="sam_image_embeddings"`).
+
+        Args:
+            input_ids, attention_mask (`(B, L)`): Prompts, padded on the left.
+            inputs_and_options: The image inputs of [`forward`], or `vlm_image_features`, which
+                [`get_vlm_image_features`] returned, in the place of `pixel_values`; further inputs of the
+                vision-language model; and options of transformers' `generate`.
+        """
+        if self.config.vlm_image_input == "pixel_values":
+            inputs_and_options.pop("sam_pixel_values", None)
+        images, inputs = self._take_images(input_ids, inputs_and_options)
+        return self._generate(input_ids, attention_mask, **images.vlm_inputs, **inputs)[0]
+
+    def _generate(self, input_ids, attention_mask, **kwargs) -> tuple[torch.LongTensor, GenerationConfig, dict]:
+        """What `generate` returns for prompts, the settings that it followed, and the arguments that are none."""
+        self._check_image_tokens(input_ids, kwargs)
+        # The settings that were loaded with this model, or changed on it by the caller, are those of the whole.
+        self.vlm.generation_config = self.generation_config
+        settings, kwargs = modules.settle_options(self.generation_config, kwargs, input_ids.shape[1])
+        generated = self.vlm.generate(
+            input_ids=input_ids, attention_mask=attention_mask, generation_config=settings, **kwargs
+        )
+        return generated, settings, kwargs
+
+    @torch.no_grad()
+    def segment(
+        self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None = None, **inputs_and_options
+    ) -> PlumSegmentationOutput:
+        r"""
+        Generate the answers of prompts, tag them and segment the tagged spans. Conversations that the processor
+        encoded with their answers go to [`segment_answers`], or to [`segment_spans`] if they hold spans.
+
+        Args:
+            input_ids, attention_mask (`(B, L)`): Prompts, padded on the left.
+            inputs_and_options: The image inputs and options of [`generate`], such as `max_new_tokens`.
+
+        Raises:
+            ValueError: Spans, masks or hidden states of answers without `labels`, or several sequences per prompt.
+        """
+        given = [name for name in GIVEN_ANSWERS if inputs_and_options.get(name) is not None]
+        if "labels" in given:
+            given_method = self.segment_spans if "spans" in given else self.segment_answers
+            return given_method(input_ids, attention_mask=attention_mask, **inputs_and_options)
+        if given:
+            raise ValueError(f"{', '.join(given)} belong to answers that are given; pass their labels as well.")
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        images, inputs = self._take_images(input_ids, inputs_and_options)
+        sequences, attention_mask, answer_mask, is_truncated, hidden_states = self._answer(
+            input_ids, attention_mask, images.vlm_inputs, inputs
+        )
+        return self._segment_tagged(sequences, attention_mask, answer_mask, hidden_states, images, is_truncated)
+
+    @torch.no_grad()
+    def segment_answers(
+        self,
+        input_ids: torch.LongTensor,
+        labels: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        hidden_states: torch.FloatTensor | None = None,
+        **inputs,
+    ) -> PlumSegmentationOutput:
+        r"""
+        Tag the last given answer of each row as if the model had written it, and segment the tagged spans.
+
+        Args:
+            input_ids, attention_mask (`(B, L)`): Conversations with answers.
+            labels (`(B, L)`): Tokens of the answers, -100 elsewhere.
+            hidden_states (`(B, L, D)`): What [`encode_conversations`] returned for these rows, if it was called.
+            inputs: The image inputs of [`generate`] and further inputs of the vision-language model. The other labels
+                of a training batch are unused.
+
+        Raises:
+            ValueError: A row without an answer.
+        """
+        images, hidden_states = self._read_given(input_ids, attention_mask, hidden_states, inputs)
+        answer_mask = self._mask_given_answers(labels)
+        return self._segment_tagged(input_ids, attention_mask, answer_mask, hidden_states, images)
+
+    @torch.no_grad()
+    def segment_spans(
+        self,
+        input_ids: torch.LongTensor,
+        labels: torch.LongTensor,
+        spans: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        given_masks: dict[int, torch.Tensor] | None = None,
+        hidden_states: torch.FloatTensor | None = None,
+        **inputs,
+    ) -> PlumSegmentationOutput:
+        r"""
+        Segment the given spans of given answers. The masks of spans in earlier answers of a row guide those of its
+        last, and are no part of it.
+
+        Args:
+            input_ids, attention_mask, labels, hidden_states, inputs: As in [`segment_answers`].
+            spans (`(S, 3)`): Spans of the answers, `[row, start, end)`, in order and not empty.
+            given_masks: Binary masks (original height, original width), arrays or tensors, by index of the span in
+                `spans`. Such a mask is returned in place of a predicted one, and the later spans of its row are
+                decoded from it.
+
+        Raises:
+            ValueError: Spans out of range, out of order, empty or without an image; a given mask of no span, of
+                another form or size than its image; a row without an answer.
+        """
+        images, hidden_states = self._read_given(input_ids, attention_mask, hidden_states, inputs)
+        answer_mask = self._mask_given_answers(labels)
+        modules.check_spans(spans, labels.shape)
+        given = labels != IGNORE_INDEX
+        outside = ~(given[spans[:, 0], spans[:, 1]] & given[spans[:, 0], spans[:, 2] - 1])
+        for i in outside.nonzero()[:1, 0].tolist():
+            raise ValueError(f"Span {i} is {spans[i].tolist()}, which is no part of an answer in labels.")
+        span_logits = self.tag_tokens(input_ids, hidden_states, attention_mask)
+        masks = self._downscale_given_masks(given_masks, spans, images)
+        tag_scores = torch.ones(len(spans), dtype=span_logits.dtype, device=span_logits.device)
+        return self._segment(input_ids, answer_mask, hidden_states, span_logits, spans, tag_scores, images, masks)
+
+    def _read_given(self, input_ids, attention_mask, hidden_states, inputs):
+        """The images of conversations with answers, and their hidden states unless these are known."""
+        images, inputs = self._take_images(input_ids, inputs)
+        if hidden_states is None:
+            vlm_inputs = {name: value for name, value in inputs.items() if name not in GIVEN_ANSWERS}
+            hidden_states = self._run_language_model(input_ids, attention_mask, **images.vlm_inputs, **vlm_inputs)
+        return images, hidden_states
+
+    def _segment_tagged(self, sequences, attention_mask, answer_mask, hidden_states, images, is_truncated=None):
+        """Tags the tokens of answers and segments the spans that come out."""
+        span_logits = self.tag_tokens(sequences, hidden_states, attention_mask)
+        # A row without an image has nothing to segment, whatever its words say.
+        visible = answer_mask & (images.index >= 0)[:, None]
+        spans = modules.decode_spans(span_logits.argmax(dim=-1), visible)
+        tag_scores = 1 - span_logits.float().softmax(dim=-1)[..., modules.TAG_OUTSIDE, None]
+        tag_scores = modules.mean_over_spans(tag_scores, spans)[:, 0]
+        return self._segment(
+            sequences, answer_mask, hidden_states, span_logits, spans, tag_scores, images, truncated=is_truncated
+        )
+
+    def _segment(
+        self, sequences, answer_mask, hidden_states, span_logits, spans, tag_scores, images, given=None, truncated=None
+    ) -> PlumSegmentationOutput:
+        size = self.config.low_res_mask_size
+        pred_masks, iou_scores = hidden_states.new_zeros((0, size, size)), hidden_states.new_zeros(0)
+        if len(spans):
+            pred_masks, iou_scores = self.decode_masks(
+                hidden_states, spans, images.sam_embeddings, images.index, given
+            )
+        if truncated is None:
+            truncated = torch.zeros(len(sequences), dtype=torch.bool, device=sequences.device)
+        return PlumSegmentationOutput(
+            sequences=sequences,
+            answer_mask=answer_mask,
+            is_truncated=truncated,
+            span_logits=span_logits,
+            spans=spans,
+            tag_scores=tag_scores,
+            pred_masks=pred_masks,
+            iou_scores=iou_scores,
+            sam_image_index=images.index,
+            original_sizes=images.original_sizes,
+            reshaped_input_sizes=images.reshaped_sizes,
+            image_confidences=None if images.sam_embeddings is None else self.rate_images(images.sam_embeddings),
+        )
+
+    def _mask_given_answers(self, labels) -> torch.BoolTensor:
+        """Tokens `(B, L)` of the last labelled answer of each row, its stop token left out."""
+        answers = modules.keep_last_answer(labels)
+        absent = (answers == IGNORE_INDEX).all(dim=1).nonzero()[:, 0].tolist()
+        if absent:
+            raise ValueError(
+                f"Rows {absent} have no answer in labels; give each row an answer, or call segment() with prompts to "
+                "have all generated."
+            )
+        stop_tokens = modules.stop_tokens(self.generation_config, answers.device)
+        return (answers != IGNORE_INDEX) & ~torch.isin(answers, stop_tokens)
+
+    def _answer(self, prompt, attention_mask, vlm_inputs, inputs) -> tuple[torch.Tensor, ...]:
+        """
+        Generated sequences with their attention mask, answer mask, whether they were cut off, and hidden states, those
+        of `generate` itself.
+        """
+        if (attention_mask[:, -1] == 0).any():
+            raise ValueError("Prompts must be padded on the left to be continued; pass padding_side='left'.")
+        with modules.GeneratedStates(self.vlm.get_decoder()) as observed:
+            sequences, settings, rest = self._generate(prompt, attention_mask, **vlm_inputs, **inputs)
+        sequences = sequences.sequences if isinstance(sequences, ModelOutput) else sequences
+        if len(sequences) != len(prompt):
+            raise ValueError(
+                f"segment() gives one answer per prompt, found {len(sequences)} sequences for {len(prompt)} prompts; "
+                "set num_return_sequences=1."
+            )
+        attention_mask, answer_mask, is_truncated = modules.find_ends(sequences, attention_mask, settings)
+        hidden_states = observed.finish(sequences)
+        if hidden_states is None:
+            # Of what is no setting, tensors are inputs of the model; streamers and the like are not.
+            vlm_inputs |= {name: value for name, value in rest.items() if isinstance(value, torch.Tensor)}
+            vlm_inputs = self._extend_to_answers(vlm_inputs, prompt, sequences)
+            hidden_states = self._run_language_model(sequences, attention_mask, **vlm_inputs)
+        return sequences, attention_mask, answer_mask, is_truncated, hidden_states.to(sequences.device)
+
+    def _extend_to_answers(self, vlm_inputs: dict, prompt, sequences) -> dict:
+        """Inputs given per token of the prompt, for prompt and answer: embeddings, or type ids with 0 for text."""
+        answers, extended = sequences[:, prompt.shape[1] :], dict(vlm_inputs)
+        for name, value in vlm_inputs.items():
+            if name == "inputs_embeds":
+                extended[name] = torch.cat([value, self.get_input_embeddings()(answers)], dim=1)
+            elif isinstance(value, torch.Tensor) and value.shape == prompt.shape:
+                extended[name] = F.pad(value, (0, answers.shape[1]))
+        return extended
+
+    def _downscale_given_masks(self, given_masks, spans, images):
+        """Low-res logits by span index of a caller's masks, each checked."""
+        given = {}
+        for i, mask in (given_masks or {}).items():
+            if isinstance(i, bool) or not isinstance(i, (int, np.integer)) or not 0 <= i < len(spans):
+                raise ValueError(
+                    f"given_masks has key {i!r}, expected the index of one of {len(spans)} spans, from 0."
+                )
+            if not isinstance(mask, (np.ndarray, torch.Tensor)):
+                raise ValueError(
+                    f"The given mask of span {i} is a {type(mask).__name__}, expected an array or tensor "
+                    "(height, width)."
+                )
+            if images.original_sizes is None or images.reshaped_sizes is None:
+                raise ValueError("given_masks need original_sizes and reshaped_input_sizes; pass them as well.")
+            image = images.index[spans[i, 0]]
+            original, mask = tuple(images.original_sizes[image].tolist()), torch.as_tensor(mask, device=spans.device)
+            if tuple(mask.shape) != original:
+                raise ValueError(f"The given mask of span {i} is {tuple(mask.shape)} but its image is {original}.")
+            if not mask.isfinite().all():
+                raise ValueError(f"The given mask of span {i} has values that are no numbers; give 0 or 1.")
+            (given[i],) = modules.downscale_masks(
+                (mask != 0)[None],
+                self.config.sam_config.vision_config.image_size,
+                images.reshaped_sizes[image].tolist(),
+                self.config.low_res_mask_size,
+            )
+        return given
+
+    @torch.no_grad()
+    def encode_conversations(
+        self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None = None, **inputs
+    ) -> torch.FloatTensor:
+        """
+        Return the hidden states `(B, L, D)` of conversations, for [`score_choices`], [`segment_answers`] and
+        [`segment_spans`] of the same rows. Inputs as in [`segment_answers`]; the labels of a batch are unused.
+        """
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        return self._read_given(input_ids, attention_mask, None, inputs)[1]
+
+    @torch.no_grad()
+    def score_choices(
+        self,
+        input_ids: torch.LongTensor,
+        labels: torch.LongTensor,
+        num_choices: int,
+        attention_mask: torch.Tensor | None = None,
+        hidden_states: torch.FloatTensor | None = None,
+        reduction: str = "answer_mean",
+        **inputs,
+    ) -> torch.FloatTensor:
+        """
+        Negative log-likelihood of candidate answers; the choice of the model is the argmin.
+
+        Args:
+            input_ids (`(B, L)`): Conversations; `num_choices` consecutive rows per question, each with one answer.
+            labels (`(B, L)`): Tokens of the answers, -100 elsewhere.
+            num_choices: Answers per question.
+            hidden_states (`(B, L, D)`): What [`encode_conversations`] returned for these rows, if it was called.
+            reduction: `"answer_mean"` and `"answer_sum"` over the answer's tokens; `"sequence_mean"`, over prompt and
+                answer without image tokens and padding, is the protocol of the published figures.
+            inputs: Further inputs of [`encode_conversations`].
+
+        Returns:
+            `(B / num_choices, num_choices)` scores.
+        """
+        if len(input_ids) % num_choices:
+            raise ValueError(f"Found {len(input_ids)} rows, which is not a multiple of num_choices={num_choices}.")
+        if reduction not in ("answer_mean", "answer_sum", "sequence_mean"):
+            raise ValueError(f"reduction must be answer_mean, answer_sum or sequence_mean, found {reduction!r}.")
+        if hidden_states is None:
+            hidden_states = self.encode_conversations(input_ids, attention_mask, **inputs)
+        if reduction == "sequence_mean":
+            real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            # The first token of a row is predicted by none, on whichever side the row is padded.
+            predicted = (real == 1) & (F.pad(real, (1, 0))[:, :-1] == 1)
+            counted = predicted & (input_ids != self.config.vlm_config.image_token_id)
+            labels = torch.where(counted, input_ids, IGNORE_INDEX)
+        targets = labels[:, 1:]
+        counted = targets != IGNORE_INDEX
+        absent = (~counted.any(dim=1)).nonzero()[:, 0].tolist()
+        if absent:
+            raise ValueError(f"Rows {absent} have no answer in labels to score; give each row one.")
+        states = hidden_states[:, :-1][counted]
+        losses = []
+        for some, their_targets in zip(states.split(LOGIT_ROWS), targets[counted].split(LOGIT_ROWS), strict=True):
+            logits = self.get_output_embeddings()(some).float()
+            losses.append(F.cross_entropy(logits, their_targets, reduction="none"))
+        rows = counted.nonzero()[:, 0]
+        scores = torch.zeros(len(input_ids), device=states.device).index_add(0, rows, torch.cat(losses))
+        if reduction != "answer_sum":
+            scores = scores / counted.sum(1)
+        return scores.view(-1, num_choices)
+
+
+PlumForConditionalGeneration.register_for_auto_class("AutoModel")
+
+__all__ = ["PlumForConditionalGeneration", "PlumOutput", "PlumPreTrainedModel", "PlumSegmentationOutput"]

@@ -1,0 +1,893 @@
+"""
+What PLUM adds to its two backbones: span tagger, mask feedback, the decoding of spans to masks, and the losses.
+
+A *low-res mask* has 4G x 4G logits in the frame of SAM's padded square input. Each loss is a sum over its items
+divided by `count`, a scalar tensor: the number of items of the batch, or of the larger batch of which it is a part
+(gradient accumulation, several processes), see [`count_loss_items`].
+
+Shapes. B rows, L tokens, S spans of the whole batch, n of them at a time, N images, D language width, C SAM width,
+G grid side, H/W pixels.
+"""
+
+import copy
+import json
+import math
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import DynamicCache, GenerationConfig
+from transformers.utils import GENERATION_CONFIG_NAME, cached_file, logging
+
+try:
+    from .configuration_plum import PlumConfig
+except ImportError:
+    if __package__:
+        raise
+    from configuration_plum import PlumConfig
+
+# What a token is labelled with: the classes of the span tagger, and what no loss looks at.
+TAG_OUTSIDE, TAG_BEGIN, TAG_INSIDE = 0, 1, 2
+IGNORE_INDEX = -100
+# Logit that stands for "certain" where a caller's binary mask takes the place of a predicted one.
+GIVEN_MASK_LOGIT = 10.0
+MASK_LOSSES = ("mask_overlap", "mask_bce", "mask_iou")
+# Pixels of masks whose losses are computed at once. What more masks need for their gradients is computed again in the
+# backward pass instead of being kept.
+MASK_PIXELS_AT_ONCE = 2**22
+# Mask prompts that are decoded at once: on a CPU so many that their image cells number these, elsewhere these.
+CPU_CELLS_AT_ONCE = 16 * 16 * 16
+PROMPTS_AT_ONCE = 64
+# Most tokens of an answer where neither a checkpoint nor a caller says another number; saved with every checkpoint.
+DEFAULT_MAX_NEW_TOKENS = 256
+# Ways of decoding that only save time or memory, and that embed several tokens by their ids alone: without the
+# embeddings of the prompt and its image they fail or give another answer. Plain decoding gives the right one.
+SAVINGS = ("assistant_model", "assistant_tokenizer", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp",
+           "prefill_chunk_size")  # fmt: skip
+
+logger = logging.get_logger(__name__)
+
+
+class PlumSelfAttention(nn.MultiheadAttention):
+    """
+    torch's attention, but its output projection is called as a module: where weights are offloaded, calls load them.
+    """
+
+    def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        """`(B, L, D)` hidden states and `(B, L)` mask (1 = real token) to `(B, L, D)`."""
+        projected = F.linear(hidden_states, self.in_proj_weight, self.in_proj_bias)  # (B, L, 3 D)
+        projected = projected.unflatten(2, (3, self.num_heads, self.head_dim))
+        queries, keys, values = projected.permute(2, 0, 3, 1, 4)  # (B, heads, L, D / heads) each
+        mask = None if attention_mask is None else attention_mask[:, None, None].bool()
+        attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
+        return self.out_proj(attended.transpose(1, 2).flatten(2))
+
+
+class PlumSpanTaggerLayer(nn.Module):
+    """A post-norm transformer layer with the parameters of `nn.TransformerEncoderLayer`; it calls all of its parts."""
+
+    def __init__(self, width: int, num_heads: int, intermediate_size: int):
+        super().__init__()
+        self.self_attn = PlumSelfAttention(width, num_heads, batch_first=True)
+        self.linear1 = nn.Linear(width, intermediate_size)
+        self.linear2 = nn.Linear(intermediate_size, width)
+        self.norm1 = nn.LayerNorm(width)
+        self.norm2 = nn.LayerNorm(width)
+
+    def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        hidden_states = self.norm1(hidden_states + self.self_attn(hidden_states, attention_mask))
+        return self.norm2(hidden_states + self.linear2(F.relu(self.linear1(hidden_states))))
+
+
+class PlumSpanTagger(nn.Module):
+    """O/B/I logits per token: a bidirectional post-norm encoder over the hidden states, then a small classifier."""
+
+    has_loss = True
+
+    def __init__(self, config: PlumConfig):
+        super().__init__()
+        width = config.vlm_config.get_text_config().hidden_size
+        self.layers = nn.ModuleList(
+            PlumSpanTaggerLayer(width, config.span_tagger_num_heads, config.span_tagger_intermediate_size)
+            for _ in range(config.span_tagger_num_layers)
+        )
+        self.classifier = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 3))
+
+    def forward(
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, input_ids: torch.LongTensor
+    ) -> torch.Tensor:
+        """`(B, L, D)` hidden states and `(B, L)` mask (1 = real token) to `(B, L, 3)` logits; the ids are unused."""
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, attention_mask)
+        return self.classifier(hidden_states)
+
+
+class PlumSegTokenTagger(nn.Module):
+    """
+    The tagger of a model with `span_source="seg_token"`, without parameters: the tokens say it themselves. The special
+    token is a B, with certainty, and every other token an O.
+    """
+
+    has_loss = False
+
+    def __init__(self, config: PlumConfig):
+        super().__init__()
+        self.seg_token_id = config.seg_token_id
+
+    def forward(
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, input_ids: torch.LongTensor
+    ) -> torch.Tensor:
+        """As [`PlumSpanTagger`], from the ids `(B, L)` alone."""
+        tags = torch.where(input_ids == self.seg_token_id, TAG_BEGIN, TAG_OUTSIDE)
+        return F.one_hot(tags, num_classes=3).to(hidden_states.dtype).log()
+
+
+SPAN_TAGGERS = {"tagger": PlumSpanTagger, "seg_token": PlumSegTokenTagger}
+
+
+class PlumMaskFeedback(nn.Module):
+    """
+    The dense prompt of a span, made from the masks of the earlier spans of its conversation.
+
+    Each earlier mask runs through SAM's own mask embedding (passed in, so the weights exist once), modulated by that
+    span's query before each activation (FiLM, arXiv 1709.07871); then, per grid cell, a learned query attends over
+    the earlier masks.
+    """
+
+    def __init__(self, config: PlumConfig):
+        super().__init__()
+        width = config.sam_config.vision_config.output_channels
+        channels = config.sam_config.prompt_encoder_config.mask_input_channels
+        self.num_heads = config.mask_feedback_num_heads
+        self.film = nn.ModuleList([nn.Linear(width, 2 * channels // 4), nn.Linear(width, 2 * channels)])
+        self.queries = nn.Parameter(torch.empty(config.sam_grid_size**2, width))
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
+
+    def embed(
+        self, masks: torch.Tensor, span_queries: torch.Tensor, positions: torch.Tensor, mask_embed: nn.Module
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Keys and values of masks, computed once for each span and used by every later one.
+
+        Args:
+            masks: `(n, 4G, 4G)` low-res logits.
+            span_queries: `(n, C)` queries of the spans they belong to.
+            positions: `(1, C, G, G)` SAM's dense positional embedding.
+            mask_embed: SAM's `prompt_encoder.mask_embed`.
+
+        Returns:
+            Keys and values, each `(n, G*G, C)`.
+        """
+        hidden_states = mask_embed.layer_norm1(mask_embed.conv1(masks[:, None]))
+        hidden_states = mask_embed.activation(self._modulate(hidden_states, self.film[0](span_queries)))
+        hidden_states = mask_embed.layer_norm2(mask_embed.conv2(hidden_states))
+        hidden_states = mask_embed.activation(self._modulate(hidden_states, self.film[1](span_queries)))
+        hidden_states = mask_embed.conv3(hidden_states) + positions  # (n, C, G, G)
+        hidden_states = hidden_states.flatten(2).transpose(1, 2)  # (n, G*G, C)
+        return self.k_proj(hidden_states), self.v_proj(hidden_states)
+
+    @staticmethod
+    def _modulate(hidden_states: torch.Tensor, film: torch.Tensor) -> torch.Tensor:
+        scale, shift = film[..., None, None].chunk(2, dim=1)
+        return hidden_states * (1 + scale) + shift
+
+    def forward(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """Keys and values `(n, T, G*G, C)` of T earlier masks each to dense prompts `(n, C, G, G)`."""
+        rows, earlier, cells, width = keys.shape
+        by_head = (rows, earlier, cells, self.num_heads, width // self.num_heads)
+        queries = self.q_proj(self.queries).view(by_head[2:])  # (G*G, heads, C/heads)
+        scores = (queries * keys.view(by_head)).sum(-1) / math.sqrt(by_head[-1])  # (n, T, G*G, heads)
+        attended = (scores.softmax(dim=1)[..., None] * values.view(by_head)).sum(dim=1)
+        dense = self.out_proj(attended.flatten(2))  # (n, G*G, C)
+        grid = math.isqrt(cells)
+        return dense.transpose(1, 2).unflatten(2, (grid, grid))
+
+
+def decode_spans(tags: torch.LongTensor, answer_mask: torch.BoolTensor | None = None) -> torch.LongTensor:
+    """
+    Spans of BIO tags: a B and the I's directly after it; an I without an open span is ignored.
+
+    Args:
+        tags: `(B, L)` with 0 = O, 1 = B, 2 = I.
+        answer_mask: `(B, L)`; positions outside count as O.
+
+    Returns:
+        `(S, 3)` rows `[row, start, end)`, in order of row and start.
+    """
+    if answer_mask is not None:
+        tags = tags.masked_fill(~answer_mask, TAG_OUTSIDE)
+    rows, starts = (tags == TAG_BEGIN).nonzero(as_tuple=True)
+    # The span of a B ends at the first later position that is not I.
+    position = torch.arange(tags.shape[1] + 1, device=tags.device)
+    not_inside = F.pad(tags != TAG_INSIDE, (0, 1), value=True)
+    is_end = not_inside[rows] & (position[None] > starts[:, None])
+    return torch.stack([rows, starts, is_end.int().argmax(dim=1)], dim=1)
+
+
+def check_spans(spans: torch.LongTensor, shape: tuple[int, int]):
+    """`ValueError` unless `spans` `(S, 3)` are `[row, start, end)` in B rows of L tokens, in order and not empty."""
+    if spans.ndim != 2 or spans.shape[1] != 3 or spans.is_floating_point():
+        raise ValueError(
+            f"spans must be integers of shape (S, 3), [row, start, end), found {spans.dtype} {tuple(spans.shape)}."
+        )
+    previous = (0, 0)
+    for i, (row, start, end) in enumerate(spans.tolist()):
+        where = f"Span {i} is {[row, start, end]}"
+        if not (0 <= row < shape[0] and 0 <= start and end <= shape[1]):
+            raise ValueError(f"{where}, out of range: there are {shape[0]} rows of {shape[1]} tokens.")
+        if start >= end:
+            raise ValueError(f"{where}, which holds no token: its end must be after its start.")
+        if (row, start) < previous:
+            raise ValueError(
+                f"{where}, after one that starts at {list(previous)}; spans must be sorted by row and start."
+            )
+        previous = (row, start)
+
+
+def keep_last_answer(labels: torch.LongTensor) -> torch.LongTensor:
+    """Labels (B, L) of the last answer of each row; earlier answers, which were given, become -100."""
+    answered = labels != IGNORE_INDEX
+    number = (answered & ~F.pad(answered, (1, 0))[:, :-1]).cumsum(dim=1)
+    return labels.masked_fill(number < number[:, -1:], IGNORE_INDEX)
+
+
+def mean_over_spans(states: torch.Tensor, spans: torch.LongTensor) -> torch.Tensor:
+    """`(B, L, D)` token states to `(S, D)` means over the tokens of each span `[row, start, end)`."""
+    rows, starts, ends = spans.unbind(dim=1)
+    position = torch.arange(states.shape[1], device=states.device)
+    inside = (position >= starts[:, None]) & (position < ends[:, None])  # (S, L)
+    weights = inside / (ends - starts)[:, None]
+    return torch.einsum("sl,sld->sd", weights.to(states.dtype), states[rows])
+
+
+def upscale_masks(
+    low_res_masks: torch.Tensor, sam_image_size: int, reshaped_size: tuple[int, int], original_size: tuple[int, int]
+) -> torch.Tensor:
+    """
+    Mask logits from SAM's low-res frame to the original image: upscale to the padded square, crop the padding, resize.
+
+    Args:
+        low_res_masks: `(S, 4G, 4G)` logits of one image.
+        sam_image_size: Side of SAM's padded square input in pixels.
+        reshaped_size: (height, width) of the resized image inside that square.
+        original_size: (height, width) of the image as given.
+
+    Returns:
+        `(S, height, width)` logits.
+    """
+    masks = F.interpolate(low_res_masks[:, None], (sam_image_size,) * 2, mode="bilinear", align_corners=False)
+    masks = masks[..., : reshaped_size[0], : reshaped_size[1]]
+    if tuple(original_size) != tuple(reshaped_size):
+        masks = F.interpolate(masks, tuple(original_size), mode="bilinear", align_corners=False)
+    return masks[:, 0]
+
+
+def label_frame(original_size: tuple[int, int], reshaped_size: tuple[int, int]) -> tuple[int, int]:
+    """
+    (height, width) at which mask labels are compared with predictions: the size of the image, or its size in SAM's
+    input if the image is larger. A photograph of 12 megapixels would cost 300 MB a span, and SAM sees no more of it.
+
+    >>> label_frame((48, 64), (768, 1024)), label_frame((3000, 4000), (768, 1024))
+    ((48, 64), (768, 1024))
+    """
+    return tuple(reshaped_size if max(original_size) > max(reshaped_size) else original_size)
+
+
+def shrink_mask(mask: torch.Tensor, size: tuple[int, int]) -> torch.BoolTensor:
+    """
+    A mask `(H, W)` at a smaller size: a pixel is inside if half of its area is, or, in a mask too thin for that, as
+    much of its area as of any other pixel.
+    """
+    share = F.interpolate(mask[None, None].float(), tuple(size), mode="area")[0, 0]
+    return (share > 0) & (share >= share.max().clamp(max=0.5))
+
+
+def downscale_masks(
+    masks: torch.Tensor, sam_image_size: int, reshaped_size: tuple[int, int], low_res_size: int
+) -> torch.Tensor:
+    """
+    Binary masks of an original image as low-res logits, the inverse of [`upscale_masks`].
+
+    Args:
+        masks: `(S, height, width)` bool or 0/1.
+        sam_image_size, reshaped_size: As in [`upscale_masks`].
+        low_res_size: Side 4G of the result.
+
+    Returns:
+        `(S, 4G, 4G)` logits between -10 and 10.
+    """
+    masks = F.interpolate(masks[:, None].float(), tuple(reshaped_size), mode="bilinear", antialias=True)
+    masks = F.pad(masks, (0, sam_image_size - reshaped_size[1], 0, sam_image_size - reshaped_size[0]))
+    masks = F.interpolate(masks, (low_res_size,) * 2, mode="area")[:, 0]
+    return (2 * masks - 1) * GIVEN_MASK_LOGIT
+
+
+class MaskTargets:
+    """
+    The true mask of each span, chosen while the spans are decoded, and the masks that are fed back in their place.
+
+    Spans of one answer with the same words are interchangeable: they form a group with the masks of these words. Each
+    span takes, in decoding order, the mask of its group that its own prediction overlaps best (soft dice), among those
+    that no earlier span took. A group of one span and one mask is the ordinary case.
+
+    Args:
+        low_res_masks: `(M, 4G, 4G)` true masks as low-res logits; M is at least S.
+        span_groups, mask_groups: `(S,)` and `(M,)` group of each span and of each mask.
+        forced: `(S,)` bool, the spans whose true mask is fed back instead of their own (teacher forcing).
+
+    Raises:
+        ValueError: A group has more spans than masks.
+    """
+
+    def __init__(
+        self,
+        low_res_masks: torch.Tensor,
+        span_groups: torch.LongTensor,
+        mask_groups: torch.LongTensor,
+        forced: torch.BoolTensor,
+    ):
+        self.low_res_masks, self.forced = low_res_masks, forced
+        self.span_groups, self.mask_groups = span_groups, mask_groups
+        self.free = torch.ones_like(mask_groups, dtype=torch.bool)
+        self.of_span = torch.full_like(span_groups, -1)  # (S,) index of the mask that each span took
+        groups = int(torch.cat([span_groups, mask_groups]).max()) + 1
+        lacking = span_groups.bincount(minlength=groups) - mask_groups.bincount(minlength=groups)
+        if (lacking > 0).any():
+            group = int(lacking.argmax())
+            raise ValueError(f"Group {group} has {int(lacking.max())} spans more than mask_labels; give each a mask.")
+
+    @torch.no_grad()
+    def assign(self, members: torch.LongTensor, logits: torch.Tensor):
+        """Gives each of the spans `members` `(n,)`, no two of a group, its mask; `logits` `(n, 4G, 4G)` are theirs."""
+        candidates = (self.span_groups[members, None] == self.mask_groups) & self.free  # (n, M)
+        place, mask = candidates.nonzero(as_tuple=True)
+        predicted = logits.float().sigmoid().flatten(1)[place]
+        target = self.low_res_masks.sigmoid().flatten(1)[mask]
+        overlap = 2 * (predicted * target).sum(1) / (predicted.sum(1) + target.sum(1)).clamp(min=1e-6)
+        scores = torch.full(candidates.shape, -1.0, device=logits.device)
+        scores[place, mask] = overlap
+        taken = scores.argmax(dim=1)
+        self.of_span[members], self.free[taken] = taken, False
+
+    def feed_back(self, members: torch.LongTensor, logits: torch.Tensor) -> torch.Tensor:
+        """`(n, 4G, 4G)` masks that the later spans are shown of the spans `members`, which have their masks."""
+        true = self.low_res_masks[self.of_span[members]].to(logits)
+        return torch.where(self.forced[members, None, None], true, logits)
+
+
+@contextmanager
+def weights_in_place(*modules: nn.Module):
+    """While it lasts, offloaded weights of modules are there for the code of others, which reads but does not call."""
+    with ExitStack() as stack:
+        for module in modules:
+            if hasattr(module, "_hf_hook"):
+                from accelerate.utils import align_module_device
+
+                stack.enter_context(align_module_device(module))
+        yield
+
+
+class PlumMaskDecoding:
+    """The part of [`PlumForConditionalGeneration`] that decodes the masks of spans."""
+
+    def decode_masks(
+        self,
+        hidden_states: torch.Tensor,
+        spans: torch.LongTensor,
+        sam_image_embeddings: torch.Tensor,
+        sam_image_index: torch.LongTensor,
+        given_masks: dict[int, torch.Tensor] | None = None,
+        targets: MaskTargets | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Masks of spans, conversations in lock-step: step t decodes the t-th span of every row that has one.
+
+        Args:
+            hidden_states: `(B, L, D)`.
+            spans: `(S, 3)` rows `[row, start, end)`, rows ascending.
+            sam_image_embeddings, sam_image_index: As in [`forward`].
+            given_masks: Low-res logits `(4G, 4G)` by span index, which stand in for the prediction of that span.
+            targets: In training, gets the prediction of each span as it is decoded, and says what is fed back.
+
+        Returns:
+            `(S, 4G, 4G)` low-res logits and `(S,)` predicted IoUs.
+        """
+        rows = spans[:, 0].contiguous()
+        images = sam_image_index[rows]
+        self._check_images_of_spans(rows, images, sam_image_embeddings)
+        # The mask branch stays in the precision of its weights: bfloat16 autocast costs it visible accuracy.
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            dtype = self.sam.mask_decoder.iou_token.weight.dtype
+            projected = self.span_projector(hidden_states.to(next(self.span_projector.parameters()).dtype))
+            queries = mean_over_spans(projected.to(hidden_states.device), spans).to(dtype)  # (S, C)
+            embeddings = sam_image_embeddings.to(queries)
+            positions = self._grid_positions(queries)
+            if self.mask_feedback is None and not given_masks and targets is None:
+                return self._decode_step(queries, images, embeddings, positions, self._no_mask_prompt(queries))
+            return self._decode_in_lock_step(queries, rows, images, embeddings, positions, given_masks or {}, targets)
+
+    @staticmethod
+    def _check_images_of_spans(rows, images, sam_image_embeddings):
+        if sam_image_embeddings is None or (images < 0).any():
+            missing = rows.tolist() if sam_image_embeddings is None else rows[images < 0].tolist()
+            raise ValueError(f"Rows {sorted(set(missing))} have spans to segment but no image.")
+
+    # A weight is read by calling its module and nothing else: where it is offloaded, the call brings it.
+
+    def _grid_positions(self, like: torch.Tensor) -> torch.Tensor:
+        """SAM's positions `(1, C, G, G)` of the cells of its grid, on the device and in the precision of `like`."""
+        grid = self.config.sam_grid_size
+        embedding = self.sam.shared_image_embedding
+        centres = (torch.arange(grid, device=like.device, dtype=embedding.positional_embedding.dtype) + 0.5) / grid
+        rows, columns = torch.meshgrid(centres, centres, indexing="ij")
+        return embedding(torch.stack([columns, rows], dim=-1)).permute(2, 0, 1)[None].to(like)
+
+    def _no_mask_prompt(self, like: torch.Tensor) -> torch.Tensor:
+        """SAM's dense prompt "no mask" for each of n queries `(n, C)`, as a view: `(n, C, G, G)`."""
+        grid = self.config.sam_grid_size
+        first = torch.zeros(1, dtype=torch.long, device=like.device)
+        embedding = self.sam.prompt_encoder.no_mask_embed(first).to(like)  # (1, C)
+        return embedding[..., None, None].expand(len(like), -1, grid, grid)
+
+    def _decode_step(self, queries, images, embeddings, positions, dense) -> tuple[torch.Tensor, torch.Tensor]:
+        """SAM's mask decoder with one sparse and one dense prompt each: `(n, 4G, 4G)` logits, `(n,)` IoUs."""
+        # A batch saves time while its images fit the caches of a CPU; 16 prompts at once on a grid of 64 x 64 take
+        # twice as long as one by one.
+        on_cpu = queries.device.type == "cpu"
+        chunk = max(1, CPU_CELLS_AT_ONCE // self.config.sam_grid_size**2) if on_cpu else PROMPTS_AT_ONCE
+        masks, iou_scores = [], []
+        for start in range(0, len(queries), chunk):
+            members = slice(start, start + chunk)
+            with weights_in_place(self.sam.mask_decoder.iou_token, self.sam.mask_decoder.mask_tokens):
+                decoded, scores = self.sam.mask_decoder(
+                    embeddings[images[members]],
+                    image_positional_embeddings=positions.expand(len(queries[members]), -1, -1, -1),
+                    sparse_prompt_embeddings=queries[members, None, None],  # (n, 1, 1, C): one point prompt each
+                    dense_prompt_embeddings=dense[members],
+                    multimask_output=False,
+                )
+            masks.append(decoded[:, 0, 0].to(queries.device))
+            iou_scores.append(scores[:, 0, 0].to(queries.device))
+        return torch.cat(masks), torch.cat(iou_scores)
+
+    def _decode_in_lock_step(self, queries, rows, images, embeddings, positions, given_masks, targets):
+        first = torch.searchsorted(rows, rows)  # index of the first span of the same row
+        step = torch.arange(len(rows), device=rows.device) - first
+        last_step = step[torch.searchsorted(rows, rows, right=True) - 1]
+        masks, iou_scores, members_of_step = [], [], []
+        keys, values = None, None  # (n, t, G*G, C) of the earlier masks of the rows that go on
+        for t in range(int(step.max()) + 1):
+            members = (step == t).nonzero()[:, 0]
+            dense = self._no_mask_prompt(queries[members])
+            if keys is not None:
+                dense = self.mask_feedback(keys, values)
+            decoded, scores = self._decode_step(queries[members], images[members], embeddings, positions, dense)
+            decoded, scores = self._replace_given(members, decoded, scores, given_masks)
+            fed_back = decoded
+            if targets is not None:
+                targets.assign(members, decoded)
+                fed_back = targets.feed_back(members, decoded)
+            masks.append(decoded)
+            iou_scores.append(scores)
+            members_of_step.append(members)
+            goes_on = last_step[members] > t
+            if self.mask_feedback is not None and goes_on.any():
+                new_keys, new_values = self.mask_feedback.embed(
+                    fed_back[goes_on], queries[members[goes_on]], positions, self.sam.prompt_encoder.mask_embed
+                )
+                keys, values = (
+                    new[:, None] if earlier is None else torch.cat([earlier[goes_on], new[:, None]], dim=1)
+                    for earlier, new in ((keys, new_keys), (values, new_values))
+                )
+        order = torch.cat(members_of_step).argsort()
+        return torch.cat(masks)[order], torch.cat(iou_scores)[order]
+
+    @staticmethod
+    def _replace_given(members, masks, iou_scores, given_masks):
+        """The masks and scores of one step with the caller's masks, and a score of 1, in their places."""
+        for place, span in enumerate(members.tolist() if given_masks else []):
+            if span in given_masks:
+                chosen = torch.arange(len(masks), device=masks.device) == place
+                masks = torch.where(chosen[:, None, None], given_masks[span].to(masks), masks)
+                iou_scores = torch.where(chosen, torch.ones_like(iou_scores), iou_scores)
+        return masks, iou_scores
+
+
+def count_loss_items(
+    config: PlumConfig, labels=None, span_labels=None, spans=None, mask_labels=None
+) -> dict[str, torch.Tensor]:
+    """
+    What each loss of a batch is divided by: target tokens, summed class weight of the supervised tags, masks, spans.
+    Arguments as in `PlumForConditionalGeneration.forward`; the counts of several batches may be added.
+    """
+    counts = {
+        "tokens": torch.zeros(()) if labels is None else (labels[:, 1:] != IGNORE_INDEX).sum(),
+        "tag_weight": torch.zeros(()),
+        "masks": torch.tensor(float(len(spans)) if mask_labels else 0.0),
+        "spans": torch.tensor(0.0 if spans is None else float(len(spans))),
+    }
+    if span_labels is not None:
+        targets = span_targets(span_labels, config.span_loss_scope)
+        class_weights = torch.tensor([*config.span_class_weights, 0.0], device=targets.device)
+        counts["tag_weight"] = class_weights[targets].sum()  # index -1 is the zero that stands for "ignored"
+    return {name: value.float() for name, value in counts.items()}
+
+
+def span_targets(span_labels: torch.Tensor, scope: str) -> torch.Tensor:
+    """Targets 0/1/2 or -1 (ignored) of `span_labels` `(B, L)`, according to `span_loss_scope`."""
+    if scope == "answer":
+        return span_labels.clamp(min=-1)
+    has_span = (span_labels > TAG_OUTSIDE).any(dim=1, keepdim=True)
+    return torch.where(has_span, span_labels.clamp(min=TAG_OUTSIDE), -1)
+
+
+def shrink_mask_labels(
+    mask_labels: list[torch.Tensor], sizes: torch.LongTensor, sam_image_size: int, low_res_size: int
+) -> torch.Tensor:
+    """
+    True masks as low-res logits `(M, 4G, 4G)`.
+
+    Args:
+        mask_labels: M masks `(H, W)`, 0/1, at the size of their image or of `label_frame`.
+        sizes: `(M, 4)`, (height, width) in pixels of each mask's image as given and as resized for SAM.
+    """
+    shrunk = torch.empty(len(mask_labels), low_res_size, low_res_size, device=sizes.device)
+    for size in sizes.unique(dim=0):
+        members = (sizes == size).all(dim=1).nonzero()[:, 0]
+        original, reshaped = tuple(size[:2].tolist()), tuple(size[2:].tolist())
+        frame = label_frame(original, reshaped)
+        masks = torch.stack([_label_in_frame(mask_labels[i], original, frame) for i in members.tolist()])
+        shrunk[members] = downscale_masks(masks.to(sizes.device), sam_image_size, reshaped, low_res_size)
+    return shrunk
+
+
+def language_modeling_loss(logits: torch.Tensor, labels: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of `logits` `(B, L, vocab_size)` with the next token of `labels` `(B, L)`, -100 where ignored."""
+    loss = F.cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(),
+        labels[:, 1:].flatten(),
+        ignore_index=IGNORE_INDEX,
+        reduction="sum",
+    )
+    return loss / count.to(loss).clamp(min=1)
+
+
+def span_tagging_loss(
+    config: PlumConfig, span_logits: torch.Tensor, span_labels: torch.Tensor, count: torch.Tensor
+) -> torch.Tensor:
+    """Weighted cross-entropy of `span_logits` `(B, L, 3)` with `span_labels` `(B, L)`."""
+    loss = F.cross_entropy(
+        span_logits.flatten(0, 1).float(),
+        span_targets(span_labels, config.span_loss_scope).flatten(),
+        weight=torch.tensor(config.span_class_weights, device=span_logits.device),
+        ignore_index=-1,
+        reduction="sum",
+    )
+    return loss / count.to(loss).clamp(min=1e-6)
+
+
+def mask_losses(
+    config: PlumConfig,
+    pred_masks: torch.Tensor,
+    iou_scores: torch.Tensor,
+    mask_labels: list[torch.Tensor],
+    sizes: torch.LongTensor,
+    count: torch.Tensor,
+) -> dict[str, torch.Tensor]:
+    """
+    Overlap, cross-entropy and IoU-prediction losses, at the size of each image or, if it is larger, in SAM's input.
+
+    Args:
+        pred_masks, iou_scores: `(S, 4G, 4G)` low-res logits and `(S,)` predicted IoUs.
+        mask_labels: S masks `(H, W)`, 0/1, of the size of their image or of [`label_frame`].
+        sizes: `(S, 4)`, (height, width) in pixels of each span's image as given and as resized for SAM.
+
+    Raises:
+        ValueError: Another number of masks than spans, or a mask of another size than its image.
+    """
+    if len(mask_labels) != len(pred_masks):
+        raise ValueError(f"Found {len(mask_labels)} mask_labels for {len(pred_masks)} spans; give one mask each.")
+    totals = torch.zeros(len(MASK_LOSSES), device=pred_masks.device)
+    # Spans of images that share their sizes are taken together: one group for a data set of one size.
+    for size in sizes.unique(dim=0):
+        members = (sizes == size).all(dim=1).nonzero()[:, 0]
+        original, reshaped = tuple(size[:2].tolist()), tuple(size[2:].tolist())
+        frame = label_frame(original, reshaped)
+        parts = members.split(max(1, MASK_PIXELS_AT_ONCE // (frame[0] * frame[1])))
+        for part in parts:
+            targets = torch.stack([_label_in_frame(mask_labels[i], original, frame) for i in part.tolist()])
+            inputs = (config, pred_masks[part], iou_scores[part], targets.to(pred_masks.device), reshaped)
+            if len(parts) == 1:
+                totals = totals + _sum_mask_losses(*inputs)
+            else:
+                totals = totals + checkpoint(_sum_mask_losses, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return dict(zip(MASK_LOSSES, totals / count.to(totals).clamp(min=1), strict=True))
+
+
+def _label_in_frame(mask: torch.Tensor, original: tuple[int, int], frame: tuple[int, int]) -> torch.Tensor:
+    found = tuple(mask.shape)
+    if found not in (original, frame):
+        raise ValueError(f"A mask label is {found} pixels but its image is {original}; resize the mask.")
+    return mask if found == frame else shrink_mask(mask, frame)
+
+
+def _sum_mask_losses(config: PlumConfig, pred_masks, iou_scores, targets, reshaped) -> torch.Tensor:
+    """The losses of MASK_LOSSES, each summed over masks whose labels `(n, H, W)` have one size."""
+    side = config.sam_config.vision_config.image_size
+    logits = upscale_masks(pred_masks.float(), side, reshaped, tuple(targets.shape[1:]))
+    targets = targets.to(logits)
+    bce = F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(dim=(1, 2))
+    predicted, actual = logits.detach() > 0, targets > 0.5
+    union = (predicted | actual).sum(dim=(1, 2)).clamp(min=1)
+    iou = (predicted & actual).sum(dim=(1, 2)) / union
+    squared_error = (iou_scores.float() - iou).square()
+    return torch.stack([overlap_loss(config, logits, targets).sum(), bce.sum(), squared_error.sum()])
+
+
+def overlap_loss(config: PlumConfig, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The overlap loss `(S,)` that the config names, of `(S, H, W)` logits and 0/1 targets."""
+    if config.mask_overlap_loss == "dice":
+        return dice_loss(logits, targets)
+    return focal_tversky_loss(
+        logits,
+        targets,
+        config.tversky_false_negative_weight,
+        config.tversky_false_positive_weight,
+        config.tversky_focal_exponent,
+    )
+
+
+def focal_tversky_loss(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    false_negative_weight: float,
+    false_positive_weight: float,
+    gamma: float,
+) -> torch.Tensor:
+    """
+    `(1 - T) ** gamma`, `T = TP / (TP + a FN + b FP)` over soft probabilities (Abraham and Khan, arXiv 1810.07842).
+
+    Args:
+        logits, targets: `(S, H, W)`, targets 0/1.
+
+    Returns:
+        `(S,)` losses. The base of the power is kept above zero, where its gradient is infinite.
+    """
+    probabilities, targets = logits.sigmoid().flatten(1), targets.flatten(1)
+    true_positive = (probabilities * targets).sum(1)
+    false_negative = ((1 - probabilities) * targets).sum(1)
+    false_positive = (probabilities * (1 - targets)).sum(1)
+    weighted = true_positive + false_negative_weight * false_negative + false_positive_weight * false_positive
+    tversky_index = (true_positive + 1e-6) / (weighted + 1e-6)
+    return (1 - tversky_index).clamp(min=1e-7) ** gamma
+
+
+def dice_loss(logits: torch.Tensor, targets: torch.Tensor, scale: float = 1000.0) -> torch.Tensor:
+    """Soft dice loss `(S,)` of `(S, H, W)` logits and 0/1 targets; sums are divided by `scale` before adding 1e-6."""
+    probabilities, targets = logits.sigmoid().flatten(1), targets.flatten(1)
+    intersection = 2 * (probabilities * targets).sum(1) / scale
+    total = (probabilities.sum(1) + targets.sum(1)) / scale
+    return 1 - (intersection + 1e-6) / (total + 1e-6)
+
+
+def teacher_kl_loss(
+    hidden_states: torch.Tensor,
+    teacher_hidden_states: torch.Tensor,
+    spans: torch.LongTensor,
+    sigma: float,
+    count: torch.Tensor,
+) -> torch.Tensor:
+    """
+    KL of two Gaussians of standard deviation `sigma` around the hidden states `(B, L, D)` of student and teacher,
+    averaged over the tokens of each span `(S, 3)`.
+    """
+    squared = (hidden_states.float() - teacher_hidden_states.float()).square().mean(dim=-1, keepdim=True)
+    loss = 0.5 / sigma**2 * mean_over_spans(squared, spans).sum()
+    return loss / count.to(loss).clamp(min=1)
+
+
+class Observer:
+    """
+    What one call wants to see or change of the passes of a language model, while it lasts and in its own thread. The
+    hooks that ask for it are put on the module once, by [`let_observe`], and keep nothing: calls in other threads go
+    through the same module and see nothing of it.
+    """
+
+    def __init__(self, decoder: nn.Module):
+        self.decoder = decoder
+
+    def __enter__(self):
+        self._token = _OBSERVER.set(self)
+        return self
+
+    def __exit__(self, *error):
+        _OBSERVER.reset(self._token)
+
+    def before(self, args: tuple, inputs: dict) -> tuple[tuple, dict] | None:
+        """Other arguments for a pass, or None."""
+
+    def after(self, inputs: dict, outputs):
+        """Other outputs of a pass, or None."""
+
+
+_OBSERVER: ContextVar[Observer | None] = ContextVar("plum_observer", default=None)
+
+
+def _before_pass(decoder: nn.Module, args: tuple, inputs: dict):
+    observer = _OBSERVER.get()
+    return observer.before(args, inputs) if observer is not None and observer.decoder is decoder else None
+
+
+def _after_pass(decoder: nn.Module, args: tuple, inputs: dict, outputs):
+    observer = _OBSERVER.get()
+    return observer.after(inputs, outputs) if observer is not None and observer.decoder is decoder else None
+
+
+def let_observe(decoder: nn.Module):
+    """Puts the hooks on a language model that [`Observer`] needs; called once, when the model is made."""
+    decoder.register_forward_pre_hook(_before_pass, with_kwargs=True)
+    decoder.register_forward_hook(_after_pass, with_kwargs=True)
+
+
+class RecordedInputs(Observer):
+    """The keyword arguments of the language model's next pass, in the dictionary `inputs`."""
+
+    def __init__(self, decoder: nn.Module):
+        super().__init__(decoder)
+        self.inputs: dict = {}
+
+    def before(self, args, inputs):
+        self.inputs.update(inputs)
+
+
+class GeneratedStates(Observer):
+    """
+    Hidden states of the prompts and answers of one call of `generate`, as a context manager around it.
+
+    A decoder whose steps are not one token of every row each (beams, chunked generation), that takes more than
+    embeddings and positions, or whose cache has no room for a further token must read the sequences again.
+    """
+
+    def __init__(self, decoder: nn.Module):
+        super().__init__(decoder)
+        self.states: list[torch.Tensor] = []
+        self.inputs: dict = {}
+
+    def after(self, inputs, outputs):
+        self.inputs = inputs
+        self.states.append(outputs.last_hidden_state)
+
+    @torch.no_grad()
+    def finish(self, sequences: torch.LongTensor) -> torch.Tensor | None:
+        """Hidden states `(B, L, D)` of the generated sequences; `None` if they must be read again."""
+        rows, length = sequences.shape
+        steps = {tuple(states.shape[:2]) for states in self.states[1:]}
+        whole = sum(states.shape[1] for states in self.states) == length - 1
+        if not (whole and len(self.states[0]) == rows and steps <= {(rows, 1)} and is_plain(self.inputs)):
+            return None
+        inputs = dict(self.inputs)
+        if type(inputs.get("past_key_values")) is not DynamicCache or not inputs.get("use_cache", True):
+            return None
+        inputs["inputs_embeds"] = self.decoder.get_input_embeddings()(sequences[:, -1:])
+        if inputs.get("position_ids") is not None:
+            inputs["position_ids"] = inputs["position_ids"][..., -1:] + 1
+        if inputs.get("attention_mask") is not None:
+            inputs["attention_mask"] = nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)
+        return torch.cat([*self.states, self.decoder(**inputs).last_hidden_state], dim=1)
+
+
+def is_plain(inputs: dict) -> bool:
+    """Whether a language model's inputs are embeddings, positions and padding, a cache and nothing further."""
+    tensors = {name for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+    others = {name for name, value in inputs.items() if isinstance(value, (list, tuple, dict)) and value}
+    mask = inputs.get("attention_mask")
+    return (
+        "inputs_embeds" in tensors
+        and tensors <= {"inputs_embeds", "attention_mask", "position_ids"}
+        and not others
+        and (mask is None or mask.ndim == 2)
+    )
+
+
+def settle_options(
+    defaults: GenerationConfig, options: dict, prompt_length: int
+) -> tuple[GenerationConfig, dict[str, object]]:
+    """
+    The settings of one call, and those of its options that are none (inputs of the model, a streamer). What only saves
+    time where it can be used is left out with a warning.
+
+    Args:
+        defaults: Settings of the model.
+        options: Those of the call, over them; `generation_config` among them is overridden by single ones, and None
+            stands for "not given".
+
+    Raises:
+        ValueError: Decoding by code of the caller's, `custom_generate`.
+    """
+    options = {name: value for name, value in options.items() if value is not None}
+    given = options.pop("generation_config", None)
+    given = {} if given is None else {name: value for name, value in given.to_dict().items() if value is not None}
+    settings = copy.deepcopy(defaults)
+    for changes in (given, options):
+        if "max_length" in changes and "max_new_tokens" not in changes:
+            changes = {**changes, "max_new_tokens": max(0, changes["max_length"] - prompt_length)}
+        rest = settings.update(**changes)
+    settings.max_length = None
+    if settings.max_new_tokens is None:
+        settings.max_new_tokens = DEFAULT_MAX_NEW_TOKENS
+    for name in SAVINGS:
+        is_given = rest.pop(name, None) is not None
+        if getattr(settings, name, None) is not None:
+            is_given = True
+            setattr(settings, name, None)
+        if is_given:
+            logger.warning_once(
+                f"{name} is left out: it cannot be used with images, and plain decoding answers alike."
+            )
+    if rest.get("custom_generate"):
+        raise ValueError("custom_generate is not supported: PLUM decodes as transformers does; leave it out.")
+    return settings, rest
+
+
+def stop_tokens(settings: GenerationConfig, device: torch.device) -> torch.LongTensor:
+    """The tokens that end an answer, on the device of what they are compared with."""
+    stop = settings.eos_token_id
+    return torch.as_tensor([] if stop is None else stop, device=device, dtype=torch.long).flatten()
+
+
+def find_ends(
+    sequences: torch.LongTensor, prompt_mask: torch.Tensor, settings: GenerationConfig
+) -> tuple[torch.Tensor, torch.BoolTensor, torch.BoolTensor]:
+    """
+    Where the answers of generated sequences `(B, L)` end, `prompt_mask` `(B, P)` being the prompts' attention mask.
+
+    Returns:
+        Attention mask `(B, L)`, up to and with the stop token; answer mask `(B, L)`, without it; and `(B,)`, whether
+        an answer was cut off: neither a stop token nor a text that the caller named as `stop_strings` ended it.
+    """
+    answers = sequences[:, prompt_mask.shape[1] :]
+    stops = torch.isin(answers, stop_tokens(settings, answers.device))
+    if settings.pad_token_id is not None:
+        # A row that ended otherwise is filled up with padding while others go on.
+        stops = stops | ((answers != settings.pad_token_id).flip(1).cumsum(1).flip(1) == 0)
+    before_or_at_stop = stops.cumsum(dim=1) - stops.int() == 0
+    attention_mask = torch.cat([prompt_mask, before_or_at_stop.to(prompt_mask)], dim=1)
+    answer_mask = torch.cat([torch.zeros_like(prompt_mask, dtype=torch.bool), before_or_at_stop & ~stops], dim=1)
+    at_limit = not settings.stop_strings or answers.shape[1] >= settings.max_new_tokens
+    return attention_mask, answer_mask, ~stops.any(dim=1) & at_limit
+
+
+def check_generation_file(name: str, **hub_options) -> bool:
+    """
+    Whether a checkpoint has a generation config; `ValueError` if it is damaged: transformers would go on without it.
+
+    Args:
+        name: Folder or Hub name.
+        hub_options: As in `from_pretrained`, such as `revision`.
+    """
+    path = cached_file(
+        name,
+        GENERATION_CONFIG_NAME,
+        **hub_options,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    if path is None:
+        return False
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path} cannot be read as JSON: {error}; restore it, or delete it for the defaults."
+        ) from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, found a {type(content).__name__}; restore it.")
+    return True
