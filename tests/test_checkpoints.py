@@ -56,7 +56,7 @@ def mean_iou(folder: Path, records: Dataset) -> float:
         ]
         chat = [{"role": "user", "content": content}, record["messages"][1]]
         inputs = processor.apply_chat_template([chat], tokenize=True, return_dict=True)
-        (answer,) = processor.post_process_segmentation(model.segment_spans(**inputs))
+        (answer,) = processor.post_process_segmentation(model.segment(**inputs))
         true = [mask["rle"] for mask in record["masks"][: len(answer.spans)]]
         if true:
             ious += matched_ious([encode(span.mask) for span in answer.spans], true)
