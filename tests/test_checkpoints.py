@@ -26,7 +26,9 @@ def test_the_copies_of_code_are_the_code_of_the_repository():
     assert {path.name for path in FOLDER.glob("*.py")} == set(CHECKPOINT_CODE)
 
 
-@pytest.mark.parametrize("folder, largest", [(FOLDER, 12e6), (PHOTOS, 16e6)], ids=lambda value: getattr(value, "name", ""))
+@pytest.mark.parametrize(
+    "folder, largest", [(FOLDER, 12e6), (PHOTOS, 16e6)], ids=lambda value: getattr(value, "name", "")
+)
 def test_it_is_small_and_its_card_names_no_place_of_the_machine_that_made_it(folder, largest):
     assert sum(path.stat().st_size for path in folder.iterdir()) < largest
     for name in ("README.md", "recipe.yaml"):
