@@ -352,7 +352,7 @@ def check_evaluation(recording, model, case, spans, close=CLOSE):
     about, expected = recording.description["eval"][case], recording.load(case)
     assert spans.tolist() == [[row, *span] for row, found in enumerate(about["spans"]) for span in found]
     batch = recording.evaluation_batch()
-    outputs = model.segment(**batch, labels=batch["input_ids"], spans=spans)
+    outputs = model.segment_spans(**batch, labels=batch["input_ids"], spans=spans)
     assert_close(outputs.span_logits, expected["seg_logits"], **CLOSE)
     assert_close(outputs.pred_masks, numbered(expected, "low_res_masks")[:, 0], **close)
     predicted = [score for row in about["iou_predictions"] for score in row]
@@ -411,6 +411,6 @@ def test_a_generated_answer_and_its_masks_equal_the_recorded_ones(whole_recordin
     tags = whole_model(**batch).span_logits.argmax(dim=-1)
     spans = decode_spans(tags)
     assert spans[:, 1:].tolist() == about["spans"][0]
-    outputs = whole_model.segment(**batch, labels=batch["input_ids"], spans=spans)
+    outputs = whole_model.segment_spans(**batch, labels=batch["input_ids"], spans=spans)
     assert_close(outputs.span_logits, expected["seg_logits"], **CLOSE)
     assert_close(outputs.pred_masks, numbered(expected, "low_res_masks")[:, 0], **CLOSE)

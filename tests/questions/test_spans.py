@@ -46,4 +46,4 @@ def test_no_phrase_or_an_empty_phrase_is_an_error(phrases):
 def test_a_literal_tag_in_an_answer_is_escaped_and_grounds_nothing():
     tagged = tag_phrases(PREFIX + "<p>, and hull.", ["<p>", "hull"])
     assert tagged == PREFIX + r"<p>\<p></p>, and <p>hull</p>."
-    assert tagged_phrases(tagged) == [r"\<p>", "hull"]
+    assert tagged_phrases(tagged) == ["<p>", "hull"]
