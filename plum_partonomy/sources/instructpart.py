@@ -54,7 +54,7 @@ class InstructPart:
     published_counts: ClassVar[dict[str, dict[str, int]]] = {"train": {"samples": 1800}, "test": {"samples": 600}}
 
     def __init__(self, folder: str | Path, *, split: str = "train"):
-        """Raises DataError if the file of the split is missing or is not a list of records with part lists."""
+        """Raises DataError if the file of the split is missing or not a list; a bad record raises when it is read."""
         self.folder, self.split, self.blank = Path(folder), split, 0
         self.path = find_existing(self.folder, [self.files[split]], what=f"the split {split} of {self.name}")
         records = read_json(self.path)

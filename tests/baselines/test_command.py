@@ -20,6 +20,9 @@ from tests.baselines.tiny_models import tiny_gemma3, tiny_sam3
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples" / "baselines"
+# the stored questions: reading them takes less time than drawing them
+ASKED = ["--dataset", "parquet", "--name", "default", "--data_dir", str(ROOT / "partonomy" / "mini_questions")]
+ASKED += ["--limit", "11", "--max_new_tokens", "3"]
 BREAKS = """        self.asked = getattr(self, "asked", 0) + 1
         if self.asked > 2:
             return [float("nan")] * 5
@@ -38,8 +41,7 @@ def folders(tmp_path_factory):
 
 
 def evaluate(output_dir, *options: str) -> dict:
-    asked = "--name mini_questions --limit 11 --max_new_tokens 3".split()
-    run.main([*asked, "--output_dir", str(output_dir), *options])
+    run.main([*ASKED, "--output_dir", str(output_dir), *options])
     return json.loads((output_dir / "metrics.json").read_text())
 
 
@@ -78,9 +80,8 @@ def test_two_processes_answer_as_one(folders, tmp_path):
     options = ["--baseline", "vlm+sam3", *folders["vlm"], *folders["sam3"], "--batch_size", "2", "--device", "cpu"]
     evaluate(tmp_path / "one", *options)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    asked = "evaluate_plum.py --name mini_questions --limit 11 --max_new_tokens 3".split()
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    command = [*launcher, *asked, "--output_dir", str(tmp_path / "two"), *options]
+    command = [*launcher, "evaluate_plum.py", *ASKED, "--output_dir", str(tmp_path / "two"), *options]
     subprocess.run(command, cwd=ROOT, env=environment, check=True)
     assert json.loads((tmp_path / "two" / "metrics.json").read_text())["run"]["processes"] == 2
     one, two = ((tmp_path / name / "predictions.jsonl").read_text() for name in ("one", "two"))
@@ -126,7 +127,7 @@ def test_the_helper_of_foreign_environments_writes_a_file_that_is_scored_and_goe
 
     path = tmp_path / "answers.jsonl"
     helper.write_answers(shards, path, segment)
-    _, questions = load_questions("partonomy", name="mini_questions", split="validation")
+    _, questions = load_questions("parquet", name="default", split="validation", data_dir=ASKED[5])
     predictions, problems = read_answers(path, questions)
     assert not problems and len(asked) == sum(len(q.choice_parts[q.correct]) for q in questions)
     lines, before = path.read_text(), len(asked)
