@@ -1,4 +1,4 @@
-"""What `plum` does with its arguments: a parser, and a function for each command."""
+"""The commands of `plum`: the parser, and one function per command."""
 
 import argparse
 import json
@@ -22,17 +22,17 @@ DEFAULT_MODEL = Path(__file__).resolve().parents[1] / "checkpoints" / "plum-tiny
 
 
 class PipedConsole(Console):
-    """A console that leaves it to `main` what happens when the reader of its output has left."""
+    """A console that leaves a closed pipe to `main`."""
 
     def on_broken_pipe(self) -> None:
         raise BrokenPipeError
 
 
 def run(arguments: Sequence[str] | None) -> int:
-    """Runs the command of a command line and returns its exit code; problems are exceptions."""
+    """Run a command line and return its exit code; errors are exceptions."""
     options, rest = make_parser().parse_known_args(arguments)
     if rest and options.run not in (evaluate, train):
-        make_parser().parse_args(arguments)  # says which argument is unknown
+        make_parser().parse_args(arguments)  # raises the error for the unknown argument
     try:
         return options.run(options, rest) or 0
     except DataError as error:
@@ -46,18 +46,22 @@ def make_parser() -> Options:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     about_an_image = Options(add_help=False)
-    about_an_image.add_argument("image", metavar="IMAGE", help="image file, its URL, or - for the standard input")
-    about_an_image.add_argument("--model", default=DEFAULT_MODEL, help="folder, or name on the Hub; plum-tiny if none")
-    about_an_image.add_argument("--json", action="store_true", help="one JSON object a line, masks as RLE")
-    about_an_image.add_argument("--save", type=Path, metavar="DIR", help="write overlay, masks and COCO json here")
+    about_an_image.add_argument("image", metavar="IMAGE", help="image file, URL, or - for standard input")
+    about_an_image.add_argument("--model", default=DEFAULT_MODEL, help="folder or name on the Hub; default: plum-tiny")
+    about_an_image.add_argument(
+        "--json", action="store_true", help="print one JSON object per line, with masks as RLE"
+    )
+    about_an_image.add_argument("--save", type=Path, metavar="DIR", help="folder for overlay, masks and COCO json")
 
     command = commands.add_parser("ask", parents=[about_an_image], help="ask one question about an image")
     command.add_argument("question", help="the question")
     command.set_defaults(run=ask)
-    command = commands.add_parser("chat", parents=[about_an_image], help="ask questions, one a line")
+    command = commands.add_parser("chat", parents=[about_an_image], help="ask questions, one per line")
     command.set_defaults(run=chat)
     command = commands.add_parser("segment", parents=[about_an_image], help="segment parts that you name")
-    command.add_argument("--spans", required=True, metavar='"PART, PART"', help="the parts, with commas between")
+    command.add_argument(
+        "--spans", required=True, metavar='"PART, PART"', help="names of the parts, separated by commas"
+    )
     command.set_defaults(run=segment)
     command = commands.add_parser("eval", add_help=False, help="score a model or its answers (evaluate_plum.py)")
     command.set_defaults(run=evaluate)
@@ -76,7 +80,7 @@ def positive(text: str) -> int:
 
 
 def known_source(name: str) -> str:
-    from plum_partonomy.sources.validate import CHECKS  # takes longer to import than all of --help
+    from plum_partonomy.sources.validate import CHECKS  # slower to import than --help takes
 
     if name not in CHECKS:
         raise argparse.ArgumentTypeError(f"expected one of {', '.join(CHECKS)}, found {name!r}")
@@ -85,17 +89,17 @@ def known_source(name: str) -> str:
 
 def add_data_commands(parser: Options) -> None:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    command = commands.add_parser("validate", help="check your copy of a data set before a long build")
-    help = "what the copy is of, such as pascal_part; default: own_parts"
+    command = commands.add_parser("validate", help="check a downloaded data set before a long build")
+    help = "name of the data set, such as pascal_part; default: own_parts"
     command.add_argument("source", nargs="?", type=known_source, default="own_parts", metavar="SOURCE", help=help)
     command.add_argument("folder", type=Path, metavar="FOLDER")
-    command.add_argument("--errors", type=Path, metavar="FILE.jsonl", help="write every problem to this file")
+    command.add_argument("--errors", type=Path, metavar="FILE.jsonl", help="file for all problems")
     command.set_defaults(run=validate)
 
     of_a_split = Options(add_help=False)
     of_a_split.add_argument("name", help='configuration of load_dataset("partonomy", ...), such as mini_questions')
     of_a_split.add_argument("--split", default="test", help="default: test")
-    of_a_split.add_argument("--data_dir", help="folder of raw data, for the names that need one")
+    of_a_split.add_argument("--data_dir", help="folder of raw data, if the name needs one")
     command = commands.add_parser("stats", parents=[of_a_split], help="count records, objects, parts and masks")
     command.add_argument("--json", action="store_true", help="as JSON")
     command.set_defaults(run=count)
@@ -127,9 +131,9 @@ def segment(options: argparse.Namespace, rest: Sequence[str]) -> None:
 
 
 def chat(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    """Goes on after a question that cannot be answered, and counts as failed in the end."""
+    """Continue after a question that cannot be answered, and return 1 at the end if there was one."""
     if options.image == "-":
-        raise DataError("The questions come from the standard input: give the image as a file.")
+        raise DataError("The questions come from standard input: pass the image as a file.")
     plum, image = open_both(options)
     from plum_partonomy.inference.one_image import ask, remember
 
@@ -148,7 +152,7 @@ def chat(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 
 def read_questions() -> Iterator[str]:
-    """The lines of the standard input, with a prompt on a terminal."""
+    """Yield the lines of standard input, with a prompt on a terminal."""
     while True:
         try:
             line = input("> ") if sys.stdin.isatty() and sys.stdout.isatty() else input()
@@ -161,11 +165,11 @@ def read_questions() -> Iterator[str]:
 
 
 def open_both(options: argparse.Namespace):
-    """The image first, which is read in no time, then the model and all that it takes to import."""
+    """Return image and model. The image is read first, before the slow imports of the model."""
     image = read_image(sys.stdin.buffer if options.image == "-" else options.image)
     if options.model == DEFAULT_MODEL and not DEFAULT_MODEL.is_dir():
         raise ModelError(
-            "Expected a model: plum-tiny comes with the repository, not with the installed package; pass --model with "
+            "Expected --model: plum-tiny is part of the repository, not of the installed package; pass --model with "
             "a folder or a name on the Hub."
         )
     from transformers.utils.logging import disable_progress_bar
@@ -178,7 +182,7 @@ def open_both(options: argparse.Namespace):
 
 
 def show(plum, reply, options: argparse.Namespace, *, folder: Path | None = None) -> None:
-    """Prints an answer, its spans in the colours of their masks, and saves it where that is asked for."""
+    """Print an answer, with its spans in the colours of their masks, and save it if requested."""
     from plum_partonomy.inference.one_image import as_json, finish, save, warn_of_unknown_image
     from plum_partonomy.scoring.overlays import highlight, pick_colours
 
@@ -193,7 +197,7 @@ def show(plum, reply, options: argparse.Namespace, *, folder: Path | None = None
             write()
         return
     if answer.is_truncated:
-        print("plum: the answer is cut off, it is too long.", file=sys.stderr)
+        print("plum: the answer is truncated, it reached the token limit.", file=sys.stderr)
     console = PipedConsole(highlight=False, soft_wrap=True)
     pieces = highlight(answer.text, answer.spans)
     console.print(Text.assemble(*((piece, f"bold {colour}" if colour else "") for piece, colour in pieces)))
@@ -221,7 +225,7 @@ def train(options: argparse.Namespace, rest: Sequence[str]) -> None:
 
 
 def validate(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    """Prints the first problems; returns 1 if there is one."""
+    """Print the first problems; return 1 if there is one."""
     from plum_partonomy.sources.problems import write_problems
     from plum_partonomy.sources.validate import validate
 
@@ -236,14 +240,14 @@ def validate(options: argparse.Namespace, rest: Sequence[str]) -> int:
         print(f"and {len(report.problems) - LISTED_PROBLEMS} more problems")
     if report.problems:
         count = "1 problem" if len(report.problems) == 1 else f"{len(report.problems)} problems"
-        print(f"{options.folder} is not fit for a build: {count}")
+        print(f"{options.folder} cannot be built: {count}")
         return BAD_INPUT
     print(f"{options.folder} is complete")
     return 0
 
 
 def open_split(options: argparse.Namespace):
-    """The records of a split; raises DataError if there is none."""
+    """Return the records of a split. Raises DataError if it does not exist."""
     import datasets
 
     import partonomy_dataset
@@ -254,7 +258,7 @@ def open_split(options: argparse.Namespace):
 
 
 def distinct_masks(row: dict) -> list[dict]:
-    """The masks of a record, each once: a conversation names the same part again and again."""
+    """Return each mask of a record once; a conversation may name a part several times."""
     return list({(mask["label"], mask["rle"]["counts"]): mask for mask in row["masks"]}.values())
 
 

@@ -1,8 +1,8 @@
-"""Whether the Hub can describe a data set in Croissant (mlcommons.org/croissant), from its card and Parquet files.
+"""Check that the Hub can describe a data set in Croissant (mlcommons.org/croissant), from its card and Parquet files.
 
-The Hub writes the description itself. It needs of a repository: a name, a description, a licence, and for each
-configuration files of one schema, whose columns become fields of a record set: texts, numbers, truth values, images,
-and lists or structs of these.
+The Hub writes the description itself. A repository must have a name, a description, a licence, and for each
+configuration files of one schema. The columns become fields of a record set: text, numbers, booleans, images, and
+lists or structs of these.
 """
 
 from pathlib import Path
@@ -23,8 +23,8 @@ def check_croissant(folder: Path) -> dict[str, dict[str, Any]]:
     """Return the fields of each configuration's records: column -> Croissant data type.
 
     Raises:
-        DataError: the card lacks what Croissant requires, or the files of a configuration have none or several
-            schemas; says which.
+        DataError: The card lacks what Croissant requires, or the files of a configuration have no schema or several;
+            says which.
     """
     card = DatasetCard.load(folder / "README.md")
     where, data = f"{folder / 'README.md'}", card.data.to_dict()
@@ -45,7 +45,7 @@ def check_croissant(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def _fields(folder: Path, config: str, data_files: Any) -> dict[str, Any]:
-    """Column -> data type of one configuration, the same in all its files."""
+    """Return column -> data type of one configuration, the same in all its files."""
     entries = data_files if isinstance(data_files, list) else [data_files]
     patterns = [entry["path"] if isinstance(entry, dict) else entry for entry in entries]
     patterns = [path for pattern in patterns for path in ([pattern] if isinstance(pattern, str) else pattern)]

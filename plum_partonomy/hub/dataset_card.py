@@ -1,4 +1,4 @@
-"""The card of an exported data set, written from facts: the rows themselves, their sources and the measured leak."""
+"""Write the card of an exported data set from its rows, their sources and the measured leak."""
 
 import json
 import re
@@ -16,7 +16,7 @@ from plum_partonomy.sources.splits import DRAWN_SPLITS, PUBLISHED_PARTS
 from plum_partonomy.sources.statistics import Statistics
 
 MAX_LITERAL = 200
-"""Characters of a foreign text that a card shows."""
+"""Maximum number of characters of a foreign text on a card."""
 
 SIZE_CATEGORIES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"))
 
@@ -24,7 +24,7 @@ SIZE_CATEGORIES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), 
 class Provenance(NamedTuple):
     title: str
     origin: str
-    """Who took the images and who drew the masks."""
+    """The origin of the images and the masks."""
 
 
 PROVENANCE = {
@@ -71,7 +71,7 @@ PROVENANCE = {
         "annotators for all 1,000 classes.",
     ),
 }
-"""Source -> where its images and masks come from."""
+"""Source -> origin of its images and masks."""
 
 DRAWN = (
     "About a tenth of the images, each drawn by its path, is for validation and a tenth for the test, or the splits "
@@ -84,7 +84,7 @@ SPLITS = {
     **dict.fromkeys(PUBLISHED_PARTS, "The splits are those of the published files; no image is in two of them."),
     "partimagenet_pp": "The publishers name no splits: the last tenth of the images of a class is for the test.",
 }
-"""Source -> where its splits come from."""
+"""Source -> origin of its splits."""
 PUBLISHED_SPLITS = "The splits are those of the published files."
 
 FIELDS = {
@@ -213,7 +213,7 @@ Parquet with embedded images in CONFIG/SPLIT-*.parquet.
 
 @dataclass
 class ConfigFacts:
-    """What the card says of one config."""
+    """The facts about one configuration on the card."""
 
     name: str
     source: str
@@ -223,17 +223,19 @@ class ConfigFacts:
     leaks: dict[str, Leak | None] = field(default_factory=dict)
     """Scheme -> leak."""
     made_with: str = ""
-    """The scheme that the exported questions are made with."""
+    """Distractor scheme of the exported questions."""
     left_out: int = 0
 
 
 def make_card(configs: list[ConfigFacts], *, folder: str, command: str, citation: str, graphs: bool) -> str:
     """
+    Return the card as Markdown.
+
     Args:
-        configs: at least one.
-        folder: name of the data set's folder or repository.
-        command: what wrote the data set.
-        graphs: whether part and instance graphs lie beside the rows.
+        configs: At least one.
+        folder: Name of the data set's folder or repository.
+        command: Command that wrote the data set.
+        graphs: Whether there are part and instance graphs beside the rows.
     """
     sources = list(dict.fromkeys(config.source for config in configs))
     known = [PROVENANCE.get(source, Provenance(source, f"See the source of `{source}`.")) for source in sources]
@@ -262,7 +264,7 @@ def make_card(configs: list[ConfigFacts], *, folder: str, command: str, citation
 
 
 def literal(text: str) -> str:
-    """A foreign text, such as the name in a descriptor, as Markdown that shows it and does nothing else.
+    """Return a foreign text, such as the name in a descriptor, as Markdown that only displays it.
 
     >>> literal("car parts"), literal("<img src=x>")
     ('car parts', '`<img src=x>`')
@@ -320,7 +322,7 @@ def _leak_table(leaks: dict[str, Leak | None]) -> dict[str, list]:
 
 
 def _fields(configs: list[ConfigFacts]) -> list[tuple[list[str], list[tuple[str, str, str]]]]:
-    """The configs that have equal features, and each of these features."""
+    """Return groups of configurations with equal features, and these features."""
     groups: dict[str, tuple[list[str], list[tuple[str, str, str]]]] = {}
     for config in configs:
         features = [(name, _type(feature), FIELDS[name]) for name, feature in config.features.items()]
@@ -331,6 +333,8 @@ def _fields(configs: list[ConfigFacts]) -> list[tuple[list[str], list[tuple[str,
 
 def _type(feature: datasets.features.features.FeatureType) -> str:
     """
+    Return a feature type in words.
+
     >>> _type(datasets.List({"label": datasets.Value("string")}))
     'list of {label: string}'
     """

@@ -1,14 +1,14 @@
-"""The Hub's own results: `eval.yaml` of a benchmark data set, and `.eval_results/NAME.yaml` of a model.
+"""Write results for the Hub: `eval.yaml` of a benchmark data set, and `.eval_results/NAME.yaml` of a model.
 
-eval.yaml names one task for each questions configuration and headline metric, since a leaderboard of the Hub ranks one
-number; a file of a model's repository holds its values of the tasks of one configuration:
+eval.yaml defines one task for each question configuration and headline metric, because a leaderboard of the Hub ranks
+one number. A file in a model's repository contains its values for the tasks of one configuration:
 
     - dataset: {id: user/partonomy, task_id: mini_questions_choice_accuracy}
       value: 0.74
       date: "2026-11-26T10:00:00+00:00"
       notes: "split test, protocol published"
 
-Formats: huggingface.co/docs/hub/eval-results; entries are made by huggingface_hub, which the Hub reads them with.
+Formats: huggingface.co/docs/hub/eval-results. huggingface_hub makes the entries.
 """
 
 import re
@@ -29,7 +29,7 @@ HEADLINES = {
     "part_f1": "generated_part_f1",
     "generated_giou": "end_to_end_giou",
 }
-"""End of a task's id -> the metric of metrics.json that it ranks; all are shares, larger is better."""
+"""Suffix of a task id -> metric of metrics.json; all are shares, larger is better."""
 
 FIELDS = {"name": str, "description": str, "evaluation_framework": str, "tasks": list}
 
@@ -65,7 +65,7 @@ def make_eval_yaml(name: str, configs: Sequence[str], *, split: str = "test") ->
 
 
 def check_eval_yaml(text: str, *, configs: Sequence[str]) -> None:
-    """Raise DataError unless a text is an eval.yaml whose tasks are of these configurations, each id once."""
+    """Raise DataError unless a text is an eval.yaml with tasks of these configurations and unique ids."""
     try:
         record = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -98,7 +98,7 @@ def make_eval_results(metrics: dict[str, Any], *, benchmark: str) -> str:
         benchmark: name of the data set on the Hub whose eval.yaml has the tasks.
 
     Raises:
-        DataError: the evaluation is no evaluation of PARTONOMY's questions, or has none of the headline metrics.
+        DataError: The evaluation is not one of PARTONOMY's questions, or has none of the headline metrics.
     """
     overall, run = metrics["overall"], metrics["run"]
     if "protocol" not in run:

@@ -1,13 +1,13 @@
-"""Answers requests at an inference endpoint of the Hub; `push_to_hub.py model` puts this file beside the weights.
+"""Answer requests at an inference endpoint of the Hub; `push_to_hub.py model` adds this file to the weights.
 
-A request and its answer; an image is an address or base64, RLE counts are COCO's uncompressed run lengths:
+A request and its answer. An image is a URL or base64; RLE counts are COCO's uncompressed run lengths:
 
     {"inputs": {"image": "https://...", "text": "Which parts does it have?"}, "parameters": {"max_new_tokens": 64}}
     {"generated_text": "It has a wheel.", "is_truncated": false, "segments": [
         {"label": "wheel", "start": 9, "end": 14, "score": 0.9, "box": [3, 40, 38, 77],
          "rle": {"size": [480, 640], "counts": [1021, 12, ...]}}]}
 
-It stands alone: an endpoint has the files of the model's repository and transformers.
+The file imports nothing of this library: an endpoint has only the model's repository and transformers.
 """
 
 from typing import Any
@@ -18,7 +18,7 @@ from transformers import pipeline
 
 
 class EndpointHandler:
-    """What the Hub's inference toolkit makes once and calls for each request."""
+    """Created once by the Hub's inference toolkit and called for each request."""
 
     def __init__(self, path: str = ""):
         device = 0 if torch.cuda.is_available() else -1

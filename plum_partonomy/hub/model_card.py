@@ -1,6 +1,6 @@
 """
-The card of a checkpoint, written from what is known: from its config, the headers of its weights, the
-recipe and state of its training and its metrics.json. The data set's is written by scripts/export_parquet.py.
+Write the card of a checkpoint from its config, the headers of its weights, the recipe and state of its training,
+and its metrics.json. scripts/export_parquet.py writes the cards of data sets.
 """
 
 import json
@@ -25,8 +25,8 @@ PRIVATE_OPTIONS = (
     "hub_token",
 )
 PAPER = "https://arxiv.org/abs/2505.20759"
-TASK = "grounded-image-text-to-text"  # of the pipeline that a checkpoint brings along
-LICENSE = "apache-2.0"  # of the code and of the drawings, so of whatever is trained from them alone
+TASK = "grounded-image-text-to-text"  # of the pipeline in the checkpoint
+LICENSE = "apache-2.0"  # of the code and the drawings, and so of models trained from them alone
 FIGURES = {
     "strict_macro_giou": "gIoU, macro, strict (masks of the correct answer)",
     "strict_micro_giou": "gIoU, micro, strict",
@@ -152,7 +152,7 @@ CITATION = """@inproceedings{blume2025partonomy,
 
 
 def write_recipe(folder: Path, options: dict) -> None:
-    """Writes `recipe.yaml`, the options of a training without tokens and the places of its files on this machine."""
+    """Write `recipe.yaml`: the options of a training run, without tokens and local paths."""
     (folder / RECIPE_FILE).write_text(yaml.safe_dump(_without_private_options(options), sort_keys=False))
 
 
@@ -167,16 +167,16 @@ def make_model_card(
     about: str | None = None,
 ) -> ModelCard:
     """
-    The card of a checkpoint.
+    Return the card of a checkpoint.
 
     Args:
-        folder: The checkpoint, with `recipe.yaml`, `trainer_state.json` and `training_curves.png` where it has them.
+        folder: The checkpoint, with `recipe.yaml`, `trainer_state.json` and `training_curves.png` if available.
         repo_id: Its name on the Hub; default: the name of the folder.
         revision: The commit, tag or branch that the example loads.
         metrics: Content of the metrics.json of its evaluation.
-        further: Those of other evaluations, of questions or by `--task correction`.
-        license: Of the weights. Known without being told for a model trained from scratch on drawings alone.
-        about: Markdown on what the model knows, what it was trained on and on which terms it may be used.
+        further: Content of the metrics.json of other evaluations, of questions or by `--task correction`.
+        license: Licence of the weights; known by default for a model trained from scratch on drawings only.
+        about: Markdown about what the model recognises, its training data and terms of use.
     """
     recipe, name = _read_recipe(folder), (repo_id or folder.resolve().name).split("/")[-1]
     bases = [recipe[key] for key in ("model", "vlm", "sam") if _is_on_the_hub(recipe.get(key))]
@@ -218,7 +218,7 @@ def make_model_card(
 
 
 def _is_drawn(recipe: dict) -> bool:
-    """Whether all training data are the drawings that this project makes."""
+    """Return whether all training data are drawings of this project."""
     sources = [recipe | entry for entry in recipe.get("mixture", [{}])]
     return all(
         source.get("dataset", "partonomy") == "partonomy" and source.get("name", "mini").startswith("mini")
@@ -259,7 +259,7 @@ def _describe_architecture(folder: Path) -> str:
 
 
 def _describe_training(folder: Path, *, keeps_best: bool) -> str:
-    """Length of the training, and the metrics of the weights that were kept: the best or the last ones."""
+    """Return the length of the training, and the metrics of the kept weights: the best or the last ones."""
     path = folder / TRAINER_STATE_FILE
     if not path.is_file():
         return f"By `train.py` with the options below (`{RECIPE_FILE}`)."
@@ -281,7 +281,7 @@ def _intervals(metrics: dict | None) -> dict[str, list[float]]:
 
 
 def _without_places(command: str) -> str:
-    """A command line whose paths are the names of their files and folders: the rest is a disk of no concern."""
+    """Return a command line with each path reduced to its file or folder name."""
     return " ".join(Path(word).name if Path(word).is_absolute() else word for word in command.split())
 
 
@@ -297,7 +297,7 @@ def _as_rows(overall: dict, intervals: dict) -> list[list[str]]:
 
 
 def _as_table(metrics: dict) -> dict:
-    """Title, columns, rows and command of one further evaluation."""
+    """Return title, columns, rows and command of one further evaluation."""
     overall, run = metrics["overall"], metrics["run"]
     place = f"`{run['name']}`, split `{run['split']}`"
     command = {"command": _without_places(run.get("command", ""))}

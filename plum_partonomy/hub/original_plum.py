@@ -1,7 +1,7 @@
-"""What the authors' PLUM (github.com/AnselBlume/partonomy) calls its tensors and options, beside what they are here.
+"""Map the tensor names and options of the authors' PLUM (github.com/AnselBlume/partonomy) to those of this project.
 
-A pair of names ends in a dot where it stands for all that begins with it; `*` is any number. The first pair that fits
-counts. The same table is read in both directions.
+A pair of names that ends in a dot stands for all names with this prefix; `*` is any number. The first matching pair
+applies. The same table is used in both directions.
 """
 
 import json
@@ -46,13 +46,13 @@ CHAT_TEMPLATE = """\
 """The conversation format `llava_v1` of the original, with the image marked at its start and end."""
 
 UNUSED = {
-    r"^mask_pooler\.mask_modulator\.projections\.2\.": "FiLM of a third block, which the original never calls",
+    r"^mask_pooler\.mask_modulator\.projections\.2\.": "FiLM of a third block, never called in the original",
     r"\.rotary_emb\.inv_freq$": "a constant that the model computes",
     r"\.embeddings\.position_ids$": "a constant that the model computes",
     r"(^|\.)teacher_llm\.": "the frozen language model of the KL loss, a second copy",
     r"\.original_module\.": "weights that a trained copy (modules_to_save) replaces",
 }
-"""Tensors of the original that have no place here, with the reason."""
+"""Tensors of the original without a counterpart here, with the reason."""
 
 SHARED = (
     ("mask_pooler.prompt_encoder.", SAM + "prompt_encoder."),
@@ -60,7 +60,7 @@ SHARED = (
     ("mask_pooler.block2.0.", SAM + "prompt_encoder.mask_downscaling."),
     ("mask_pooler.final_conv.", SAM + "prompt_encoder.mask_downscaling.6."),
 )
-"""Further names of tensors that the original's mask pooler shares with SAM's prompt encoder."""
+"""Additional names of tensors that the original's mask pooler shares with SAM's prompt encoder."""
 
 LANGUAGE_SIDE = (
     ("lm_head.", "vlm.lm_head."),
@@ -127,7 +127,7 @@ SAM_DECODER = (
 
 
 def name_pairs(config: PlumConfig) -> list[tuple[str, str]]:
-    """(original, here) for every tensor that differs in nothing but its name."""
+    """Return (original, here) for each tensor that differs only in its name."""
     decoder = "mask_decoder.output_hypernetworks_mlps.*."
     head, depth = "mask_decoder.iou_prediction_head.", config.sam_config.mask_decoder_config.iou_head_depth
     pairs = [*LANGUAGE_SIDE, *SPAN_SIDE, *SAM_ENCODERS, *SAM_DECODER]
@@ -141,7 +141,7 @@ def name_pairs(config: PlumConfig) -> list[tuple[str, str]]:
 
 
 def rename(name: str, pairs: list[tuple[str, str]]) -> str | None:
-    """The second name of the first pair whose first name fits, or None."""
+    """Return the second name of the first pair whose first name matches, or None."""
     for source, destination in pairs:
         pattern = re.escape(source).replace(r"\*", r"(\d+)") + ("(?P<rest>.*)" if source.endswith(".") else "")
         if match := re.fullmatch(pattern, name):
@@ -175,8 +175,8 @@ PLUM_OPTIONS = {
     "focal_tversky_alpha": "tversky_false_negative_weight",
     "focal_tversky_beta": "tversky_false_positive_weight",
 }
-"""Options of the original that a shape does not tell, with their names here. Its KL sigma is not among them: it was
-never used, so the default of 1 is what the original computed."""
+"""Options of the original that no tensor shape determines -> names here. Its KL sigma is missing because the original
+never used it, which equals the default of 1."""
 
 
 def read_json(path: Path) -> dict:
@@ -191,8 +191,8 @@ def read_json(path: Path) -> dict:
 
 def read_options(checkpoint: Path, config_file: Path | None) -> dict[str, dict]:
     """
-    What shapes do not tell, as an object with the keys `llm`, `clip`, `sam` and `plum`: from a file of this form, or
-    from the checkpoint's LLaVA-style config.json, which holds all of it on one level.
+    Return the options that tensor shapes do not determine, with the keys `llm`, `clip`, `sam` and `plum`: from a
+    file of this form, or from the checkpoint's LLaVA-style config.json, which has all of them on one level.
     """
     if config_file is not None:
         return read_json(config_file)
@@ -208,7 +208,7 @@ def read_options(checkpoint: Path, config_file: Path | None) -> dict[str, dict]:
 
 
 class Shapes(dict):
-    """Tensors by their original names, of which only shapes are looked at."""
+    """Tensors by their original names, used for their shapes only."""
 
     def size(self, name: str, axes: int) -> torch.Size:
         if name not in self:
@@ -218,22 +218,22 @@ class Shapes(dict):
         return self[name].shape
 
     def count(self, pattern: str) -> int:
-        """How many different numbers stand at the `*` of a beginning of names."""
+        """Return the number of different values of the `*` in a name prefix."""
         pattern = re.escape(pattern).replace(r"\*", r"(\d+)")
         return len({match[1] for name in self if (match := re.match(pattern, name))})
 
 
 def read_config(shapes: Shapes, options: dict[str, dict], tower: CLIPVisionConfig | None) -> PlumConfig:
     """
-    The configuration of a checkpoint.
+    Return the configuration of a checkpoint.
 
     Args:
         shapes: Its tensors, LoRA merged.
-        options: What shapes do not tell, by part: `llm`, `clip`, `sam`, `plum`; see the parts below.
-        tower: Configuration of the vision tower, where its tensors are not those of the checkpoint.
+        options: Options that shapes do not determine, with the keys `llm`, `clip`, `sam`, `plum`; see below.
+        tower: Configuration of the vision tower, if the checkpoint does not contain its tensors.
 
     Raises:
-        ValueError: A tensor that tells a size, or an option that no tensor tells, is missing.
+        ValueError: A tensor that determines a size, or an option that no tensor determines, is missing.
     """
     plum = options.get("plum", {})
     single = "model.mm_projector.weight" in shapes
@@ -253,7 +253,7 @@ def read_config(shapes: Shapes, options: dict[str, dict], tower: CLIPVisionConfi
         sam_config=_sam_config(shapes, options.get("sam", {})),
         span_tagger_num_layers=shapes.count("bio_encoder.encoder.layers.*."),
         span_tagger_intermediate_size=_tagger_width(shapes),
-        # Its own configuration may say otherwise: the original saves merged checkpoints with this option reset.
+        # Not read from its configuration: the original saves merged checkpoints with this option reset.
         mask_feedback="mask_pooler.queries" in shapes,
         span_loss_scope="sequence",
         **{name: plum[original] for original, name in PLUM_OPTIONS.items() if plum.get(original) is not None},
@@ -268,7 +268,7 @@ def _tagger_width(shapes: Shapes) -> int:
 def _required(options: dict, name: str, part: str) -> Any:
     if options.get(name) is None:
         raise ValueError(
-            f"No tensor tells the {part}'s {name}: put it into the `{part}` object of a JSON file and give it as "
+            f"No tensor determines the {part}'s {name}: put it into the `{part}` object of a JSON file and pass it as "
             "--config, or add the checkpoint's config.json."
         )
     return options[name]
@@ -281,7 +281,7 @@ def _text_config(shapes: Shapes, options: dict) -> dict:
     return {
         "model_type": "llama",
         **{name: options[name] for name in LLAMA_OPTIONS if options.get(name) is not None},
-        "vocab_size": vocab_size + 1,  # the image placeholder, which the original has outside its vocabulary
+        "vocab_size": vocab_size + 1,  # the image placeholder, outside the vocabulary of the original
         "hidden_size": width,
         "intermediate_size": shapes.size("model.layers.0.mlp.gate_proj.weight", 2)[0],
         "num_hidden_layers": shapes.count("model.layers.*."),
@@ -293,7 +293,7 @@ def _vision_config(shapes: Shapes, options: dict) -> dict:
     embeddings, layers = VISION_TOWER + "vision_model.embeddings.", VISION_TOWER + "vision_model.encoder.layers."
     if embeddings + "patch_embedding.weight" not in shapes:
         raise ValueError(
-            "The checkpoint leaves its vision tower out; give the transformers folder of the CLIP model that it was "
+            "The checkpoint has no vision tower; pass the transformers folder of the CLIP model that it was "
             "trained with (mm_vision_tower in its config.json) as --vision_tower."
         )
     width, _, patch_size, _ = shapes.size(embeddings + "patch_embedding.weight", 4)
@@ -316,7 +316,7 @@ def _sam_config(shapes: Shapes, options: dict) -> dict:
     grid = shapes.size(encoder + "pos_embed", 4)[1]
     channels = shapes.size(encoder + "neck.0.weight", 4)[0]
     depth = shapes.count(encoder + "blocks.*.")
-    # Relative positions reach over 2w - 1 cells in a window of w and over the whole grid without one.
+    # Relative positions cover 2w - 1 cells in a window of w, and the whole grid without one.
     reach = [(shapes.size(f"{encoder}blocks.{i}.attn.rel_pos_h", 2)[0] + 1) // 2 for i in range(depth)]
     return {
         "vision_config": {
@@ -354,7 +354,7 @@ def _sam_config(shapes: Shapes, options: dict) -> dict:
 
 
 def original_options(config: PlumConfig) -> dict[str, dict]:
-    """The options from which [`read_config`] makes the same configuration again."""
+    """Return the options from which [`read_config`] makes the same configuration again."""
     text, vision = config.vlm_config.text_config, config.vlm_config.vision_config
     llm = {name: getattr(text, name, None) for name in LLAMA_OPTIONS if name != "rope_theta"}
     return {

@@ -1,4 +1,4 @@
-"""Parquet shards of bounded size, their images embedded, and a file of their checksums."""
+"""Write Parquet shards of bounded size with embedded images, and a file of their checksums."""
 
 import hashlib
 from collections.abc import Iterator
@@ -13,19 +13,19 @@ from pyarrow import parquet
 CHECKSUMS_FILE = "SHA256SUMS"
 MAX_SHARD_BYTES = 300_000_000
 MAX_GROUP_BYTES = 64 * 1024**2
-"""Largest row group, in bytes before compression, repeated images counted once; also what a dictionary may hold."""
+"""Maximum size of a row group and of a dictionary, in bytes before compression; repeated images count once."""
 
 _BATCH_ROWS = 100
 _FOOTER_BYTES = 16 * 1024
-"""More than the schema and the places of the row groups take at the end of a file."""
+"""Upper bound of the schema and row group metadata at the end of a file."""
 
 
 def write_shards(rows: datasets.Dataset, folder: Path, *, split: str, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
-    """Writes SPLIT-00000-of-0000N.parquet, with the rows in order.
+    """Write SPLIT-00000-of-0000N.parquet files, with the rows in order.
 
-    A shard is closed before the next row group would take it beyond `max_shard_bytes`; only a row that is larger by
-    itself makes a larger one. An image that several rows of a group share is stored once. The same rows and versions
-    of the libraries give the same bytes.
+    A shard ends before a row group would exceed `max_shard_bytes`; only a single row that is larger makes a larger
+    shard. An image that several rows of a group share is stored once. The same rows and library versions give the same
+    bytes.
     """
     folder.mkdir(parents=True, exist_ok=True)
     unnumbered: list[Path] = []
@@ -45,7 +45,7 @@ def write_shards(rows: datasets.Dataset, folder: Path, *, split: str, max_shard_
 
 
 def write_checksums(folder: Path) -> None:
-    """SHA-256 of every Parquet and JSON file below the folder, in the form that `sha256sum --check` reads."""
+    """Write the SHA-256 of all Parquet and JSON files below the folder, in the format of `sha256sum --check`."""
     paths = sorted(path for path in folder.rglob("*") if path.suffix in (".parquet", ".json", ".jsonl"))
     lines = []
     for path in paths:
@@ -56,7 +56,7 @@ def write_checksums(folder: Path) -> None:
 
 
 def _row_groups(rows: datasets.Dataset, *, limit: int) -> Iterator[tuple[pa.Table, int]]:
-    """Tables with embedded images, and their sizes, at most `limit` bytes unless a single row is larger."""
+    """Yield tables with embedded images, and their sizes: at most `limit` bytes unless a single row is larger."""
     pieces, size = [], 0
     schema = rows.features.arrow_schema
     for batch in rows.with_format("arrow").iter(_BATCH_ROWS):
@@ -73,7 +73,7 @@ def _row_groups(rows: datasets.Dataset, *, limit: int) -> Iterator[tuple[pa.Tabl
 
 
 def _pieces(table: pa.Table, *, limit: int) -> Iterator[pa.Table]:
-    """The table, halved until each piece is at most `limit` bytes or one row."""
+    """Yield the table, halved until each piece is at most `limit` bytes or one row."""
     if len(table) < 2 or _distinct_bytes(table) <= limit:
         yield table
         return
@@ -88,7 +88,7 @@ def _distinct_bytes(table: pa.Table) -> int:
 
 
 def _writer(sink: pa.NativeFile, schema: pa.Schema) -> parquet.ParquetWriter:
-    # the schema carries the features; with a large dictionary an image is stored once per row group
+    # the schema contains the features; a large dictionary stores an image once per row group
     return parquet.ParquetWriter(
         sink, schema, compression="zstd", compression_level=19, dictionary_pagesize_limit=MAX_GROUP_BYTES
     )

@@ -1,1 +1,1 @@
-"""Loads a checkpoint, asks about one image, and predicts batches of benchmark questions."""
+"""Load a checkpoint, ask about one image, and predict batches of benchmark questions."""

@@ -1,10 +1,10 @@
 """
-Loading of checkpoints, once it is known that a folder holds one that is safe and sensible to load.
+Check that a folder contains a checkpoint that is safe to load, then load it.
 
-    small files, headers of weights ──check_checkpoint──> nothing is executed, no memory is spent on tensors
-    tensors, tokenizer, processor   ──load_checkpoint───> every tensor of the model came from the files
+    small files, headers of weights ──check_checkpoint──> executes nothing, allocates no memory for tensors
+    tensors, tokenizer, processor   ──load_checkpoint───> all tensors of the model come from the files
 
-Code, adapters and pickles of a checkpoint are never used: the code of this repository reads it.
+Code, adapters and pickles of a checkpoint are never used. The code of this repository reads it.
 """
 
 import json
@@ -30,21 +30,21 @@ from modeling_plum import PlumForConditionalGeneration
 from plum_partonomy.inference.inputs import ModelError
 from processing_plum import PlumProcessor
 
-# A checkpoint is read by the code of this folder, so nobody is asked whether to trust the copy saved with it.
+# The code of this folder reads the checkpoint, so no prompt asks whether to trust the copy saved with it.
 AutoConfig.register("plum", PlumConfig, exist_ok=True)
 
 INDEX_FILE, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
 GENERATION_FILE = "generation_config.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 JSON_BYTES_LIMIT = 64 * 1024**2
-"""Of tokenizers and of the index of weights."""
+"""Maximum size of tokenizer files and of the index of weights."""
 SETTINGS_BYTES_LIMIT = 2 * 1024**2
 SETTINGS_DEPTH_LIMIT = 32
 LARGEST_SIZE = 10**6
-"""Of a number in config.json that counts or measures something; vocabularies are the largest."""
+"""Maximum of a count or size in config.json; vocabularies are the largest."""
 UNCOUNTED = re.compile("position|length|theta|pixels")
-"""Names in config.json of numbers that nothing is built from one by one."""
-# A quantised checkpoint holds up to two parameters in a byte, stored as elements of up to four bytes.
+"""Names of numbers in config.json that determine no tensor size."""
+# A quantised checkpoint stores up to two parameters per byte, in elements of up to four bytes.
 PARAMETERS_PER_QUANTISED_ELEMENT = 8
 # Parameters with several names are stored once; layers have modules without parameters.
 REGISTERED_PER_TENSOR = {"parameters": 2, "modules": 20}
@@ -56,23 +56,23 @@ LOCAL_DECODING = (
     GenerationMode.BEAM_SAMPLE,
     GenerationMode.ASSISTED_GENERATION,
 )
-"""Ways to generate whose code is in transformers; that of the others is fetched from the Hub."""
+"""Generation methods with code in transformers; the others load code from the Hub."""
 
 
 def load_checkpoint(
     name: str | Path, changes: dict | None = None, *, dtype: str | torch.dtype = "auto"
 ) -> tuple[PlumForConditionalGeneration, PlumProcessor]:
     """
-    A checkpoint, in evaluation mode, and its processor; `name_or_path` of the model is the folder it was read from.
+    Return a checkpoint in evaluation mode and its processor; `name_or_path` of the model is its folder.
 
     Args:
         name: A folder, or a name on the Hub.
         changes: Fields of its config to overwrite.
-        dtype: Precision of all weights; `"auto"` takes that of the checkpoint.
+        dtype: Precision of all weights; `"auto"` uses that of the checkpoint.
 
     Raises:
-        ModelError: As [`open_checkpoint`]; tensors that are not in its files; a processor of another model.
-        ValueError: A change of an unknown field.
+        ModelError: As [`open_checkpoint`]; or tensors are missing, or the processor belongs to another model.
+        ValueError: A changed field is unknown.
     """
     folder = open_checkpoint(name)
     with problems_named(f"{folder / 'config.json'} cannot be used"):
@@ -83,7 +83,7 @@ def load_checkpoint(
             folder, config=config, use_safetensors=True, dtype=dtype, trust_remote_code=False, output_loading_info=True
         )
         absent = set(report["missing_keys"])
-        if changes and absent:  # modules that a change has added start from nothing
+        if changes and absent:  # modules added by a change are initialised
             absent &= _build_outline(folder).state_dict().keys()
     if absent:
         raise ModelError(
@@ -94,7 +94,7 @@ def load_checkpoint(
 
 
 def load_processor(name: str | Path) -> PlumProcessor:
-    """The processor of a checkpoint, alone; errors as of [`load_checkpoint`]."""
+    """Return the processor of a checkpoint without its model; errors as in [`load_checkpoint`]."""
     folder = open_checkpoint(name)
     with problems_named(f"{folder / 'config.json'} cannot be used"):
         config = PlumConfig.from_pretrained(folder)
@@ -122,18 +122,18 @@ def _load_processor(folder: Path, config: PlumConfig) -> PlumProcessor:
 
 @contextmanager
 def problems_named(beginning: str) -> Iterator[None]:
-    """Whatever a library raises over an unsuitable file becomes one [`ModelError`] that begins like this."""
+    """Convert any exception of a library about an unsuitable file to a [`ModelError`] with this beginning."""
     try:
         yield
     except (ModelError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
-    except BaseException as error:  # a panic of tokenizers is no Exception
+    except BaseException as error:  # a panic of tokenizers is not an Exception
         reason = " ".join(str(error).split())[:300] or "no reason given"
         raise ModelError(f"{beginning}: {reason} ({type(error).__name__}).") from error
 
 
 def check_config_fields(given: dict, config: PreTrainedConfig, where: str = "model_config"):
-    """`ValueError` on a field that `config` does not have: transformers would keep it and never read it."""
+    """Raise `ValueError` for a field that `config` does not have, which transformers would store and ignore."""
     known = {*type(config)().to_dict(), *config.attribute_map}
     unknown = sorted(set(given) - known)
     if unknown:
@@ -144,7 +144,7 @@ def check_config_fields(given: dict, config: PreTrainedConfig, where: str = "mod
 
 
 def with_floats(given: dict, config: PreTrainedConfig) -> dict:
-    """The fields for a config with 3.0 in place of 3 wherever `config` has a float: its classes refuse integers."""
+    """Return the fields with 3.0 instead of 3 where `config` has a float, because its classes reject integers."""
     fields = {}
     for name, value in given.items():
         default = getattr(config, name, None)
@@ -160,13 +160,13 @@ def with_floats(given: dict, config: PreTrainedConfig) -> dict:
 
 def open_checkpoint(name: str | Path) -> Path:
     """
-    The folder of a checkpoint that [`check_checkpoint`] lets pass, without its pickles if it comes from the Hub.
+    Return the folder of a checkpoint after [`check_checkpoint`]; from the Hub, without its pickles.
 
     Args:
         name: A folder, or a name on the Hub.
 
     Raises:
-        ModelError: One sentence that names the file, or says that there is no such checkpoint.
+        ModelError: One sentence that names the file, or says that the checkpoint does not exist.
     """
     folder = Path(name)
     if not folder.is_dir():
@@ -178,8 +178,8 @@ def open_checkpoint(name: str | Path) -> Path:
 
 def check_checkpoint(folder: str | Path) -> None:
     """
-    Refuses a folder whose weights are pickled, lie outside of it, are damaged, or hold less than its config asks for;
-    one with an adapter; and one whose settings name code or files from elsewhere.
+    Raise an error for a folder whose weights are pickled, outside of it, damaged, or fewer than its config needs;
+    with an adapter; or with settings that name code or files from elsewhere.
 
     Raises:
         ModelError: One sentence that names the file.
@@ -223,7 +223,7 @@ def _read_json(path: Path, bytes_limit: int) -> dict:
 
 
 def _walk(content: Any, depth: int = 0) -> Iterator[tuple[int, str, Any]]:
-    """Depth, name and value of all that settings hold, the outermost first."""
+    """Yield depth, name and value of all settings, the outermost first."""
     if depth > SETTINGS_DEPTH_LIMIT:
         yield depth, "", None
         return
@@ -235,7 +235,7 @@ def _walk(content: Any, depth: int = 0) -> Iterator[tuple[int, str, Any]]:
 
 
 def _check_settings(path: Path, settings: dict) -> None:
-    """Refuses what would make transformers import code, or load weights from elsewhere."""
+    """Raise ModelError for settings that would make transformers import code or load weights from elsewhere."""
     for depth, name, value in _walk(settings):
         if depth > SETTINGS_DEPTH_LIMIT:
             raise ModelError(f"{path} is nested more than {SETTINGS_DEPTH_LIMIT} levels deep.")
@@ -251,7 +251,7 @@ def _check_settings(path: Path, settings: dict) -> None:
 
 
 def _is_own_code(auto_map: Any) -> bool:
-    """Whether code of a checkpoint is a copy of what reads it here: `config.json` names it for other programs."""
+    """Return whether `auto_map` names copies of this repository's code, which `config.json` has for other programs."""
     names = auto_map.values() if isinstance(auto_map, dict) else [None]
     return all(isinstance(name, str) and OWN_CODE.fullmatch(name.split("--")[-1]) for name in names)
 
@@ -270,7 +270,7 @@ def _check_generation(path: Path) -> None:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors of a folder: bare names inside it, whatever its index says."""
+    """Return the safetensors files of a folder, by bare names inside it."""
     if (folder / SINGLE_FILE).is_file():
         return [folder / SINGLE_FILE]
     if not (folder / INDEX_FILE).is_file():
@@ -288,7 +288,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def count_stored(files: list[Path]) -> tuple[int, int]:
-    """Tensors and elements of safetensors, by their headers."""
+    """Return the number of tensors and elements in safetensors files, from their headers."""
     tensors = elements = 0
     for path in files:
         try:
@@ -302,14 +302,14 @@ def count_stored(files: list[Path]) -> tuple[int, int]:
 
 
 def _build_outline(folder: Path) -> PlumForConditionalGeneration:
-    """The model of a config, without memory for its weights."""
+    """Return the model of a config without memory for its weights."""
     with problems_named(f"{folder / 'config.json'} describes no model that can be built"), torch.device("meta"):
         return PlumForConditionalGeneration(PlumConfig.from_pretrained(folder))
 
 
 @contextmanager
 def _bounded(tensors: int, path: Path) -> Iterator[None]:
-    """Ends the building of a model, in this thread, that has many more layers than so many tensors can fill."""
+    """Stop building a model, in this thread, that has many more layers than this number of tensors can fill."""
     thread, counts = threading.get_ident(), dict.fromkeys(REGISTERED_PER_TENSOR, 0)
 
     def count(kind: str) -> None:

@@ -1,16 +1,17 @@
-"""SAM's image embeddings on disk, for training and evaluation with a frozen image encoder: an image is encoded once.
+"""Cache SAM's image embeddings on disk, for training and evaluation with a frozen image encoder.
 
     pixel values ──> DIR/<encoder's weights and size>/<precision>/<pixel values>.safetensors ──> embedding
                      └── missing or damaged: encoded alone, rounded to bfloat16, stored
 
-The names are SHA-256 digests of what they stand for, so that no entry is ever stale, runs may share a folder, and a
-folder may be deleted at any time. A file holds the digest of its embedding, too: one that has changed is made again.
+File names are SHA-256 digests of the content that they stand for, so no entry is outdated, runs may share a folder,
+and a folder may be deleted at any time. A file also contains the digest of its embedding; a modified one is computed
+again.
 
-With a cache a run is, bit for bit, the run of a model that encodes its images one by one and rounds the embeddings to
-bfloat16: it does not depend on which of them were there already.
+A run with a cache equals, bit for bit, a run that encodes its images one by one and rounds the embeddings to bfloat16.
+It does not depend on the existing entries.
 
-Any number of processes may fill one folder. A file appears under its name once it is whole and on the disk: of a
-process that is killed while it writes nothing remains but `writing.partial`, which the next one overwrites.
+Any number of processes may fill one folder. A file gets its name once it is complete and on disk. A process that is
+killed while writing leaves only `writing.partial`, which the next one overwrites.
 """
 
 import hashlib
@@ -31,10 +32,10 @@ GIB = 1024**3
 
 
 class EmbeddingCache:
-    """The image embeddings of one model, which stays as it is."""
+    """The image embeddings of one frozen model."""
 
     def __init__(self, folder: str | Path, model: PlumForConditionalGeneration):
-        """Raises DataError if the folder cannot be made."""
+        """Raises DataError if the folder cannot be created."""
         self.model = model
         self.folder = Path(folder) / fingerprint_encoder(model)[:16]
         try:
@@ -45,9 +46,9 @@ class EmbeddingCache:
     @torch.no_grad()
     def embed(self, sam_pixel_values: torch.Tensor) -> torch.Tensor:
         """
-        In the place of `get_image_embeddings`: `(N, 3, image_size, image_size)` pixels to `(N, C, G, G)` embeddings,
-        on the device of the pixels, in the precision of the image encoder. Where weights are shared out among
-        processes, nobody else moves the encoder there.
+        Return embeddings `(N, C, G, G)` of pixels `(N, 3, image_size, image_size)`, on their device and in the
+        precision of the image encoder; replaces `get_image_embeddings`. With sharded weights, nothing else moves the
+        encoder to the device.
 
         Raises:
             DataError: An embedding cannot be written.
@@ -70,7 +71,7 @@ class EmbeddingCache:
         return torch.stack(embeddings).to(device, encoder.dtype)
 
     def describe(self, images: int | None) -> str:
-        """What a run with so many images, None if nobody knows, is going to need, to be read before it starts."""
+        """Return the disk space for a number of images (None if unknown) as a sentence to print before the run."""
         there = sum(1 for _ in self.folder.rglob("*.safetensors"))
         each = torch.bfloat16.itemsize * self._shape.numel()
         needed = "" if images is None else f" for at most {images} images, {images * each / GIB:.2f} GiB,"
@@ -89,7 +90,7 @@ class EmbeddingCache:
         return self.folder / precision.removeprefix("torch.") / digest[:2] / f"{digest}.safetensors"
 
     def _read(self, path: Path) -> torch.Tensor | None:
-        """None if the file is not there or is damaged."""
+        """Return the embedding, or None if the file does not exist or is damaged."""
         try:
             with safe_open(path, framework="pt") as file:
                 embedding, checksum = file.get_tensor("embedding"), (file.metadata() or {}).get("sha256")
@@ -122,7 +123,7 @@ def _digest(tensor: torch.Tensor) -> str:
 
 
 def fingerprint_encoder(model: PlumForConditionalGeneration) -> str:
-    """Changes with the weights and the configuration of the image encoder, its image size among it."""
+    """Return a hash of the weights and the configuration of the image encoder, including its image size."""
     encoder = model.sam.vision_encoder
     config = model.config.sam_config.vision_config.to_dict()
     settings = {name: config[name] for name in sorted(config) if name not in ("dtype", "transformers_version")}

@@ -1,4 +1,4 @@
-"""What people give to a model, checked before one is loaded: without torch, which takes seconds to import."""
+"""Check the inputs of users before a model is loaded, without torch, which takes seconds to import."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,21 +14,21 @@ MAX_IMAGE_PIXELS = 40_000_000
 
 
 class ModelError(DataError):
-    """A checkpoint that cannot be loaded, or is none of PLUM."""
+    """A checkpoint that cannot be loaded, or is not a PLUM checkpoint."""
 
 
 def read_image(source: str | Path | BinaryIO) -> Image.Image:
-    """An image file as RGB, upright, as training reads it. Its size is checked before it is decoded.
+    """Return an image file as upright RGB, as in training. Its size is checked before it is decoded.
 
     Raises:
-        DataError: no image, or one of more than MAX_IMAGE_BYTES or MAX_IMAGE_PIXELS.
+        DataError: Not an image, or more than MAX_IMAGE_BYTES or MAX_IMAGE_PIXELS.
     """
     name = getattr(source, "name", "the file") if hasattr(source, "read") else str(source)
     return inputs_plum.read_image(source, where=str(name), max_pixels=MAX_IMAGE_PIXELS, max_bytes=MAX_IMAGE_BYTES)
 
 
 def check_text(text: str, *, what: str, max_characters: int | None = None) -> str:
-    """The text without outer spaces; raises DataError if that is empty, longer than allowed or not UTF-8."""
+    """Return the stripped text. Raises DataError if it is empty, too long or not UTF-8."""
     text = text.strip()
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise DataError(f"Expected {what} in UTF-8, found {text!r}.")
@@ -40,7 +40,7 @@ def check_text(text: str, *, what: str, max_characters: int | None = None) -> st
 
 
 def check_phrases(phrases: Sequence[str]) -> list[str]:
-    """The phrases without outer spaces; raises DataError if there is none or one is empty."""
+    """Return the stripped phrases. Raises DataError if there is none or one is empty."""
     listed = check_text(", ".join(phrases), what="parts")
     if not all(phrase.strip() for phrase in phrases):
         raise DataError(f"Expected words between the commas, found {listed!r}.")

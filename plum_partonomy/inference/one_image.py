@@ -1,9 +1,9 @@
-"""What people do with a PLUM checkpoint: ask about an image, name words to segment, correct a mask, keep the result.
+"""Use a PLUM checkpoint on one image: ask, segment words, correct a mask, save the result.
 
     load_model ──> Plum ──ask, segment_words, correct_mask──> Reply ──finish, thresholds──> PlumAnswer ──save──> files
 
-A [`Reply`] keeps the model's own output, so that a threshold can be moved without asking again. The shell
-(plum_partonomy/cli.py) and the demonstration (demo/app.py) stand on these functions; predictor.py works in batches.
+A [`Reply`] keeps the output of the model, so that a threshold can change without another call. The shell
+(plum_partonomy/cli.py) and the demo (demo/app.py) use these functions; predictor.py works in batches.
 """
 
 import json
@@ -32,15 +32,15 @@ from processing_plum import PlumAnswer, PlumProcessor, parse_span_tags
 
 MAX_NEW_TOKENS = 96
 OWN_WORDS = " Also: "
-"""Stands before words that a person adds to an answer."""
+"""Text before the words that a user adds to an answer."""
 
 Range = tuple[int, int]
-"""Characters [start, end) of an answer."""
+"""Character range [start, end) of an answer."""
 
 
 @dataclass(frozen=True)
 class Plum:
-    """A model, in evaluation mode, and its processor."""
+    """A model in evaluation mode and its processor."""
 
     model: Any
     processor: PlumProcessor
@@ -49,15 +49,15 @@ class Plum:
 @dataclass(frozen=True)
 class Reply:
     """
-    An answer as the model gave it.
+    An answer with the output of the model.
 
     Args:
-        image: RGB image that the conversation is about.
-        messages: The conversation up to and with the question; contents are strings.
-        text: The answer's words.
-        outputs: What `segment` returned for it.
-        given_masks: Boolean masks (height, width) that a person drew, by the range of their words.
-        is_truncated: Whether the text was cut off before the model ended it.
+        image: RGB image of the conversation.
+        messages: The conversation up to and including the question; contents are strings.
+        text: The words of the answer.
+        outputs: Output of `segment`.
+        given_masks: Boolean masks (height, width) drawn by the user, by the range of their words.
+        is_truncated: Whether the text reached the token limit.
     """
 
     image: Image.Image
@@ -72,23 +72,23 @@ class Reply:
 
 
 def load_model(name: str | Path, *, dtype: str = "float32", device: str | torch.device = "cpu") -> tuple[Path, Plum]:
-    """Folder and model of a checkpoint, a folder or a name on the Hub.
+    """Return the folder and the model of a checkpoint, given as a folder or a name on the Hub.
 
     Raises:
-        ModelError: it is not safe to load, holds no PLUM, or its processor does not belong to its model.
+        ModelError: It is not safe to load, not a PLUM checkpoint, or its processor belongs to another model.
     """
     model, processor = load_checkpoint(name, dtype=getattr(torch, dtype))
     return Path(model.name_or_path), Plum(model.to(device).eval(), processor)
 
 
 def find_ranges(text: str, phrases: Sequence[str], *, taken: Sequence[Range] = ()) -> list[Range]:
-    """Where each phrase stands in a text: the first place, as whole words, that nothing before it takes up.
+    """Return the range of each phrase in a text: its first occurrence as whole words that is not taken.
 
     >>> find_ranges("A wheel and another wheel.", ["wheel", "wheel"])
     [(2, 7), (20, 25)]
 
     Raises:
-        DataError: a phrase is empty or does not stand there (as often).
+        DataError: A phrase is empty or does not occur (often enough).
     """
     found: list[Range] = []
     for phrase in phrases:
@@ -96,7 +96,7 @@ def find_ranges(text: str, phrases: Sequence[str], *, taken: Sequence[Range] = (
         free = (place for place in places if phrase and not overlaps(place, [*taken, *found]))
         place = next(free, None)
         if place is None:
-            raise DataError(f"The words {phrase!r} do not stand (so often) in the answer {text!r}.")
+            raise DataError(f"The words {phrase!r} do not occur (often enough) in the answer {text!r}.")
         found.append(place)
     return found
 
@@ -116,12 +116,12 @@ def stream(
     history: Sequence[dict[str, str]] = (),
     max_new_tokens: int = MAX_NEW_TOKENS,
 ) -> Iterator[str | Reply]:
-    """Asks about an image: the answer's words so far, again and again, and the whole [`Reply`] last.
+    """Yield the words of the answer so far, repeatedly, and the complete [`Reply`] last.
 
-    If the iterator is closed early, generation stops.
+    Closing the iterator early stops the generation.
 
     Args:
-        history: Earlier messages of the same conversation, as [`remember`] returns them.
+        history: Earlier messages of the same conversation, from [`remember`].
     """
     messages = [*history, {"role": "user", "content": check_text(question, what="a question")}]
     streamer = TextIteratorStreamer(plum.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -153,13 +153,13 @@ def stream(
 
 
 def ask(plum: Plum, image: Image.Image, question: str, **options) -> Reply:
-    """The reply to a question about an image; options as for [`stream`]."""
+    """Return the reply to a question about an image; options as in [`stream`]."""
     *_, reply = stream(plum, image, question, **options)
     return reply
 
 
 def remember(reply: Reply) -> list[dict[str, str]]:
-    """The conversation with its answer, as the `history` of the next question."""
+    """Return the conversation with its answer, as the `history` of the next question."""
     return [*reply.messages, {"role": "assistant", "content": escape_tags(reply.text)}]
 
 
@@ -172,20 +172,20 @@ def segment_words(
     *,
     given_masks: Mapping[Range, np.ndarray] | None = None,
 ) -> Reply:
-    """Segments words that the caller names, in the order of the text, as if the model had tagged them in its answer.
+    """Segment the words of an answer at the given ranges, in text order, as if the model had tagged them.
 
     Args:
-        messages: The conversation up to and with the question.
+        messages: The conversation up to and including the question.
         text: The answer.
-        ranges: Characters of the words in it.
-        given_masks: Boolean masks (height, width) of some of the ranges; the spans after them are decoded from them.
+        ranges: Character ranges of the words in it.
+        given_masks: Boolean masks (height, width) of some ranges; later spans are decoded from them.
 
     Raises:
-        DataError: no ranges, or ranges that overlap, touch or hold no word.
+        DataError: There are no ranges, or ranges overlap, touch or contain no word.
     """
     ranges = sorted(ranges)
     if not ranges or any(start < end for (_, end), (start, _) in pairwise(ranges)):
-        raise DataError(f"Expected words that stand apart from each other, found the characters {ranges} of {text!r}.")
+        raise DataError(f"Expected words that do not overlap or touch, found the characters {ranges} of {text!r}.")
     tagged, last = "", 0
     for start, end in ranges:
         tagged += f"{escape_tags(text[last:start])}<p>{escape_tags(text[start:end])}</p>"
@@ -200,10 +200,10 @@ def segment_words(
 
 
 def segment_phrases(plum: Plum, image: Image.Image, phrases: Sequence[str]) -> Reply:
-    """Segments parts that the caller names, as if the model had answered with a list of them.
+    """Segment the named parts, as if the model had answered with a list of them.
 
     Raises:
-        DataError: no phrases, or an empty one.
+        DataError: There are no phrases, or one is empty.
     """
     parts = join_parts([f"<p>{escape_tags(phrase)}</p>" for phrase in check_phrases(phrases)])
     text, ranges = parse_span_tags(official_answer("identification", parts, image_label="object"))
@@ -214,24 +214,24 @@ def segment_phrases(plum: Plum, image: Image.Image, phrases: Sequence[str]) -> R
 def segment_again(
     plum: Plum, reply: Reply, ranges: Sequence[Range], *, given_masks: Mapping[Range, np.ndarray] | None = None
 ) -> Reply:
-    """The answer of a reply with other spans; arguments and errors as of [`segment_words`]."""
+    """Segment other spans of a reply's answer; arguments and errors as in [`segment_words`]."""
     again = segment_words(plum, reply.image, reply.messages, reply.text, ranges, given_masks=given_masks)
     return replace(again, is_truncated=reply.is_truncated)
 
 
 def correct_mask(plum: Plum, reply: Reply, ranges: Sequence[Range], place: Range, mask: np.ndarray) -> Reply:
-    """The spans at `ranges` of a reply with a person's mask (height, width) for one, those after it decoded anew."""
+    """Replace the mask of one span of a reply by the user's mask (height, width) and decode the later spans again."""
     return segment_again(plum, reply, ranges, given_masks={**reply.given_masks, place: mask})
 
 
 def add_words(text: str, phrases: Sequence[str], *, taken: Sequence[Range] = ()) -> tuple[str, list[Range]]:
-    """An answer in which every phrase has a place, if need be in a sentence of its own, and these places.
+    """Return an answer that contains every phrase, if necessary in an added sentence, and the ranges of the phrases.
 
     >>> add_words("A wheel.", ["wheel", "left wing"])
     ('A wheel. Also: left wing.', [(2, 7), (15, 24)])
 
     Raises:
-        DataError: a phrase is empty.
+        DataError: A phrase is empty.
     """
     places: list[Range] = []
     own, start = [], len(text) + len(OWN_WORDS)
@@ -246,12 +246,12 @@ def add_words(text: str, phrases: Sequence[str], *, taken: Sequence[Range] = ())
 
 
 def segment_apart(plum: Plum, reply: Reply, ranges: Sequence[Range]) -> list[Reply]:
-    """Each span segmented as if it were the only one: what its mask is without feedback from the earlier masks."""
+    """Segment each span as if it were the only one: its mask without feedback from earlier masks."""
     return [segment_again(plum, reply, [place]) for place in ranges]
 
 
 def finish(plum: Plum, reply: Reply, *, span_threshold: float = 0.0, mask_threshold: float = 0.5) -> PlumAnswer:
-    """Text and spans of a reply: those of at least this score, with the pixels above this probability."""
+    """Return text and spans of a reply: spans of at least this score, pixels above this probability."""
     logit = math.log(mask_threshold / (1 - mask_threshold))
     (answer,) = plum.processor.post_process_segmentation(reply.outputs, mask_threshold=logit)
     spans = [span for span in answer.spans if span.score >= span_threshold]
@@ -259,12 +259,12 @@ def finish(plum: Plum, reply: Reply, *, span_threshold: float = 0.0, mask_thresh
 
 
 def warn_of_unknown_image(plum: Plum, answer: PlumAnswer) -> str | None:
-    """What a person should know of the image before they believe an answer about it; None if there is nothing."""
+    """Return a warning if the image is unlike the training images, or None."""
     known = plum.model.config.image_statistics
     if answer.confidence is None or known is None or answer.confidence >= known["threshold"]:
         return None
     kinds = f", {known['kinds']}" if known.get("kinds") else ""
-    return f"This image is unlike what the model was trained on{kinds}: its answer and masks may mean nothing."
+    return f"This image is unlike the training images{kinds}: answer and masks may be meaningless."
 
 
 def _encode(plum: Plum, image, messages, **options) -> dict[str, torch.Tensor]:
@@ -287,15 +287,16 @@ def _encode(plum: Plum, image, messages, **options) -> dict[str, torch.Tensor]:
 
 def as_json(answer: PlumAnswer) -> dict[str, Any]:
     """
-    An answer for `json.dump`: its text, whether that was cut off, its confidence, and of each span text, characters,
-    score, box and mask as RLE.
+    Return an answer for `json.dump`.
+
+    Keys: text, truncation, confidence, and the text, characters, score, box and RLE mask of each span.
     """
     spans = [{**vars(span), "mask": encode(span.mask)} for span in answer.spans]
     return {"text": answer.text, "is_truncated": answer.is_truncated, "confidence": answer.confidence, "spans": spans}
 
 
 def as_coco(answer: PlumAnswer, image: Image.Image, *, file_name: str) -> dict[str, Any]:
-    """An answer in COCO's format for instances: a category for each wording, an annotation for each span."""
+    """Return an answer in COCO's instance format: a category for each phrase, an annotation for each span."""
     categories = list(dict.fromkeys(span.text for span in answer.spans))
     annotations = []
     for number, span in enumerate(answer.spans, start=1):
@@ -324,8 +325,8 @@ def save(
     answer: PlumAnswer, image: Image.Image, folder: Path, *, file_name: str, colours: Sequence[str] | None = None
 ) -> list[Path]:
     """
-    Writes overlay.png (names beside the masks), a black-and-white PNG for each span and masks.json (COCO) into a
-    folder, and returns their paths. Files of an answer that was saved there before are deleted, no others.
+    Write overlay.png (with names beside the masks), a black-and-white PNG for each span and masks.json (COCO) into
+    a folder; return their paths. Files of an earlier answer in the folder are deleted, no others.
     """
     folder.mkdir(parents=True, exist_ok=True)
     masks, names = [span.mask for span in answer.spans], [span.text for span in answer.spans]
@@ -344,12 +345,12 @@ def save(
 
 
 def _saved_before(folder: Path) -> list[Path]:
-    """The masks that an earlier `save` wrote into a folder, as its masks.json lists them."""
+    """Return the mask files of an earlier `save` in a folder, as listed in its masks.json."""
     try:
         names = json.loads((folder / "masks.json").read_text(encoding="utf-8"))["info"]["files"]
         return [folder / name for name in names if re.fullmatch(r"\d{2,}_\w*\.png", name)]
     except (OSError, ValueError, LookupError, TypeError):
-        return []  # none, or a file of somebody else's
+        return []  # no such file, or not written by `save`
 
 
 __all__ = [

@@ -1,17 +1,17 @@
 """
-Conversations read by the language model with what they have in common read once.
+Run the language model on conversations with common prefixes computed once.
 
-The answers to a question share its image and its words, the questions about an image share the image. Such rows form
-trees whose nodes are tokens; a tree is laid out in one packed row, in which a token attends to its ancestors alone and
-keeps the position that it has in its own row:
+The answers to a question share its image and words, and the questions about an image share the image. Such rows form
+trees of tokens. A tree is laid out in one packed row, in which a token attends only to its ancestors and keeps the
+position of its own row:
 
     rows      I I I q q a a       packed     I I I q q a a b q c     (b: another answer to q q, c: to another question)
               I I I q q b         attends    b to I I I q q b and to nothing else
               I I I q c
 
-The hidden states are those of separate passes (float32: to 1e-5). The vision-language model's own code still makes the
-embeddings and positions of the whole rows, and only what it hands to its language model is packed, so that no family
-is named here.
+The hidden states equal those of separate passes (float32: to 1e-5). The code of the vision-language model computes the
+embeddings and positions of the whole rows, and only the input of its language model is packed, so no code here depends
+on the model family.
 
 Shapes. B rows, L tokens, T trees, P tokens of a packed row, D language width.
 """
@@ -24,7 +24,7 @@ from torch import nn
 
 from modules_plum import Observer, is_plain
 
-# A packed row takes in no further rows beyond so many tokens: its attention costs their square.
+# Maximum tokens of a packed row before it takes no further rows; attention grows with the square.
 PACKED_TOKENS = 2048
 
 
@@ -32,18 +32,18 @@ def encode_conversations(
     model: nn.Module, input_ids: torch.LongTensor, attention_mask: torch.Tensor, **inputs
 ) -> torch.FloatTensor:
     """
-    Return what `model.encode_conversations` returns, hidden states `(B, L, D)`, with the beginnings that rows about
-    one image share computed once. Language models that take more than embeddings and positions, or look at a part of
-    the sequence only, compute each row whole.
+    Return the hidden states `(B, L, D)` of `model.encode_conversations`, with shared prefixes of rows about one image
+    computed once. Language models that take more than embeddings and positions, or use partial attention, compute
+    each row separately.
 
     Args:
         model: A `PlumForConditionalGeneration`.
         input_ids, attention_mask: `(B, L)`.
-        inputs: As of `model.encode_conversations`; only rows with a `sam_image_index` share their image.
+        inputs: As in `model.encode_conversations`; only rows with a `sam_image_index` share their image.
     """
     images = inputs.get("sam_image_index")
     images = torch.full((len(input_ids),), -1, device=input_ids.device) if images is None else images
-    # A row whose image is not known shares with none, and rows without an image with each other.
+    # A row with an unknown image shares with none; rows without an image share with each other.
     has_image = (input_ids == model.config.vlm_config.image_token_id).any(dim=1)
     unknown = torch.arange(len(input_ids), device=input_ids.device) - 1 - len(input_ids)
     roots = torch.where(has_image & (images < 0), unknown, images)
@@ -54,13 +54,13 @@ def encode_conversations(
 @dataclass
 class PackedRows:
     """
-    Where the tokens of rows stand in packed rows.
+    Position of each row's tokens in the packed rows.
 
     Args:
-        tree (`(B,)`), slot (`(B, L)`): The packed row of each row, and the place of each token in it (0 for padding).
-        source (`(T, P)`): Index into the `B * L` tokens of one that stands at each place.
-        depth (`(T, P)`): Tokens before it in its own row.
-        visible (`(T, P, P)`): Whether the token at the first place attends to that at the second.
+        tree (`(B,)`), slot (`(B, L)`): Packed row of each row, and position of each token in it (0 for padding).
+        source (`(T, P)`): Index of a token at each position, into the `B * L` tokens.
+        depth (`(T, P)`): Number of tokens before it in its own row.
+        visible (`(T, P, P)`): Whether the token at the first position attends to the one at the second.
     """
 
     tree: torch.LongTensor
@@ -77,12 +77,12 @@ def pack_rows(
     max_tokens: int = PACKED_TOKENS,
 ) -> PackedRows:
     """
-    Lays rows out in trees of tokens.
+    Lay out rows as trees of tokens.
 
     Args:
         input_ids, attention_mask: `(B, L)`, padded on either side.
-        roots: Rows with the same number may share a beginning; those with the same image do.
-        max_tokens: A packed row of more tokens takes in no further rows.
+        roots: Rows with the same number may share a prefix; rows about one image have the same number.
+        max_tokens: A packed row with more tokens takes no further rows.
     """
     (rows, length), ids = input_ids.shape, input_ids.tolist()
     real = [mask.nonzero()[:, 0].tolist() for mask in attention_mask.cpu()]
@@ -117,7 +117,7 @@ def pack_rows(
 
 
 def can_pack(inputs: dict, config) -> bool:
-    """Whether a language model can be given packed rows: plain inputs, full attention that takes any mask."""
+    """Return whether a language model accepts packed rows: plain inputs, full attention with any mask."""
     config = config.get_text_config()
     layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
     windows = layer_types != {"full_attention"} or (
@@ -132,9 +132,7 @@ def can_pack(inputs: dict, config) -> bool:
 
 
 class SharedBeginnings(Observer):
-    """
-    While it lasts, the language model computes rows packed, where [`can_pack`] allows it, and as they are elsewhere.
-    """
+    """Context in which the language model computes packed rows if [`can_pack`] allows it, else the given rows."""
 
     def __init__(self, decoder: nn.Module, packed: PackedRows):
         super().__init__(decoder)

@@ -1,4 +1,4 @@
-"""Puts part questions to a PLUM model and writes down what it says; evaluate_plum.py decides which, and scores it."""
+"""Answer benchmark questions with a PLUM model; evaluate_plum.py selects the questions and scores the predictions."""
 
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -21,26 +21,26 @@ from processing_plum import PlumProcessor, PreparedImage, parse_span_tags
 
 IMAGES_KEPT = 128
 Message = dict[str, Any]
-Row = tuple[str, list[Message]]  # the id of an image and a conversation whose first message is about it
+Row = tuple[str, list[Message]]  # image id, and a conversation about the image
 
 
 @dataclass(frozen=True)
 class ImageFeatures:
-    """What is kept of an image: what stands for it in conversations, and what the two encoders saw of it."""
+    """Cached features of an image: its placeholder tokens and the outputs of both encoders."""
 
     shown: PreparedImage | Image.Image
     sam_embedding: torch.Tensor
-    vlm_features: torch.Tensor | None  # None where the vision-language model must see the pixels each time
+    vlm_features: torch.Tensor | None  # None if the vision-language model needs the pixels each time
 
 
 class ImageCache:
     """
-    Features of the images last asked about, so that an image is resized and encoded once, however many questions it
-    has, and if memory allows not again where it serves as another question's wrong image.
+    Features of recent images, so that an image is resized and encoded once for all its questions and, if memory
+    allows, for its use as a wrong image.
 
     Args:
-        size: Images whose features are kept.
-        embedding_cache: Where the embeddings of SAM's encoder lie on disk, if they do.
+        size: Number of images to keep.
+        embedding_cache: Embeddings of SAM's encoder on disk, if any.
     """
 
     def __init__(self, model, processor: PlumProcessor, *, size: int, embedding_cache: EmbeddingCache | None = None):
@@ -51,8 +51,8 @@ class ImageCache:
 
     def look_up(self, image_ids: Sequence[str], images: Sequence[Image.Image]) -> dict[str, ImageFeatures]:
         """
-        Features by image id; those that are not kept are computed, each image by itself, so that what a model says
-        does not depend on which images a resumed run no longer has.
+        Return features by image id. Missing ones are computed one image at a time, so that results do not depend on
+        the images that a resumed run has cached.
         """
         wanted = dict(zip(image_ids, images, strict=True))
         absent = {name: image for name, image in wanted.items() if name not in self._features}
@@ -80,16 +80,15 @@ class ImageCache:
         return ImageFeatures(prepared, embeddings[0], features[0])
 
     def summary(self) -> dict[str, Any]:
-        """How often a question found its image encoded."""
+        """Return the number of requests, the number of encoded images and the hit rate."""
         hit_rate = 1 - self.encoded / self.uses if self.uses else None
         return {"size": self.size, "uses": self.uses, "encoded": self.encoded, "hit_rate": hit_rate}
 
 
 class Predictor:
     """
-    Puts questions to one model. An image is encoded once, however many questions it has; what the choices of a
-    question, and the questions about an image, have in common is read once; and the masks of a given answer come from
-    the pass that scored it.
+    Answers questions with one model. An image is encoded once for all its questions, shared prefixes of choices and
+    questions are computed once, and the masks of a given answer reuse the pass that scored it.
     """
 
     def __init__(
@@ -114,7 +113,7 @@ class Predictor:
     def predict(
         self, questions: Sequence[Question], images: Sequence[Image.Image], image_ids: Sequence[str]
     ) -> list[Prediction]:
-        """One prediction per question, from the image given beside it; an id stands for one image."""
+        """Return one prediction per question for the image at the same index; an id stands for one image."""
         self._features = self.images.look_up(image_ids, images)
         tagged = self.processor.seg_token is not None
         asked = [index for index, question in enumerate(questions) if question.object_question is not None]
@@ -144,7 +143,7 @@ class Predictor:
         ]
 
     def summary(self) -> dict[str, Any]:
-        """How often a question found its image encoded."""
+        """Return the number of requests, the number of encoded images and the hit rate."""
         return self.images.summary()
 
     def _encode(self, rows: Sequence[Row], *, prompt: bool = False) -> dict[str, torch.Tensor]:
@@ -169,7 +168,7 @@ class Predictor:
     def _score(
         self, questions: Sequence[tuple[str, Sequence[list[Message]]]]
     ) -> tuple[list[list[float]], torch.Tensor]:
-        """Negative log-likelihood of every choice of every question, and the hidden states of all of them."""
+        """Return the negative log-likelihood of each choice of each question, and the hidden states of all."""
         rows = [(image_id, choice) for image_id, choices in questions for choice in choices]
         inputs = self._encode(rows)
         inputs["hidden_states"] = encode_conversations(self.model, **inputs)
@@ -184,7 +183,7 @@ class Predictor:
         answers: Sequence[int],
         hidden_states: torch.Tensor,
     ) -> list[dict[str, Any]]:
-        """Masks of the parts of one choice each, whose hidden states are known; span tags do not change its tokens."""
+        """Return the masks of the parts of one choice each, from hidden states; span tags do not change its tokens."""
         given = list(zip(questions, answers, strict=True))
         tagged = [write_choice(question, index, tagged=True) for question, index in given]
         rows = [
@@ -231,7 +230,7 @@ class Predictor:
 
 
 def ask(question: Question) -> list[Message]:
-    """The messages up to the part question; `whole_to_part` asks for the object first, and is told."""
+    """Return the messages up to the part question; `whole_to_part` first asks for the object, with its answer."""
     messages = [{"role": "user", "content": question.question}]
     if question.question_type != "whole_to_part":
         return messages
@@ -240,19 +239,19 @@ def ask(question: Question) -> list[Message]:
 
 
 def write_choice(question: Question, index: int, *, tagged: bool) -> str:
-    """A choice as the model would write it: with its parts tagged if a token follows each grounded phrase."""
+    """Return a choice as the model would write it: with tagged parts if a token follows each grounded phrase."""
     choice = question.choices[index]
     return tag_phrases(choice, question.choice_parts[index]) if tagged else escape_tags(choice)
 
 
 def choose(question: Question, *, tagged: bool) -> list[list[Message]]:
-    """One conversation per choice of the part question."""
+    """Return one conversation per choice of the part question."""
     choices = [write_choice(question, index, tagged=tagged) for index in range(len(question.choices))]
     return [[*ask(question), {"role": "assistant", "content": choice}] for choice in choices]
 
 
 def choose_object(question: Question, *, tagged: bool) -> list[list[Message]]:
-    """One conversation per choice of the object question; `part_to_whole` asks for the parts first, and is told."""
+    """Return one conversation per object choice, after the answered part question in `part_to_whole`."""
     messages = [{"role": "user", "content": question.object_question}]
     if question.question_type == "part_to_whole":
         answer = write_choice(question, question.correct, tagged=tagged)
@@ -261,7 +260,7 @@ def choose_object(question: Question, *, tagged: bool) -> list[list[Message]]:
 
 
 def tags_by_row(spans: torch.LongTensor, starts: Sequence[int]) -> list[list[tuple[int, int]]]:
-    """Token spans (S, 3) as [start, end) of each row, counted from the first token of its answer."""
+    """Return token spans (S, 3) as [start, end) for each row, counted from the first token of its answer."""
     tags: list[list[tuple[int, int]]] = [[] for _ in starts]
     for row, start, end in spans.tolist():
         tags[row].append((start - starts[row], end - starts[row]))
@@ -269,6 +268,6 @@ def tags_by_row(spans: torch.LongTensor, starts: Sequence[int]) -> list[list[tup
 
 
 def make_span(text: str, start: int, end: int, span: Any, *, question: Question) -> SpanMask:
-    """The record of a segmented span. A mask in the frame of a wrong image is stretched to the question's image."""
+    """Return the record of a segmented span. A mask of a wrong image is resized to the question's image."""
     rle = resize(encode(np.asarray(span.mask)), question.masks[0].rle["size"])
     return SpanMask(text=text, start=start, end=end, rle=rle, score=span.score)

@@ -174,7 +174,7 @@ def test_options_are_read_from_a_llava_style_configuration(tmp_path, original, o
     save_file(original, tmp_path / "model.safetensors")
     flat = {**options["llm"], **options["plum"], "mm_vision_select_layer": -1, "mm_vision_select_feature": "patch"}
     (tmp_path / "config.json").write_text(json.dumps(flat))
-    with pytest.raises(ValueError, match="No tensor tells the clip's num_attention_heads"):
+    with pytest.raises(ValueError, match="No tensor determines the clip's num_attention_heads"):
         convert(tmp_path, tmp_path / "converted")
     model = CLIPModel(CLIPConfig(vision_config=options["clip"], text_config={"hidden_size": 32}))
     model.save_pretrained(tmp_path / "clip")

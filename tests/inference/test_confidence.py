@@ -56,8 +56,8 @@ def test_a_person_is_warned_below_the_threshold_alone():
     assert 0 < answer.confidence < 1
     sure, unsure = replace(answer, confidence=0.6), replace(answer, confidence=0.4)
     assert warn_of_unknown_image(plum, sure) is None
-    said = "This image is unlike what the model was trained on, drawings of objects: its answer and masks may mean"
-    assert warn_of_unknown_image(plum, unsure) == f"{said} nothing."
+    said = "This image is unlike the training images, drawings of objects: answer and masks may be"
+    assert warn_of_unknown_image(plum, unsure) == f"{said} meaningless."
     uncalibrated = Plum(tiny_model(), plum.processor)
     reply = ask(uncalibrated, random_image(), "Which?", max_new_tokens=3)
     assert finish(uncalibrated, reply).confidence is None

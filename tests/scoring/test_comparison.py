@@ -52,7 +52,7 @@ def test_the_page_stands_alone_and_escapes_the_names_of_models(tmp_path):
     assert "&lt;b&gt;one" in text and "<b>one" not in text
     assert text.count('<img src="data:image/jpeg') == 3 * len(QUESTIONS)
     assert "http" not in text and text.count("0.400") >= 2
-    assert "the difference to &lt;b&gt;one" in text and "+0.000 (+0.000 to +0.000)" in text
+    assert "the difference from &lt;b&gt;one" in text and "+0.000 (+0.000 to +0.000)" in text
 
 
 def test_of_each_type_the_questions_on_which_the_models_differ_most_are_shown(tmp_path):

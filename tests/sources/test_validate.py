@@ -96,4 +96,4 @@ def test_the_command_prints_the_first_problems_and_exits_with_one(tmp_path, caps
     assert len(errors.read_text().splitlines()) == LISTED_PROBLEMS + 5
     assert "record 1, field 'image_path'" in json.loads(errors.read_text().splitlines()[0])["problem"]
     assert sum(line.startswith("problem: ") for line in lines) == LISTED_PROBLEMS
-    assert lines[-2:] == ["and 5 more problems", f"{folder} is not fit for a build: {LISTED_PROBLEMS + 5} problems"]
+    assert lines[-2:] == ["and 5 more problems", f"{folder} cannot be built: {LISTED_PROBLEMS + 5} problems"]
