@@ -89,6 +89,14 @@ def test_an_answer_off_the_terminal_is_plain_and_its_files_are_named(checkpoint,
     assert np.asarray(Image.open(folder / "01_tail.png")).shape == (50, 70)
 
 
+@pytest.mark.parametrize("form", [[], ["--json"]], ids=["text", "json"])
+def test_an_answer_is_printed_although_it_cannot_be_saved(checkpoint, image_file, capsys, form):
+    options = ["--spans", "tail", "--model", str(checkpoint), "--save", str(image_file), *form]
+    assert cli.main(["segment", str(image_file), *options]) == 1
+    captured = capsys.readouterr()
+    assert "has the following visible parts: tail." in captured.out and "File exists" in captured.err
+
+
 def test_a_chat_goes_on_after_a_bad_line_and_has_failed_in_the_end(checkpoint, image_file, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("Which parts?\n\nWhat is </s>?\nIs it red?\n"))
     assert cli.main(["chat", str(image_file), "--model", str(checkpoint), "--json"]) == 1

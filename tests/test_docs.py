@@ -19,3 +19,21 @@ def test_every_page_is_in_the_navigation_of_the_site():
     navigation = (ROOT / "mkdocs.yml").read_text().split("\nnav:\n")[1]
     pages = {str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md")}
     assert pages == set(re.findall(r": (\S+\.md)$", navigation, re.MULTILINE))
+
+
+def heading(line: str) -> str:
+    """The anchor that GitHub and the site give a heading."""
+    return re.sub(r"[^\w\- ]", "", line.lower()).strip().replace(" ", "-")
+
+
+def test_every_link_between_the_pages_leads_to_a_file_and_a_heading():
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    headings = {page: {heading(line) for line in re.findall(r"^#+ (.*)$", page.read_text(), re.M)} for page in pages}
+    links = [(page, link) for page in pages for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text())]
+    for page, link in links:
+        file, _, anchor = link.partition("#")
+        target = (page.parent / file).resolve() if file else page
+        if not link.startswith("http"):
+            assert target.exists(), f"{page.name}: {link}"
+            assert not anchor or target not in headings or anchor in headings[target], f"{page.name}: {link}"
+    assert len(links) > 50

@@ -202,3 +202,24 @@ def test_what_is_saved_can_be_read_by_others(plum, tmp_path):
         assert np.array_equal(coco.annToMask(annotation).astype(bool), span.mask)
         assert np.array_equal(decode(as_json(answer)["spans"][annotation["id"] - 1]["mask"]), span.mask)
     json.dumps([as_json(answer), as_coco(answer, image, file_name="photo.jpg")])
+
+
+def test_saving_again_replaces_the_files_of_the_earlier_answer_and_no_others(plum, tmp_path):
+    image = random_image()
+    many, few = (finish(plum, segment_words(plum, image, MESSAGES, TEXT, ranges)) for ranges in (RANGES, RANGES[2:]))
+    save(many, image, tmp_path, file_name="photo.jpg")
+    (tmp_path / "02_notes.png").write_text("mine")
+    save(few, image, tmp_path, file_name="photo.jpg")
+    names = ["01_left_wing.png", "02_notes.png", "masks.json", "overlay.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"info": 3}', '{"info": {"files": ["../../02_x.png", 7, null]}}'])
+def test_a_list_of_files_that_somebody_else_wrote_deletes_nothing(plum, tmp_path, content):
+    (tmp_path / "02_x.png").write_text("mine")
+    folder = tmp_path / "one" / "two"
+    folder.mkdir(parents=True)
+    (folder / "masks.json").write_text(content)
+    answer = finish(plum, segment_words(plum, random_image(), MESSAGES, TEXT, RANGES))
+    save(answer, random_image(), folder, file_name="photo.jpg")
+    assert (tmp_path / "02_x.png").read_text() == "mine"

@@ -11,7 +11,7 @@ from PIL import Image
 from plum_partonomy.masks import encode
 from plum_partonomy.records import PartMask, Question
 from plum_partonomy.scoring.metrics import evaluate_predictions, iou_per_part
-from plum_partonomy.scoring.overlays import COLOURS, highlight, overlay
+from plum_partonomy.scoring.overlays import COLOURS, draw_named_masks, highlight, overlay, pick_colours
 from plum_partonomy.scoring.predictions import Prediction, SpanMask
 from plum_partonomy.scoring.report import FIGURES, MEANINGS, write_report
 
@@ -207,3 +207,30 @@ def test_a_failing_image_leaves_the_page_that_was_there(tmp_path):
     with pytest.raises(OSError, match="gone"):
         write(tmp_path / "report.html", [make_pair(0)], load_image=fail)
     assert (tmp_path / "report.html").read_text() == "old"
+
+
+# ---------------------------------------------------------------- colours and names
+
+
+def contrast_with_white(colour: str) -> float:
+    """As WCAG 2 defines it, 1 to 21."""
+    parts = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 1.05 / (0.05 + float(np.dot(linear, [0.2126, 0.7152, 0.0722])))
+
+
+def test_colours_are_all_different_the_first_ones_stay_and_white_text_is_read_on_each():
+    colours = pick_colours(60)
+    assert len(set(colours)) == 60 and pick_colours(7) == colours[:7] and pick_colours(0) == []
+    assert min(map(contrast_with_white, colours)) > 4.5
+
+
+@pytest.mark.parametrize("count", [0, 1, 40])
+def test_names_stand_beside_the_masks_on_a_large_enough_image_and_none_hides_another(count):
+    image, masks = Image.new("RGB", (WIDTH, HEIGHT)), [LEFT] * count
+    drawn = draw_named_masks(image, masks, [f"part {number}" for number in range(count)])
+    assert drawn.width > 512 and drawn.height >= HEIGHT * 512 // WIDTH
+    pixels = np.asarray(drawn)[:, 512:].reshape(-1, 3)
+    shown = {"#{:02x}{:02x}{:02x}".format(*pixel) for pixel in np.unique(pixels, axis=0)}
+    assert set(pick_colours(count)) <= shown
+    assert draw_named_masks(image, [np.zeros_like(LEFT)], ["nothing"]).width > 512
