@@ -27,7 +27,7 @@ gradients on perfect predictions; every loss can be normalised by counts of the 
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -802,14 +802,14 @@ class PlumForConditionalGeneration(PlumVision, PlumMaskDecoding, PlumPreTrainedM
     def _downscale_given_masks(self, given_masks, spans, images):
         """Low-res logits by span index of a caller's masks, each checked."""
         given = {}
+        if not isinstance(given_masks or {}, Mapping):
+            raise ValueError(f"given_masks is a {type(given_masks).__name__}, expected a dict: span index -> mask.")
         for i, mask in (given_masks or {}).items():
             if isinstance(i, bool) or not isinstance(i, (int, np.integer)) or not 0 <= i < len(spans):
-                raise ValueError(
-                    f"given_masks has key {i!r}, expected the index of one of {len(spans)} spans, from 0."
-                )
+                raise ValueError(f"given_masks has key {i!r}, expected the index of one of {len(spans)} spans.")
             if not isinstance(mask, (np.ndarray, torch.Tensor)):
                 raise ValueError(
-                    f"The given mask of span {i} is a {type(mask).__name__}, expected an array or tensor "
+                    f"The given mask of span {i} is of type {type(mask).__name__}, expected an array or tensor "
                     "(height, width)."
                 )
             if images.original_sizes is None or images.reshaped_sizes is None:
