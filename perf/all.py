@@ -1,5 +1,5 @@
 """
-Runs every benchmark of this folder but that for a GPU, each in a process of its own, and writes perf/results.json.
+Run every benchmark of this folder except the one for a GPU, each in a separate process, and write perf/results.json.
 
     python perf/all.py
 """

@@ -1,11 +1,11 @@
-"""Time, rate and peak memory of making questions for a data set of a given size.
+"""Measure time, rate and peak memory of making questions for a data set of a given size.
 
     python perf/build_questions.py --images 75000 --objects 600 --scheme official --processes 2
     python perf/build_questions.py --images 5000 --processes 1
 
-The data set is synthetic: families of ten objects, each with parts of its own and parts its family shares, visible
-with rates of their own. All images share one mask, so what is measured is the making of questions, not the reading of
-masks. The fingerprint does not depend on the number of processes.
+The data set is synthetic: families of ten objects, each with its own parts and parts of its family, each part with its
+own visibility rate. All images share one mask, so only making questions is measured, not reading masks. The
+fingerprint does not depend on the number of processes.
 """
 
 import hashlib

@@ -1,6 +1,6 @@
 """
-Questions about one image, five choices each, and the masks of the true answers: read as one tree of tokens, against
-a forward pass with the image for every choice, as the research code does it.
+Questions about one image, five choices each, and the masks of the true answers: computed as one tree of tokens,
+against one forward pass with the image per choice, as in the research code.
 
     python perf/choices.py
 
@@ -26,7 +26,7 @@ IMAGE_TOKEN, VOCABULARY = 31_999, 32_000
 def build_model(
     layers: int = 4, width: int = 512, side: int = 256, sam_vision: dict | None = None
 ) -> PlumForConditionalGeneration:
-    """Llava with a small CLIP of 224 px and 256 patches, and SAM ViT-B at 256 px or what is given; random weights."""
+    """Return Llava with a small CLIP of 224 px and 256 patches, and the given SAM or ViT-B at 256 px; random weights."""
     text_config = {
         "model_type": "llama",
         "hidden_size": width,
@@ -66,7 +66,7 @@ def build_model(
 
 
 def draw_questions(questions: int, choices: int = CHOICES) -> dict:
-    """Rows of `questions` x `choices` token ids, their labels, and spans of the first choice of each question."""
+    """Return rows of `questions` x `choices` token ids, their labels, and spans of each question's first choice."""
     generator = torch.Generator().manual_seed(0)
 
     def words(*shape):
@@ -88,7 +88,7 @@ def draw_questions(questions: int, choices: int = CHOICES) -> dict:
 
 
 def score_one_by_one(model, batch, pixels) -> torch.Tensor:
-    """A pass over image, question and choice for every choice, with logits of the whole sequence."""
+    """Score with one pass over image, question and choice per choice, and logits of the whole sequence."""
     scores = []
     for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
         outputs = model.vlm(input_ids=ids[None], pixel_values=pixels, use_cache=False)
@@ -97,7 +97,7 @@ def score_one_by_one(model, batch, pixels) -> torch.Tensor:
 
 
 def score_and_segment_one_by_one(model, batch, pixels, sam_pixels):
-    """The same, then for each question SAM's encoder, another pass over the true answer, and its spans one by one."""
+    """Score one by one; then, per question, run SAM's encoder, another pass over the true answer, and single spans."""
     scores, masks = score_one_by_one(model, batch, pixels), []
     for question in range(len(scores)):
         embeddings = model.get_image_embeddings(sam_pixels)
@@ -108,7 +108,7 @@ def score_and_segment_one_by_one(model, batch, pixels, sam_pixels):
 
 
 def segment_span_by_span(model, states, spans, embeddings) -> list[torch.Tensor]:
-    """One conversation: every earlier mask is embedded anew for every span, and decoded alone."""
+    """Decode one conversation span by span, with all earlier masks embedded again for each span."""
     queries = model.span_projector(states)
     positions, prompt_encoder = model.sam.get_image_wide_positional_embeddings(), model.sam.prompt_encoder
     masks, used = [], []
@@ -135,7 +135,7 @@ def segment_span_by_span(model, states, spans, embeddings) -> list[torch.Tensor]
 
 
 def score_and_segment(model, batch, pixels, sam_pixels, *, masks: bool = True):
-    """Image, question and choices as one tree, of a few questions; the true answers' masks from the same states."""
+    """Score image, question and choices as one tree; decode the true answers' masks from the same states."""
     (features,) = model.get_vlm_image_features([IMAGE_TOKENS], pixel_values=pixels)
     embeddings = model.get_image_embeddings(sam_pixels) if masks else None
     scores, decoded, choices = [], [], batch["choices"]

@@ -1,6 +1,6 @@
 """
-Evaluating plum-tiny on questions of the benchmark as evaluate_plum.py does it, against one question and one choice
-at a time, each with its image, masks span by span.
+Evaluation of plum-tiny on benchmark questions as in evaluate_plum.py, against one question and one choice at a time,
+each with its image, and masks span by span.
 
     python perf/evaluation.py
 """
@@ -20,13 +20,13 @@ QUESTIONS, BATCH, NEW_TOKENS = 16, 16, 24
 
 
 class OneByOne:
-    """Every choice and every span in a pass of its own over image and words."""
+    """Computes each choice and each span in a separate pass over image and words."""
 
     def __init__(self, model, processor):
         self.model, self.processor = model, processor
 
     def predict(self, question, image) -> tuple[torch.Tensor, str, list[torch.Tensor]]:
-        """Scores of the choices, the written answer, and the masks of the correct one."""
+        """Return the scores of the choices, the generated answer, and the masks of the correct one."""
         scores = [self.score(as_chat(messages, image)) for messages in choose(question, tagged=False)]
         tagged = write_choice(question, question.correct, tagged=True)
         chat = as_chat([*ask(question), {"role": "assistant", "content": tagged}], image)

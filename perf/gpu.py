@@ -1,11 +1,12 @@
 """
-The size of PLUM-7B, LLaVA-1.5-7B and SAM ViT-H with random bfloat16 weights, on a GPU: scoring choices, answering with
-masks, a training step with LoRA. Each beside the way of the research code: time, model FLOP utilisation, peak memory.
+A model of the size of PLUM-7B (LLaVA-1.5-7B and SAM ViT-H, random bfloat16 weights) on a GPU: scoring choices,
+answering with masks, a training step with LoRA. Each is compared with the method of the research code: time, model
+FLOP utilisation, peak memory.
 
     python perf/gpu.py --peak_tflops 989          # an H100 or H200, dense bfloat16
-    python perf/gpu.py --tiny                     # the same steps on a CPU at a size that only shows that they run
+    python perf/gpu.py --tiny                     # the same steps, small, on a CPU
 
-In bfloat16 two ways of computing the same differ by some hundredths; the detail has the relative error.
+In bfloat16 the two methods differ by some hundredths; the detail contains the relative error.
 """
 
 import argparse
@@ -34,7 +35,7 @@ TOLERANCE = 0.1
 
 
 def build_config(tiny: bool) -> PlumConfig:
-    """LLaVA-1.5-7B with SAM ViT-H, or the same with a few small layers."""
+    """Return LLaVA-1.5-7B with SAM ViT-H, or the same with a few small layers."""
     text = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2}
     vision = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
     sam = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "global_attn_indexes": [1]}
@@ -62,7 +63,7 @@ def build_config(tiny: bool) -> PlumConfig:
 
 
 def build_model(config: PlumConfig, device: str) -> PlumForConditionalGeneration:
-    """Random weights, made on the device itself."""
+    """Return a model with random weights, created on the device."""
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device(device):
@@ -72,7 +73,7 @@ def build_model(config: PlumConfig, device: str) -> PlumForConditionalGeneration
 
 
 def draw_rows(config: PlumConfig, images: int, rows_per_image: int, device: str) -> dict[str, torch.Tensor]:
-    """Rows of an image, a question and an answer, those of one image next to each other, CHOICES to a question."""
+    """Return rows of an image, a question and an answer; rows of one image are adjacent, CHOICES per question."""
     vision, generator = config.vlm_config.vision_config, torch.Generator().manual_seed(0)
     tokens, rows = (vision.image_size // vision.patch_size) ** 2, images * rows_per_image
     ids = torch.randint(10, 30_000, (rows, tokens + QUESTION_TOKENS + ANSWER_TOKENS), generator=generator)
@@ -95,7 +96,7 @@ def draw_rows(config: PlumConfig, images: int, rows_per_image: int, device: str)
 
 
 def run_step(step: Callable[[], torch.Tensor], device: str) -> tuple[torch.Tensor, float, float | None]:
-    """What a step returns, its best time in seconds and its peak memory in GiB, weights included."""
+    """Return the result of a step, its best time in seconds and its peak memory in GiB, weights included."""
     on_gpu, seconds = device == "cuda", []
     outputs = step()  # libraries choose their kernels
     if on_gpu:
@@ -118,7 +119,7 @@ def count_flops(step: Callable[[], torch.Tensor]) -> int:
 
 
 def measure(name: str, *, old: Callable, new: Callable, flops: int, peak_tflops: float, device: str) -> None:
-    """Prints a line of json: the ratio of the times of two ways to the same tensor; `flops` are the model's own."""
+    """Print a line of JSON: the ratio of the times of two methods for the same tensor; `flops` are the model's."""
     found, seconds, peak = run_step(new, device)
     expected, old_seconds, old_peak = run_step(old, device)
     error = float((found.float() - expected.float()).norm() / expected.float().norm())
@@ -139,7 +140,7 @@ def measure(name: str, *, old: Callable, new: Callable, flops: int, peak_tflops:
 
 
 def centre(scores: torch.Tensor) -> torch.Tensor:
-    """Random weights score everything about the logarithm of the vocabulary; what tells choices apart is the rest."""
+    """Return scores minus their mean, because random weights score everything near the logarithm of the vocabulary."""
     return scores - scores.mean()
 
 
@@ -156,7 +157,7 @@ def score_at_once(model, batch: dict) -> torch.Tensor:
 
 
 def tag_evenly(tagger: nn.Module, _, logits: torch.Tensor) -> torch.Tensor:
-    """Random weights tag at random; instead SPANS tokens of each answer are spans."""
+    """Return logits that tag SPANS tokens of each answer as spans, because random weights tag at random."""
     tags = torch.zeros(logits.shape[1], dtype=torch.long, device=logits.device)
     tags[-ANSWER_TOKENS + 1 :: ANSWER_TOKENS // SPANS] = 1
     return nn.functional.one_hot(tags, 3).to(logits).expand_as(logits)
@@ -167,7 +168,7 @@ def segment_at_once(model, prompts: dict, options: dict) -> torch.Tensor:
 
 
 def segment_one_by_one(model, prompts: dict, options: dict) -> torch.Tensor:
-    """Of each row the answer, another pass over it for its hidden states, and its spans one by one."""
+    """Generate the answer of each row, run another pass for its hidden states, and decode its spans one by one."""
     masks = []
     inputs = (prompts[name].split(1) for name in ("input_ids", "pixel_values", "sam_pixel_values"))
     for ids, pixels, sam_pixels in zip(*inputs, strict=True):
@@ -180,7 +181,7 @@ def segment_one_by_one(model, prompts: dict, options: dict) -> torch.Tensor:
 
 
 def add_masks(batch: dict, device: str) -> dict:
-    """A training batch of rows with an image each: SPANS of every answer supervised, with masks of noise."""
+    """Return a training batch of rows with one image each: SPANS of each answer supervised, with masks of noise."""
     rows, length = batch["input_ids"].shape
     first, side = length - ANSWER_TOKENS, batch["sam_pixel_values"].shape[-1]
     spans = [[row, first + 4 * i, first + 4 * i + 2] for row in range(rows) for i in range(SPANS)]
@@ -202,7 +203,7 @@ def take_row(batch: dict, row: int) -> dict:
 
 
 def train_on(model, optimizer, counts: dict, batches: list[dict]) -> torch.Tensor:
-    """A step of the optimizer, whose rate is zero, on the sum of these batches; gradients of the span projector."""
+    """Run an optimizer step with rate zero on the sum of these batches; return the gradients of the span projector."""
     for batch in batches:
         with torch.autocast(batch["input_ids"].device.type, torch.bfloat16):
             loss = model(**batch, loss_counts=counts).loss
@@ -228,7 +229,7 @@ def measure_training(model, config: PlumConfig, **shared) -> None:
     counts = count_loss_items(config, **{name: batch[name] for name in names})
     rows = [take_row(batch, row) for row in range(ROWS)]
     step = partial(train_on, trained, optimizer, counts)
-    # Counted without checkpointing, which computes the forward pass twice, and so on one row.
+    # Counted on one row and without checkpointing, which computes the forward pass twice.
     flops = ROWS * count_flops(lambda: step(rows[:1]))
     trained.gradient_checkpointing_enable()
     measure(
@@ -254,7 +255,7 @@ def measure_inference(model, config: PlumConfig, **shared) -> None:
     prompts = draw_rows(config, ROWS, 1, shared["device"])
     prompts["input_ids"] = prompts["input_ids"][:, :-ANSWER_TOKENS]
     del prompts["labels"]
-    # Which token is likeliest is a matter of rounding in random weights: every answer is made of the same tokens.
+    # With random weights the most likely token depends on rounding, so every answer consists of the same tokens.
     options = {"max_new_tokens": ANSWER_TOKENS, "prefix_allowed_tokens_fn": lambda row, ids: [10 + len(ids)]}
     handle = model.span_tagger.register_forward_hook(tag_evenly)
     measure(
@@ -270,7 +271,7 @@ def measure_inference(model, config: PlumConfig, **shared) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="small layers on the CPU")
-    parser.add_argument("--peak_tflops", type=float, default=989.0, help="what the device could make, bfloat16")
+    parser.add_argument("--peak_tflops", type=float, default=989.0, help="peak bfloat16 TFLOP/s of the device")
     options = parser.parse_args()
     device = "cpu" if options.tiny else "cuda"
     config = build_config(options.tiny)

@@ -1,6 +1,6 @@
 """
-How cost grows with choices, questions about an image, spans, the size of images and the batch: the way of the
-research code beside this project's, at a few points each.
+Growth of cost with choices, questions about an image, spans, image size and batch: the method of the research code and
+that of this project, at a few points each.
 
     python perf/growth.py
 
@@ -23,7 +23,9 @@ from training import build_batch, step_at_once, step_by_rows
 
 SAM = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 6, "global_attn_indexes": [2, 5]}
 SIDE = 256
-Point = tuple[int, Callable[[], Any], Callable[[], Any]]  # where it stands, the research code's way, this project's
+Point = tuple[
+    int, Callable[[], Any], Callable[[], Any]
+]  # position, the method of the research code, that of this project
 
 
 def build_small_model(side: int = SIDE):
@@ -31,13 +33,13 @@ def build_small_model(side: int = SIDE):
 
 
 def draw_pixels(side: int = SIDE) -> tuple[torch.Tensor, torch.Tensor]:
-    """An image for CLIP and for SAM."""
+    """Return an image for CLIP and for SAM."""
     generator = torch.Generator().manual_seed(1)
     return tuple(torch.randn(1, 3, size, size, generator=generator) for size in (224, side))
 
 
 def with_choices() -> Iterator[Point]:
-    """The language part of one question."""
+    """Yield the language part of one question."""
     model, (pixels, sam_pixels) = build_small_model(), draw_pixels()
     for choices in (2, 5, 10):
         batch = draw_questions(1, choices)
@@ -46,7 +48,7 @@ def with_choices() -> Iterator[Point]:
 
 
 def with_questions() -> Iterator[Point]:
-    """Questions of three choices about one image, and the masks of their true answers."""
+    """Yield questions of three choices about one image, and the masks of their true answers."""
     model, pixels = build_small_model(), draw_pixels()
     for questions in (1, 2, 4):
         inputs = (model, draw_questions(questions, choices=3), *pixels)
@@ -54,7 +56,7 @@ def with_questions() -> Iterator[Point]:
 
 
 def with_spans() -> Iterator[Point]:
-    """The masks of four conversations, with feedback."""
+    """Yield the masks of four conversations, with feedback."""
     model = build_small_model()
     states, embeddings = draw_conversations(model, 4)
     for spans in (1, 2, 4, 8):
@@ -63,7 +65,7 @@ def with_spans() -> Iterator[Point]:
 
 
 def with_image_size() -> Iterator[Point]:
-    """Three questions of two choices about one image, and the masks of their true answers."""
+    """Yield three questions of two choices about one image, and the masks of their true answers."""
     batch = draw_questions(3, choices=2)
     for side in (128, 256, 512):
         inputs = (build_small_model(side), batch, *draw_pixels(side))
@@ -71,7 +73,7 @@ def with_image_size() -> Iterator[Point]:
 
 
 def with_batch() -> Iterator[Point]:
-    """Gradients of a training step, four spans a row."""
+    """Yield the gradients of a training step, four spans per row."""
     model, processor = build_plum_tiny()
     for rows in (1, 2, 4, 8):
         batch = build_batch(processor, rows)
@@ -88,7 +90,7 @@ AXES = {
 
 
 def draw(seconds: dict[str, list[tuple[int, float, float]]]) -> None:
-    """docs/growth.png from (where, old, new seconds) of each axis."""
+    """Draw docs/growth.png from (position, old seconds, new seconds) of each axis."""
     figure = Figure(figsize=(13, 2.8), layout="constrained")
     for axes, (name, points) in zip(figure.subplots(1, len(seconds)), seconds.items(), strict=True):
         places, old, new = zip(*points, strict=True)

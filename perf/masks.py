@@ -14,7 +14,7 @@ CONVERSATIONS, SPANS, LENGTH = 8, 6, 64
 
 
 def draw_conversations(model, conversations: int = CONVERSATIONS) -> tuple[torch.Tensor, torch.Tensor]:
-    """Hidden states of as many conversations, and the embedding of an image for each."""
+    """Return hidden states of this number of conversations, and the embedding of an image for each."""
     generator = torch.Generator().manual_seed(0)
     width, grid = model.config.get_text_config().hidden_size, model.config.sam_grid_size
     states = torch.randn(conversations, LENGTH, width, generator=generator)

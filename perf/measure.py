@@ -1,4 +1,4 @@
-"""What the benchmarks of this folder share: two paths timed side by side, their results compared, a line of json."""
+"""Time two paths side by side, compare their results and print a line of JSON, for the benchmarks of this folder."""
 
 import json
 import time
@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def take_turns(paths: list[Callable[[], Any]], *, rounds: int) -> tuple[list[Any], list[float]]:
-    """First result and best time in seconds of each path; turn by turn, so that other load meets all of them alike."""
+    """Return the first result and best time in seconds of each path, run alternately so that other load affects all."""
     results, best = [None] * len(paths), [float("inf")] * len(paths)
     for turn in range(rounds):
         for i, path in enumerate(paths):
@@ -26,7 +26,7 @@ def take_turns(paths: list[Callable[[], Any]], *, rounds: int) -> tuple[list[Any
 
 
 def peak_memory(path: Callable[[], Any]) -> int:
-    """Most bytes that tensors made by the path took at once on the CPU; weights and inputs are not among them."""
+    """Return the peak bytes of tensors created by the path on the CPU, without weights and inputs."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         path()
     held = most = 0
@@ -39,8 +39,8 @@ def peak_memory(path: Callable[[], Any]) -> int:
 
 def is_close(found: Any, expected: Any, *, tolerance: float) -> bool:
     """
-    Whether two nested results agree: numbers to a relative and absolute tolerance, masks but for a pixel in a thousand
-    (a logit of next to nothing has no certain sign), all else exactly.
+    Return whether two nested results agree: numbers within a relative and absolute tolerance, masks except for one
+    pixel in a thousand (a logit near zero has no certain sign), everything else exactly.
     """
     if isinstance(expected, dict):
         found, expected = (list(part.items()) for part in (found, expected))
@@ -68,14 +68,14 @@ def compare(
     **sizes,
 ) -> list[dict[str, Any]]:
     """
-    Results of one claim, also printed as json.
+    Return the results of one comparison, also printed as JSON.
 
     Args:
-        old, new: Return what must be equal.
-        target: Ratio that is aimed at: old to new time where higher is better, else new to old.
-        old_part: As much of the old path as shows its peak memory, where all of it takes long.
-        memory_target: Ratio of peak memory, new to old, that is aimed at; a result of its own.
-        sizes: What was measured, for the detail.
+        old, new: Functions whose results must be equal.
+        target: Target ratio: old to new time if higher is better, else new to old.
+        old_part: A shorter part of the old path with the same peak memory.
+        memory_target: Target ratio of peak memory, new to old; a separate result.
+        sizes: Sizes of the measurement, for the detail.
     """
     (expected, found), (old_seconds, new_seconds) = take_turns([old, new], rounds=rounds)
     equal = is_close(found, expected, tolerance=tolerance)
@@ -101,7 +101,7 @@ def compare(
 def result(
     name: str, ratio: float, target: float | None, *, equal: bool, detail: dict[str, Any], better: str = "higher"
 ) -> dict[str, Any]:
-    """A line of results.json, also printed."""
+    """Return a line of results.json, also printed."""
     line = {
         "name": name,
         "ratio": round(ratio, 3),

@@ -1,10 +1,10 @@
-"""How much faster masks are compared on their run lengths than as dense arrays:
+"""Compare masks on their run lengths and as dense arrays, and measure the speed-up:
 
     python perf/metrics.py [--pairs 4968] [--side 1024] [--dense_pairs 50]
 
-Draws pairs of overlapping shapes with a wavy outline, as many as Partonomy-Core has masks, and takes intersection and
-union of each, once from the runs (scoring/mask_metrics.py) and, for some of the same pairs, once from decoded arrays.
-Both are timed in one process on one core; what it prints is the time of all pairs and the ratio per pair.
+Draws pairs of overlapping shapes with a wavy outline, as many as Partonomy-Core has masks, and computes intersection
+and union of each from the run lengths (scoring/mask_metrics.py) and, for some of the pairs, from decoded arrays. Both
+are timed in one process on one core. Prints the time of all pairs and the ratio per pair.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from plum_partonomy.scoring.mask_metrics import RLE, overlap
 
 
 def draw(generator: np.random.Generator, side: int) -> RLE:
-    """An ellipse with a wavy outline, as compressed run lengths."""
+    """Return an ellipse with a wavy outline, as compressed run lengths."""
     angles = np.linspace(0, 2 * np.pi, 60, endpoint=False)
     radius = side * generator.uniform(0.05, 0.3) * (1 + 0.15 * np.sin(angles * generator.integers(2, 9)))
     centre = side * generator.uniform(0.35, 0.65, size=2)
@@ -37,7 +37,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=4968, help="mask pairs")
     parser.add_argument("--side", type=int, default=1024, help="height and width in pixels")
-    parser.add_argument("--dense_pairs", type=int, default=50, help="of these, how many are also compared densely")
+    parser.add_argument(
+        "--dense_pairs", type=int, default=50, help="number of pairs that are also compared as dense arrays"
+    )
     options = parser.parse_args()
     generator = np.random.default_rng(0)
     pairs = [(draw(generator, options.side), draw(generator, options.side)) for _ in range(options.pairs)]

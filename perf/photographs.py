@@ -3,8 +3,8 @@ Memory of a training step and of results on photographs of 12 megapixels: 8 imag
 
     python perf/photographs.py
 
-The model has SAM's input size and grid (1024 px, 64 x 64) and little else, so that what is measured is what masks and
-images cost. Photographs do not belong in this repository; the images are noise, drawn coarsely and enlarged.
+The model has SAM's input size and grid (1024 px, 64 x 64) and is otherwise small, so that masks and images dominate
+the memory. The images are coarse noise, enlarged, because this repository contains no photographs.
 """
 
 import resource
@@ -26,7 +26,7 @@ ANSWER = "It has " + ", ".join(["a <p>wheel</p>"] * SPANS) + "."
 
 
 def build() -> tuple[PlumForConditionalGeneration, PlumProcessor]:
-    """A model of random weights that looks through SAM's encoder, and its processor with plum-tiny's tokenizer."""
+    """Return a model with random weights that looks through SAM's encoder, and its processor."""
     tokenizer = PlumProcessor.from_pretrained(ROOT / "checkpoints" / "plum-tiny").tokenizer
     vlm_config = {
         "model_type": "internvl",
@@ -73,7 +73,7 @@ def build() -> tuple[PlumForConditionalGeneration, PlumProcessor]:
 
 
 def draw(generator: np.random.Generator) -> tuple[Image.Image, list[dict]]:
-    """An image, and a box for each span as run lengths, as records hold them."""
+    """Return an image, and a box for each span as run lengths, as in records."""
     pixels = generator.integers(0, 256, (HEIGHT // 50, WIDTH // 50, 3), dtype=np.uint8)
     masks = []
     for _ in range(SPANS):
@@ -84,7 +84,7 @@ def draw(generator: np.random.Generator) -> tuple[Image.Image, list[dict]]:
 
 
 def peak_gb() -> float:
-    """Most memory that the process has held so far."""
+    """Return the peak memory of the process so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
@@ -104,7 +104,7 @@ def main() -> list[dict]:
     loss = model.train()(**batch).loss
     loss.backward()
     training = peak_gb()
-    # Results are taken one image at a time, as programs write them: a mask is 12 MB.
+    # Results are read one image at a time; a mask takes 12 MB.
     counts = []
     for chat in chats:
         outputs = model.eval().segment_spans(**processor.apply_chat_template(chat, tokenize=True, return_dict=True))

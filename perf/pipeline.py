@@ -1,9 +1,9 @@
 """
-What one core prepares of training input: files decoded, resized for SAM and for CLIP, their conversations tokenized.
+Training input prepared by one core: files decoded, resized for SAM and for CLIP, their conversations tokenized.
 
     python perf/pipeline.py
 
-Photographs do not belong in this repository; the files are smooth noise, which JPEG compresses about as well.
+The files are smooth noise, which JPEG compresses about as well as photographs.
 """
 
 import io
@@ -38,7 +38,7 @@ def build_processor(side: int) -> PlumProcessor:
 
 
 def draw_file(generator: np.random.Generator, side: int) -> bytes:
-    """A JPEG of 4 x 3, its longer side `side` pixels."""
+    """Return a JPEG of aspect ratio 4:3 whose longer side has `side` pixels."""
     noise = Image.fromarray(generator.integers(0, 256, (12, 16, 3), dtype="uint8"))
     file = io.BytesIO()
     noise.resize((side, 3 * side // 4), Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)

@@ -1,4 +1,4 @@
-"""plum-tiny as its recipe builds it, with random weights, and what it is asked in the benchmarks of this folder."""
+"""plum-tiny as built by its recipe, with random weights, and the question of the benchmarks in this folder."""
 
 import torch
 import yaml
@@ -13,7 +13,7 @@ ANSWER = "The object in the image has the following visible parts: left wing, ri
 
 
 def build_plum_tiny():
-    """Model, in evaluation mode and with tags that differ from token to token, and processor."""
+    """Return the model, in evaluation mode and with tags that differ from token to token, and its processor."""
     recipe = yaml.safe_load((ROOT / "recipes" / "plum_tiny.yaml").read_text())
     torch.manual_seed(0)
     model, processor = build_from_scratch(recipe["model_config"], recipe["tokenizer_vocab_size"], [QUESTION, ANSWER])
@@ -24,7 +24,7 @@ def build_plum_tiny():
 
 
 def draw_images(count: int) -> list[Image.Image]:
-    """Images of noise, of different sizes around 128 pixels."""
+    """Return images of noise, of different sizes around 128 pixels."""
     generator = seeded_generator(0, "benchmark images")
     sizes = generator.integers(90, 160, (count, 2))
     return [Image.fromarray(generator.integers(0, 256, (*size, 3), dtype="uint8")) for size in sizes]

@@ -33,7 +33,7 @@ def main() -> list[dict]:
     outputs = model.segment(**batch, **options)
 
     def generate_and_decode():
-        """What answers and masks cost, were tags to be had for nothing."""
+        """Return answers and masks without the cost of tagging."""
         sequences = model.generate(**batch, **options)
         embeddings = model.get_image_embeddings(batch["sam_pixel_values"])
         states = torch.zeros(*sequences.shape, model.config.get_text_config().hidden_size)

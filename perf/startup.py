@@ -1,9 +1,9 @@
 """
-Processor seconds, user and system, that commands take from their start to their end: what they import, mostly.
+Processor seconds (user and system) of commands from start to end, mostly spent on imports.
 
     python perf/startup.py
 
-The least of two runs each, on one thread, beside the seconds aimed at.
+The lower of two runs each, on one thread, with the target in seconds.
 """
 
 import os
@@ -14,7 +14,7 @@ import sys
 from measure import ROOT, result
 
 PICTURE, QUESTION = "examples/sailboat.png", "What visible parts does the object in the image have?"
-# Words after `python`, exit code, seconds aimed at.
+# Words after `python`, exit code, target in seconds.
 COMMANDS = {
     "plum --help": (["-m", "plum_partonomy.cli", "--help"], 0, 1),
     "plum ask, plum-tiny": (["-m", "plum_partonomy.cli", "ask", PICTURE, QUESTION], 0, 5),
@@ -27,7 +27,7 @@ COMMANDS = {
 
 
 def run(words: list[str]) -> tuple[float, int]:
-    """Processor seconds and exit code of Python with these words."""
+    """Return processor seconds and exit code of Python with these words."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run([sys.executable, *words], cwd=ROOT, env=environment, capture_output=True)

@@ -19,7 +19,7 @@ ANSWER = "I can see a <p>wing</p>, a <p>tail</p>, a <p>wheel</p> and a <p>hull</
 
 
 def build_batch(processor, rows: int = ROWS) -> dict:
-    """As many images, each with a question, an answer of four tagged parts and their masks."""
+    """Return this number of images, each with a question, an answer of four tagged parts and their masks."""
     generator = seeded_generator(0, "benchmark masks")
     images = draw_images(rows)
     chats = [
@@ -31,7 +31,7 @@ def build_batch(processor, rows: int = ROWS) -> dict:
 
 
 def loop_over_rows(model, batch: dict, counts: dict, rows: int) -> None:
-    """Gradients of the batch, row by row; the masks of a row span by span, each with a pass of its own."""
+    """Compute the gradients of the batch row by row, and the masks of a row span by span, each in a separate pass."""
     shared = ("input_ids", "attention_mask", "labels", "span_labels", "sam_pixel_values")
     sizes = ("original_sizes", "reshaped_input_sizes")
     for row in range(rows):
@@ -41,7 +41,7 @@ def loop_over_rows(model, batch: dict, counts: dict, rows: int) -> None:
         members = (batch["spans"][:, 0] == row).nonzero()[:, 0]
         spans = batch["spans"][members] * torch.tensor([0, 1, 1])
         for last in range(SPANS):
-            # The loss of one mask: the earlier ones are decoded anew, as its feedback.
+            # The loss of one mask; the earlier ones are decoded again as its feedback.
             outputs = model(**inputs, spans=spans[: last + 1])
             losses = mask_losses(
                 model.config,
@@ -63,7 +63,7 @@ def gradients(model, step: Callable[[], None]) -> dict[str, torch.Tensor]:
 
 
 def step_by_rows(model, batch: dict, rows: int | None = None) -> dict[str, torch.Tensor]:
-    """Gradients that [`loop_over_rows`] leaves, of all rows or of the first few."""
+    """Return the gradients of [`loop_over_rows`], of all rows or of the first few."""
     items = {name: batch[name] for name in ("labels", "span_labels", "spans", "mask_labels")}
     counts = count_loss_items(model.config, **items)
     return gradients(model, lambda: loop_over_rows(model, batch, counts, rows or len(batch["input_ids"])))

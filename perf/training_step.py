@@ -1,5 +1,5 @@
 """
-A training step with the frozen image encoder's embeddings from disk, against one that encodes its image anew.
+A training step with the frozen image encoder's embeddings from disk, against one that encodes its image.
 
     python perf/training_step.py
 

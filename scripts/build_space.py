@@ -1,4 +1,4 @@
-"""Gathers what the demonstration needs as a Space of its own: its card and requirements, the code and the checkpoints.
+"""Build the Space of the demo: its card and requirements, the code and the checkpoints.
 
 python scripts/build_space.py --output_dir runs/space
 python scripts/push_to_hub.py space runs/space --repo_id user/plum-demo
@@ -14,7 +14,7 @@ CHECKPOINTS = ["checkpoints/*/*"]
 
 
 def build_space(folder: Path) -> None:
-    """Copies the files into a folder that must not exist yet, each to the place it has here."""
+    """Copy the files to the same relative paths in a new folder."""
     folder.mkdir(parents=True)
     for name in ("README.md", "requirements.txt"):
         shutil.copyfile(ROOT / "demo" / name, folder / name)

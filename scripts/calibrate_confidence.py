@@ -1,14 +1,13 @@
 """
-Calibrates the confidence of a checkpoint: the probability that an image is of a kind that the model has learnt.
+Calibrate the confidence of a checkpoint: the probability that an image is of a kind in the training data.
 
     python scripts/calibrate_confidence.py --model runs/plum_tiny --kinds "drawings of objects" \\
         --known '{"name": "mini"}' '{"name": "mini_instances"}' \\
         --other '{"name": "own_parts", "data_dir": "PHOTOGRAPHS"}'
 
-Each `--known` data set is a kind of its own: an image is known if it is like the images of one of them. Images of the
-validation splits fit the kinds and the logistic function; those of the test splits say how well they are told apart.
-Both become `image_statistics` in the checkpoint's config.json, where `PlumAnswer.confidence`, `plum ask` and the
-demonstration find them.
+Each `--known` data set is a separate kind: an image is known if it is similar to the images of one of them. Kinds and
+logistic function are fitted on images of the validation splits and evaluated on those of the test splits. The result
+is `image_statistics` in the checkpoint's config.json, used by `PlumAnswer.confidence`, `plum ask` and the demo.
 """
 
 import argparse
@@ -29,13 +28,13 @@ from plum_partonomy.training.mixture import load_records, parse_source
 
 BATCH_SIZE = 8
 KNOWN_RECALL = 0.98
-"""Share of the known validation images that the threshold lets pass."""
+"""Share of the known validation images above the threshold."""
 PENALTY = 1e-3
-"""Of the squared slope: images of two kinds may be told apart without error, which has no finite slope."""
+"""Penalty of the squared slope; without it the slope of separable kinds is infinite."""
 
 
 def read_images(entry: str, split: str, most: int) -> Iterator:
-    """At most so many images of a source, at even distances."""
+    """Yield at most this number of images of a source, evenly spaced."""
     source = parse_source(json.loads(entry), {"dataset": "partonomy", "name": None, "data_dir": None})
     records = undecoded(load_records(source, split))
     for index in np.unique(np.linspace(0, len(records) - 1, most).astype(int)).tolist():
@@ -44,7 +43,7 @@ def read_images(entry: str, split: str, most: int) -> Iterator:
 
 @torch.no_grad()
 def pool_embeddings(model, processor, images: Iterator) -> np.ndarray:
-    """`(N, C)` mean of SAM's embedding of each image."""
+    """Return the mean of SAM's embedding of each image, `(N, C)`."""
     pooled, batch = [], []
     for image in tqdm(images, desc="images", unit="image"):
         batch.append(image)
@@ -62,12 +61,12 @@ def _pool(model, processor, images: list) -> np.ndarray:
 
 
 def distances(pooled: np.ndarray, mean: np.ndarray, std: np.ndarray) -> np.ndarray:
-    """Logarithm of the mean squared deviation of each row from the nearest kind, as the model computes it."""
+    """Return the logarithm of the mean squared deviation of each row from the nearest kind, as in the model."""
     return np.log((((pooled[:, None] - mean) / std) ** 2).mean(axis=2).min(axis=1))
 
 
 def fit_logistic(known: np.ndarray, other: np.ndarray) -> tuple[float, float]:
-    """Intercept and slope of P(known) = sigmoid(intercept - slope * distance), both kinds weighing the same."""
+    """Return intercept and slope of P(known) = sigmoid(intercept - slope * distance), with equal class weights."""
 
     def loss(parameters: np.ndarray) -> float:
         intercept, slope = parameters
@@ -79,7 +78,7 @@ def fit_logistic(known: np.ndarray, other: np.ndarray) -> tuple[float, float]:
 
 
 def auroc(known: np.ndarray, other: np.ndarray) -> float:
-    """Probability that a known image has a higher confidence than another one; ties count half.
+    """Return the probability that a known image has a higher confidence than another one; ties count half.
 
     >>> auroc(np.array([0.9, 0.6]), np.array([0.1, 0.6]))
     0.875
@@ -89,7 +88,7 @@ def auroc(known: np.ndarray, other: np.ndarray) -> float:
 
 
 def calibrate(model, processor, known: Sequence[str], other: Sequence[str], *, most: int) -> dict:
-    """The `image_statistics` of a model, with `auroc` and the shares of the test images that it judges right."""
+    """Return the `image_statistics` of a model, with `auroc` and the shares of correctly classified test images."""
 
     def pool(sources: Sequence[str], split: str) -> list[np.ndarray]:
         return [pool_embeddings(model, processor, read_images(source, split, most)) for source in sources]
@@ -122,10 +121,10 @@ def calibrate(model, processor, known: Sequence[str], other: Sequence[str], *, m
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="Folder of the checkpoint; its config is changed.")
-    parser.add_argument("--kinds", required=True, help="What the known images show, in the words of a warning.")
+    parser.add_argument("--kinds", required=True, help="Description of the known images, for the warning.")
     parser.add_argument("--known", nargs="+", required=True, help="Data sets of known images, as in a mixture.")
     parser.add_argument("--other", nargs="+", required=True, help="Data sets of images of other kinds.")
-    parser.add_argument("--most", type=int, default=150, help="Images of each data set and split.")
+    parser.add_argument("--most", type=int, default=150, help="Maximum number of images of each data set and split.")
     arguments = parser.parse_args()
     model, processor = load_checkpoint(arguments.model)
     statistics = calibrate(model.eval(), processor, arguments.known, arguments.other, most=arguments.most)

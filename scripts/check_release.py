@@ -1,11 +1,11 @@
 """
-Checks a release as a stranger would meet it: clones the last commit into a new folder and runs everything there.
+Check a release in a fresh clone: clone the last commit into a new folder and run all checks there.
 
     python scripts/check_release.py [--slow] [--output_dir FOLDER]
 
-The steps: installation, linter, default suite, documentation site; with --slow also `make demo`, the slow tests, the
-fuzzer and the benchmarks. Each step's output goes to a log file, whose last line is shown: the tests count there what
-they skip. The exit status is 0 only if every step passed.
+Steps: installation, linter, default suite, documentation site; with --slow also `make demo`, the slow tests, the
+fuzzer and the benchmarks. The output of each step goes to a log file. Its last line is printed; for tests it counts
+skipped tests. The exit status is 0 only if every step passed.
 """
 
 import argparse
@@ -31,7 +31,7 @@ SLOW_STEPS = {
 
 
 def run_step(name: str, command: list[str], *, clone: Path, log: Path) -> bool:
-    """Whether the command succeeds in the clone; prints its name and log, then outcome, seconds and last line."""
+    """Return whether the command succeeds in the clone; print its name, log, outcome, seconds and last line."""
     print(f"{name:<12}{' '.join(command)} > {log}", flush=True)
     start = time.monotonic()
     with log.open("wb") as file:
@@ -45,7 +45,7 @@ def run_step(name: str, command: list[str], *, clone: Path, log: Path) -> bool:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--slow", action="store_true", help="Also the demo, slow tests, fuzzer and benchmarks.")
-    parser.add_argument("--output_dir", type=Path, help="Where clone and logs go (default: a temporary folder).")
+    parser.add_argument("--output_dir", type=Path, help="Folder for clone and logs (default: a temporary folder).")
     arguments = parser.parse_args()
     folder = arguments.output_dir or Path(tempfile.mkdtemp(prefix="release-"))
     folder.mkdir(parents=True, exist_ok=True)
@@ -55,7 +55,7 @@ def main():
     subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
     subprocess.run(["git", "log", "-1", "--format=Checking %h %s"], cwd=clone, check=True)
     if subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, check=True, capture_output=True).stdout:
-        print("Changes that are not committed are not part of it.", flush=True)
+        print("Uncommitted changes are not checked.", flush=True)
     steps = STEPS | (SLOW_STEPS if arguments.slow else {})
     failed = [
         name for name, command in steps.items() if not run_step(name, command, clone=clone, log=folder / f"{name}.log")

@@ -1,9 +1,9 @@
-"""Compares models on the same questions, from files of their answers, on one HTML page:
+"""Compare models on the same questions, from files of their predictions, on one HTML page:
 
     python scripts/compare_predictions.py plum=runs/demo/evaluation/predictions.jsonl theirs=answers.jsonl \\
         --dataset partonomy --name mini_questions --split test --output comparison.html
 
-Differences are taken to the first file. docs/benchmark.md describes the files.
+Differences are relative to the first file. docs/benchmark.md describes the files.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from plum_partonomy.scoring.results import leave_out
 
 
 def parse_models(arguments: list[str]) -> dict[str, Path]:
-    """Files by name of the model, from NAME=FILE or FILE, whose name is the file's."""
+    """Return model name -> file, from NAME=FILE or FILE, whose name is then the file name."""
     models = {}
     for argument in arguments:
         name, _, path = argument.rpartition("=")
@@ -32,13 +32,13 @@ def parse_models(arguments: list[str]) -> dict[str, Path]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("predictions", nargs="+", metavar="[NAME=]FILE", help="files of answers, one per model")
-    parser.add_argument("--format", default="jsonl", choices=("jsonl", "official"), help="form of the files")
+    parser.add_argument("predictions", nargs="+", metavar="[NAME=]FILE", help="predictions files, one per model")
+    parser.add_argument("--format", default="jsonl", choices=("jsonl", "official"), help="format of the files")
     parser.add_argument("--dataset", default="partonomy", help="data set, as in datasets.load_dataset")
-    parser.add_argument("--name", default="mini_questions", help="its configuration; it must hold questions")
+    parser.add_argument("--name", default="mini_questions", help="its configuration, with questions")
     parser.add_argument("--split", default="test", help="its split")
     parser.add_argument("--data_dir", help="folder of raw data")
-    parser.add_argument("--scheme", help="how the wrong choices of questions about --data_dir are made")
+    parser.add_argument("--scheme", help="distractor scheme of the questions about --data_dir")
     parser.add_argument("--limit", type=int, help="only the first questions of the split")
     parser.add_argument("--mask_source", default="gt_answer", choices=("gt_answer", "predicted_answer", "generated"))
     parser.add_argument("--output", type=Path, required=True, help="the HTML file")

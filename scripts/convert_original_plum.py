@@ -1,22 +1,23 @@
-"""Converts a checkpoint of the authors' PLUM (github.com/AnselBlume/partonomy) to a folder that loads here, and back.
+"""Convert a checkpoint of the authors' PLUM (github.com/AnselBlume/partonomy) to a folder that loads here, and back.
 
 python scripts/convert_original_plum.py --checkpoint plum-13b --vision_tower clip-vit-large-patch14 \\
     --tokenizer plum-13b --center_crop --output_dir plum-13b-hf
 python scripts/convert_original_plum.py --reverse --checkpoint plum-13b-hf --output_dir plum-13b-original
 
-The folder `--checkpoint` holds `pytorch_model*.bin` or `*.safetensors`, single or sharded, LoRA merged or not (then
-`--lora_alpha` and `--lora_r` say how to merge). Sizes are read from the tensors; what shapes do not tell (attention
-heads, norms, rotary base) from its config.json or from `--config`, a JSON object with the keys `llm`, `clip`, `sam`
-and `plum`. Merged checkpoints leave the CLIP tower out: `--vision_tower` is the transformers folder it comes from.
+The folder `--checkpoint` contains `pytorch_model*.bin` or `*.safetensors`, single or sharded, with merged LoRA or with
+separate LoRA tensors (then pass `--lora_alpha` and `--lora_r`). Sizes are read from the tensors. Options that shapes
+do not determine (attention heads, norms, rotary base) come from its config.json or from `--config`, a JSON object with
+the keys `llm`, `clip`, `sam` and `plum`. Merged checkpoints do not contain the CLIP tower: pass its transformers
+folder as `--vision_tower`.
 
-Every tensor has a source and a destination in `original_plum.py`; leftovers on either side are an error that lists
-them. The whole plan is checked on shapes before a byte is read. Then tensors are read from memory-mapped files and
-written shard by shard, to a temporary folder that takes its final name at the end.
+Each tensor has a source and a destination in `original_plum.py`; missing or unused tensors raise an error that lists
+them. The whole plan is checked on shapes before any data is read. Then tensors are read from memory-mapped files and
+written shard by shard to a temporary folder, which is renamed at the end.
 
-Two tensors have no counterpart in the original. The placeholder of an image is a token here, so the embeddings and the
-head get one more row, of zeros: the row of the embeddings is never looked up, the placeholder's logit is always 0
-(which adds exp(0) to a softmax over the vocabulary) and generation suppresses it. A projector that is one linear layer
-there is followed by the identity here, which is exact.
+Two tensors have no counterpart in the original. The image placeholder is a token here, so embeddings and head get one
+more row of zeros: the embedding row is never looked up, the placeholder's logit is always 0 (which adds exp(0) to a
+softmax over the vocabulary) and generation suppresses it. A projector with one linear layer is followed by the
+identity here, which is exact.
 """
 
 import argparse
@@ -51,7 +52,7 @@ FEEDBACK_PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a tensor is made: from which tensors of the checkpoint, and, if it is not just a copy, by what."""
+    """How a tensor is made: its source tensors and, unless it is a copy, a function of them."""
 
     sources: tuple[str, ...]
     build: Callable[..., torch.Tensor] = lambda tensor: tensor
@@ -65,11 +66,11 @@ class CheckpointReader:
     The tensors of a folder's weight files, read one by one from memory-mapped files.
 
     Args:
-        folder: Holds `*.safetensors` or `pytorch_model*.bin`; an index file, where there is one, names them.
+        folder: Contains `*.safetensors` or `pytorch_model*.bin`, listed by an index file if there is one.
 
     Raises:
-        ValueError: There are no weights, a file of the index is missing, a name occurs twice, or a file holds anything
-            but tensors.
+        ValueError: There are no weights, a file of the index is missing, a name occurs twice, or a file contains more
+            than tensors.
     """
 
     def __init__(self, folder: Path):
@@ -79,7 +80,7 @@ class CheckpointReader:
         self.add(folder)
 
     def add(self, folder: Path, prefix: str = "", beginning: str = ""):
-        """Takes in the tensors of a folder whose names have a beginning, under names with a prefix."""
+        """Add the tensors of a folder whose names start with `beginning`, under names with a prefix."""
         for path in self._weight_files(folder):
             names, read = self._load(path)
             for name in (name for name in names if name.startswith(beginning)):
@@ -111,7 +112,7 @@ class CheckpointReader:
 
     @staticmethod
     def _load(path: Path) -> tuple[list[str], Callable[[str], torch.Tensor]]:
-        """The names of a file's tensors and a function that reads one."""
+        """Return the names of a file's tensors and a function that reads one."""
         try:
             if path.suffix == ".safetensors":
                 file = safe_open(path, framework="pt")
@@ -136,7 +137,7 @@ class CheckpointReader:
         return self._open[path](name_in_file)
 
     def release(self):
-        """Unmaps the files, so that what was read of them no longer counts as memory of this process."""
+        """Unmap the files, so that their pages no longer count as memory of this process."""
         self._open.clear()
 
 
@@ -145,8 +146,8 @@ class CheckpointReader:
 
 class OriginalCheckpoint:
     """
-    An original checkpoint under its plain names: without peft's prefixes, shared tensors once, LoRA merged, and
-    without what has no place here (`unused` counts it by its reason).
+    An original checkpoint under plain names: without peft's prefixes, with shared tensors once and LoRA merged, and
+    without tensors that have no counterpart here (`unused` counts them by reason).
 
     Raises:
         ValueError: Two names for one tensor, shared tensors that differ, LoRA tensors that do not fit.
@@ -196,7 +197,7 @@ def build(recipe: Recipe, get: Callable[[str], torch.Tensor]) -> torch.Tensor:
 
 
 def plan_lora(shapes, recipes: Plan, adapters: dict[str, str], alpha: float | None, rank: int | None) -> Plan:
-    """Recipes that add `B A alpha / r` (LoRA, arXiv 2106.09685, section 4.1) to the weights that have adapters."""
+    """Return recipes that add `B A alpha / r` (LoRA, arXiv 2106.09685, section 4.1) to the weights with adapters."""
     if adapters and (alpha is None or rank is None):
         raise ValueError(
             f"The checkpoint has {len(adapters)} LoRA tensors that are not merged, such as {min(adapters)!r}; give "
@@ -227,7 +228,7 @@ def merge_lora(base: torch.Tensor, down: torch.Tensor, up: torch.Tensor, scale: 
 
 
 def plan_conversion(config: PlumConfig, targets: Iterable[str]) -> Plan:
-    """For each tensor here, how to make it from the original ones."""
+    """Return the recipe of each tensor here from the original ones."""
     pairs = [(here, there) for there, here in original.name_pairs(config)]
     plan = {}
     for name in targets:
@@ -251,7 +252,7 @@ def plan_conversion(config: PlumConfig, targets: Iterable[str]) -> Plan:
 
 
 def plan_reversal(config: PlumConfig, sources: Iterable[str]) -> Plan:
-    """For each tensor of the original that exists here, how to make it from those here."""
+    """Return the recipe of each original tensor that exists here."""
     pairs = [(here, there) for there, here in original.name_pairs(config)]
     linear = config.vlm_config.projector_hidden_act == "linear"
     plan = {}
@@ -275,7 +276,7 @@ def plan_reversal(config: PlumConfig, sources: Iterable[str]) -> Plan:
 
 
 def check_complete(plan: Plan, sources: dict[str, torch.Tensor]):
-    """Raises a `ValueError` that lists the tensors which a plan needs and has not, and those it does not need."""
+    """Raise `ValueError` with the tensors that a plan needs but lacks, and those it does not use."""
     needed = {source for recipe in plan.values() for source in recipe.sources}
     missing, surplus = sorted(needed - sources.keys()), sorted(sources.keys() - needed)
     if missing or surplus:
@@ -290,7 +291,7 @@ def check_complete(plan: Plan, sources: dict[str, torch.Tensor]):
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path` that gets this name when all went well, and is removed when not."""
+    """Yield a temporary folder beside `path`, renamed to it on success and removed on failure."""
     if path.exists():
         raise ValueError(f"{path} exists already; give another --output_dir or remove it.")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -302,7 +303,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def write_weights(plan: Plan, source: CheckpointReader | OriginalCheckpoint, folder: Path):
-    """Makes the tensors of a plan and writes them, a shard of a tenth of the whole at a time."""
+    """Compute the tensors of a plan and write them, one shard of a tenth of the total at a time."""
     shapes = {name: build(recipe, source.shapes.get) for name, recipe in plan.items()}
     size = max(MIN_SHARD_BYTES, sum(tensor.nbytes for tensor in shapes.values()) // 10)
     split = split_torch_state_dict_into_shards(shapes, max_shard_size=size)
@@ -317,7 +318,7 @@ def write_weights(plan: Plan, source: CheckpointReader | OriginalCheckpoint, fol
 
 
 def make_processor(tokenizer_folder: Path, config: PlumConfig, center_crop: bool) -> PlumProcessor:
-    """The original's preprocessing; but its crop of the language side's image only where that is asked for."""
+    """Return the original's preprocessing, with its crop of the language side's image only on request."""
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     tokenizer.add_tokens([*original.IMAGE_MARKERS, original.IMAGE_TOKEN], special_tokens=True)
     image_token_id = config.vlm_config.image_token_id
@@ -360,10 +361,10 @@ def convert(
     lora_r: int | None = None,
 ):
     """
-    Writes an original checkpoint as a folder that `AutoModel.from_pretrained` loads; see the top of this file.
+    Write an original checkpoint as a folder that `AutoModel.from_pretrained` loads; see the module docstring.
 
     Raises:
-        ValueError: Anything that is missing, left over, of another shape or contradictory; nothing is written then.
+        ValueError: A tensor or option is missing, unused, mis-shaped or contradictory; nothing is written.
     """
     reader = CheckpointReader(checkpoint)
     tower = None
@@ -379,7 +380,7 @@ def convert(
 
     with torch.device("meta"):
         model = PlumForConditionalGeneration(config).to(source.shapes["model.embed_tokens.weight"].dtype)
-    # The placeholder of an image is an input only; its row of the head is made up.
+    # The image placeholder is only an input; its row of the head is zero.
     model.generation_config.suppress_tokens = [config.vlm_config.image_token_id]
     targets = {name: tensor for name, tensor in model.state_dict().items() if name not in model.all_tied_weights_keys}
     plan = plan_conversion(config, targets)
@@ -395,7 +396,7 @@ def convert(
 
 
 def check_shapes(plan: Plan, sources: dict[str, torch.Tensor], targets: dict[str, torch.Tensor]):
-    """Raises a `ValueError` that lists the tensors which would come out in another shape than the model's."""
+    """Raise `ValueError` with the tensors whose shape would differ from the model's."""
     made = {name: tuple(build(recipe, sources.get).shape) for name, recipe in plan.items()}
     wrong = [
         f"{' + '.join(plan[name].sources)} gives {made[name]} for {name}, expected {tuple(targets[name].shape)}"
@@ -407,7 +408,7 @@ def check_shapes(plan: Plan, sources: dict[str, torch.Tensor], targets: dict[str
 
 
 def reverse(checkpoint: Path, output_dir: Path):
-    """Writes a converted folder under the original's names, with `options.json`, the `--config` to convert it back."""
+    """Write a converted folder under the original's names, with `options.json`, the `--config` to convert it back."""
     reader = CheckpointReader(checkpoint)
     config = PlumConfig.from_pretrained(checkpoint)
     if config.vlm_config.model_type != "llava" or config.vlm_image_input != "pixel_values":
@@ -432,13 +433,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, required=True, help="folder of the weights")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder to write, which must not exist")
-    parser.add_argument("--reverse", action="store_true", help="from here to the original's names")
+    parser.add_argument("--reverse", action="store_true", help="convert back to the original's names")
     parser.add_argument("--config", type=Path, help="JSON with the keys llm, clip, sam, plum; default: config.json")
-    parser.add_argument("--vision_tower", type=Path, help="transformers CLIP folder, if the checkpoint leaves it out")
+    parser.add_argument("--vision_tower", type=Path, help="transformers CLIP folder, if the checkpoint has no tower")
     parser.add_argument("--tokenizer", type=Path, help="folder of its tokenizer; without it no processor is written")
     parser.add_argument("--center_crop", action="store_true", help="crop CLIP's image, as the original was trained")
-    parser.add_argument("--lora_alpha", type=float, help="of the training, if LoRA is not merged")
-    parser.add_argument("--lora_r", type=int, help="of the training, if LoRA is not merged")
+    parser.add_argument("--lora_alpha", type=float, help="alpha of the training, if LoRA is not merged")
+    parser.add_argument("--lora_r", type=int, help="rank of the training, if LoRA is not merged")
     options = vars(parser.parse_args())
     checkpoint, output_dir, config_file = (options.pop(name) for name in ("checkpoint", "output_dir", "config"))
     try:

@@ -1,5 +1,5 @@
 """
-Writes the copies of code that travel: into each folder of checkpoints/, and beside the metric of masks.
+Write the copies of code into each folder of checkpoints/ and beside the mask metric.
 
     python scripts/copy_code.py
 """

@@ -1,10 +1,10 @@
 """
-Prints the parameters of a recipe's model by module, all and those that LoRA training changes; no weights are needed.
+Print the parameters of a recipe's model by module, all and those trained with LoRA; no weights are needed.
 
     python scripts/count_parameters.py recipes/stage1_plum_7b.yaml
 
-Options of train.py go over the recipe, for example `--vlm FOLDER --sam FOLDER` where the Hub is out of reach: a folder
-needs no more than a config.json.
+Options of train.py override the recipe, for example `--vlm FOLDER --sam FOLDER` without access to the Hub: a folder
+needs only a config.json.
 """
 
 import sys
@@ -20,13 +20,13 @@ from plum_partonomy.training.options import parse_arguments
 
 
 def module_of(name: str) -> str:
-    """The part of PLUM that a parameter belongs to, whatever LoRA has put around it."""
+    """Return the module of PLUM that a parameter belongs to, with or without LoRA wrappers."""
     parts = [part for part in name.removeprefix("base_model.model.").split(".") if part != "model"]
     return ".".join(parts[:2]) if parts[0] in ("vlm", "sam") else parts[0]
 
 
 def count_parameters(argv: list[str]) -> list[tuple[str, int, int]]:
-    """Rows (module, parameters, trained parameters) of a recipe with `vlm` and `sam`, the sum last."""
+    """Return rows (module, parameters, trained parameters) of a recipe with `vlm` and `sam`, the sum last."""
     arguments, _, _ = parse_arguments([*argv, "--use_cpu", "true"])
     backbones = [AutoConfig.from_pretrained(folder) for folder in (arguments.vlm, arguments.sam)]
     config = PlumConfig(vlm_config=backbones[0], sam_config=backbones[1], **(arguments.model_config or {}))

@@ -1,10 +1,10 @@
-"""Draws an answer of a model, and beneath it a correction: what one given mask changes in the others.
+"""Draw an answer of a model, and below it the effect of one given mask on the others.
 
     python scripts/draw_answer.py --model checkpoints/plum-tiny --question 8 \\
         --corrections runs/correction/predictions.jsonl --output docs/overlay.png
 
-The correction is the answer of a `--task correction` run that gains most from the first given mask, among those with
-three masks or more.
+The correction is the answer of a `--task correction` run with the largest gain from the first given mask, among those
+with three masks or more.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from plum_partonomy.scoring.corrections import gain, read_corrections
 from plum_partonomy.scoring.overlays import COLOURS, highlight, overlay
 
 LINE_LENGTH = 58
-"""Characters of the answer on one line of the picture."""
+"""Characters per line of the answer."""
 SIDE = 384
 """Side of the drawn images in pixels."""
 
@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def draw_answer(figure, model_name: str, number: int) -> None:
-    """The image, its masks, and question and answer with each span in the colour of its mask."""
+    """Draw the image, its masks, and question and answer with each span in the colour of its mask."""
     model = AutoModel.from_pretrained(model_name, trust_remote_code=True)
     processor = AutoProcessor.from_pretrained(model_name, trust_remote_code=True)
     record = load_dataset("partonomy", "mini_questions", split="test")[number]
@@ -62,7 +62,7 @@ def draw_answer(figure, model_name: str, number: int) -> None:
 
 
 def draw_correction(figure, path: Path) -> None:
-    """An answer about equal parts: the model's masks, the one that was given, and the masks after it."""
+    """Draw an answer about equal parts: the predicted masks, the given mask, and the masks after it."""
     answer = max((answer for answer in read_corrections(path) if len(answer.phrases) > 2), key=gain)
     record = load_dataset("partonomy", "mini_instances", split="test")[answer.row]
     given = [answer.true[answer.corrected]]
@@ -78,7 +78,7 @@ def draw_correction(figure, path: Path) -> None:
 
 
 def enlarge(image: Image.Image, masks: Sequence[np.ndarray], colours: Sequence[str] = COLOURS) -> Image.Image:
-    """The image with its masks, smoothly enlarged to SIDE."""
+    """Return the image with its masks, smoothly enlarged to SIDE."""
     large = [
         np.asarray(Image.fromarray(mask.astype(np.uint8) * 255).resize((SIDE, SIDE), Image.Resampling.BILINEAR)) > 127
         for mask in masks
@@ -87,7 +87,7 @@ def enlarge(image: Image.Image, masks: Sequence[np.ndarray], colours: Sequence[s
 
 
 def write_text(axes, whole: str, pieces: list[tuple[str, str | None]], *, top: float) -> None:
-    """Writes the pieces of a text one after the other in a fixed-width font, broken between words."""
+    """Write the pieces of a text one after the other in a fixed-width font, with line breaks between words."""
     colours = np.concatenate([[colour] * len(piece) for piece, colour in pieces])
     row, column = 0, 0
     for position, character in enumerate(whole):

@@ -1,11 +1,11 @@
 """
-Writes the checkpoint that travels with the repository from a training run: bf16 weights, code, processor, and a card
-with results that are measured on these weights.
+Write the checkpoint of the repository from a training run: bf16 weights, code, processor, and a card with results
+measured on these weights.
 
     python scripts/export_checkpoint.py runs/plum_tiny --output_dir checkpoints/plum-tiny
 
-The first of `--questions` is the evaluation of the card's metadata. A confidence that
-`scripts/calibrate_confidence.py` wrote into the run's config is kept.
+The first of `--questions` is the evaluation in the card's metadata. A confidence calibrated by
+`scripts/calibrate_confidence.py` is kept.
 """
 
 import argparse
@@ -27,9 +27,11 @@ def main():
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--questions", nargs="+", default=["mini_questions", "mini_hard_questions"])
     parser.add_argument("--corrections", nargs="*", default=["mini_instances"])
-    parser.add_argument("--data_dir", help="folder of your files, where the configurations read some")
-    parser.add_argument("--license", help="of the weights, where the recipe does not tell")
-    parser.add_argument("--about", type=Path, help="Markdown file on what the model knows and the terms of its data")
+    parser.add_argument("--data_dir", help="folder of your files, if the configurations need one")
+    parser.add_argument("--license", help="licence of the weights, if the recipe does not determine it")
+    parser.add_argument(
+        "--about", type=Path, help="Markdown file about what the model recognises and the terms of its data"
+    )
     arguments = parser.parse_args()
     output_dir = arguments.output_dir
     if output_dir.exists():

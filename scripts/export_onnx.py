@@ -1,5 +1,5 @@
 """
-Exports the mask branch of a checkpoint, SAM with PLUM's mask feedback, to ONNX and shows that it computes the same:
+Export the mask branch of a checkpoint, SAM with PLUM's mask feedback, to ONNX and compare the results:
 
     python scripts/export_onnx.py --model runs/mine --output_dir runs/mine_onnx
 
@@ -7,8 +7,8 @@ Exports the mask branch of a checkpoint, SAM with PLUM's mask feedback, to ONNX 
     first_mask.onnx  embedding, query (1, C) -> mask (1, 4G, 4G), iou (1,), key, value (1, G*G, C)
     next_mask.onnx   embedding, query, keys (T, G*G, C), values -> the same                     T earlier masks, T >= 1
 
-A query is what `span_projector` makes of the words of a span; the language side stays in torch. In the key and value
-of a mask is all that later masks take from it. [`MaskSession`] puts the three together, with onnxruntime alone.
+A query is the output of `span_projector` for the words of a span; the language side stays in torch. Later masks use
+only the key and value of a mask. [`MaskSession`] combines the three files with onnxruntime.
 """
 
 import argparse
@@ -23,11 +23,11 @@ from plum_partonomy.inference.checkpoint import load_checkpoint
 
 STEP_OUTPUTS = ["mask", "iou", "key", "value"]
 TOLERANCE = 1e-3
-"""Largest difference of a mask logit from torch's; logits are of the order of 10."""
+"""Maximum difference of a mask logit from torch's; logits are of the order of 10."""
 
 
 class MaskSession:
-    """Masks of an image from span queries, by the files of [`export`]."""
+    """Masks of an image from span queries, computed by the files of [`export`]."""
 
     def __init__(self, folder: Path):
         import onnxruntime
@@ -38,11 +38,11 @@ class MaskSession:
         )
 
     def encode(self, pixels: np.ndarray) -> np.ndarray:
-        """Pixels `(1, 3, S, S)`, as the processor's `sam_pixel_values`, to an embedding `(1, C, G, G)`."""
+        """Return the embedding `(1, C, G, G)` of pixels `(1, 3, S, S)`, the processor's `sam_pixel_values`."""
         return self.encoder.run(["embedding"], {"pixels": pixels})[0]
 
     def decode(self, embedding: np.ndarray, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Queries `(S, C)` of the spans of one conversation, in order, to `(S, 4G, 4G)` logits and `(S,)` IoUs."""
+        """Return logits `(S, 4G, 4G)` and IoUs `(S,)` of queries `(S, C)` of the spans of one conversation, in order."""
         steps = []
         for query in queries[:, None]:
             inputs = {"embedding": embedding, "query": query}
@@ -95,10 +95,10 @@ class _MaskStep(nn.Module):
 @torch.no_grad()
 def export(model: PlumForConditionalGeneration, folder: Path) -> None:
     """
-    Writes the three files, in float32.
+    Write the three files, in float32.
 
     Raises:
-        ValueError: A model without mask feedback: every mask of it is a first one, and SAM's own export does.
+        ValueError: The model has no mask feedback; its masks do not depend on each other, so export its SAM alone.
     """
     if model.mask_feedback is None:
         raise ValueError("The model has no mask feedback; export its sam alone.")
@@ -106,7 +106,7 @@ def export(model: PlumForConditionalGeneration, folder: Path) -> None:
     side, grid = model.config.sam_config.vision_config.image_size, model.config.sam_grid_size
     width = model.config.sam_config.vision_config.output_channels
     embedding, query = torch.rand(1, width, grid, grid), torch.rand(1, width)
-    # Two tensors: one tensor given twice would be exported as one input.
+    # Two tensors: the same tensor twice would be exported as one input.
     keys, values = torch.rand(2, grid**2, width), torch.rand(2, grid**2, width)
     earlier = {0: torch.export.Dim("earlier", min=1)}
     step, names = _MaskStep(model).eval(), ["embedding", "query", "keys", "values"]
@@ -138,7 +138,7 @@ def export(model: PlumForConditionalGeneration, folder: Path) -> None:
 
 @torch.no_grad()
 def largest_difference(model: PlumForConditionalGeneration, folder: Path, spans: int = 4) -> float:
-    """Of the mask logits of `spans` random spans on a random image, between torch and the exported files."""
+    """Return the largest difference of the mask logits of random spans on a random image between torch and the files."""
     generator = torch.Generator().manual_seed(0)
     side = model.config.sam_config.vision_config.image_size
     pixels = torch.randn(1, 3, side, side, generator=generator)

@@ -1,12 +1,12 @@
-"""Exports configs of the data set to Parquet with embedded images, checksums and a card, as a repository for the Hub.
+"""Export configs of the data set to Parquet with embedded images, checksums and a card, as a repository for the Hub.
 
     python scripts/export_parquet.py --output_dir partonomy --overwrite
     python scripts/export_parquet.py --name core --data_dir FOLDER --output_dir partonomy-core
     python scripts/export_parquet.py --name pascal_part pascal_part_questions --data_dir FOLDER --scheme balanced \\
         --num_proc 2 --output_dir partonomy-pascal-part
 
-The first form writes the drawn miniature of this repository again. The folder appears once all of it is written: a
-failure leaves nothing behind, or the old folder as it was. The same data and library versions give the same bytes.
+The first form writes the drawn miniature of this repository again. The folder appears once it is complete: a failure
+leaves nothing behind, or the old folder unchanged. The same data and library versions give the same bytes.
 """
 
 import argparse
@@ -46,11 +46,11 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True, help="folder to write")
     parser.add_argument("--name", nargs="+", default=list(partonomy_dataset.DRAWING_SIZES), help="configs to export")
-    parser.add_argument("--data_dir", help="folder of your files, where a config reads some")
-    parser.add_argument("--scheme", choices=SCHEMES, help="how wrong choices of questions about your files are made")
-    parser.add_argument("--on_error", choices=("refuse", "report"), help="what bad records do; refuse by default")
+    parser.add_argument("--data_dir", help="folder of your files, if a config needs one")
+    parser.add_argument("--scheme", choices=SCHEMES, help="distractor scheme of questions about your files")
+    parser.add_argument("--on_error", choices=("refuse", "report"), help="how to handle bad records; default: refuse")
     parser.add_argument("--max_shard_bytes", type=int, default=MAX_SHARD_BYTES, help="largest Parquet file")
-    parser.add_argument("--num_proc", type=int, help="processes that make records")
+    parser.add_argument("--num_proc", type=int, help="number of processes")
     parser.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
     options = parser.parse_args()
     if options.max_shard_bytes < 1:
@@ -59,7 +59,7 @@ def parse_options() -> argparse.Namespace:
 
 
 def write_folder(folder: Path, write: Callable[[Path], None], *, overwrite: bool) -> None:
-    """Calls `write` with a new folder beside `folder`, and puts it in the place of `folder` if it succeeds."""
+    """Call `write` with a new folder beside `folder`, and replace `folder` with it on success."""
     if folder.exists() and not overwrite:
         raise DataError(f"{folder}: already exists; name a new folder, or give --overwrite")
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -146,7 +146,7 @@ def count(rows: datasets.Dataset) -> Statistics:
 def measure(
     splits: datasets.DatasetDict, *, source: str, found: Survey | None, scheme: str | None
 ) -> tuple[str, dict[str, Any]]:
-    """The scheme of the questions, and the leak of this scheme and of the others that can be made."""
+    """Return the scheme of the questions, and the leak of this scheme and of the other possible ones."""
     seed = partonomy_dataset.SEED
     if source in partonomy_dataset.SCENES:
         sizes = partonomy_dataset.DRAWING_SIZES[f"{source}_questions"]
@@ -178,7 +178,7 @@ def graphs_of(source: str, found: Survey | None) -> dict[str, Any] | None:
 
 
 def command(options: argparse.Namespace) -> str:
-    """The command that writes these files, without the places of anybody's files."""
+    """Return the command that writes these files, without local paths."""
     words = ["python", "scripts/export_parquet.py"]
     if options.name != list(partonomy_dataset.DRAWING_SIZES):
         words += ["--name", *options.name]

@@ -2,16 +2,16 @@
 # requires-python = ">=3.11"
 # dependencies = ["plum-partonomy[trackio]"]
 # ///
-"""Fine-tunes a PLUM on your own parts, anywhere: this file is all that has to be there, `uv run` installs the rest.
+"""Fine-tune a PLUM on your own parts on any machine; `uv run` installs the dependencies of this single file.
 
     uv run finetune_job.py --dataset user/my-parts --model user/plum --push_to user/plum-mine
     hf jobs uv run --flavor l4x1 --secrets HF_TOKEN finetune_job.py --dataset user/my-parts --model user/plum \\
         --push_to user/plum-mine --trackio_space_id user/trackio
 
-`--dataset` is a data set repository on the Hub, or a folder, that holds images and masks in one of the forms of
-docs/own_data.md. Losses go to trackio, on this machine or to a Space. The best checkpoint by the split `validation` is
-measured on the split `test` and lies in `--output_dir`. Until plum-partonomy is on PyPI, put its address into the
-third line: "plum-partonomy[trackio] @ git+https://...".
+`--dataset` is a data set repository on the Hub, or a folder, with images and masks in one of the formats of
+docs/own_data.md. Losses go to trackio, on this machine or to a Space. The checkpoint that is best on the split
+`validation` is evaluated on the split `test` and written to `--output_dir`. Until plum-partonomy is on PyPI, put its
+address into the third line: "plum-partonomy[trackio] @ git+https://...".
 """
 
 import argparse
@@ -28,7 +28,7 @@ from plum_partonomy.hub.model_card import make_model_card
 from plum_partonomy.masks import DataError
 from plum_partonomy.training.run import main as train
 
-# recipes/own_parts.yaml, which is not here when this file runs alone
+# recipes/own_parts.yaml, which is missing when this file runs alone
 RECIPE = {
     "dataset": "partonomy",
     "name": "own_parts",
@@ -64,18 +64,18 @@ RECIPE = {
 
 
 def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
-    """The options of this file, and the others, which train.py reads."""
+    """Return the options of this file, and the others, which train.py reads."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", required=True, help="folder or data set repository with images and masks")
     parser.add_argument("--model", required=True, help="folder or Hub name of the PLUM to start from")
     parser.add_argument("--output_dir", type=Path, default=Path("plum-mine"), help="folder for model and evaluation")
-    parser.add_argument("--push_to", help="repository for the model, made if there is none")
+    parser.add_argument("--push_to", help="repository for the model, created if it does not exist")
     parser.add_argument("--project", default="plum", help="project of trackio")
     return parser.parse_known_args()
 
 
 def fetch(dataset: str, folder: Path) -> Path:
-    """The folder of the data; a repository is copied, as its files may not be links out of it."""
+    """Return the folder of the data. A repository is copied, because its files may not be links out of it."""
     if Path(dataset).is_dir():
         return Path(dataset)
     return Path(snapshot_download(dataset, repo_type="dataset", local_dir=folder))
@@ -100,7 +100,7 @@ def main() -> None:
     place += ["--output_dir", str(measured.parent), "--choice_reduction", "answer_mean"]
     try:
         evaluate(["--model", str(output_dir / "model"), *place])
-    except DataError as error:  # such as conversations, about which no questions are made
+    except DataError as error:  # such as conversations, which have no questions
         print(f"Not measured: {error}")
 
     # Share

@@ -1,10 +1,10 @@
-"""One static page with a sortable table of all runs under a folder, ready to be a Space:
+"""Make one static page with a sortable table of all runs under a folder, ready to be a Space:
 
     python scripts/leaderboard.py runs --output_dir runs/leaderboard
     hf upload user/partonomy-leaderboard runs/leaderboard --repo-type space
 
-It reads every metrics.json that evaluate_plum.py left there. Models stand in one table only if they answered the same
-questions; the published figures have a table of their own.
+It reads every metrics.json of evaluate_plum.py. Models share a table only if they answered the same questions;
+published results have a separate table.
 """
 
 import argparse
@@ -30,9 +30,9 @@ Results on PARTONOMY, measured with evaluate_plum.py.
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="folder that holds the folders of runs")
+    parser.add_argument("folder", type=Path, help="folder that contains the folders of runs")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder for index.html and README.md")
-    parser.add_argument("--title", default="PARTONOMY leaderboard", help="of the page and the Space")
+    parser.add_argument("--title", default="PARTONOMY leaderboard", help="title of the page and the Space")
     options = parser.parse_args()
     try:
         results, others = read_results(options.folder)

@@ -1,9 +1,9 @@
 """
-Prints the perplexity of plain text before and after a training: how far a language model has drifted.
+Print the perplexity of plain text before and after training, which measures the drift of a language model.
 
     python scripts/measure_drift.py --before runs/smollm2_base --after runs/plum_smollm2
 
-The text is Python's own documentation as `pydoc` ships it, which no recipe trains on, without any image.
+The text is the documentation of Python in `pydoc`, which no recipe trains on, without images.
 """
 
 import argparse
@@ -23,7 +23,7 @@ NUM_TOKENS = 512
 
 @torch.no_grad()
 def measure_perplexity(model: PlumForConditionalGeneration, tokenizer, texts: list[str]) -> float:
-    """Perplexity per token over the first tokens of each text, each text on its own."""
+    """Return the perplexity per token over the first tokens of each text, each text separately."""
     total, count = 0.0, 0
     for text in texts:
         ids = tokenizer(text, return_tensors="pt", truncation=True, max_length=NUM_TOKENS)["input_ids"]

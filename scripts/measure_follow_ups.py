@@ -1,10 +1,10 @@
 """
-Compares answers to questions that are asked first and to the same questions asked second, after another one.
+Compare the answers to questions asked first with those to the same questions asked second, after another one.
 
     python scripts/measure_follow_ups.py --model checkpoints/plum-tiny --name mini_questions
 
-Second means: after another question about the same image and its correct answer. Prints precision and recall of the
-parts of the generated answers, and the share of answers whose set of parts is exactly right.
+"Second" means after another question about the same image and its correct answer. Prints precision and recall of the
+parts of the generated answers, and the share of answers with exactly the correct parts.
 """
 
 import argparse
@@ -24,7 +24,7 @@ MAX_NEW_TOKENS = 96
 
 
 def pair_questions(questions: Sequence[Question]) -> list[tuple[Question, Question]]:
-    """Each question with the one before it about the same image, in a circle; images with one question give none."""
+    """Return each question with the one before it about the same image, cyclically; single questions are skipped."""
     of_image: dict[str, list[Question]] = {}
     for question in questions:
         of_image.setdefault(question.image_id, []).append(question)
@@ -34,7 +34,7 @@ def pair_questions(questions: Sequence[Question]) -> list[tuple[Question, Questi
 
 
 def converse(before: Question | None, question: Question) -> list[dict[str, str]]:
-    """The question, after another one and its correct answer where there is one."""
+    """Return the question, after another one and its correct answer if there is one."""
     if before is None:
         return ask(question)
     answer = {"role": "assistant", "content": escape_tags(before.choices[before.correct])}
@@ -43,7 +43,7 @@ def converse(before: Question | None, question: Question) -> list[dict[str, str]
 
 @torch.no_grad()
 def measure(plum, rows, pairs: Sequence[tuple[Question, Question]], row_of: dict[str, int], *, second: bool) -> dict:
-    """Precision and recall of parts, pooled over the questions, and the share of exactly right sets."""
+    """Return precision and recall of parts, pooled over the questions, and the share of exactly correct sets."""
     hits = predicted = true = exact = 0
     for start in tqdm(range(0, len(pairs), BATCH_SIZE), desc="second" if second else "first", unit="batch"):
         batch = pairs[start : start + BATCH_SIZE]
@@ -70,9 +70,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of a checkpoint, or its name on the Hub")
     parser.add_argument("--dataset", default="partonomy")
-    parser.add_argument("--name", default="mini_questions", help="its configuration; it must hold questions")
+    parser.add_argument("--name", default="mini_questions", help="its configuration, with questions")
     parser.add_argument("--split", default="test")
-    parser.add_argument("--data_dir", help="folder of your files, where --name reads some")
+    parser.add_argument("--data_dir", help="folder of your files, if --name needs one")
     arguments = parser.parse_args()
     options = {} if arguments.data_dir is None else {"data_dir": arguments.data_dir}
     rows, questions = load_questions(arguments.dataset, name=arguments.name, split=arguments.split, **options)
@@ -80,7 +80,7 @@ def main() -> None:
     pairs = pair_questions(questions)
     _, plum = load_model(arguments.model)
     results = {place: measure(plum, rows, pairs, row_of, second=place == "second") for place in ("first", "second")}
-    print(f"{len(pairs)} questions\n| asked | precision | recall | exactly right |\n|---|---:|---:|---:|")
+    print(f"{len(pairs)} questions\n| asked | precision | recall | exactly correct |\n|---|---:|---:|---:|")
     for place, figures in results.items():
         print(f"| {place} | " + " | ".join(f"{value:.3f}" for value in figures.values()) + " |")
 

@@ -1,10 +1,10 @@
 """
-Prints what int8 weights cost and gain on a CPU: gIoU of the masks of the right answers, seconds per question, size.
+Print the effect of int8 weights on a CPU: gIoU of the masks of the correct answers, seconds per question, size.
 
     python scripts/measure_int8.py --model checkpoints/plum-tiny --limit 100
 
-Linear layers of the language model, and of SAM's image encoder too, keep their weights in int8 and quantise what comes
-in as it comes (torch.ao.quantization.quantize_dynamic). The mask decoder and PLUM's heads stay in float32.
+Linear layers of the language model, and optionally of SAM's image encoder, store int8 weights and quantise their
+inputs on the fly (torch.ao.quantization.quantize_dynamic). The mask decoder and PLUM's heads stay in float32.
 """
 
 import argparse
@@ -28,10 +28,10 @@ BATCH_SIZE, NEW_TOKENS, ROUNDS = 8, 48, 2
 
 
 def quantise(model, *, encoder: bool):
-    """A copy of a float32 model with the language model's linear layers, and those of SAM's encoder, in int8."""
+    """Return a copy of a float32 model with the linear layers of the language model (and SAM's encoder) in int8."""
     model = copy.deepcopy(model)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch announces that torchao will take its place
+        warnings.simplefilter("ignore")  # torch warns that torchao will replace it
         quantize_dynamic(model.vlm.get_decoder(), {torch.nn.Linear}, inplace=True)
         if encoder:
             quantize_dynamic(model.sam.vision_encoder, {torch.nn.Linear}, inplace=True)
@@ -39,7 +39,7 @@ def quantise(model, *, encoder: bool):
 
 
 def measure(plum: Plum, questions: Sequence[Question], images: dict[str, Image.Image]) -> tuple[float, float]:
-    """Strict macro gIoU of the masks of the right answers, and seconds per question with its generated answer."""
+    """Return strict macro gIoU of the correct answers' masks, and seconds per question with its generated answer."""
     predictor = Predictor(
         plum.model,
         plum.processor,
@@ -59,7 +59,7 @@ def measure(plum: Plum, questions: Sequence[Question], images: dict[str, Image.I
 
 
 def weigh(model) -> int:
-    """Bytes of the model's weights; an int8 layer keeps its weight and bias as a pair."""
+    """Return the bytes of the model's weights; an int8 layer stores weight and bias as a pair."""
     values = (value if isinstance(value, tuple) else (value,) for value in model.state_dict().values())
     return sum(part.nbytes for pair in values for part in pair if isinstance(part, torch.Tensor))
 
@@ -81,7 +81,7 @@ def main() -> None:
         "int8: language model and SAM's encoder": quantise(plum.model, encoder=True),
     }
     measured = {name: [] for name in variants}
-    for _ in range(ROUNDS):  # in turns, so that other load on the machine meets all of them alike
+    for _ in range(ROUNDS):  # in turns, so that other load on the machine affects all of them equally
         for name, model in variants.items():
             measured[name].append(measure(Plum(model, plum.processor), questions, images))
     print("| weights | gIoU | seconds per question | MB |\n|---|---:|---:|---:|")

@@ -1,10 +1,10 @@
-"""How far blind heuristics get on questions of either scheme of distractors.
+"""Measure the accuracy of blind heuristics on questions of both distractor schemes.
 
     python scripts/measure_leak.py                                         # the drawn miniature
-    python scripts/measure_leak.py --name descriptor --data_dir FOLDER     # your copy of a data set of parts
+    python scripts/measure_leak.py --name descriptor --data_dir FOLDER     # a data set of parts
 
-Prints one line per scheme: chance, and the accuracy of each heuristic without seeing an image. The last split tests;
-where there is but one, half of its images.
+Prints one line per scheme: chance, and the accuracy of each heuristic without an image. The test questions are the
+last split, or half of the images of a single split.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from plum_partonomy.sources.splits import PART_SOURCES, survey
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--name", choices=("mini", *PART_SOURCES), default="mini", help="the data set")
-    parser.add_argument("--data_dir", type=Path, help="folder of your copy of it")
+    parser.add_argument("--data_dir", type=Path, help="folder of the data set")
     options = parser.parse_args()
     if options.name == "mini":
         leaks = leak_of_drawings(MINI_QUESTIONS_SIZES, seed=SEED)

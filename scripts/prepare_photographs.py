@@ -1,12 +1,12 @@
 """
-Makes the training folder of checkpoints/plum-photos: photographs and masks scaled down once instead of at every step.
+Make the training folder of checkpoints/plum-photos, with photographs and masks scaled down once.
 
     python scripts/prepare_photographs.py FOLDER prepared --longest_side 384
 
-FOLDER holds `real_parts` (cars and outfits), `facades` and `faces`, each with a `descriptor.json` in the format of
-docs/own_data.md and its images. The prepared folder holds the same, without the mask of the wall of facades, a coarse
-box that covers sky and trees too, and with the photographs of some people of `faces` in `faces_held_out`: most of
-them show fifteen people again and again, so that people are held out instead of photographs.
+FOLDER contains `real_parts` (cars and outfits), `facades` and `faces`, each with images and a `descriptor.json` in the
+format of docs/own_data.md. The prepared folder contains the same, with two changes: the wall masks of facades, coarse
+boxes that include sky and trees, are removed; and the photographs of some people of `faces` are in `faces_held_out`,
+because most photographs show the same fifteen people.
 """
 
 import argparse
@@ -29,8 +29,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path)
     parser.add_argument("target", type=Path)
-    parser.add_argument("--longest_side", type=int, default=384, help="Pixels; smaller photographs stay as they are.")
-    parser.add_argument("--quality", type=int, default=85, help="Of the JPEG files.")
+    parser.add_argument(
+        "--longest_side", type=int, default=384, help="Maximum side in pixels; smaller photographs are unchanged."
+    )
+    parser.add_argument("--quality", type=int, default=85, help="Quality of the JPEG files.")
     arguments = parser.parse_args()
     for name in ("real_parts", "facades", "faces"):
         folder = arguments.source / name
@@ -49,7 +51,7 @@ def main():
 
 
 def scale(instance: dict, source: Path, target: Path, longest_side: int, quality: int, left_out: set[str]) -> dict:
-    """Writes the scaled photograph and returns its record; masks that vanish at the new size are left out."""
+    """Write the scaled photograph and return its record, without masks that vanish at the new size."""
     image = read_image(source / instance["image_path"], where=instance["image_path"])
     share = min(1.0, longest_side / max(image.size))
     size = tuple(max(1, round(share * side)) for side in image.size)

@@ -1,10 +1,10 @@
-"""The published grounded mean IoU on PARTONOMY-Core as a Markdown table, with a column for each of your runs:
+"""Print the published grounded mean IoU on PARTONOMY-Core as a Markdown table, with a column for each of your runs:
 
     python scripts/published_table.py runs/core/metrics.json runs/other/metrics.json
 
-Published figures are those of plum_partonomy/scoring/published.py: micro / macro, in percent.
-Yours are `reference_micro_giou` and `reference_macro_giou` of the same question types; they stand beside the published
-ones whatever data set they were measured on, which the lines below the table name.
+Published results are those of plum_partonomy/scoring/published.py: micro / macro, in percent. Yours are
+`reference_micro_giou` and `reference_macro_giou` of the same question types. The lines below the table name the data
+set of each run.
 """
 
 import argparse
@@ -17,10 +17,10 @@ from plum_partonomy.scoring.published import METHODS, PUBLISHED
 
 
 def format_published(runs: dict[str, dict[str, Any]]) -> str:
-    """The table; without runs its last column is empty.
+    """Return the table; without runs its last column is empty.
 
     Args:
-        runs: by name of the column, what metrics.json holds.
+        runs: Name of the column -> content of metrics.json.
     """
     measured = [f"measured: {name}" for name in runs] or ["measured"]
     header = ["question type", *(f"{method} (published)" for method in METHODS), *measured]
@@ -33,7 +33,7 @@ def format_published(runs: dict[str, dict[str, Any]]) -> str:
 
 
 def describe(name: str, metrics: dict[str, Any]) -> str:
-    """One line on what a run measured."""
+    """Return one line about the data of a run."""
     run = metrics["run"]
     data = f"{run['dataset']} {run['name']}, split {run['split']}"
     return f"{name}: {data}, {metrics['overall']['n']} questions, protocol {run['protocol']['name']}"

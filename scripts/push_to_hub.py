@@ -1,5 +1,5 @@
 """
-Puts a checkpoint, a data set, a metric or a demo on the Hub, once it has been found to load from its folder:
+Push a checkpoint, a data set, a metric or a demo to the Hub, after a check that it loads from its folder:
 
     python scripts/push_to_hub.py model runs/mine --repo_id user/plum --metrics runs/eval/metrics.json \\
         --benchmark user/partonomy
@@ -7,8 +7,8 @@ Puts a checkpoint, a data set, a metric or a demo on the Hub, once it has been f
     python scripts/push_to_hub.py metrics metrics/partonomy_masks --repo_id user/partonomy_masks
     python scripts/push_to_hub.py space runs/space --repo_id user/plum-demo
 
-The token is that of `hf auth login` or HF_TOKEN; there is no option for it, so that it stands in no log. The same
-command repeats an upload that was interrupted; what has arrived is not sent again.
+The token is that of `hf auth login` or HF_TOKEN; there is no option for it, so that it appears in no log. Run the same
+command again to continue an interrupted upload; files that have arrived are not sent again.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from plum_partonomy.scoring.results import fingerprint_model
 
 EVAL_FILE = "eval.yaml"
 
-# What a repository holds of a folder. Optimizer states and pickled arguments stay at home.
+# The files of a folder that are pushed. Optimizer states and pickled arguments are not.
 MODEL_FILES = ["config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json"]
 MODEL_FILES += ["*.py", "*.jinja", "processor_config.json", "tokenizer*", "special_tokens_map.json", "vocab.json"]
 MODEL_FILES += ["merges.txt", RECIPE_FILE, CURVES_FILE]
@@ -46,14 +46,14 @@ SPACE_FILES += ["**/*.png", "checkpoints/**"]
 
 
 class PushError(Exception):
-    """A folder that is not fit to be pushed, or a refusal by the Hub; the message is for people."""
+    """A folder that cannot be pushed, or an error of the Hub; the message is for users."""
 
 
 # ------------------------------------------------------------------------------------------------ what
 
 
 def prepare_model(folder: Path, arguments: argparse.Namespace) -> None:
-    """`PushError` unless the folder loads whole, with its own code, and the metrics are those of this checkpoint."""
+    """Raise `PushError` unless the folder loads completely with its own code, and the metrics are of this checkpoint."""
     check_checkpoint(folder)
     model, report = AutoModel.from_pretrained(
         folder, trust_remote_code=True, use_safetensors=True, dtype="auto", output_loading_info=True
@@ -75,7 +75,7 @@ def prepare_model(folder: Path, arguments: argparse.Namespace) -> None:
 
 
 def prepare_dataset(folder: Path, arguments: argparse.Namespace) -> None:
-    """`PushError` unless the card names files that give records, in every configuration and split."""
+    """Raise `PushError` unless the card names files with records, in every configuration and split."""
     card = DatasetCard.load(folder / "README.md").data.to_dict()
     configs = card.get("configs") or []
     if not configs:
@@ -94,7 +94,7 @@ def prepare_dataset(folder: Path, arguments: argparse.Namespace) -> None:
 
 
 def prepare_metric(folder: Path, arguments: argparse.Namespace) -> None:
-    """`PushError` unless `evaluate.load` will find the metric in its Space."""
+    """Raise `PushError` unless `evaluate.load` will find the metric in its Space."""
     name = arguments.repo_id.split("/")[-1]
     if not (folder / f"{name}.py").is_file():
         raise PushError(f"evaluate.load('{arguments.repo_id}') looks for {name}.py, which {folder} does not hold.")
@@ -103,7 +103,7 @@ def prepare_metric(folder: Path, arguments: argparse.Namespace) -> None:
 
 
 def prepare_space(folder: Path, arguments: argparse.Namespace) -> None:
-    """`PushError` unless the app that the card names can be imported in a process of its own."""
+    """Raise `PushError` unless the app that the card names can be imported in a separate process."""
     card = RepoCard.load(folder / "README.md").data
     app = folder / (card.get("app_file") or "app.py")
     if card.get("sdk") != "gradio" or not app.is_file():
@@ -129,9 +129,9 @@ KINDS = {
 
 def stage(folder: Path, into: Path, patterns: list[str]) -> list[str]:
     """
-    Links the files of a folder that are pushed, and returns the names of the others. In a pattern `**/` stands for any
-    folders or none; a pattern without a slash means files of the folder itself. `PushError` for one that is a link to
-    a place outside.
+    Link the files of a folder that are pushed, and return the names of the others. In a pattern, `**/` stands for any
+    folders or none; a pattern without a slash matches files of the folder itself. Raises `PushError` for a link out of
+    the folder.
     """
     patterns = [*patterns, *(pattern.removeprefix("**/") for pattern in patterns if pattern.startswith("**/"))]
     deep = [pattern for pattern in patterns if "/" in pattern]
@@ -148,7 +148,7 @@ def stage(folder: Path, into: Path, patterns: list[str]) -> list[str]:
 
 
 def describe_left_out(names: list[str], folder: Path) -> list[str]:
-    """A line for each file and each folder of files that are not pushed, with its size."""
+    """Return a line with the size for each file and each folder of files that is not pushed."""
     sizes: dict[str, int] = {}
     for name in names:
         top = name.split("/")[0] + ("/" if "/" in name else "")
@@ -167,7 +167,7 @@ def push(folder: Path, arguments: argparse.Namespace) -> None:
     commit = api.upload_folder(**where, folder_path=folder, revision=branch)
     print(f"{repo_type} {repo_id} is on the Hub; revision={commit.oid!r} pins it.")
     if arguments.kind == "model":
-        # The card comes after the commit that it names: the one with the weights and the code that were loaded above.
+        # The card is pushed after the commit that it names, the one with the weights and the code loaded above.
         card = model_card(arguments, revision=commit.oid)
         api.upload_file(**where, path_or_fileobj=str(card).encode(), path_in_repo="README.md", revision=branch)
         if arguments.benchmark is not None:
@@ -196,16 +196,18 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     for kind in KINDS:
         options = subparsers.add_parser(kind)
         options.add_argument("folder", type=Path, help="what is pushed")
-        options.add_argument("--repo_id", required=True, help="user/name of the repository; made if there is none")
+        options.add_argument(
+            "--repo_id", required=True, help="user/name of the repository; created if it does not exist"
+        )
         options.add_argument("--private", action="store_true", help="make a new repository private")
-        options.add_argument("--revision", help="branch to push to; made if there is none (default: main)")
+        options.add_argument("--revision", help="branch to push to; created if it does not exist (default: main)")
         options.add_argument("--dry_run", action="store_true", help="check and list, push nothing")
         if kind == "model":
             options.add_argument("--metrics", type=read_metrics, help="metrics.json of its evaluation, for the card")
             options.add_argument(
                 "--benchmark", help="data set on the Hub whose leaderboard gets --metrics, in .eval_results/"
             )
-            options.add_argument("--license", help="of the weights, where they are not trained from scratch")
+            options.add_argument("--license", help="licence of the weights, if they are not trained from scratch")
     return parser.parse_args(argv)
 
 

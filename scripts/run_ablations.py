@@ -1,20 +1,19 @@
 """
-Trains plum-tiny with and without what PLUM is made of, on equal terms, evaluates each model and prints a table:
+Train plum-tiny with and without the components of PLUM under equal conditions, evaluate each model, print a table:
 
     python scripts/run_ablations.py --output_dir runs/ablations
 
-`recipes/ablations/` holds the variants: span tags against a special token after each grounded phrase; mask feedback
-off, of the model's own masks, or of true ones half of the time (teacher forcing); targets of equal words in any order
-or as listed. One model of each variant and seed learns both drawn configurations of the recipe. A run that is there is
-not made again, so that an interrupted command continues. Further options are train.py's and override the recipe:
-`--max_steps 20`.
+`recipes/ablations/` contains the variants: span tags or a special token after each grounded phrase; mask feedback off,
+with predicted masks, or with true masks half of the time (teacher forcing); targets of equal words in any order or as
+listed. One model of each variant and seed trains on both drawn configurations of the recipe. Existing runs are kept,
+so an interrupted command continues. Further options are those of train.py and override the recipe: `--max_steps 20`.
 
-What is measured on the test splits, by evaluate_plum.py unless it says otherwise:
+Measured on the test splits, by evaluate_plum.py unless stated otherwise:
 
 - `mini`: gIoU (masks of the correct answer), choice accuracy, gIoU of the generated answer.
-- `mini_instances`: the figures of `--task correction`.
-- perplexity of the plain answers of `mini` without an image, of new random weights and after the training: what it
-  leaves of plain text, with span tags and with special tokens.
+- `mini_instances`: the metrics of `--task correction`.
+- perplexity of the plain answers of `mini` without an image, of new random weights and after the training, with span
+  tags and with special tokens.
 """
 
 import argparse
@@ -62,7 +61,7 @@ BATCH_SIZE = 8
 
 @torch.no_grad()
 def measure_perplexity(model: PlumForConditionalGeneration, processor: PlumProcessor, records: Dataset) -> float:
-    """Perplexity per token of the answers as plain text, each after its question, without an image."""
+    """Return the perplexity per token of the answers as plain text, each after its question, without an image."""
     chats = []
     for messages in records["messages"]:
         for question, answer in zip(messages[::2], messages[1::2], strict=True):
@@ -78,7 +77,7 @@ def measure_perplexity(model: PlumForConditionalGeneration, processor: PlumProce
 
 
 def build_untrained(config: PlumConfig, *, seed: int) -> PlumForConditionalGeneration:
-    """A model of new random weights, the same whenever it is built with this seed."""
+    """Return a model with new random weights, which depend only on the seed."""
     set_seed(seed)
     return PlumForConditionalGeneration(config).eval()
 
@@ -88,10 +87,10 @@ def build_untrained(config: PlumConfig, *, seed: int) -> PlumForConditionalGener
 
 def write_recipe(folder: Path, recipe: dict, *, variant: str, seed: int) -> Path:
     """
-    The recipe of one run in its folder.
+    Write the recipe of one run into its folder and return its path.
 
     Raises:
-        SystemExit: The folder holds a run of another recipe.
+        SystemExit: The folder contains a run of another recipe.
     """
     ablation = yaml.safe_load((ROOT / "recipes" / "ablations" / f"{variant}.yaml").read_text())
     model_config = {**recipe["model_config"], **ablation.pop("model_config")}
@@ -105,9 +104,9 @@ def write_recipe(folder: Path, recipe: dict, *, variant: str, seed: int) -> Path
 
 
 def run(folder: Path, recipe: Path) -> dict[str, float]:
-    """Run the training, evaluation and measurement steps whose outputs are missing; return the figures of the run."""
+    """Run the training, evaluation and measurement steps whose outputs are missing; return the metrics of the run."""
     model_dir, perplexities = folder / "model", folder / "perplexity.json"
-    if not (model_dir / "trainer_state.json").is_file():  # the last that train.py writes
+    if not (model_dir / "trainer_state.json").is_file():  # the last file that train.py writes
         subprocess.run([sys.executable, "train.py", str(recipe)], cwd=ROOT, check=True)
     questions = _evaluate(folder / "questions", model_dir, "--control", "none", "--choice_reduction", "answer_mean")
     corrections = _evaluate(folder / "corrections", model_dir, "--task", "correction", "--name", "mini_instances")
@@ -128,7 +127,7 @@ def run(folder: Path, recipe: Path) -> dict[str, float]:
 
 
 def _evaluate(folder: Path, model_dir: Path, *options: str) -> dict[str, float]:
-    """The overall figures of an evaluation, which is made unless it is there."""
+    """Return the overall metrics of an evaluation, which runs if its output is missing."""
     metrics = folder / "metrics.json"
     if not metrics.is_file():
         words = ["evaluate_plum.py", "--model", str(model_dir), "--output_dir", str(folder), *options]
@@ -137,7 +136,7 @@ def _evaluate(folder: Path, model_dir: Path, *options: str) -> dict[str, float]:
 
 
 def format_table(results: dict[str, list[dict[str, float]]]) -> str:
-    """Mean over seeds, and the smallest and the largest, of every figure by variant."""
+    """Return a table of the mean, smallest and largest value over seeds of each metric, by variant."""
     lines = [f"| variant | {' | '.join(FIGURES.values())} |", "|---|" + "---:|" * len(FIGURES)]
     for variant, runs in results.items():
         cells = []
@@ -163,7 +162,7 @@ def main():
     recipe |= {name[2:]: yaml.safe_load(value) for name, value in zip(names, values, strict=True)}
 
     results = {}
-    for seed in arguments.seeds:  # outermost, so that what is there when a run is stopped compares all variants
+    for seed in arguments.seeds:  # outermost, so that an interrupted command has results of all variants
         for variant in arguments.variants:
             folder = arguments.output_dir.resolve() / f"{variant}-{seed}"
             path = write_recipe(folder, recipe, variant=variant, seed=seed)

@@ -117,7 +117,7 @@ def test_a_chat_goes_on_after_a_bad_line_and_has_failed_in_the_end(checkpoint, i
             "is not a local folder and was not found on the Hub",
         ),
         (["ask", "absent.png", "Which parts?"], 1, "there is no image file"),
-        (["chat", "-"], 1, "give the image as a file"),
+        (["chat", "-"], 1, "pass the image as a file"),
         (["ask", "IMAGE"], 2, "required: question"),
         (["segment", "IMAGE", "--spans", "tail", "--jsno"], 2, "there is no option --jsno; did you mean --json?"),
         (["segment", "IMAGE", "--spans", "tail", "--save", "IMAGE"], 1, "image.png: File exists"),

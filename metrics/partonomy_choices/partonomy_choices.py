@@ -1,10 +1,10 @@
-"""Accuracy of PARTONOMY's multiple-choice answers as a metric of `evaluate`; this file needs no other."""
+"""Accuracy of PARTONOMY's multiple-choice answers as a metric of `evaluate`, in this one file."""
 
 import datasets
 import evaluate
 
-_DESCRIPTION = """Share of questions whose correct choice was chosen, beside what a uniform choice would get. Serves
-the part questions and the object questions of PARTONOMY alike."""
+_DESCRIPTION = """Accuracy of multiple-choice answers, and the accuracy of a uniform choice, for the part questions and
+the object questions of PARTONOMY."""
 
 _CITATION = """@inproceedings{blume2025partonomy,
   title = {Partonomy: Large Multimodal Models with Part-Level Visual Understanding},
@@ -12,9 +12,9 @@ _CITATION = """@inproceedings{blume2025partonomy,
 
 _KWARGS = """
 Args:
-    predictions: for each question the index of the chosen answer.
-    references: for each question the index of the correct answer.
-    num_choices: number of choices of every question, for the accuracy of a uniform choice.
+    predictions: Index of the chosen answer of each question.
+    references: Index of the correct answer of each question.
+    num_choices: Number of choices of every question.
 
 Examples:
     >>> metric = evaluate.load("metrics/partonomy_choices")

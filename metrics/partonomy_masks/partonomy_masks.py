@@ -1,7 +1,6 @@
-"""Mask figures of PARTONOMY as a metric of `evaluate`.
+"""Mask metrics of PARTONOMY as a metric of `evaluate`.
 
-`mask_metrics.py` and `inputs_plum.py` beside this file are all it needs; they are the files of the same names in the
-project.
+It needs only `mask_metrics.py` and `inputs_plum.py` beside it, which are copies of the files in the project.
 """
 
 from math import fsum, isfinite
@@ -16,7 +15,7 @@ from .mask_metrics import MATCHINGS, average_precision, matched_ious, normalise,
 
 _DESCRIPTION = """Compares the part masks of one image, given as COCO run lengths, with the true ones. Strict: by part
 name, a missing or surplus part scores 0. Reference: the evaluator of the PARTONOMY authors, by position or by the
-matchings greedy, hungarian and union; unmatched masks cost nothing, images without predicted masks are left out."""
+matchings greedy, hungarian and union; unmatched masks are ignored, images without predicted masks are skipped."""
 
 _CITATION = """@inproceedings{blume2025partonomy,
   title = {Partonomy: Large Multimodal Models with Part-Level Visual Understanding},
@@ -24,12 +23,12 @@ _CITATION = """@inproceedings{blume2025partonomy,
 
 _KWARGS = """
 Args:
-    predictions: for each image a list of {"label", "rle": {"size": [height, width], "counts": str}, "score"}.
-    references: for each image a list of {"label", "rle"}.
+    predictions: List of {"label", "rle": {"size": [height, width], "counts": str}, "score"} for each image.
+    references: List of {"label", "rle"} for each image.
 
 Returns:
     strict_macro_giou, strict_micro_giou, strict_ciou, ap50, and macro and micro gIoU for each reference matching; None
-    where no image can tell.
+    if a metric applies to no image.
 
 Examples:
     Half of the hull is found, in an image of one row and four columns:
@@ -87,8 +86,9 @@ class PartonomyMasks(evaluate.Metric):
 
 
 def _checked(predicted, true, image):
-    """The masks of both sides with checked run lengths. Raises ValueError, naming the mask, unless all have one size,
-    a label and, if predicted, a score."""
+    """Return the masks of both sides with checked run lengths. Raises ValueError that names the mask unless all have
+    one size, a label and, if predicted, a score.
+    """
     size, sides = None, []
     for name, masks in (("reference", true), ("prediction", predicted)):
         checked = []
@@ -110,7 +110,7 @@ def _named(masks):
 
 
 def _means(prefix, per_image):
-    """Mean over images of the mean in each, and mean over all pairs."""
+    """Return the mean over images of the mean in each, and the mean over all pairs."""
     scored = [ious for ious in per_image if ious]
     count = sum(map(len, scored))
     return {

@@ -1,10 +1,10 @@
-"""Part names of PARTONOMY's answers as a metric of `evaluate`; this file needs no other."""
+"""Part names of PARTONOMY's answers as a metric of `evaluate`, in this one file."""
 
 import datasets
 import evaluate
 
-_DESCRIPTION = """Precision, recall and F1 of the part names an answer gives, counts pooled over all answers, and the
-share of answers with exactly the true parts. Blanks around a name and its case do not matter."""
+_DESCRIPTION = """Precision, recall and F1 of the part names in answers, with counts pooled over all answers, and the
+share of answers with exactly the true parts. Names are stripped and compared without case."""
 
 _CITATION = """@inproceedings{blume2025partonomy,
   title = {Partonomy: Large Multimodal Models with Part-Level Visual Understanding},
@@ -12,9 +12,9 @@ _CITATION = """@inproceedings{blume2025partonomy,
 
 _KWARGS = """
 Args:
-    predictions: for each question the list of part names the answer gives; those of the chosen choice, or generated.
-    references: for each question the list of part names of the correct answer.
-    protocol: "strict" compares sets; "reference", as the authors, counts a repeated name each time.
+    predictions: List of part names in each answer, of the chosen choice or of the generated answer.
+    references: List of part names in each correct answer.
+    protocol: "strict" compares sets; "reference" counts a repeated name each time, as the authors' evaluator does.
 
 Examples:
     >>> metric = evaluate.load("metrics/partonomy_parts")

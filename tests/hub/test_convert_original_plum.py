@@ -372,7 +372,7 @@ BAD_TENSORS = {
         lambda tensors: tensors | {"mask_pooler.final_conv.bias": torch.ones(32)},
         "'mask_pooler.final_conv.bias' and .*mask_downscaling.6.bias' differ",
     ),
-    "no vision tower": (lambda tensors: without(tensors, TOWER), "give the transformers folder .* as --vision_tower"),
+    "no vision tower": (lambda tensors: without(tensors, TOWER), "pass the transformers folder .* as --vision_tower"),
     "LoRA without its options": (
         lambda tensors: tensors | {"model.layers.0.self_attn.q_proj.lora_A.default.weight": torch.zeros(4, 32)},
         "1 LoRA tensors that are not merged",
