@@ -62,6 +62,7 @@ def checkpoint_folder(data: bytes) -> bool:
 def running_app() -> tuple[str, str]:
     """The address of the demonstration with a tiny model, and an image that was uploaded to it."""
     from demo.app import Demo, serve
+    from demo.checkpoints import Checkpoint
     from plum_partonomy.inference.one_image import Plum
     from plum_partonomy.scoring.benchmark import load_questions
     from tests.tiny import random_image, tiny_model, tiny_processor
@@ -70,8 +71,8 @@ def running_app() -> tuple[str, str]:
     os.environ["GRADIO_TEMP_DIR"] = uploads
     folder = str(Path(__file__).parents[2] / "partonomy" / "mini_questions")
     rows, questions = load_questions("parquet", name="default", split="test", data_dir=folder, limit=3)
-    demo = Demo(Plum(tiny_model(), tiny_processor()), rows, questions, uploads=Path(uploads))
-    address = serve(demo, prevent_thread_lock=True, quiet=True).local_url
+    demo = Demo([Checkpoint("tiny", Plum(tiny_model(), tiny_processor()))], rows, questions, uploads=Path(uploads))
+    address = serve(demo).local_url
     image = Path(uploads) / "image.png"
     random_image().save(image)
     return address, str(image)

@@ -110,9 +110,9 @@ SEEDS = {
     "app_request": [
         json.dumps({"data": data, "fn_index": number, "session_hash": "SESSION"}).encode()
         for number, data in (
-            (1, [{"path": "IMAGE"}, "Which parts?", 0, 0.5]),
-            (1, [{"path": "IMAGE", "meta": {"_type": "gradio.FileData"}}, "Which parts?", 0.25, 0.75]),
-            (2, [None, 0, 0.5]),
+            (2, ["tiny", {"path": "IMAGE"}, "Which parts?", 0, 0.5]),
+            (2, ["tiny", {"path": "IMAGE", "meta": {"_type": "gradio.FileData"}}, "Which parts?", 0.25, 0.75]),
+            (4, [None, 0, 0.5]),
         )
     ],
 }

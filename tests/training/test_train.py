@@ -362,7 +362,7 @@ def test_what_cannot_be_trained_on_is_one_sentence(trained, data_folder, tmp_pat
     options = base_options(data_folder, tmp_path / "out") | {"model": tmp_path, "max_steps": 1}
     words = [str(word) for name in options for word in (f"--{name}", options[name])]
     run = subprocess.run([sys.executable, "train.py", *words], cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 1 and "Traceback" not in run.stderr
+    assert run.returncode == 2 and "Traceback" not in run.stderr
     assert run.stderr.splitlines()[-1].startswith(f"train.py: {tmp_path / 'config.json'} cannot be read")
 
 
