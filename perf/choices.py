@@ -26,7 +26,7 @@ IMAGE_TOKEN, VOCABULARY = 31_999, 32_000
 def build_model(
     layers: int = 4, width: int = 512, side: int = 256, sam_vision: dict | None = None
 ) -> PlumForConditionalGeneration:
-    """Return Llava with a small CLIP of 224 px and 256 patches, and the given SAM or ViT-B at 256 px; random weights."""
+    """Return Llava with a small CLIP of 224 px and 256 patches, and SAM ViT-B at 256 px or the given SAM."""
     text_config = {
         "model_type": "llama",
         "hidden_size": width,
