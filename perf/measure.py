@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def take_turns(paths: list[Callable[[], Any]], *, rounds: int) -> tuple[list[Any], list[float]]:
-    """Return the first result and best time in seconds of each path, run alternately so that other load affects all."""
+    """Return the first result and best time in seconds of each path, run by turns so that other load affects all."""
     results, best = [None] * len(paths), [float("inf")] * len(paths)
     for turn in range(rounds):
         for i, path in enumerate(paths):

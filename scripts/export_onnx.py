@@ -42,7 +42,7 @@ class MaskSession:
         return self.encoder.run(["embedding"], {"pixels": pixels})[0]
 
     def decode(self, embedding: np.ndarray, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return logits `(S, 4G, 4G)` and IoUs `(S,)` of queries `(S, C)` of the spans of one conversation, in order."""
+        """Return logits `(S, 4G, 4G)` and IoUs `(S,)` of queries `(S, C)` of one conversation, in order."""
         steps = []
         for query in queries[:, None]:
             inputs = {"embedding": embedding, "query": query}
@@ -138,7 +138,7 @@ def export(model: PlumForConditionalGeneration, folder: Path) -> None:
 
 @torch.no_grad()
 def largest_difference(model: PlumForConditionalGeneration, folder: Path, spans: int = 4) -> float:
-    """Return the largest difference of the mask logits of random spans on a random image between torch and the files."""
+    """Return the largest difference of mask logits of random spans on a random image of torch and the files."""
     generator = torch.Generator().manual_seed(0)
     side = model.config.sam_config.vision_config.image_size
     pixels = torch.randn(1, 3, side, side, generator=generator)

@@ -53,7 +53,7 @@ class PushError(Exception):
 
 
 def prepare_model(folder: Path, arguments: argparse.Namespace) -> None:
-    """Raise `PushError` unless the folder loads completely with its own code, and the metrics are of this checkpoint."""
+    """Raise `PushError` unless the folder loads with its own code, and the metrics are of this checkpoint."""
     check_checkpoint(folder)
     model, report = AutoModel.from_pretrained(
         folder, trust_remote_code=True, use_safetensors=True, dtype="auto", output_loading_info=True
