@@ -24,10 +24,12 @@ train: $(INSTALLED)
 	$(PYTHON) train.py recipes/plum_tiny.yaml --output_dir runs/plum_tiny
 
 test: $(INSTALLED)
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(PYTHON) -m pytest
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile
 
 slow: $(INSTALLED)
-	.venv/bin/pip install --quiet --constraint constraints.txt --editable ".[browser,notebook,onnx]"
+	.venv/bin/pip install --quiet --constraint constraints.txt --editable ".[browser,notebook,onnx,trackio]"
+	.venv/bin/pip install --quiet --constraint constraints.txt --no-deps lmms-eval chardet colorama dataproperty loguru \
+		lxml mbstrdecoder pathvalidate portalocker pytablewriter sacrebleu tabledata tabulate tcolorpy tenacity typepy
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m slow
 
 perf: $(INSTALLED)

@@ -598,7 +598,6 @@ def test_spans_given_by_hand_are_checked_before_they_are_segmented():
         ([np.zeros((50, 70))], "given_masks is a list, expected a dict"),
         ({0: np.full((50, 70), np.nan)}, "given mask of span 0 has values that are no numbers"),
     ],
-    ids=str,
 )
 def test_given_masks_are_arrays_of_the_size_of_their_image_for_spans_that_are_there(given, words):
     model, processor = tiny_model(), tiny_processor()
