@@ -1,9 +1,9 @@
 """
-Trains PLUM on grounded conversations.
+Train PLUM on grounded conversations.
 
     python train.py recipes/plum_tiny.yaml --output_dir runs/plum_tiny
 
-`--help` lists the options (plum_partonomy/training/options.py); plum_partonomy/training/run.py is the run.
+`--help` lists the options (plum_partonomy/training/options.py). The run is in plum_partonomy/training/run.py.
 """
 
 import sys

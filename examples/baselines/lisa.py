@@ -21,7 +21,7 @@ STD = torch.tensor([58.395, 57.12, 57.375]).view(3, 1, 1)
 
 
 def load(name: str):
-    """LISA, its tokenizer and the preprocessing of its CLIP tower, as chat.py opens them in bfloat16."""
+    """Return LISA, its tokenizer and the preprocessing of its CLIP tower, in bfloat16 as in chat.py."""
     from model.LISA import LISAForCausalLM  # of the clone
 
     tokenizer = AutoTokenizer.from_pretrained(name, model_max_length=512, padding_side="right", use_fast=False)

@@ -1,7 +1,7 @@
-"""Questions out of Parquet shards, answers into a predictions file: for models that need an environment of their own.
+"""Read questions from Parquet shards and write a predictions file, for models that need a separate environment.
 
-Needs pyarrow, Pillow, numpy and pycocotools, and nothing of this repository. `python scripts/export_parquet.py --name
-core --data_dir FOLDER --output_dir OUT` writes the shards of any configuration; `partonomy/mini_questions` holds some.
+Needs pyarrow, Pillow, numpy and pycocotools, but nothing of this repository. `python scripts/export_parquet.py --name
+core --data_dir FOLDER --output_dir OUT` writes the shards of any configuration; `partonomy/mini_questions` has some.
 """
 
 import io
@@ -17,11 +17,11 @@ from pycocotools import mask as coco
 def write_answers(shards: list[Path], output: Path, segment) -> None:
     """Ask for a mask of each part of each correct answer and write one line for each question.
 
-    Lines that an interrupted run wrote are kept.
+    Lines of an interrupted run are kept.
 
     Args:
         shards: Parquet files of questions.
-        output: the predictions file.
+        output: The predictions file.
         segment: (RGB image, name of a part) -> boolean mask (height, width), or None if the model finds nothing.
     """
     lines = output.read_text().splitlines(keepends=True) if output.exists() else []
@@ -38,7 +38,7 @@ def write_answers(shards: list[Path], output: Path, segment) -> None:
 
 
 def answer(row: dict, segment) -> list[dict]:
-    """The masks of one question as docs/predictions.schema.json describes them."""
+    """Return the masks of one question as described in docs/predictions.schema.json."""
     image = Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB")
     masks = []
     for part in row["choice_parts"][row["correct"]]:

@@ -1,1 +1,1 @@
-"""Models of others on PARTONOMY's questions: SAM 3, any vision-language model, both together, or your own."""
+"""Other models on PARTONOMY's questions: SAM 3, any vision-language model, both combined, or your own."""

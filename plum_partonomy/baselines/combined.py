@@ -1,4 +1,4 @@
-"""One model that answers and another that segments what it names: the strongest baseline without any training."""
+"""Combine a model that answers with one that segments the named parts: the strongest baseline without training."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +12,7 @@ __all__ = ["Combined"]
 
 
 class Combined:
-    """`speaker` chooses and answers; `segmenter` makes the masks of the parts that are named."""
+    """`speaker` chooses and answers; `segmenter` makes the masks of the named parts."""
 
     def __init__(self, speaker: Any, segmenter: Any):
         self.speaker, self.segmenter = speaker, segmenter

@@ -1,16 +1,16 @@
-"""Puts PARTONOMY's questions to any model through three small methods, and checks what comes back.
+"""Ask any model PARTONOMY's questions through three small methods, and check its results.
 
-A model under test is an object with some of these methods; what it lacks is not asked and has no metric:
+A model under test is an object with some of these methods; missing ones are skipped and have no metrics:
 
     choose(seen, messages, choices) -> list[float]       one finite score for each choice, larger is better
-    answer(seen, messages) -> str                        its own answer, in plain text
+    answer(seen, messages) -> str                        the generated answer, in plain text
     segment(seen, question, parts) -> list[(mask, score)]
                                                          for each part a boolean mask (height, width) of the image
 
-    encode(image) -> seen                                optional: what it keeps of an RGB image for all questions
+    encode(image) -> seen                                optional: features of an RGB image for all its questions
 
-`messages` are {"role", "content"} with plain texts; the first one is about the image. `Asker` makes predictions of
-them, with the same `predict` as `Predictor` has for PLUM, which answers whole batches at once.
+`messages` are {"role", "content"} with plain texts; the first one is about the image. `Asker` has the same `predict`
+as `Predictor`, which answers whole batches with PLUM.
 """
 
 from collections import OrderedDict
@@ -32,20 +32,20 @@ __all__ = ["METHODS", "Asker", "UnderTest"]
 
 METHODS = ("choose", "answer", "segment")
 IMAGES_KEPT = 8
-"""What large models keep of an image takes about 0.1 GB, and the questions about one image follow each other."""
+"""Features of an image take about 0.1 GB in large models, and the questions about one image are consecutive."""
 
 
 @dataclass(frozen=True)
 class UnderTest:
-    """A model that is ready to be asked.
+    """A model that is ready for questions.
 
     Attributes:
-        predictor: has `predict(questions, images, image_ids)`, which returns one prediction for each question, and
+        predictor: Has `predict(questions, images, image_ids)`, which returns one prediction per question, and
             `summary()` of its image cache.
-        settings: what its predictions depend on besides the arguments.
-        choice_reduction: what a choice is scored by.
-        run: what metrics.json says of it.
-        training_curves: the CSV of its training, if there is one.
+        settings: Settings that its predictions depend on besides the arguments.
+        choice_reduction: How a choice is scored.
+        run: Its description for metrics.json.
+        training_curves: CSV of its training, if there is one.
     """
 
     predictor: Any
@@ -56,13 +56,13 @@ class UnderTest:
 
 
 class Asker:
-    """Puts questions to a model that has some of METHODS.
+    """Asks questions of a model that has some of METHODS.
 
     Args:
-        model: the model under test.
-        mask_source: whose masks are asked for beside those of its own answer.
-        known_parts: names of parts that are recognised within the sentences of its answers.
-        image_cache_size: images whose encoding is kept.
+        model: The model under test.
+        mask_source: Source of the masks besides those of its generated answer.
+        known_parts: Part names that are recognised in the sentences of its answers.
+        image_cache_size: Number of images whose features are kept.
     """
 
     def __init__(
@@ -86,15 +86,15 @@ class Asker:
     def predict(
         self, questions: Sequence[Question], images: Sequence[Image.Image], image_ids: Sequence[str]
     ) -> list[Prediction]:
-        """Return one prediction per question, from the image given beside it; an id stands for one image.
+        """Return one prediction per question for the image at the same index; an id stands for one image.
 
         Raises:
-            DataError: the model returns something that is no answer; names the question.
+            DataError: The model returns an invalid result; names the question.
         """
         return [self._predict(*asked) for asked in zip(questions, images, image_ids, strict=True)]
 
     def summary(self) -> dict[str, Any]:
-        """Return how often a question found its image encoded."""
+        """Return the number of requests, the number of encoded images and the hit rate."""
         hit_rate = 1 - self.encoded / self.uses if self.uses else None
         return {"size": self.size, "uses": self.uses, "encoded": self.encoded, "hit_rate": hit_rate}
 
@@ -133,7 +133,7 @@ class Asker:
     def _choose(
         self, seen: Any, question: Question, messages: list[dict[str, str]], choices: Sequence[str]
     ) -> list[float] | None:
-        """Scores as a prediction holds them: the smallest is chosen."""
+        """Return scores as in `Prediction`: the smallest is chosen."""
         if not hasattr(self.model, "choose"):
             return None
         scores = list(self._call("choose", question, seen, messages, list(choices)))
@@ -144,7 +144,7 @@ class Asker:
         return [-float(score) for score in scores]
 
     def _answer(self, seen: Any, image: Image.Image, question: Question) -> dict[str, Any]:
-        """The fields of the model's own answer; without masks only the names of its parts."""
+        """Return the fields of the generated answer; without masks only the names of its parts."""
         if not hasattr(self.model, "answer"):
             return {"generated_text": None, "generated_spans": None}
         text = self._call("answer", question, seen, ask(question))
@@ -175,7 +175,7 @@ class Asker:
         ]
 
     def _check_mask(self, result: Any, image: Image.Image, question: Question) -> tuple[dict, float]:
-        """A mask in the frame of the question's image, and its score. That of a wrong image is stretched to it."""
+        """Return a mask of the size of the question's image, and its score. A mask of a wrong image is resized."""
         mask, score = result
         mask = np.asarray(mask)
         if mask.dtype != bool or mask.shape != (image.height, image.width):
@@ -188,7 +188,7 @@ class Asker:
         return resize(encode(mask), question.masks[0].rle["size"]), float(score)
 
     def _call(self, method: str, question: Question, *arguments: Any) -> Any:
-        """What a method of the model returns; what it cannot do is said with the id of the question."""
+        """Return the result of a method of the model; its errors get the id of the question."""
         try:
             return getattr(self.model, method)(*arguments)
         except DataError as error:
@@ -196,7 +196,7 @@ class Asker:
 
 
 def ask(question: Question) -> list[dict[str, str]]:
-    """Return the messages up to the part question; `whole_to_part` asks for the object first, and is told."""
+    """Return the messages up to the part question; `whole_to_part` first asks for the object, with its answer."""
     messages = [{"role": "user", "content": question.question}]
     if question.question_type != "whole_to_part":
         return messages
@@ -209,7 +209,7 @@ def ask(question: Question) -> list[dict[str, str]]:
 
 
 def ask_object(question: Question) -> list[dict[str, str]]:
-    """Return the messages up to the object question; `part_to_whole` asks for the parts first, and is told."""
+    """Return the messages up to the object question; `part_to_whole` first asks for the parts, with their answer."""
     messages = [{"role": "user", "content": question.object_question}]
     if question.question_type != "part_to_whole":
         return messages

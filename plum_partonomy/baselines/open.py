@@ -1,4 +1,4 @@
-"""Models under test by name: `--baseline sam3`, `vlm`, `vlm+sam3`, or a file of your own."""
+"""Load models under test by name: `--baseline sam3`, `vlm`, `vlm+sam3`, or your own file."""
 
 import importlib.util
 import inspect
@@ -21,12 +21,12 @@ __all__ = ["open_baseline"]
 
 
 def open_baseline(arguments: Any, questions: Sequence[Question], device: torch.device) -> UnderTest:
-    """Load the model that `--baseline` names; raises DataError if it cannot be done.
+    """Load the model of `--baseline`. Raises DataError if it cannot be loaded.
 
     Args:
-        arguments: those of evaluate_plum.py.
-        questions: those it will be asked; the names of their parts are recognised in plain answers.
-        device: where its weights go.
+        arguments: Arguments of evaluate_plum.py.
+        questions: The questions; the names of their parts are recognised in plain answers.
+        device: Device of its weights.
     """
     name = arguments.baseline
     settings: dict[str, Any] = {"baseline": name}
@@ -51,7 +51,7 @@ def open_baseline(arguments: Any, questions: Sequence[Question], device: torch.d
 
 
 def _reduction(arguments: Any, model: Any) -> str:
-    """What a choice is scored by, as metrics.json names it."""
+    """Return how a choice is scored, for metrics.json."""
     speaker = getattr(model, "speaker", model)
     if isinstance(speaker, Vlm) and speaker.choices_by == "likelihood":
         return arguments.choice_reduction
@@ -79,14 +79,14 @@ def _load_sam3(arguments: Any, device: torch.device) -> tuple[Sam3, dict[str, An
 
 
 def _identity(name: str, model: Any) -> dict[str, Any]:
-    """Which weights they are: files of a folder, or a commit on the Hub."""
+    """Return the identity of the weights: files of a folder, or a commit on the Hub."""
     if Path(name).is_dir():
         return {"name": name, "fingerprint": fingerprint_model(Path(name))}
     return {"name": name, "revision": getattr(model.config, "_commit_hash", None)}
 
 
 def _load_own(path: Path) -> Any:
-    """The object of the class `Model` of a Python file."""
+    """Return an object of the class `Model` of a Python file."""
     if not path.is_file():
         raise DataError(f"--baseline {path}: there is no such file; expected one with a class Model.")
     spec = importlib.util.spec_from_file_location("model_under_test", path)

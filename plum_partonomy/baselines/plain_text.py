@@ -1,4 +1,4 @@
-"""Names of parts in an answer that has no span tags."""
+"""Find part names in an answer without span tags."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -6,13 +6,13 @@ from collections.abc import Iterable, Sequence
 __all__ = ["find_parts"]
 
 MAX_WORDS = 4
-"""A list item of more words is a sentence: only names that the benchmark has are read out of it."""
+"""Maximum words of a list item; a longer piece is a sentence, in which only names of the benchmark are found."""
 
 SENTENCE_WORDS = frozenset(
     "i it you we there here this that is are has have had can could see sees show shows with without of in on "
     "under".split()
 )
-"""Words that no list item has: with one of them a piece is a part of a sentence."""
+"""Words that occur in sentences but not in list items."""
 
 _BREAK = re.compile(r"[,;\n\u2022]|\band\b|(?<=\w)[.:](?=\s|$)")
 _LEAD = re.compile(r"^[\W\d_]*(?:(?:the|a|an|its|their|one|two|three|four|several)\s+)*", re.IGNORECASE)
@@ -20,16 +20,16 @@ _TAIL = re.compile(r"[\W_]+$")
 
 
 def find_parts(text: str, known: Iterable[str]) -> list[tuple[str, int, int]]:
-    """Return the parts that an answer in plain text names, as (name, start, end) with the characters [start, end).
+    """Return the parts that a plain-text answer names, as (name, start, end) with the characters [start, end).
 
-    The text is cut at commas, semicolons, line ends, full stops, colons and the word "and". A piece of at most four
-    words is a name, less articles, bullets and quotes; of a longer one, or one with a verb or a preposition, only
-    names that are `known` are read, the longest first. What comes before the first colon introduces a list and is not
-    read if a list follows.
+    The text is split at commas, semicolons, line ends, full stops, colons and the word "and". A piece of at most four
+    words, without articles, bullets and quotes, is a name. In a longer piece, or one with a verb or a preposition,
+    only `known` names are found, the longest first. Text before the first colon introduces a list and is skipped if a
+    list follows.
 
     Args:
-        text: the answer.
-        known: the part names of the benchmark; case does not matter, a plural "s" neither.
+        text: The answer.
+        known: The part names of the benchmark; case and a plural "s" are ignored.
 
     >>> [name for name, _, _ in find_parts("The object has these parts: a left wing, and the tail.", [])]
     ['left wing', 'tail']
@@ -47,7 +47,7 @@ def find_parts(text: str, known: Iterable[str]) -> list[tuple[str, int, int]]:
 
 
 def _pieces(text: str, start: int) -> list[tuple[int, int]]:
-    """Ranges of the text between the breaks, from `start` on."""
+    """Return the ranges of the text between the breaks, from `start` on."""
     ranges = []
     for match in _BREAK.finditer(text, start):
         ranges.append((start, match.start()))

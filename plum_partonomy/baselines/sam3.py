@@ -23,7 +23,7 @@ PROMPTS_AT_ONCE = 8
 
 @dataclass
 class SeenImage:
-    """What SAM 3 keeps of an image: its features, and the masks of the words it was asked for."""
+    """Features of an image, and the masks of earlier prompts."""
 
     features: Sam3VisionEncoderOutput
     size: tuple[int, int]
@@ -31,13 +31,13 @@ class SeenImage:
 
 
 class Sam3:
-    """Masks for words: all instances of a part with a score above the threshold, united.
+    """Masks for words: the union of all instances of a part with a score above the threshold.
 
     A part without such an instance has an empty mask and the score of its best instance. Images are resized to the
-    model's square here (Pillow, bilinear), since transformers' own processor of SAM 3 needs torchvision.
+    model's square here (Pillow, bilinear), because the processor of SAM 3 in transformers needs torchvision.
 
     Args:
-        prompt: "part" asks for "left wing", "part_of_object" for "left wing of the plane".
+        prompt: "part" prompts with "left wing", "part_of_object" with "left wing of the plane".
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Sam3:
         return SeenImage(features, (image.height, image.width))
 
     def segment(self, seen: SeenImage, question: Question, parts: list[str]) -> list[tuple[np.ndarray, float]]:
-        """Return the united instances of each part and the best score."""
+        """Return the union of the instances of each part, and the best score."""
         words = [self._words(part, question) for part in parts]
         absent = [text for text in dict.fromkeys(words) if text not in seen.masks]
         for start in range(0, len(absent), PROMPTS_AT_ONCE):
@@ -110,7 +110,7 @@ class Sam3:
 
     @staticmethod
     def _unite(masks: torch.Tensor, size: tuple[int, int]) -> np.ndarray:
-        """The union (H, W) of the masks (N, h, w), given as logits."""
+        """Return the union (H, W) of masks (N, h, w) of logits."""
         if not len(masks):
             return np.zeros(size, dtype=bool)
         probabilities = F.interpolate(masks[None].float().sigmoid(), size, mode="bilinear", align_corners=False)[0]

@@ -1,4 +1,4 @@
-"""A vision-language model behind an endpoint of the OpenAI kind (vLLM, llama.cpp, an endpoint of the Hub)."""
+"""A vision-language model behind an OpenAI-compatible endpoint (vLLM, llama.cpp, an endpoint of the Hub)."""
 
 import base64
 import io
@@ -22,8 +22,8 @@ TIMEOUT = 120  # seconds for one answer
 class ServedVlm:
     """Choices by letter and answers of the first model that an endpoint lists.
 
-    Such endpoints give no likelihood of a text of ours. An answer without a letter is a guess: a choice drawn by the
-    question, so that refusing is worth what chance is worth. The token is read from HF_TOKEN.
+    Such endpoints return no likelihood of a given text. An answer without a letter counts as a guess, drawn by the
+    question, so that refusing scores at chance. The token is read from HF_TOKEN.
     """
 
     def __init__(self, url: str, *, max_new_tokens: int = 96):
@@ -52,7 +52,7 @@ class ServedVlm:
         return [float(i == index) for i in range(len(choices))]
 
     def answer(self, seen: str, messages: Messages) -> str:
-        """Return the model's own answer to the last message; it is asked to list names."""
+        """Return the generated answer to the last message, with a prompt to list names."""
         asked = {"role": "user", "content": f"{messages[-1]['content']}\n{LIST_PROMPT}"}
         return self._complete(seen, [*messages[:-1], asked], max_tokens=self.max_new_tokens).strip()
 

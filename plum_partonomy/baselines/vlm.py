@@ -1,12 +1,12 @@
-"""Any vision-language model of transformers (`AutoModelForImageTextToText`): choices by likelihood, own answers.
+"""Any vision-language model of transformers (`AutoModelForImageTextToText`): choices by likelihood, and answers.
 
     image + start of a prompt ──> key-value cache, once for all questions about the image
     cache + question + each choice ──> log-likelihood of the choice
     cache + question ──> answer
 
-The cache holds the tokens up to the last one of the image. A model that cannot continue from a cache of several rows
-(one with a recurrent state), or a processor that writes the words after an image in another way when the image is
-there, gets whole prompts instead: the same scores, slower.
+The cache contains the tokens up to the last image token. Whole prompts are used instead, with the same scores but
+slower, if the model cannot continue from a cache of several rows (one with a recurrent state), or if the processor
+tokenizes the words after an image differently with the image.
 """
 
 import copy
@@ -36,15 +36,15 @@ PROBE: Messages = [{"role": "user", "content": "?"}]
 
 @dataclass(frozen=True)
 class Prefix:
-    """The tokens of a prompt up to the image's last one, read.
+    """The tokens of a prompt up to the last image token, with their cache.
 
     Attributes:
-        ids: these tokens, image placeholders expanded.
-        written: the same tokens as the tokenizer writes them without an image.
-        cache: keys and values.
-        logits: of the next token, shape (V,).
-        loss, count: summed negative log-likelihood and number of the tokens that are not the image's.
-        rope_deltas: offset of the following positions, for models that keep it (Qwen-VL).
+        ids: These tokens, with expanded image placeholders.
+        written: The same tokens from the tokenizer without an image.
+        cache: Keys and values.
+        logits: Logits of the next token, shape (V,).
+        loss, count: Summed negative log-likelihood and number of the tokens that are not image tokens.
+        rope_deltas: Offset of the following positions, for models that keep it (Qwen-VL).
     """
 
     ids: list[int]
@@ -68,11 +68,11 @@ class Vlm:
     """Choices and answers of a vision-language model.
 
     Args:
-        model, processor: of transformers.
-        reduction: what a choice is scored by: the log-likelihood of its tokens, summed (`answer_sum`) or averaged
-            (`answer_mean`), or averaged over prompt and answer without the image's tokens (`sequence_mean`).
-        choices_by: score the choices themselves, or their letters where all are listed in the question.
-        max_new_tokens: longest answer.
+        model, processor: Model and processor of transformers.
+        reduction: How a choice is scored: the log-likelihood of its tokens, summed (`answer_sum`) or averaged
+            (`answer_mean`), or averaged over prompt and answer without image tokens (`sequence_mean`).
+        choices_by: Score the choices themselves, or their letters after a list in the question.
+        max_new_tokens: Maximum length of an answer.
     """
 
     def __init__(
@@ -93,9 +93,9 @@ class Vlm:
     def from_pretrained(
         cls, name: str | Path, *, dtype: torch.dtype = torch.float32, device: Any = "cpu", **options: Any
     ) -> "Vlm":
-        """Load a checkpoint from a folder or the Hub. Raises DataError if it is no vision-language model."""
+        """Load a checkpoint from a folder or the Hub. Raises DataError if it is not a vision-language model."""
         try:
-            safely = {"trust_remote_code": False, "use_safetensors": True}  # no question that a "yes" could answer
+            safely = {"trust_remote_code": False, "use_safetensors": True}  # no interactive prompt
             model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, **safely)
             processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
         except (ValueError, ImportError, OSError) as error:
@@ -114,7 +114,7 @@ class Vlm:
 
     @torch.no_grad()
     def encode(self, image: Image.Image) -> SeenImage:
-        """Return the image with its prefix read."""
+        """Return the image with its encoded prefix."""
         return SeenImage(image, self._read_prefix(image) if self.shares_prefix else None)
 
     @torch.no_grad()
@@ -132,7 +132,7 @@ class Vlm:
 
     @torch.no_grad()
     def answer(self, seen: SeenImage, messages: Messages) -> str:
-        """Return the model's own answer to the last message, greedy; it is asked to list names."""
+        """Return the generated answer to the last message, greedy, with a prompt to list names."""
         asked = {"role": "user", "content": f"{messages[-1]['content']}\n{LIST_PROMPT}"}
         prompt = self._render([*messages[:-1], asked], prompt=True)
         tails = self._tails(seen, [prompt])
@@ -161,7 +161,7 @@ class Vlm:
             ) from error
 
     def _options(self, text: str) -> dict[str, Any]:
-        """A template that writes the first token itself must not get a second one from the tokenizer."""
+        """Return tokenizer options that avoid a second first token if the template writes one."""
         bos = self.processor.tokenizer.bos_token
         return {"add_special_tokens": bos is None or not text.startswith(bos)}
 
@@ -178,13 +178,13 @@ class Vlm:
     # ------------------------------------------------------------ prefixes
 
     def _read_prefix(self, image: Image.Image) -> Prefix | None:
-        """Read a prompt up to the image's last token; None if the processor writes the words after it otherwise."""
+        """Encode a prompt up to the last image token; None if the processor tokenizes later words differently."""
         text = self._render(PROBE, prompt=True)
         inputs, written = self._inputs(text, image), self._ids(text)
         ids = inputs["input_ids"][0].tolist()
         same = _common(ids[::-1], written[::-1])
         after = ids[len(ids) - same :][::-1]
-        if self.image_token_id in after:  # a placeholder is written where the image is not expanded
+        if self.image_token_id in after:  # the placeholder remains if the image is not expanded
             same = after.index(self.image_token_id)
         length = len(ids) - same
         if self.image_token_id in ids[length:] or self.image_token_id not in ids[:length]:
@@ -209,7 +209,7 @@ class Vlm:
         return [module for module in self.model.modules() if getattr(module, "rope_deltas", None) is not None]
 
     def _resume(self, prefix: Prefix, *, rows: int) -> Any:
-        """A copy of the prefix' cache for some rows, with the model's positions as after reading it."""
+        """Return a copy of the prefix cache for some rows, with the model's positions as after reading it."""
         for module in self._with_deltas():
             module.rope_deltas = prefix.rope_deltas
         cache = copy.deepcopy(prefix.cache)
@@ -218,7 +218,7 @@ class Vlm:
         return cache
 
     def _tails(self, seen: SeenImage, texts: Sequence[str]) -> list[list[int]] | None:
-        """The tokens of each text after the prefix; None if one does not begin with it."""
+        """Return the tokens of each text after the prefix; None if one does not start with it."""
         if seen.prefix is None:
             return None
         written, rows = seen.prefix.written, [self._ids(text) for text in texts]
@@ -229,10 +229,10 @@ class Vlm:
     # ------------------------------------------------------------ scores
 
     def _score_tails(self, prefix: Prefix, tails: Sequence[list[int]], starts: Sequence[int]) -> list[float]:
-        """Log-likelihoods of the tokens from `starts` on, of rows that continue one prefix."""
+        """Return the log-likelihoods of the tokens from `starts` on, in rows that continue one prefix."""
         longest = max(map(len, tails))
         ids = torch.tensor([[*tail, *[0] * (longest - len(tail))] for tail in tails], device=self.model.device)
-        # No mask is needed: padding follows the tokens of its row, and none of these looks ahead.
+        # No mask is needed: padding follows the tokens of its row, and attention is causal.
         cache = self._resume(prefix, rows=len(tails))
         logits = self.model(input_ids=ids, past_key_values=cache, use_cache=True).logits
         first = prefix.logits.expand(len(tails), 1, -1)
@@ -244,7 +244,7 @@ class Vlm:
         ]
 
     def _score_whole(self, seen: SeenImage, prompt: str, text: str) -> float:
-        """The log-likelihood of one answer, with the image in its own forward pass."""
+        """Return the log-likelihood of one answer, with the image in a separate forward pass."""
         inputs = self._inputs(text, seen.image)
         ids = inputs["input_ids"][0]
         start = _common(self._inputs(prompt, seen.image)["input_ids"][0].tolist(), ids.tolist())
@@ -262,6 +262,6 @@ class Vlm:
 
 
 def _common(first: Sequence[int], second: Sequence[int]) -> int:
-    """Length of the common beginning."""
+    """Return the length of the common prefix."""
     pairs = zip(first, second, strict=False)
     return next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))

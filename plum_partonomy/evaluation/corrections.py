@@ -1,7 +1,7 @@
 """
-`evaluate_plum.py --task correction`: masks of given answers after the model's own earlier masks and after true ones.
+`evaluate_plum.py --task correction`: masks of given answers after predicted and after true earlier masks.
 
-    records ──> one batch of answers with two or more masks ──> segment, again and again with other given masks
+    records ──> one batch of answers with two or more masks ──> segment repeatedly with different given masks
             ──> plum_partonomy.scoring.corrections
 """
 
@@ -38,12 +38,12 @@ from plum_partonomy.scoring.tasks import cut_off_unfinished
 from plum_partonomy.training.examples import ConversationDataset
 from processing_plum import PlumProcessor
 
-# Given masks of one answer: index of a span -> index of the true mask that it is given.
+# Given masks of one answer: index of a span -> index of its given true mask.
 Given = Mapping[int, int]
 
 
 class _Answers:
-    """A batch of answers with their true masks, segmented as often as needed; the language model reads it once."""
+    """A batch of answers with their true masks, segmented repeatedly from one pass of the language model."""
 
     def __init__(self, model, processor: PlumProcessor, answers: Sequence[dict[str, Any]]):
         self.model, self.processor = model, processor
@@ -63,7 +63,7 @@ class _Answers:
         self.inputs["hidden_states"] = encode_conversations(model, **self.inputs)
 
     def segment(self, given: Sequence[Given]) -> list[list[RLE]]:
-        """The masks of each answer, with the given true masks of each in their places."""
+        """Return the masks of each answer, with the given true masks in their places."""
         masks = {
             self.first[row] + span: self.true[row][mask]
             for row, of_row in enumerate(given)
@@ -74,14 +74,14 @@ class _Answers:
         return [[encode(span.mask) for span in answer.spans] for answer in answers]
 
     def compare(self, masks: Sequence[Sequence[RLE]]) -> list[np.ndarray]:
-        """`(S, S)` IoU of each mask with each true one, by answer."""
+        """Return the `(S, S)` IoU of each mask with each true one, by answer."""
         return [iou_matrix(found, true) for found, true in zip(masks, self.true_rles, strict=True)]
 
 
 @torch.no_grad()
 def measure_answers(model, processor: PlumProcessor, answers: Sequence[dict[str, Any]]) -> list[CorrectedAnswer]:
     """
-    What correcting does to given answers, each a question and an answer with two or more masks.
+    Measure the effect of corrections on given answers, each a question and an answer with two or more masks.
 
     Args:
         answers: `id`, `image_id`, `row`, `image` (RGB), `messages` (two) and `masks` (bool, of the image's size).
@@ -118,7 +118,7 @@ def _give_in_listed_order(
     batch: _Answers, own: Sequence[np.ndarray]
 ) -> tuple[list[list[float]], list[list[list[float]]]]:
     """
-    IoU of each span after the true masks of all earlier ones were given; and for each number of given masks the
+    Return the IoU of each span after given true masks of all earlier spans, and, for each number of given masks, the
     matched IoUs of the spans after them.
     """
     ious = [[float(matrix[0, 0])] for matrix in own]
@@ -136,7 +136,7 @@ def _give_in_listed_order(
 def _give_worst_first(
     batch: _Answers, own: Sequence[np.ndarray], targets: Sequence[Sequence[int]]
 ) -> tuple[list[list[float]], list[int], list[list[RLE]]]:
-    """The correction curve of each answer, the span that was given first, and the masks after it was given."""
+    """Return the correction curve of each answer, the span whose mask was given first, and the masks after it."""
     ious, targets = list(own), list(targets)
     given: list[dict[int, int]] = [{} for _ in own]
     curves: list[list[float]] = [[] for _ in own]
@@ -160,7 +160,7 @@ def _give_worst_first(
 
 
 def _repeats(masks: Sequence[RLE], phrases: Sequence[str]) -> list[float]:
-    """For each mask that has an earlier one of the same words, its largest IoU with such a one."""
+    """Return, for each mask with an earlier one of the same words, its largest IoU with such a mask."""
     ious = iou_matrix(masks, masks)
     earlier = [[j for j in range(i) if phrases[j] == phrases[i]] for i in range(len(phrases))]
     return [float(ious[i, others].max()) for i, others in enumerate(earlier) if others]
@@ -170,7 +170,7 @@ def _repeats(masks: Sequence[RLE], phrases: Sequence[str]) -> list[float]:
 
 
 def answers_of(records: datasets.Dataset, indices: Iterable[int]) -> list[dict[str, Any]]:
-    """The answers of some records with two or more masks, with their questions, in the fields of `measure_answers`."""
+    """Return the answers of some records with two or more masks, with their questions, for `measure_answers`."""
     names = records.select_columns(["image_id"])
     examples = ConversationDataset(records, turns_per_record=0)
     answers = []
@@ -193,25 +193,25 @@ def answers_of(records: datasets.Dataset, indices: Iterable[int]) -> list[dict[s
 
 def evaluate_correction(arguments: Any, **options: Any) -> None:
     """
-    Measures a model on the answers of a split; raises DataError before anything is written if it cannot be done.
+    Measure a model on the answers of a split. Raises DataError before anything is written.
 
     Args:
-        arguments: Those of evaluate_plum.py.
-        options: Of the data set's builder, such as data_dir.
+        arguments: Arguments of evaluate_plum.py.
+        options: Options of the data set's builder, such as data_dir.
     """
     place = {name: getattr(arguments, name) for name in ("name", "split", "limit")}
     records = load_rows(arguments.dataset, **place, **options)
     missing = sorted({"messages", "masks", "image"} - set(records.column_names))
     if missing:
         raise DataError(
-            f"--task correction needs grounded conversations, and the records of {arguments.name!r} have no columns "
-            f"{missing}: name another configuration, such as mini_instances."
+            f"--task correction needs grounded conversations, but the records of {arguments.name!r} have no columns "
+            f"{missing}: pass another --name, such as mini_instances."
         )
     texts = (message["content"] for messages in records["messages"] for message in messages[1::2])
     if not any(len(tagged_phrases(text)) > 1 for text in texts):
         raise DataError(
-            f"--task correction measures the second and later masks of answers, and no answer of {arguments.name!r}, "
-            f"split {arguments.split!r}, has two masks: name another configuration or split."
+            f"--task correction needs answers with two or more masks, but no answer of {arguments.name!r}, split "
+            f"{arguments.split!r}, has two: pass another --name or --split."
         )
     state = PartialState(cpu=arguments.device == "cpu")
     if state.num_processes > 1:
@@ -237,7 +237,7 @@ def evaluate_correction(arguments: Any, **options: Any) -> None:
 
 
 def _measure_all(plum, records: datasets.Dataset, path: Path, *, batch_size: int) -> list[CorrectedAnswer]:
-    """All answers, those that an interrupted run wrote down read from its file."""
+    """Return all answers; those of an interrupted run are read from its file."""
     if path.is_file():
         cut_off_unfinished(path)
     done = read_corrections(path) if path.is_file() else []

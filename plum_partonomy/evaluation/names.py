@@ -1,4 +1,4 @@
-"""Part names of generated answers that mean true parts, as `--match` compares them."""
+"""Match part names of generated answers with true parts, for `--match`."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -20,15 +20,15 @@ def match_names(
     match: Literal["exact", "lemmatised", "embedding"],
     model: str | None = None,
 ) -> list[Prediction]:
-    """The predictions with the part names of generated answers as `match` reads them.
+    """Return the predictions with matched part names in generated answers.
 
     Args:
-        questions, predictions: one prediction per question.
-        match: how names are compared.
-        model: for `embedding`, folder or Hub name of the text encoder.
+        questions, predictions: One prediction per question.
+        match: How names are compared.
+        model: For `embedding`, folder or Hub name of the text encoder.
 
     Raises:
-        DataError: the text encoder cannot be loaded.
+        DataError: The text encoder cannot be loaded.
     """
     if match == "exact":
         return list(predictions)
@@ -39,14 +39,14 @@ def match_names(
 
 
 def embed_names(names: Sequence[str], model: str, *, batch_size: int = 64) -> dict[str, np.ndarray]:
-    """Embeddings by name: the mean over its tokens of the last hidden state of a text encoder.
+    """Return embeddings by name: the mean of the last hidden states of a text encoder over the tokens.
 
     Args:
-        names: texts, not empty.
-        model: folder or Hub name of a model of transformers, such as sentence-transformers/all-MiniLM-L6-v2.
+        names: Texts, not empty.
+        model: Folder or Hub name of a model of transformers, such as sentence-transformers/all-MiniLM-L6-v2.
 
     Raises:
-        DataError: the model cannot be loaded.
+        DataError: The model cannot be loaded.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)

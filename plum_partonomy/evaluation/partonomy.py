@@ -1,6 +1,6 @@
-"""What evaluate_plum.py does with PARTONOMY's questions: a PLUM model's answers, those of a file, or of a baseline.
+"""Evaluate PARTONOMY's questions: the answers of a PLUM model, of a file, or of a baseline.
 
-`arguments` are those of evaluate_plum.py throughout.
+`arguments` are those of evaluate_plum.py.
 """
 
 import json
@@ -83,10 +83,11 @@ def predict(
     output_dir: Path,
     state: PartialState,
 ) -> int:
-    """Brings predictions.jsonl to completion, each process its share of the batches; returns how many were there.
+    """Complete predictions.jsonl, with each process taking its share of the batches; return the number of earlier
+    predictions.
 
-    A batch is predicted whole even where some of its questions are done, so that a prediction never depends on where a
-    run was interrupted.
+    A batch is predicted as a whole even if some of its questions are done, so that predictions do not depend on where
+    a run was interrupted.
     """
     ids = [question.id for question in questions]
     if state.is_main_process:
@@ -123,7 +124,7 @@ def predict(
 
 
 def describe_run(arguments: Any, settings: dict[str, Any], *, choice_reduction: str, started: float) -> dict[str, Any]:
-    """What metrics.json says of a run besides its figures."""
+    """Return the description of a run for metrics.json."""
     protocol = describe_protocol(
         choice_reduction=choice_reduction,
         mask_source=arguments.mask_source,
@@ -147,7 +148,7 @@ def finish(
     run: dict[str, Any],
     training_curves: Path | None = None,
 ) -> None:
-    """Writes what the run leaves behind and says where."""
+    """Write the outputs of the run and print their paths."""
     predictions = match_names(questions, predictions, match=arguments.match, model=arguments.match_model)
     metrics = score(
         rows,
@@ -163,7 +164,7 @@ def finish(
 
 
 def dataset_options(arguments: Any) -> dict[str, str]:
-    """What load_dataset is told besides the names."""
+    """Return the arguments of load_dataset besides the names."""
     options = {"data_dir": arguments.data_dir, "scheme": arguments.scheme}
     if arguments.dataset == partonomy_dataset.DATASET_NAME:
         options["on_error"] = arguments.on_error
@@ -171,7 +172,7 @@ def dataset_options(arguments: Any) -> dict[str, str]:
 
 
 def load(arguments: Any) -> tuple[datasets.Dataset, list[Question], list[str]]:
-    """The rows, their questions, and one sentence for each record that was left out."""
+    """Return the rows, their questions, and one sentence for each skipped record."""
     rows, questions = load_questions(
         arguments.dataset,
         name=arguments.name,
@@ -183,7 +184,7 @@ def load(arguments: Any) -> tuple[datasets.Dataset, list[Question], list[str]]:
 
 
 def answer_by_baseline(arguments: Any, questions: Sequence[Question]) -> tuple[list[Prediction], dict[str, Any]]:
-    """Predictions of a baseline, and what run.json should say of it."""
+    """Return the predictions of a baseline, and its settings for run.json."""
     settings = {"baseline": arguments.baseline, "baseline_seed": BASELINE_SEED}
     if arguments.baseline != "majority":
         return answer_without_model(arguments.baseline, questions), settings
@@ -197,7 +198,7 @@ def answer_by_baseline(arguments: Any, questions: Sequence[Question]) -> tuple[l
 
 
 def evaluate_answers(arguments: Any) -> None:
-    """Scores a predictions file or a baseline; raises DataError before anything is written if it cannot be done."""
+    """Score a predictions file or a baseline. Raises DataError before anything is written."""
     started = time.perf_counter()
     rows, questions, unusable = load(arguments)
     settings: dict[str, Any] = {name: getattr(arguments, name) for name in ("dataset", "name", "split", "limit")}
@@ -220,7 +221,7 @@ def evaluate_answers(arguments: Any) -> None:
     write_whole(output_dir / "run.json", [json.dumps(settings, indent=2), "\n"])
     if arguments.baseline is not None:
         write_predictions(output_dir / "predictions.jsonl", predictions)
-    # which choice a file names was decided by whoever wrote it
+    # the author of the file decided how choices were scored
     described = describe_run(arguments, settings, choice_reduction="as given", started=started)
     run = {"predictions": arguments.predictions, **described}
     run |= {"left_out": len(questions) - len(scored), "records_left_out": len(unusable)}
@@ -229,7 +230,7 @@ def evaluate_answers(arguments: Any) -> None:
 
 
 def open_plum(arguments: Any, questions: Sequence[Question], device: torch.device) -> UnderTest:
-    """The PLUM model that `--model` names, on a device; raises DataError if it cannot be opened."""
+    """Return the PLUM model of `--model` on a device. Raises DataError if it cannot be opened."""
     folder, plum = load_model(arguments.model, dtype=arguments.dtype, device=device)
     embedding_cache = None
     if arguments.cache_image_embeddings is not None:
@@ -249,7 +250,7 @@ def open_plum(arguments: Any, questions: Sequence[Question], device: torch.devic
         "model_fingerprint": fingerprint_model(folder),
         "image_embeddings": None if embedding_cache is None else "bfloat16",
     }
-    # a model of the Hub is in a folder named after its commit
+    # the folder of a model from the Hub is named after its commit
     revision = folder.name if folder.parent.name == "snapshots" else None
     return UnderTest(
         predictor,
@@ -263,11 +264,11 @@ def open_plum(arguments: Any, questions: Sequence[Question], device: torch.devic
 def evaluate(
     arguments: Any, open_model: Callable[[Any, Sequence[Question], torch.device], UnderTest] = open_plum
 ) -> None:
-    """The whole run of a model; raises DataError before anything is written if it cannot be done."""
+    """Run the whole evaluation of a model. Raises DataError before anything is written."""
     started = time.perf_counter()
     if arguments.device == "cuda" and not torch.cuda.is_available():
-        raise DataError("--device cuda was asked for, but there is no GPU: use auto or cpu.")
-    # Without a GPU accelerate starts its processes apart, each believing to be the only one, unless it is told so.
+        raise DataError("--device cuda needs a GPU, found none: use auto or cpu.")
+    # Without this setting and without a GPU, accelerate would start separate processes that do not know of each other.
     state = PartialState(cpu=arguments.device == "cpu" or not torch.cuda.is_available())
     with state.main_process_first():
         rows, questions, unusable = load(arguments)

@@ -1,4 +1,4 @@
-"""What evaluate_plum.py --task does: other benchmarks than PARTONOMY, for a PLUM model or a file of answers."""
+"""Evaluate other benchmarks than PARTONOMY (`--task`), for a PLUM model or a file of answers."""
 
 import dataclasses
 import json
@@ -33,10 +33,10 @@ from plum_partonomy.sources.problems import ERRORS_FILE
 
 
 def answer_line(plum: Plum, image: Image.Image, question: str, *, max_new_tokens: int) -> dict[str, Any]:
-    """The model's own answer to a question about an image, in the fields of an answers file (scoring/tasks.py)."""
+    """Return the generated answer to a question about an image, as a record of an answers file (scoring/tasks.py)."""
     answer = finish(plum, ask(plum, image, question, max_new_tokens=max_new_tokens))
     masks = [
-        # a span of blanks has a mask like any other, and a part needs a name
+        # a span of blanks has a mask, but a part needs a name
         {"part": span.text.strip() or "blank", "rle": encode(np.asarray(span.mask)), "confidence": span.score}
         for span in answer.spans
     ]
@@ -46,7 +46,7 @@ def answer_line(plum: Plum, image: Image.Image, question: str, *, max_new_tokens
 def answer_task(
     arguments: Any, rows: datasets.Dataset, questions: Sequence[TaskQuestion], *, settings: dict[str, Any]
 ) -> Path:
-    """The file of a model's answers, one question at a time; an interrupted run goes on. Completes `settings`."""
+    """Write a model's answers to a file, one by one, and return it; a run can resume. Completes `settings`."""
     state = PartialState(cpu=arguments.device == "cpu")
     if state.num_processes > 1:
         raise DataError(f"--task {arguments.task} runs in one process: start it with python.")
@@ -70,11 +70,11 @@ def answer_task(
 
 
 def evaluate_task(arguments: Any, **options: Any) -> None:
-    """Scores a model or a file of answers; raises DataError before anything is written if it cannot be done.
+    """Score a model or a file of answers. Raises DataError before anything is written.
 
     Args:
-        arguments: those of evaluate_plum.py.
-        options: of the data set's builder, such as data_dir.
+        arguments: Arguments of evaluate_plum.py.
+        options: Options of the data set's builder, such as data_dir.
     """
     names = ("task", "dataset", "name", "split", "limit")
     settings: dict[str, Any] = {name: getattr(arguments, name) for name in names}

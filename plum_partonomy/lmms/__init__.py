@@ -1,1 +1,1 @@
-"""PARTONOMY as tasks of lmms-eval and PLUM as one of its models; neither package imports the other without it."""
+"""PARTONOMY as tasks of lmms-eval, and PLUM as one of its models. No other package imports this one."""

@@ -1,8 +1,8 @@
 """PLUM as a model of lmms-eval, found by the entry point `lmms_eval.models` of this distribution.
 
-`PlumChat` reads messages and answers with JSON (see questions.py); a conversation that ends with an answer is
-segmented, any other is answered. `PlumSimple` (`--force_simple`) reads one text and gives the loss of choices as well,
-which lmms-eval asks of simple models only.
+`PlumChat` reads messages and replies with JSON (see questions.py): it segments the answer at the end of a
+conversation, or generates one. `PlumSimple` (`--force_simple`) reads one text and also returns the loss of choices,
+which lmms-eval requests from simple models only.
 """
 
 import json
@@ -37,12 +37,12 @@ def manifest() -> ModelManifest:
 
 
 class _Plum(lmms):
-    """What both classes do.
+    """The common part of both classes.
 
     Args:
         pretrained: Folder of a checkpoint, or its name on the Hub.
-        output: `json` with masks, or the `text` alone for tasks that know no masks.
-        choice_reduction: What the loss of a choice is, as in evaluate_plum.py.
+        output: `json` with masks, or `text` for tasks that do not use masks.
+        choice_reduction: Loss of a choice, as in evaluate_plum.py.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class _Plum(lmms):
         **options: Any,
     ):
         super().__init__()
-        if unknown := sorted(options.keys() - {"max_batch_size"}):  # which lmms-eval always passes
+        if unknown := sorted(options.keys() - {"max_batch_size"}):  # lmms-eval always passes it
             raise DataError(f"--model_args: unknown option {unknown[0]!r}; see plum_partonomy/lmms/models.py.")
         if output not in ("json", "text"):
             raise DataError(f"--model_args output={output}: expected json or text.")
@@ -64,7 +64,7 @@ class _Plum(lmms):
         self.output, self.choice_reduction = output, choice_reduction
 
     def _reply(self, image: Image.Image, messages: Sequence[dict[str, str]], options: dict[str, Any]) -> str:
-        """The answer to messages that end with a question, or the masks of an answer at their end."""
+        """Return the answer to messages that end with a question, or the masks of an answer at their end."""
         if messages[-1]["role"] == "assistant":
             reply = self._segment(image, messages)
         else:
@@ -94,7 +94,7 @@ class _Plum(lmms):
         return dict(inputs.to(self.plum.model.device))
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        raise NotImplementedError("lmms-eval asks chat models for no likelihoods: pass --force_simple.")
+        raise NotImplementedError("lmms-eval requests no likelihoods from chat models: pass --force_simple.")
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
         raise NotImplementedError("PLUM has no task of several rounds in lmms-eval.")
@@ -129,8 +129,8 @@ class PlumSimple(_Plum):
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """Return the loss of each continuation, smaller is better, as lmms-eval compares them.
 
-        Whether a continuation is the greedy one is not computed (False). A question of PARTONOMY is asked as
-        evaluate_plum.py asks it, with what comes before it.
+        Whether a continuation is the greedy one is not computed (False). A question of PARTONOMY is asked as in
+        evaluate_plum.py, after the earlier messages.
         """
         losses = []
         for request in tqdm(requests, desc="scoring", unit="choice"):
@@ -149,7 +149,7 @@ class PlumSimple(_Plum):
 
 
 def _plain(messages: Sequence[dict[str, Any]]) -> tuple[Image.Image, list[dict[str, str]]]:
-    """The image of a chat and its messages with plain texts."""
+    """Return the image of a chat and its messages with plain texts."""
     parts = [(message["role"], message["content"]) for message in messages]
     (image,) = (part["url"] for _, content in parts for part in content if part["type"] == "image")
     texts = [" ".join(part["text"] for part in content if part["type"] == "text") for _, content in parts]

@@ -1,12 +1,12 @@
-"""What the yaml files of tasks/ call: a question as messages, a reply as a prediction, addends as a metric.
+"""Functions for the yaml files of tasks/: questions as messages, replies as predictions, addends as metrics.
 
 A reply of a model is plain text, or the JSON of lmms-eval's `saco` tasks with labels and an answer added:
 
     {"answer": "It has a hull.", "labels": ["hull"], "masks": [{"size": [128, 128], "counts": "Pm2..."}],
      "boxes": [[8, 40, 120, 96]], "scores": [0.97]}
 
-`labels` name the masks, one each; `answer` and `boxes` may be left out. Metrics are those of evaluate_plum.py: each
-question gives its addends, and the aggregation takes the ratio of their sums.
+`labels` name the masks, one each; `answer` and `boxes` are optional. Metrics are those of evaluate_plum.py: each
+question contributes addends, and the aggregation returns the ratio of their sums.
 """
 
 import ast
@@ -43,8 +43,8 @@ MASK_METRICS = (
 CHOICE_METRICS = ("choice_accuracy", "part_precision", "part_recall", "part_f1")
 ONLY = "only_"
 UNREADABLE = "unreadable"
-"""Metric: share of the replies with masks of another size, without a letter, or with JSON of another form; each counts
-as an answer that finds nothing."""
+"""Metric: share of the replies with masks of another size, without a letter, or with other JSON; each counts as an
+empty answer."""
 
 
 def as_question(doc: Doc) -> Question:
@@ -59,12 +59,12 @@ def as_question(doc: Doc) -> Question:
 
 
 def messages_of(doc: Doc) -> list[dict[str, Any]]:
-    """Return the part question, after what was asked before it."""
+    """Return the part question, after the earlier messages."""
     return _with_image(doc, ask(as_question(doc)))
 
 
 def messages_with_answer(doc: Doc) -> list[dict[str, Any]]:
-    """Return the part question and its correct answer, whose parts stand in span tags: those are to be segmented."""
+    """Return the part question and its correct answer with span tags around the parts to segment."""
     question = as_question(doc)
     parts = question.choice_parts[question.correct]
     answer = tag_phrases(question.choices[question.correct], parts)
@@ -72,7 +72,7 @@ def messages_with_answer(doc: Doc) -> list[dict[str, Any]]:
 
 
 def messages_with_letters(doc: Doc) -> list[dict[str, Any]]:
-    """Return the part question with its choices, a letter before each."""
+    """Return the part question with its lettered choices."""
     question = as_question(doc)
     return _with_image(doc, letter_question(ask(question), question.choices))
 
@@ -84,7 +84,7 @@ def _with_image(doc: Doc, messages: Sequence[dict[str, str]]) -> list[dict[str, 
 
 
 def text_of(doc: Doc) -> str:
-    """Return the question for models that get one text; what was asked before it stands in front."""
+    """Return the question as one text, after the earlier messages."""
     return "\n".join(message["content"] for message in ask(as_question(doc)))
 
 
@@ -100,7 +100,7 @@ def text_with_answer(doc: Doc) -> str:
 
 
 def image_of(doc: Doc) -> list[Any]:
-    """Return the image as RGB, in a list; nothing where lmms-eval left it out of the record."""
+    """Return the image as RGB, in a list; an empty list if lmms-eval removed it from the record."""
     return [doc["image"].convert("RGB")] if "image" in doc else [None]
 
 
@@ -116,7 +116,7 @@ def target_of(doc: Doc) -> str:
 
 
 def score_answer(doc: Doc, results: Sequence[str]) -> dict[str, Addends]:
-    """Return the addends of the model's own answer."""
+    """Return the addends of the generated answer."""
     question = as_question(doc)
     text, spans, unreadable = read_reply(results[0], question)
     parts = None
@@ -147,9 +147,9 @@ def score_letter(doc: Doc, results: Sequence[str]) -> dict[str, Addends]:
 
 
 def score_choices(doc: Doc, results: Sequence[tuple[float, bool] | str]) -> dict[str, Addends]:
-    """Return the addends of the choice with the smallest loss, which is what lmms-eval's models return.
+    """Return the addends of the choice with the smallest loss, as returned by lmms-eval's models.
 
-    lmms-eval 0.7.3 hands on what a model returned, (loss, is greedy), as its text.
+    lmms-eval 0.7.3 passes the result of a model, (loss, is greedy), as text.
     """
     pairs = [ast.literal_eval(result) if isinstance(result, str) else result for result in results]
     return _addends(as_question(doc), CHOICE_METRICS, choice_scores=[float(loss) for loss, _ in pairs])
@@ -182,7 +182,7 @@ def read_reply(reply: str, question: Question) -> tuple[str, list[SpanMask] | No
 
 
 def _addends(question: Question, metrics: Sequence[str], **fields: Any) -> dict[str, Addends]:
-    """What one question adds to each of the metrics that it has something to say to, ready for JSON."""
+    """Return the contribution of one question to each metric that applies to it, as JSON values."""
     empty = dict.fromkeys(("choice_scores", "given_spans", "generated_text", "generated_spans"))
     fields = {**empty, "true_tags": None, "predicted_tags": None, **fields}
     prediction = Prediction(question_id=question.id, image_id=question.image_id, **fields)
@@ -222,7 +222,7 @@ def _subset(question_type: str) -> Callable[[Any], Any]:
 
 
 def __getattr__(name: str) -> Callable:
-    """The aggregation of a metric, `choice_accuracy`, and the questions of one type, `only_identification`."""
+    """Return the aggregation of a metric (`choice_accuracy`) or the filter of a type (`only_identification`)."""
     if name in FIGURES or name == UNREADABLE:
         return _aggregation(name)
     if name.startswith(ONLY) and name.removeprefix(ONLY) in QUESTION_TYPES:
@@ -230,4 +230,6 @@ def __getattr__(name: str) -> Callable:
     if name.startswith("__"):
         raise AttributeError(name)
     known = ", ".join((*FIGURES, UNREADABLE))
-    raise DataError(f"A task asks for {name!r}, which is no function of {__name__} and no metric; known are {known}.")
+    raise DataError(
+        f"A task uses {name!r}, which is neither a function of {__name__} nor a metric; known are {known}."
+    )

@@ -1,5 +1,5 @@
 """
-Training examples of PLUM: grounded conversations with random changes, and batches of them.
+Training examples of PLUM: grounded conversations with augmentation, and batches of them.
 
     records of `plum_partonomy.records` ──> ConversationDataset ──> Collator ──> model inputs
 """
@@ -22,16 +22,17 @@ from processing_plum import PlumProcessor
 
 class ExampleMaker:
     """
-    Turns a record (see `plum_partonomy.records`) into an example.
+    Converts a record (see `plum_partonomy.records`) to an example.
 
     Args:
-        jitter: Largest relative change of each colour channel.
-        crop: Largest share of each side that is cut off; no box that loses more than half of a mask is taken.
-        affine: Largest entry by which a linear map of the image differs from the identity (see [`random_affine`]).
-        turns_per_record: So many random turns, 0 for all, each as a conversation of its own; None: one conversation.
-        follow_up_probability: How often such a turn comes second in its conversation, after another random turn.
-        max_spans: Masks of a record that are supervised; a random choice beyond that.
-        teacher_forcing_probability: How often the true mask of a span is fed back instead of the predicted one.
+        jitter: Maximum relative change of each colour channel.
+        crop: Maximum share of each side that is cut off; boxes that lose more than half of a mask are rejected.
+        affine: Maximum entry by which a linear map of the image differs from the identity (see [`random_affine`]).
+        turns_per_record: Number of random turns, 0 for all, each as a separate conversation; None: one conversation.
+        follow_up_probability: Probability that such a turn comes second in its conversation, after another random
+            turn.
+        max_spans: Maximum number of supervised masks of a record, chosen at random.
+        teacher_forcing_probability: Probability of feeding back the true mask of a span instead of the predicted one.
     """
 
     def __init__(
@@ -51,14 +52,16 @@ class ExampleMaker:
 
     def __call__(self, record: dict, generator: np.random.Generator) -> dict:
         """
+        Return the example of a record.
+
         Returns:
             `id`, `image` (RGB or None) and `conversations`, each with `messages`, `masks` (RLEs at the size of the
-            image; decoded, those of a photograph take more memory than all else), `chosen`, the sorted indices of the
-            masks that are supervised, `teacher_forced` (bool `(masks,)`), and `tagged`, whether answers tag what they
-            name, so that tags can be learnt from them.
+            image, because decoded masks of a photograph dominate the memory), `chosen` (sorted indices of the
+            supervised masks), `teacher_forced` (bool `(masks,)`), and `tagged` (whether the answers give supervision
+            of tags).
 
         Raises:
-            DataError: The turns, tags, masks and image do not fit together; the message names record and field.
+            DataError: Turns, tags, masks and image do not match; the message names record and field.
         """
         image = record["image"]
         if image is not None:
@@ -84,7 +87,7 @@ class ExampleMaker:
         return {"id": record["id"], "image": image, "conversations": conversations}
 
     def _draw_turns(self, turns: list[dict], generator: np.random.Generator) -> list[dict]:
-        """Some of the turns, each alone or as the follow-up of another one."""
+        """Return some of the turns, each alone or as the follow-up of another one."""
         count = min(self.turns_per_record or len(turns), len(turns))
         conversations = []
         for i in generator.permutation(len(turns))[:count].tolist():
@@ -96,7 +99,7 @@ class ExampleMaker:
         return conversations
 
     def _choose_spans(self, conversations: list[dict], generator: np.random.Generator):
-        """Sets which masks of each conversation are supervised: those of whole conversations while they fit."""
+        """Set the supervised masks of each conversation: those of whole conversations while they fit."""
         left = sum(len(conversation["masks"]) for conversation in conversations)
         left = left if self.max_spans is None else min(left, self.max_spans)
         for i in generator.permutation(len(conversations)):
@@ -109,8 +112,10 @@ def random_crop(
     image: Image.Image, rles: list[RLE], largest: float, generator: np.random.Generator, attempts: int = 10
 ) -> tuple[Image.Image, list[RLE]]:
     """
-    A random box of the image, and the masks in it. At most `largest` of each side is cut off, and each mask keeps half
-    of its area, so that what the conversation calls visible still is; where `attempts` boxes lose more, all is kept.
+    Return a random box of the image, and the masks in it.
+
+    At most `largest` of each side is cut off, and each mask keeps half of its area, so that parts that the
+    conversation calls visible stay visible. After `attempts` failed boxes the image is unchanged.
     """
     frame, areas = np.array([image.height, image.width]), [area(rle) for rle in rles]
     masks = [decode(rle) for rle in rles]
@@ -129,9 +134,10 @@ def random_affine(
     image: Image.Image, rles: list[RLE], largest: float, generator: np.random.Generator, attempts: int = 10
 ) -> tuple[Image.Image, list[RLE]]:
     """
-    The image and its masks, stretched, turned and sheared about the middle: the map from new pixels to old ones is the
-    identity plus a number within `largest` in each of its four places. As in [`random_crop`], each mask keeps half of
-    its area, and where `attempts` maps lose more, all stays as it is.
+    Return the image and its masks, stretched, rotated and sheared about the centre.
+
+    The map from new pixels to old ones is the identity plus a number within `largest` in each of its four entries. As
+    in [`random_crop`], each mask keeps half of its area, and after `attempts` failed maps the image is unchanged.
     """
     masks, centre = [Image.fromarray(decode(rle)) for rle in rles], np.array(image.size) / 2
     for _ in range(attempts):
@@ -140,7 +146,7 @@ def random_affine(
         move = {"size": image.size, "method": Image.Transform.AFFINE}
         move["data"] = (*matrix[0], shift[0], *matrix[1], shift[1])
         moved = [np.asarray(mask.transform(**move)) for mask in masks]
-        scale = np.linalg.det(matrix)  # of old areas over new ones
+        scale = np.linalg.det(matrix)  # ratio of old to new areas
         if all(2 * scale * mask.sum() >= area(rle) for mask, rle in zip(moved, rles, strict=True)):
             mean_colour = tuple(np.asarray(image).mean((0, 1)).astype(int).tolist())
             image = image.transform(**move, resample=Image.Resampling.BILINEAR, fillcolor=mean_colour)
@@ -150,7 +156,7 @@ def random_affine(
 
 class ConversationDataset(torch.utils.data.Dataset):
     """
-    Examples with random changes that depend on seed, epoch and index alone: the same for any number of processes and
+    Examples with augmentation that depends only on seed, epoch and index: the same for any number of processes and
     workers, and after a resume. `options` are those of [`ExampleMaker`].
     """
 
@@ -173,11 +179,11 @@ class ConversationDataset(torch.utils.data.Dataset):
 
 class FreshConversationDataset(ConversationDataset):
     """
-    As above, but records are made when they are read, other ones in every epoch.
+    As [`ConversationDataset`], with new records in every epoch, made when they are read.
 
     Args:
-        places: The columns `part` and `row`, in the order in which the parts are mixed.
-        makers: By part, what makes its records (see `plum_partonomy.training.fresh`).
+        places: The columns `part` and `row`, in the order of the mixture.
+        makers: For each part, the maker of its records (see `plum_partonomy.training.fresh`).
     """
 
     def __init__(self, places: Dataset, makers: Sequence[FreshRecords], seed: int = 0, **options):
@@ -194,8 +200,10 @@ class FreshConversationDataset(ConversationDataset):
 
 def stream_examples(records: IterableDataset, seed: int = 0, **options) -> IterableDataset:
     """
-    The examples of a stream, with random changes that depend on seed, record and position in this worker's part of
-    the stream: the same after a resume with as many processes and workers.
+    Return the examples of a stream.
+
+    The augmentation depends on seed, record and position in this worker's part of the stream: the same after a resume
+    with the same number of processes and workers.
     """
     make_example = ExampleMaker(**options)
 
@@ -206,7 +214,7 @@ def stream_examples(records: IterableDataset, seed: int = 0, **options) -> Itera
 
 
 def check_masks(record: dict, image: Image.Image | None) -> list[RLE]:
-    """The masks of a record; `DataError` naming the record and the field if they do not fit the rest of it."""
+    """Return the masks of a record. Raises `DataError` that names record and field if they do not match."""
     where = f"record {record['id']}"
     masks = record["masks"] or []
     check_turns(record["messages"], len(masks), where=where)
@@ -219,7 +227,7 @@ def check_masks(record: dict, image: Image.Image | None) -> list[RLE]:
 
 
 def split_into_turns(messages: list[dict], masks: list[RLE]) -> list[dict]:
-    """Each question with its answer as a conversation of its own, with the masks of its own span tags."""
+    """Return each question with its answer as a separate conversation, with the masks of its span tags."""
     turns, start = [], 0
     for question, answer in zip(messages[::2], messages[1::2], strict=True):
         end = start + len(tagged_phrases(answer["content"]))
@@ -235,19 +243,19 @@ NOTHING = {
     "teacher_forced": np.zeros(0, bool),
     "tagged": False,
 }
-"""Placeholder for a batch whose conversations were all left out; no loss is computed on it."""
+"""Placeholder for a batch without conversations; no loss is computed on it."""
 
 
 class Collator:
     """
-    Examples to a batch of model inputs, a row per conversation, without the masks that were not chosen.
-    `record_index` `(B,)` says which example a row belongs to, `record_ids` what the examples are called, and
-    `record_counts` how many rows were cut and left out.
+    Collates examples to a batch of model inputs: a row per conversation, with the chosen masks only.
+    `record_index` `(B,)` is the example of each row, `record_ids` are the ids of the examples, and `record_counts` the
+    numbers of rows that were cut and left out.
 
     Args:
-        processor: Of the model that is trained.
-        max_length: Most tokens of a row, those of its image among them. A longer conversation is cut there, and left
-            out if its first question alone does not fit.
+        processor: The processor of the trained model.
+        max_length: Maximum number of tokens of a row, including image tokens. A longer conversation is cut, or left
+            out if its first question does not fit.
         order_free_targets: Spans of one answer with the same words may take their masks in any order.
     """
 
@@ -263,7 +271,7 @@ class Collator:
             cut, left_out = cut_answers(batch, self.max_length, pad_token_id=self._pad_token_id)
         if left_out:
             fitting = [row for number, row in enumerate(rows) if number not in left_out]
-            # A process without a row would keep the others waiting.
+            # A process without a row would block the others.
             batch = self._encode(fitting or [(0, NOTHING)], images if fitting else [None])
             if not fitting:
                 batch["labels"] = torch.full_like(batch["labels"], IGNORE_INDEX)
@@ -277,7 +285,7 @@ class Collator:
         return self.processor.tokenizer.pad_token_id or 0
 
     def _encode(self, rows: list[tuple[int, dict]], images: list) -> dict:
-        """A batch of conversations, each with the number of its image."""
+        """Return a batch of conversations, each with the index of its image."""
         batch = self.processor.apply_chat_template(
             [as_chat(conversation["messages"], images[i]) for i, conversation in rows],
             masks=[conversation["masks"] if conversation["tagged"] else None for _, conversation in rows],
@@ -296,7 +304,7 @@ class Collator:
         if self.order_free_targets:
             groups = torch.tensor(group_masks([conversation["messages"] for _, conversation in rows]))
         batch["span_groups"] = groups[chosen]
-        # An answer's unsupervised masks stay candidates for its supervised spans of the same words.
+        # Unsupervised masks of an answer stay candidates for its supervised spans with the same words.
         candidates = torch.isin(groups, batch["span_groups"]).nonzero()[:, 0].tolist()
         batch["mask_groups"] = groups[candidates]
         batch["mask_labels"] = [batch["mask_labels"][i] for i in candidates]
@@ -305,7 +313,7 @@ class Collator:
 
 
 def group_masks(conversations: list[list[dict]]) -> list[int]:
-    """For every mask of the conversations in turn, the number of its group: spans of one answer in the same words."""
+    """Return the group index of each mask of the conversations: spans of one answer with the same words."""
     numbers: dict[tuple, int] = {}
     groups = []
     for row, messages in enumerate(conversations):
@@ -317,11 +325,11 @@ def group_masks(conversations: list[list[dict]]) -> list[int]:
 
 def cut_answers(batch: dict, max_length: int, *, pad_token_id: int) -> tuple[list[int], list[int]]:
     """
-    Shortens a batch, padded on the right, to its first `max_length` tokens, in place. A longer row ends with the last
-    token of an answer within the limit that does not leave a tagged span half, without the spans and masks behind it.
+    Cut a right-padded batch to its first `max_length` tokens, in place. A longer row ends at the last answer token
+    within the limit that does not split a tagged span, and loses the later spans and masks.
 
     Returns:
-        The numbers of the rows that were cut, and of those that should be left out, as no answer begins in time.
+        The indices of the rows that were cut, and of those to leave out because no answer starts within the limit.
     """
     shape, answered = batch["labels"].shape, batch["labels"] != IGNORE_INDEX
     inside_span = batch["span_labels"] == TAG_INSIDE

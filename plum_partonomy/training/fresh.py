@@ -1,11 +1,11 @@
 """
-Training records that are made when they are read, so that no epoch repeats an earlier one.
+Make training records as they are read, so that no epoch repeats an earlier one.
 
     drawn configurations ("mini", "mini_hard", ...)         ──> a new drawing, and a conversation about it
     photographs with part masks ("own_parts", PACO, ...)     ──> the same photograph, perhaps mirrored, in new words
-    conversations in words of their own (LLaVA, ...)         ──> as they are stored
+    conversations with fixed words (LLaVA, ...)               ──> as stored
 
-A record depends on the number it is asked for alone: not on the process, the worker or what was read before.
+A record depends only on its number, not on the process, the worker or earlier records.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from plum_partonomy.sources.splits import PART_SOURCES, Survey, open_source, sur
 from plum_partonomy.training.mixture import COLUMNS, Source
 
 FreshRecords = Callable[[int, int], dict[str, Any]]
-"""(row of the stored split, number) -> a record; other numbers give other records."""
+"""(row of the stored split, number) -> record; different numbers give different records."""
 
 DRAWN = ("mini", "mini_instances", "mini_hard")
 _SIDES = re.compile(r"\b(left|right)\b")
@@ -36,12 +36,12 @@ _SIDES = re.compile(r"\b(left|right)\b")
 
 def open_fresh(source: Source, stored: datasets.Dataset, *, mirror: bool) -> FreshRecords:
     """
-    The maker of a source's training records.
+    Return the maker of a source's training records.
 
     Args:
-        stored: The records of the split, which are read where none can be made.
-        mirror: Turn every second photograph over, "left" and "right" exchanged in the names of its parts. A
-            photograph with a part that has no counterpart on the other side stays as it is; so do drawings.
+        stored: The stored records of the split, used if none can be made.
+        mirror: Flip every second photograph, and exchange "left" and "right" in the names of its parts. Drawings, and
+            photographs with a part without a counterpart on the other side, are unchanged.
     """
     if source.dataset == partonomy_dataset.DATASET_NAME and source.name in DRAWN:
         return _Drawings(source.name, source.train_split)
@@ -79,12 +79,12 @@ class _Photographs:
         example = self.source.example(self.members[row])
         if self.mirror and np.random.default_rng(number).random() < 0.5:
             example = mirror_example(example, part_graph=self.part_graph)
-        # the number is beyond the seed of the stored conversations
+        # the number is larger than the seed of the stored conversations
         return _as_record(converse(example, part_graph=self.part_graph, seed=partonomy_dataset.SEED + 1 + number))
 
 
 def mirror_example(example: PartExample, *, part_graph: dict[str, list[str]]) -> PartExample:
-    """The example turned over, left to right; as it is if a part has no counterpart on the other side."""
+    """Return the example flipped left to right; unchanged if a part has no counterpart on the other side."""
     labels = [exchange_sides(mask.label) for mask in example.masks]
     if not set(labels).issubset(part_graph[example.image_label]):
         return example
@@ -97,6 +97,8 @@ def mirror_example(example: PartExample, *, part_graph: dict[str, list[str]]) ->
 
 def exchange_sides(label: str) -> str:
     """
+    Return the label with "left" and "right" exchanged.
+
     >>> exchange_sides("front left door")
     'front right door'
     """

@@ -1,12 +1,12 @@
 """
-Several data sets of grounded conversations as one: sources and the rates at which their records come.
+Mix several data sets of grounded conversations by sampling rates.
 
     mixture:
       - {name: refcoco, data_dir: refer, rate: 5}
       - {name: reason_seg, data_dir: reason_seg, rate: 1}
 
-A single data set is a mixture of one. Memory-mapped, the order of the records depends on the seed alone, whatever the
-number of processes and workers; a stream is read in shards, one process and worker each, and never ends.
+A single data set is a mixture of one. In a memory-mapped mixture, the order of the records depends only on the seed,
+for any number of processes and workers. A stream is read in shards, one process and worker each, and never ends.
 """
 
 import dataclasses
@@ -22,12 +22,12 @@ from plum_partonomy.records import DataError
 
 COLUMNS = ("id", "image", "messages", "masks")
 SHUFFLE_BUFFER = 500
-"""Records of each streamed source among which the next one is drawn."""
+"""Size of the shuffle buffer of each streamed source, in records."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A data set, what is read of it, and how often its records come, in proportion to the rates of the others."""
+    """A data set, its splits, and its sampling rate relative to the others."""
 
     dataset: str
     name: str | None = None
@@ -42,7 +42,7 @@ class Source:
 
 def parse_source(entry: dict, defaults: dict) -> Source:
     """
-    An entry of a mixture over the defaults of all entries; its `data_dir` lies in the default one.
+    Return an entry of a mixture with the defaults of all entries; its `data_dir` is relative to the default one.
 
     Raises:
         DataError: An unknown field, or a rate that is not a positive number.
@@ -61,10 +61,10 @@ def parse_source(entry: dict, defaults: dict) -> Source:
 
 def load_records(source: Source, split: str, streaming: bool = False) -> Dataset | IterableDataset:
     """
-    The columns `id`, `image`, `messages` and `masks` of one split.
+    Return the columns `id`, `image`, `messages` and `masks` of one split.
 
     Raises:
-        DataError: It cannot be loaded, a streamed split holds no records, or a source no conversations.
+        DataError: It cannot be loaded, a streamed split has no records, or a source has no conversations.
     """
     records = load_split(source.dataset, source.name, split=split, data_dir=source.data_dir, streaming=streaming)
     if streaming and next(iter(records.take(1)), None) is None:
@@ -78,7 +78,7 @@ def load_records(source: Source, split: str, streaming: bool = False) -> Dataset
 
 
 def load_eval_records(sources: list[Source], streaming: bool) -> Dataset | None:
-    """The evaluated splits of all sources that name one, one after the other; of streams they are kept in memory."""
+    """Return the evaluation splits of all sources, one after the other; those of streams are kept in memory."""
     parts = []
     for source in sources:
         if source.eval_split is not None:
@@ -92,10 +92,10 @@ def load_eval_records(sources: list[Source], streaming: bool) -> Dataset | None:
 
 def mix(parts: list[Dataset] | list[IterableDataset], rates: list[float], seed: int) -> Dataset | IterableDataset:
     """
-    One data set in which each record is drawn from the parts by their rates, in proportion.
+    Return one data set in which the parts are sampled by their relative rates.
 
-    Memory-mapped, it ends when every record of every part has come once, those of parts that are small for their rate
-    several times. Streamed, it goes on for ever, each part shuffled within a buffer.
+    A memory-mapped mixture ends when every record of every part has been seen once, and repeats parts that are small
+    for their rate. A streamed mixture never ends; each part is shuffled within a buffer.
     """
     if isinstance(parts[0], IterableDataset):
         parts = [part.repeat(None).shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER) for part in parts]

@@ -1,4 +1,4 @@
-"""The model that a training run starts from: a checkpoint, pretrained backbones, or from scratch; and LoRA on it."""
+"""Build the starting model of a training run: a checkpoint, pretrained backbones, or from scratch; and add LoRA."""
 
 import re
 
@@ -15,7 +15,7 @@ from plum_partonomy.masks import DataError
 from plum_partonomy.training.options import ModelArguments
 from processing_plum import PlumProcessor, image_processor_class, parse_span_tags
 
-# What a model from scratch writes after each grounded phrase if its span_source is "seg_token".
+# Token after each grounded phrase for a model from scratch with span_source "seg_token".
 SEG_TOKEN = "[SEG]"
 
 # The published run adapts the language model's attention.
@@ -23,7 +23,10 @@ LORA_TARGETS = ("q_proj", "v_proj")
 
 
 def compose_backbones(vlm: str, sam: str, options: dict) -> tuple[PlumForConditionalGeneration, PlumProcessor]:
-    """Pretrained backbones with fresh modules of PLUM, in float32, and their processor; `options` are its config's."""
+    """Return pretrained backbones with fresh PLUM modules in float32, and their processor.
+
+    `options` are config fields.
+    """
     backbones = sorted({"vlm_config", "sam_config"} & set(options))
     if backbones:
         raise DataError(f"model_config gives {backbones}, which come with vlm and sam; leave them out.")
@@ -35,7 +38,10 @@ def compose_backbones(vlm: str, sam: str, options: dict) -> tuple[PlumForConditi
 def build_from_scratch(
     config: dict, vocab_size: int, texts: list[str]
 ) -> tuple[PlumForConditionalGeneration, PlumProcessor]:
-    """A model of random weights that looks through SAM's encoder, and a processor with a tokenizer for `texts`."""
+    """Return a model with random weights that looks through SAM's encoder, and its processor.
+
+    Its tokenizer is trained on `texts`.
+    """
     seg_token = SEG_TOKEN if config.get("span_source") == "seg_token" else None
     tokenizer = train_tokenizer(texts, vocab_size, seg_token)
     if seg_token is not None:
@@ -60,7 +66,7 @@ def build_from_scratch(
 def build_processor(
     model: PlumForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, **options
 ) -> PlumProcessor:
-    """The processor of a model that looks through SAM's encoder; `options` are further ones of [`PlumProcessor`]."""
+    """Return the processor of a model that looks through SAM's encoder; `options` are passed to [`PlumProcessor`]."""
     config = model.config
     side, grid = config.sam_config.vision_config.image_size, config.sam_grid_size
     square = {"height": side, "width": side}
@@ -77,7 +83,7 @@ def build_processor(
 
 
 def check_span_source(config: PlumConfig, processor: PlumProcessor):
-    """`ValueError` if the processor writes span tokens that the model does not read, or the other way round."""
+    """Raise `ValueError` if the processor writes span tokens that the model does not read, or the reverse."""
     written = processor.seg_token and processor.tokenizer.convert_tokens_to_ids(processor.seg_token)
     if written != config.seg_token_id:
         raise DataError(
@@ -88,8 +94,8 @@ def check_span_source(config: PlumConfig, processor: PlumProcessor):
 
 def train_tokenizer(texts: list[str], vocab_size: int, seg_token: str | None = None) -> PreTrainedTokenizerFast:
     """
-    A byte-level BPE tokenizer: any text can be written in it, the words of `texts` in few tokens. A `seg_token` comes
-    on top of `vocab_size`, so that words are cut up as without it.
+    Return a byte-level BPE tokenizer, which encodes any text, and the words of `texts` in few tokens. A `seg_token`
+    is added on top of `vocab_size`, so that words are split as without it.
     """
     further_tokens = ["<image>"] if seg_token is None else ["<image>", seg_token]
     tokenizer = Tokenizer(models.BPE())
@@ -112,7 +118,7 @@ def train_tokenizer(texts: list[str], vocab_size: int, seg_token: str | None = N
 
 
 def freeze(model: PlumForConditionalGeneration, names: list[str]):
-    """Leaves modules out of the training; `ValueError` naming one that the model does not have."""
+    """Freeze modules. Raises `ValueError` that names a module the model does not have."""
     for name in names:
         try:
             model.get_submodule(name).requires_grad_(False)
@@ -122,11 +128,11 @@ def freeze(model: PlumForConditionalGeneration, names: list[str]):
 
 def span_token_rows(model: PlumForConditionalGeneration, trained_whole: list[str]) -> dict[str, list[int]] | None:
     """
-    The rows of `embed_tokens` and `lm_head` that are trained because a span token is new to the language model, unless
-    the matrices are trained whole. None for a model with a span tagger.
+    Return the rows of `embed_tokens` and `lm_head` to train for a new span token, unless the matrices are trained
+    whole; None for a model with a span tagger.
 
     Raises:
-        DataError: The two matrices are one: a row of it cannot be trained in both places.
+        DataError: The two matrices are tied; the row cannot be trained separately.
     """
     if model.config.seg_token_id is None:
         return None
@@ -140,10 +146,10 @@ def span_token_rows(model: PlumForConditionalGeneration, trained_whole: list[str
 
 
 def add_lora(model: PlumForConditionalGeneration, arguments: ModelArguments) -> nn.Module:
-    """LoRA on the language model's attention, the modules of `lora_trained_whole` trained whole."""
+    """Add LoRA to the language model's attention, with the modules of `lora_trained_whole` trained whole."""
     from peft import LoraConfig, get_peft_model
 
-    # Families call it language_model or text_model, and their vision towers have projections of the same names.
+    # Families name it language_model or text_model, and their vision towers have projections with the same names.
     decoder = next(name for name, module in model.named_modules() if module is model.vlm.get_decoder())
     return get_peft_model(
         model,
@@ -159,7 +165,7 @@ def add_lora(model: PlumForConditionalGeneration, arguments: ModelArguments) -> 
 
 
 def conversation_texts(records: Dataset | IterableDataset) -> list[str]:
-    """All texts of the records, without span tags; `DataError` of a stream, which has no end."""
+    """Return all texts of the records, without span tags. Raises `DataError` for a stream, which has no end."""
     if isinstance(records, IterableDataset):
         raise DataError("A model from scratch learns its tokenizer from all texts first; leave streaming out.")
     texts = []
@@ -171,7 +177,7 @@ def conversation_texts(records: Dataset | IterableDataset) -> list[str]:
 
 
 def load_processor_alone(arguments: ModelArguments) -> PlumProcessor | None:
-    """The processor alone, which a look at the data needs; None of a model from scratch, which is quickly built."""
+    """Return only the processor, for a data preview; None for a model from scratch, which is built quickly."""
     if arguments.model is not None:
         return load_processor(arguments.model)
     if arguments.vlm is not None:
@@ -182,9 +188,9 @@ def load_processor_alone(arguments: ModelArguments) -> PlumProcessor | None:
 def load_model(
     arguments: ModelArguments, train_records: Dataset | IterableDataset
 ) -> tuple[PlumForConditionalGeneration, PlumProcessor]:
-    """The model as the training starts from it, before LoRA, and its processor."""
+    """Return the starting model of the training, before LoRA, and its processor."""
     if arguments.model is not None:
-        # small updates would be lost in the 8 bits of a checkpoint saved in bf16
+        # a checkpoint saved in bf16 has 8 bits, in which small updates would be lost
         model, processor = load_checkpoint(arguments.model, arguments.model_config, dtype=torch.float32)
     elif arguments.vlm is not None:
         model, processor = compose_backbones(arguments.vlm, arguments.sam, arguments.model_config or {})
@@ -192,6 +198,6 @@ def load_model(
         texts = conversation_texts(train_records)
         model, processor = build_from_scratch(arguments.model_config, arguments.tokenizer_vocab_size, texts)
     check_span_source(model.config, processor)
-    model.config.image_statistics = None  # those of the encoder as it was
+    model.config.image_statistics = None  # they describe the encoder before training
     freeze(model, arguments.frozen_modules)
     return model, processor

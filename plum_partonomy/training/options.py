@@ -1,4 +1,4 @@
-"""Options of a training run: a yaml recipe, and the command line over it."""
+"""Options of a training run: a yaml recipe, overridden by the command line."""
 
 import argparse
 import dataclasses
@@ -16,19 +16,19 @@ from plum_partonomy.masks import DataError
 from plum_partonomy.training.mixture import Source, parse_source
 
 USAGE = """
-Trains PLUM on grounded conversations.
+Train PLUM on grounded conversations.
 
     python train.py recipes/plum_tiny.yaml --output_dir runs/plum_tiny
     accelerate launch --config_file recipes/accelerate/ddp.yaml train.py recipes/plum_tiny.yaml --output_dir runs/gpus
     torchrun --nproc_per_node 2 train.py recipes/plum_tiny.yaml --output_dir runs/plum_tiny --use_cpu true
 
-A recipe is a yaml file of the options below and of `transformers.TrainingArguments`; options on the command line go
-over it. The output folder holds the trained model with its processor, code and card (loadable with `AutoModel` and
-`trust_remote_code=True`), `recipe.yaml` (all options of the run, to give to this script again), `training_curves.csv`
-and `.png`, and the checkpoints to resume from.
+A recipe is a yaml file of the options below and of `transformers.TrainingArguments`; options on the command line
+override it. The output folder contains the trained model with its processor, code and card (loadable with `AutoModel`
+and `trust_remote_code=True`), `recipe.yaml` (all options of the run, for another run of this script),
+`training_curves.csv` and `.png`, and the checkpoints to resume from.
 """
 
-# The published run trains these modules whole, beside LoRA on the language model's attention.
+# The published run trains these modules whole, in addition to LoRA on the language model's attention.
 LORA_TRAINED_WHOLE = ["lm_head", "embed_tokens", "span_tagger", "span_projector", "mask_feedback", "mask_decoder"]
 
 
@@ -46,8 +46,8 @@ def _parse_mapping(value: dict | str, name: str) -> dict:
 @dataclass
 class ModelArguments:
     """
-    What is trained: a checkpoint; pretrained backbones with fresh modules of PLUM around them; or a model from scratch
-    with a tokenizer learned from the training texts.
+    The starting model: a checkpoint; pretrained backbones with fresh PLUM modules; or a model from scratch with a
+    tokenizer trained on the training texts.
     """
 
     model: str | None = field(default=None, metadata={"help": "Folder or Hub name of a PLUM checkpoint."})
@@ -57,19 +57,21 @@ class ModelArguments:
     sam: str | None = field(default=None, metadata={"help": "Folder or Hub name of a SAM to start from."})
     model_config: dict | str | None = field(
         default=None,
-        metadata={"help": "PlumConfig of a model from scratch, or changes to that of a checkpoint or of backbones."},
+        metadata={
+            "help": "PlumConfig fields of a model from scratch, or changes to those of a checkpoint or backbones."
+        },
     )
     tokenizer_vocab_size: int = field(default=800, metadata={"help": "Vocabulary of a tokenizer from scratch."})
     frozen_modules: list[str] = field(
         default_factory=list,
-        metadata={"help": "Modules whose weights are left as they are, such as sam.vision_encoder."},
+        metadata={"help": "Modules to freeze, such as sam.vision_encoder."},
     )
     lora_r: int = field(default=0, metadata={"help": "Rank of LoRA on the language model; 0 trains all weights."})
     lora_alpha: int = field(default=16, metadata={"help": "Scale of LoRA."})
     lora_dropout: float = field(default=0.05, metadata={"help": "Dropout of LoRA."})
     lora_trained_whole: list[str] = field(
         default_factory=lambda: LORA_TRAINED_WHOLE,
-        metadata={"help": "Modules trained whole beside LoRA, such as vision towers that start from nothing."},
+        metadata={"help": "Modules trained whole in addition to LoRA, such as vision towers from scratch."},
     )
 
     def __post_init__(self):
@@ -85,42 +87,42 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
-    """The grounded conversations, and how an example varies from epoch to epoch."""
+    """The grounded conversations, and their augmentation."""
 
     dataset: str = field(default="partonomy", metadata={"help": "Name or folder for load_dataset."})
     name: str = field(default="mini", metadata={"help": "Configuration of the data set."})
     data_dir: str | None = field(default=None, metadata={"help": "Folder of the configuration's files."})
-    train_split: str = field(default="train", metadata={"help": "Split that is trained on."})
-    eval_split: str | None = field(default="validation", metadata={"help": "Split that is evaluated during training."})
+    train_split: str = field(default="train", metadata={"help": "Split for training."})
+    eval_split: str | None = field(default="validation", metadata={"help": "Split for evaluation during training."})
     mixture: list[str] = field(
         default_factory=lambda: ["{}"],
         metadata={
-            "help": "Data sets to mix, each a mapping (JSON on the command line) of its rate and of whatever differs "
-            "from the five options above; its data_dir lies in theirs."
+            "help": "Data sets to mix, each a mapping (JSON on the command line) of its rate and differing options "
+            "from the five above; its data_dir is relative to the option data_dir."
         },
     )
     streaming: bool = field(default=False, metadata={"help": "Read the training data without preparing it first."})
     dry_run: bool = field(
-        default=False, metadata={"help": "Survey the data, write samples.html to the output folder, and stop."}
+        default=False, metadata={"help": "Print the data preview, write samples.html to the output folder, and stop."}
     )
-    color_jitter: float = field(default=0.0, metadata={"help": "Largest relative change of each colour channel."})
+    color_jitter: float = field(default=0.0, metadata={"help": "Maximum relative change of each colour channel."})
     random_crop: float = field(
-        default=0.0, metadata={"help": "Largest share of each side of an image that is cut off; below 1."}
+        default=0.0, metadata={"help": "Maximum share of each side of an image that is cut off; below 1."}
     )
     random_affine: float = field(
         default=0.0,
-        metadata={"help": "Largest change of each number of a linear map that stretches, turns and shears an image."},
+        metadata={"help": "Maximum change of each entry of a linear map that stretches, rotates and shears an image."},
     )
     turns_per_record: int | None = field(
         default=None,
         metadata={
-            "help": "Train on so many random turns of a record, 0 for all, each as a conversation of its own, so that "
-            "no answer is copied from another. Default: a record is one conversation."
+            "help": "Number of random turns of a record, 0 for all, each as a separate conversation, so that no "
+            "answer is copied from another. Default: a record is one conversation."
         },
     )
     follow_up_probability: float = field(
         default=0.0,
-        metadata={"help": "With turns_per_record: how often a turn comes second, after another turn of its record."},
+        metadata={"help": "With turns_per_record: probability that a turn follows another turn of its record."},
     )
     fresh_records: bool = field(
         default=False,
@@ -131,25 +133,25 @@ class DataArguments:
     )
     mirror: bool = field(
         default=False,
-        metadata={"help": "With fresh_records: turn every second photograph over, left and right exchanged in names."},
+        metadata={"help": "With fresh_records: flip every second photograph, and exchange left and right in names."},
     )
     teacher_forcing_probability: float = field(
         default=0.0,
-        metadata={"help": "How often the true mask of a span is fed back to the later spans, instead of the model's."},
+        metadata={"help": "Probability of feeding back the true mask of a span instead of the predicted one."},
     )
     order_free_targets: bool = field(
         default=False,
         metadata={"help": "Spans of one answer with the same words may take their masks in any order."},
     )
     max_spans: int | None = field(
-        default=None, metadata={"help": "Masks per record that are supervised; a random choice beyond that."}
+        default=None, metadata={"help": "Maximum number of supervised masks per record, chosen at random."}
     )
     max_length: int | None = field(
         default=None,
-        metadata={"help": "Most tokens of a conversation, those of its image among them; it is cut there."},
+        metadata={"help": "Maximum number of tokens of a conversation, including image tokens; longer ones are cut."},
     )
     cache_image_embeddings: str | None = field(
-        default=None, metadata={"help": "Folder that keeps what a frozen SAM encoder makes of each image."}
+        default=None, metadata={"help": "Folder that caches the embeddings of a frozen SAM encoder."}
     )
     sources: list[Source] = field(init=False)
 
@@ -176,32 +178,34 @@ class DataArguments:
 class PlumTrainingArguments(TrainingArguments):
     output_dir: str = field(metadata={"help": "Folder for the trained model and its checkpoints."})
     overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Train into a folder that holds a finished run."}
+        default=False, metadata={"help": "Train into a folder that contains a finished run."}
     )
     muon_learning_rate: float | None = field(
-        default=None, metadata={"help": "Train weight matrices with Muon at this rate, the rest with AdamW."}
+        default=None, metadata={"help": "Train weight matrices with Muon at this learning rate, the rest with AdamW."}
     )
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Keep False: images are read when batched."})
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Keep False: images are read in the collator."}
+    )
     metric_for_best_model: str = field(
         default="strict_macro_giou",
-        metadata={"help": "What the best checkpoint is best by; a figure of the evaluation."},
+        metadata={"help": "Metric that selects the best checkpoint."},
     )
-    # Rows without images or spans leave parameters unused, on some ranks and not on others.
+    # Rows without images or spans leave parameters unused on some ranks.
     ddp_find_unused_parameters: bool | None = field(default=True, metadata={"help": "Needed with text-only rows."})
 
     def __post_init__(self):
         super().__post_init__()
-        # Each process reads its own part of a stream: a batch holds lists of masks, which are not cut up and sent.
+        # Each process reads its own part of a stream, because lists of masks cannot be split and sent.
         self.accelerator_config.dispatch_batches = False
 
     def __getstate__(self) -> dict:
-        """What is pickled into `training_args.bin`, which travels with checkpoints: no token."""
+        """Return the state for `training_args.bin`, which is saved with checkpoints, without tokens."""
         return {name: None if name.endswith("_token") else value for name, value in self.__dict__.items()}
 
 
 def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, PlumTrainingArguments]:
     """
-    A recipe (yaml, first argument) and options over it.
+    Return the options of a recipe (yaml, first argument), overridden by the command line.
 
     Raises:
         SystemExit: An unknown option, or a value of the wrong type; the message names it.
@@ -215,7 +219,7 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Plu
 
 
 def read_options(argv: list[str]) -> dict:
-    """What a command line that [`parse_arguments`] accepts gives, its recipe included, by name; no defaults."""
+    """Return name -> value of the options given in recipe and command line, without defaults."""
     parser = _make_parser()
     words = _expand_recipe(parser, argv)
     values = vars(parser.parse_args(words))
@@ -231,11 +235,11 @@ def _from_words(value):
 
 
 class TrainingOptions(Options, HfArgumentParser):
-    """Parser of a training run's options."""
+    """Parser of the options of a training run."""
 
 
 def option_names() -> list[str]:
-    """Names of all options of a training run."""
+    """Return the names of all options of a training run."""
     return [field.name for part in _make_parser().dataclass_types for field in dataclasses.fields(part) if field.init]
 
 
@@ -246,7 +250,7 @@ def _make_parser() -> TrainingOptions:
 
 
 def _expand_recipe(parser: TrainingOptions, argv: list[str]) -> list[str]:
-    """The words of a command line, with those of the recipe before them in place of its name."""
+    """Return the command line with the options of the recipe first, in place of its name."""
     options = []
     if argv and argv[0].endswith((".yaml", ".yml")):
         recipe, argv = Path(argv[0]), argv[1:]
@@ -262,10 +266,10 @@ def _expand_recipe(parser: TrainingOptions, argv: list[str]) -> list[str]:
         known = {field.name for part in parser.dataclass_types for field in dataclasses.fields(part)}
         for name in sorted(set(content) - known):
             parser.error(f"recipe {recipe} has the unknown option {name!r}{nearest(name, known)}")
-        # As command line words, so that values are checked in the same way and later words win.
+        # As command line words, so that values are checked in the same way and later words override.
         for name, value in content.items():
             if value is None:
-                parser.error(f"recipe {recipe} gives option {name!r} no value; leave it out for its default")
+                parser.error(f"recipe {recipe} gives option {name!r} no value; remove it to use its default")
             options += [f"--{name}", *_as_words(value)]
     return options + argv
 

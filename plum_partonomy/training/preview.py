@@ -1,8 +1,8 @@
 """
-What a training run is about to read: a table of its sources, and a page of samples as the model will see them.
+Preview the data of a training run: a table of its sources, and a page of samples as the model sees them.
 
-Turns, tags and masks of every memory-mapped record are checked and counted; tokens and images are measured on a few
-records at even distances (of a stream: its first), which are read as in training.
+Turns, tags and masks of all memory-mapped records are checked and counted. Tokens and images are measured on a few
+evenly spaced records (of a stream: the first), which are read as in training.
 """
 
 import statistics
@@ -39,10 +39,10 @@ def survey(
     turns_per_record: int | None = None,
 ) -> list[dict[str, str]]:
     """
-    A row of `COLUMNS` for each source and its records.
+    Return a row of `COLUMNS` for each source.
 
     Raises:
-        DataError: A record that cannot be trained on; the message names it and the field.
+        DataError: A record that cannot be used; the message names it and the field.
     """
     total = sum(source.rate for source in sources)
     rows = []
@@ -55,7 +55,7 @@ def survey(
 
 
 def _count(records: Dataset) -> dict[str, str]:
-    """What can be told from the turns alone, of all records."""
+    """Return the counts of all records that follow from their turns."""
     spans, masks = [], 0
     tables = records.select_columns(["id", "messages", "masks"]).with_format("arrow")
     for table in tables.iter(batch_size=1000):
@@ -70,7 +70,7 @@ def _count(records: Dataset) -> dict[str, str]:
 
 
 def _measure(records, processor, max_length, turns_per_record) -> dict[str, str]:
-    """Lengths of conversations in tokens, how many are cut or left out, and sizes of images, of some records."""
+    """Return lengths in tokens, numbers of cut and left out conversations, and image sizes of some records."""
     collate, lengths, sizes = Collator(processor), [], set()
     cut = left_out = 0
     for example in _samples(records, turns_per_record):
@@ -100,7 +100,7 @@ def _samples(records: Dataset | IterableDataset, turns_per_record: int | None) -
 
 
 def format_table(rows: list[dict[str, str]]) -> str:
-    """The rows of a survey as a table in Markdown."""
+    """Return the rows of a survey as a Markdown table."""
     cells = [COLUMNS, *([row[name] for name in COLUMNS] for row in rows)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(COLUMNS))]
     lines = [
@@ -111,7 +111,7 @@ def format_table(rows: list[dict[str, str]]) -> str:
 
 
 def write_samples(path: Path, rows: list[dict[str, str]], examples: torch.utils.data.Dataset, *, seed: int):
-    """One HTML page: the rows of a survey, and examples of the training set at random, supervised spans coloured."""
+    """Write an HTML page with the rows of a survey and random training examples, with supervised spans coloured."""
     if isinstance(examples, IterableDataset):
         shown = islice(examples, SHOWN)
     else:
@@ -130,7 +130,7 @@ def write_samples(path: Path, rows: list[dict[str, str]], examples: torch.utils.
 
 
 def _drawn(example: dict) -> Iterator[dict]:
-    """For each conversation its turns in pieces (as `highlight` cuts them) and its image with the masks."""
+    """Yield for each conversation its turns in pieces (as split by `highlight`) and its image with the masks."""
     for conversation in example["conversations"]:
         rles = [conversation["masks"][i] for i in conversation["chosen"]]
         chosen = conversation["chosen"].tolist()
@@ -156,8 +156,8 @@ def _drawn(example: dict) -> Iterator[dict]:
 
 
 PAGE = """<p class="quiet">Tokens and images of up to {{ measured }} records of each source; a token count includes the
-image's tokens. "cut" are conversations that lose their end to max_length, "left out" those whose first question
-alone is longer.</p>
+image's tokens. "cut" counts conversations that exceed max_length, "left out" those whose first question does not
+fit.</p>
 <div class="box"><table class="wide">
 <tr>{% for column in columns %}<th>{{ column }}</th>{% endfor %}</tr>
 {% for row in rows %}
@@ -166,8 +166,8 @@ alone is longer.</p>
 </table></div>
 
 <h2>Samples</h2>
-<p class="quiet">{{ samples | length }} records at random, changed as in training. A span that is supervised has the
-colour of its mask.</p>
+<p class="quiet">{{ samples | length }} random records, augmented as in training. A supervised span has the colour of
+its mask.</p>
 {% for sample in samples %}
 <div class="box">
 <h3>{{ sample.id }}</h3>

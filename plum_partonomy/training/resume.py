@@ -1,11 +1,11 @@
 """
-What a training leaves in its checkpoints to be resumed by, and which checkpoint a run may resume from.
+Record the settings of a training run in its checkpoints, and find the checkpoint that a run may resume from.
 
     options, training records, processes ──describe_run──┐
     files of checkpoint-N ───────────────────────────────┴─seal──> checkpoint-N/resume.json
 
-A run resumes from the last checkpoint of its folder that is whole and of the same run: every file as it was saved, the
-same options, records and number of processes. What is passed over is said.
+A run resumes from the last checkpoint of its folder that is complete and belongs to the same run: all files unchanged,
+the same options, records and number of processes. Skipped checkpoints are printed.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ from plum_partonomy.masks import DataError
 
 SEAL_FILE = "resume.json"
 LISTED = 6
-"""Settings that a message lists."""
+"""Maximum number of settings in a message."""
 
 # What decides where a run is, what it says, keeps and measures, and not what it learns.
 FREE = re.compile(
@@ -41,12 +41,12 @@ FREE = re.compile(
     "dataloader_.*|.*_token"
 )
 SETTINGS_OF_STREAMS = ("data_dir", "dataloader_num_workers")
-"""Of a stream the records are not known beforehand, and their order depends on how many read it."""
+"""The records of a stream are unknown before reading, and their order depends on the number of readers."""
 
 
 def describe_run(model: Any, data: Any, args: TrainingArguments, parts: Sequence[Dataset | IterableDataset]) -> dict:
     """
-    What a resumed run must agree with, ready for JSON.
+    Return the settings that a resumed run must match, as JSON values.
 
     Args:
         model, data: The options of train.py, dataclasses.
@@ -63,7 +63,7 @@ def describe_run(model: Any, data: Any, args: TrainingArguments, parts: Sequence
 
 
 def fingerprint_records(records: Dataset | IterableDataset) -> str | None:
-    """Changes with identities, texts and masks of records, and not with their place; None of a stream."""
+    """Return a hash of the ids, texts and masks of records, independent of their folder; None for a stream."""
     if isinstance(records, IterableDataset):
         return None
     digest = hashlib.sha256()
@@ -76,7 +76,7 @@ def fingerprint_records(records: Dataset | IterableDataset) -> str | None:
 
 
 def seal(folder: Path, run: dict) -> None:
-    """Writes `resume.json` once all else but the Trainer's state is in a checkpoint: the run, and a digest a file."""
+    """Write `resume.json`: the run and a digest of each file, after all other files but the Trainer's state."""
     files = {path.relative_to(folder).as_posix(): _digest(path) for path in _files(folder)}
     write_whole(folder / SEAL_FILE, [json.dumps({"run": run, "files": files}, indent=1)])
 
@@ -93,10 +93,10 @@ def _digest(path: Path) -> str:
 
 def check_output_folder(args: TrainingArguments) -> None:
     """
-    Checks the output folder before data and model are loaded.
+    Check the output folder before data and model are loaded.
 
     Raises:
-        DataError: It cannot be written, or it holds a finished run that would be overwritten.
+        DataError: It cannot be written, or contains a finished run that would be overwritten.
     """
     folder = Path(args.output_dir)
     check_writable(folder)
@@ -110,11 +110,11 @@ def check_output_folder(args: TrainingArguments) -> None:
 
 def find_checkpoint(args: TrainingArguments, run: dict) -> str | None:
     """
-    The checkpoint to resume from: the given folder, or for `true` the last one of the output folder that fits; None if
-    nothing is to be resumed. Those that are passed over are named on the standard error.
+    Return the checkpoint to resume from: the given folder, or for `true` the last matching one of the output folder;
+    None if nothing is resumed. Skipped checkpoints are named on standard error.
 
     Raises:
-        DataError: There is none, with the reason for each.
+        DataError: There is none; the message gives the reason for each.
     """
     wanted = args.resume_from_checkpoint or "false"
     if wanted.lower() == "false":
@@ -141,7 +141,7 @@ def find_checkpoint(args: TrainingArguments, run: dict) -> str | None:
 
 
 def find_problem(folder: Path, run: dict) -> str | None:
-    """Why a run cannot resume from a checkpoint, as the end of a sentence; None if it can."""
+    """Return why a run cannot resume from a checkpoint, as the end of a sentence; None if it can."""
     try:
         sealed = json.loads((folder / SEAL_FILE).read_text(encoding="utf-8"))
         json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))

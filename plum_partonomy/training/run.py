@@ -1,4 +1,4 @@
-"""A training run from its options to the folder with the trained model; train.py and `plum train` call `main`."""
+"""Run a training, from its options to the folder of the trained model; train.py and `plum train` call `main`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -88,11 +88,11 @@ def make_train_dataset(
     records: Dataset | IterableDataset, parts: Sequence[Dataset | IterableDataset], arguments: DataArguments, seed: int
 ) -> torch.utils.data.Dataset | IterableDataset:
     """
-    The training examples.
+    Return the training examples.
 
     Args:
         records: All records, mixed.
-        parts: The records of each source, from which `fresh_records` makes new ones.
+        parts: The records of each source, used by `fresh_records` to make new ones.
     """
     options = {
         "seed": seed,
@@ -118,18 +118,18 @@ def make_train_dataset(
 
 
 def open_embedding_cache(model: nn.Module, arguments: DataArguments) -> EmbeddingCache | None:
-    """The cache that the options ask for; `DataError` if the embedding of an image changes during the training."""
+    """Return the cache if the options request one. Raises `DataError` if embeddings change during the training."""
     if arguments.cache_image_embeddings is None:
         return None
     if any(parameter.requires_grad for parameter in model.sam.vision_encoder.parameters()):
         raise DataError(
-            "cache_image_embeddings needs an image encoder that is not trained; add sam.vision_encoder to "
-            "frozen_modules, or leave it out of lora_trained_whole."
+            "cache_image_embeddings needs a frozen image encoder; add sam.vision_encoder to frozen_modules, or remove "
+            "it from lora_trained_whole."
         )
     changes = {name: getattr(arguments, name) for name in ("color_jitter", "random_crop", "random_affine")}
     if any(changes.values()):
         raise DataError(
-            "cache_image_embeddings needs images that stay the same; set color_jitter, random_crop and random_affine "
-            f"to 0, found {', '.join(map(str, changes.values()))}."
+            "cache_image_embeddings needs unchanged images; set color_jitter, random_crop and random_affine to 0, "
+            f"found {', '.join(map(str, changes.values()))}."
         )
     return EmbeddingCache(arguments.cache_image_embeddings, model)

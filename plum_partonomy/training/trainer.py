@@ -1,4 +1,4 @@
-"""How PLUM is trained: a Trainer whose losses are normalised over the global batch, its optimizer and its curves."""
+"""Train PLUM: a Trainer with losses normalised over the global batch, its optimizer and its curves."""
 
 import copy
 import csv
@@ -25,7 +25,7 @@ from plum_partonomy.training.resume import seal
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
-    """Muon (as in torch) for weight matrices and AdamW for the rest, one optimizer to schedulers and checkpoints."""
+    """Muon (as in torch) for weight matrices and AdamW for the rest, as one optimizer."""
 
     def __init__(self, model: nn.Module, muon_learning_rate: float, learning_rate: float, weight_decay: float, betas):
         matrices, others, undecayed = self._split(model)
@@ -48,7 +48,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         return list(matrices.values()), [p for p in rest if p.ndim > 1], [p for p in rest if p.ndim <= 1]
 
     def _share_groups(self):
-        """One set of group dictionaries: a scheduler that sets a rate here sets it there."""
+        """Share the group dictionaries, so that a scheduler sets the rates of both."""
         groups = iter(self.param_groups)
         for optimizer in self.optimizers:
             optimizer.param_groups = [next(groups) for _ in optimizer.param_groups]
@@ -69,9 +69,9 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
 def build_teacher(model: nn.Module) -> Callable[..., ModelOutput] | None:
     """
-    The language model as it is before the training, frozen; None where `teacher_kl_loss_weight` is 0. With LoRA it is
-    the model's own language model with its adapter switched off, without LoRA a copy, on the device of its inputs:
-    where weights are shared out among processes, nobody else moves it there.
+    Return the frozen language model from before the training, or None if `teacher_kl_loss_weight` is 0. With LoRA it
+    is the model's language model with its adapter disabled; without LoRA it is a copy on the device of its inputs,
+    because nothing else moves it there when weights are sharded.
     """
     if not model.config.teacher_kl_loss_weight:
         return None
@@ -87,7 +87,7 @@ def build_teacher(model: nn.Module) -> Callable[..., ModelOutput] | None:
 
 
 def merge_lora(model: PeftModel) -> nn.Module:
-    """The model with its adapter merged into its weights; embeddings and head that were tied are so no longer."""
+    """Return the model with its adapter merged into its weights; tied embeddings and head are no longer tied."""
     model = model.merge_and_unload()
     if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
         model.config.vlm_config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
@@ -95,19 +95,19 @@ def merge_lora(model: PeftModel) -> nn.Module:
 
 
 def copy_model(model: nn.Module, new_weight: Callable[[str, torch.Tensor], torch.Tensor]) -> nn.Module:
-    """A copy with other weights, `new_weight(name, weight)`; those that are shared within the model stay so."""
+    """Return a copy with the weights `new_weight(name, weight)`; weights shared within the model stay shared."""
     weights = {id(p): nn.Parameter(new_weight(name, p.data), p.requires_grad) for name, p in model.named_parameters()}
     return copy.deepcopy(model, weights)
 
 
 class PlumTrainer(Trainer):
     """
-    The Trainer with losses that are normalised by the counts of the whole batch (over accumulation steps and
-    processes), logged by name, and with masks and tags measured during training.
+    A Trainer with losses normalised by the counts of the global batch (over accumulation steps and processes) and
+    logged by name, which also measures masks and tags during training.
     """
 
     def __init__(self, *args, embedding_cache: EmbeddingCache | None = None, run: dict | None = None, **kwargs):
-        """`run` is what a resumed run must agree with (plum_partonomy/training/resume.py)."""
+        """`run` contains the settings that a resumed run must match (plum_partonomy/training/resume.py)."""
         super().__init__(*args, **kwargs, compute_metrics=_summarise_counts)
         self.embedding_cache, self.run = embedding_cache, run or {}
         self.teacher = build_teacher(self.model)
@@ -115,27 +115,27 @@ class PlumTrainer(Trainer):
         self._outline = self._prepare_for_fsdp() if self.is_fsdp_enabled else None
         if self.args.torch_compile:
             self._compile_layers()
-        # The losses come divided by the counts of the whole batch; the Trainer must not divide them again.
+        # The losses are already divided by the counts of the global batch; the Trainer must not divide them again.
         self.model_accepts_loss_kwargs = True
         self._named_losses, self._steps_summed = {}, 0
         self._rows = {"cut": 0, "left_out": 0}  # conversations beyond max_length since the last log
 
     def _prepare_for_fsdp(self) -> nn.Module | None:
-        """The model without its weights if it has an adapter: what FSDP2 has shared out is merged in a new copy."""
+        """Return the model without its weights if it has an adapter; sharded weights are merged into a new copy."""
         self.model.register_forward_hook(_use_every_parameter, with_kwargs=True)
         if not isinstance(self.model, PeftModel):
             return None
         if self.model.config.get_text_config().tie_word_embeddings:
             raise DataError(
-                "LoRA with FSDP2 needs a language model with embeddings of its own for input and output, and this one "
-                "ties them; train it with recipes/accelerate/ddp.yaml."
+                "LoRA with FSDP2 needs separate input and output embeddings, but this language model ties them; train "
+                "it with recipes/accelerate/ddp.yaml."
             )
         return copy_model(self.model, lambda _, weight: weight.to("meta"))
 
     def _compile_layers(self):
         """
-        `torch_compile` for the layers of SAM's encoder and of the language model. The whole model, which the Trainer
-        would compile, does other work for every number of spans and every size of images.
+        Apply `torch_compile` to the layers of SAM's encoder and of the language model. The Trainer would compile
+        the whole model, which would recompile for each number of spans and image size.
         """
         self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
         for layer in [*self.model.sam.vision_encoder.layers, *self.model.vlm.get_decoder().layers]:
@@ -165,7 +165,7 @@ class PlumTrainer(Trainer):
         if num_items_in_batch is not None:
             for name, value in outputs["losses"].items():
                 self._named_losses[name] = self._named_losses.get(name, 0.0) + value.detach()
-            # Gradients are averaged over the processes; the counts are already those of all.
+            # Gradients are averaged over the processes; the counts are already summed over all.
             loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
@@ -183,8 +183,8 @@ class PlumTrainer(Trainer):
     def _save(self, output_dir=None, state_dict=None):
         found = type(self.model)
         if self.args.should_save and isinstance(self.model, FSDPModule):
-            # FSDP2 puts a class of its own over the model's, whose code would be saved as the model's; and it gathers
-            # tied weights under each of their names.
+            # FSDP2 replaces the class of the model, whose code would be saved instead; and it gathers tied weights
+            # under each of their names.
             self.model.__class__ = found.__bases__[1]
             tied = getattr(self.model, "all_tied_weights_keys", {})
             state_dict = {name: value for name, value in state_dict.items() if name not in tied}
@@ -194,28 +194,28 @@ class PlumTrainer(Trainer):
             self.model.__class__ = found
 
     def _save_rng_state(self, output_dir):
-        """The last of what a checkpoint is resumed from; the Trainer's state follows, and older checkpoints go."""
+        """Save the last file needed for a resume; the Trainer's state follows, and older checkpoints are deleted."""
         super()._save_rng_state(output_dir)
-        self.accelerator.wait_for_everyone()  # every process has written its files
+        self.accelerator.wait_for_everyone()  # all processes have written their files
         if self.args.should_save:
             seal(Path(output_dir), self.run)
 
     def merge_adapter(self):
         """
-        Merges LoRA into the weights of the model, after the training. What FSDP2 has shared out among processes is
-        whole from then on, on the process that saves it; the others have nothing to save.
+        Merge LoRA into the weights of the model after the training. Sharded weights are then complete on the
+        process that saves them; the others have nothing to save.
         """
         model = self.accelerator.unwrap_model(self.model)
         if self._outline is not None:
             weights = self.accelerator.get_state_dict(self.model)
             model = copy_model(self._outline, lambda name, _: weights[name]) if self.args.should_save else None
-        # What is saved from here on is whole.
+        # From here on complete weights are saved.
         self.is_fsdp_enabled = self.is_deepspeed_enabled = False
         if model is not None:
             self.model = merge_lora(model)
 
     def _issue_warnings_after_load(self, load_result):
-        # Tied weights are saved under one of their names; the others are not missing.
+        # Tied weights are saved under one name; the other names are not missing.
         missing = [name for name in load_result.missing_keys if name not in self.model.all_tied_weights_keys]
         super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
 
@@ -236,11 +236,11 @@ class PlumTrainer(Trainer):
     @torch.no_grad()
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """
-        No loss, whose mean over batches would depend on their size, but per record the counts that
-        [`_summarise_counts`] sums up: counts travel, masks do not.
+        Return no loss, whose mean over batches depends on the batch size, but the counts per record that
+        [`_summarise_counts`] sums: counts are gathered, masks are not.
         """
         inputs = self._prepare_inputs(inputs)
-        # Masks are only there to say which of its words' masks each span found: all are the model's own.
+        # True masks only determine the target of each span among equal words; all fed back masks are predicted.
         unsupervised = {**self._model_inputs(inputs), "labels": None, "span_labels": None}
         unsupervised["teacher_forced"] = None
         with self.compute_loss_context_manager():
@@ -249,7 +249,7 @@ class PlumTrainer(Trainer):
         return None, counts, counts[:, :1]
 
     def _model_inputs(self, batch: dict) -> dict:
-        """A batch without what only the training wants to know, with embeddings in the place of cached images."""
+        """Return a batch without the fields of the training code, and with embeddings instead of cached images."""
         inputs = {name: value for name, value in batch.items() if not name.startswith("record_")}
         if self.embedding_cache is not None and "sam_pixel_values" in inputs:
             with self.accelerator.autocast():
@@ -259,26 +259,26 @@ class PlumTrainer(Trainer):
 
 def _use_every_parameter(model: nn.Module, _, inputs: dict, outputs: ModelOutput):
     """
-    FSDP2 needs a gradient of the same parameters on every rank, be it zero, and the same layers to run: a rank whose
-    rows have no image or no span would leave some out, and the ranks would wait for each other.
+    FSDP2 needs a gradient, even zero, of the same parameters and runs of the same layers on every rank. A rank without
+    images or spans would omit some, and the ranks would wait for each other.
     """
     if outputs.loss is None or not model.training:
         return
-    # Layers that are sharded on their own are in use by all ranks.
+    # Layers that are sharded separately are used by all ranks.
     whole = [p for p in model.parameters() if p.requires_grad and not isinstance(p, DTensor)]
     outputs["loss"] = outputs.loss + 0.0 * sum(parameter.sum() for parameter in whole)
     if isinstance(model, PeftModel) and inputs["teacher"] is not None and not len(inputs["spans"]):
-        # Without spans nobody has asked the teacher, which is the same layers once more.
+        # Without spans the teacher, which runs the same layers again, was not called.
         with torch.no_grad():
             inputs["teacher"](inputs_embeds=outputs.loss.new_zeros(1, 1, model.config.get_text_config().hidden_size))
 
 
 def _count_record_results(inputs: dict, outputs: dict, config: PlumConfig) -> torch.Tensor:
-    """`(records, 7)`: summed IoU, masks; right, predicted, true spans of the tagger; summed NLL, tokens of answers."""
+    """Return `(records, 7)`: summed IoU, masks; correct, predicted, true spans; summed NLL, answer tokens."""
     size = config.sam_config.vision_config.image_size
     record_of_row = inputs["record_index"].tolist()
     counts = torch.zeros(record_of_row[-1] + 1, 7, device=inputs["input_ids"].device)
-    targets = outputs.get("mask_targets")  # absent where there are no spans
+    targets = outputs.get("mask_targets")  # absent without spans
     for i, target in enumerate([] if targets is None else targets.tolist()):
         mask, row = inputs["mask_labels"][target], int(inputs["spans"][i, 0])
         image = inputs["sam_image_index"][row]
@@ -314,8 +314,8 @@ def _summarise_counts(prediction) -> dict[str, float]:
 
 class EpochSetter(TrainerCallback):
     """
-    Tells the data set which epoch it is: accelerate tells the sampler alone where there are several processes, and in
-    the rest of an epoch that is resumed.
+    Sets the epoch of the data set. accelerate sets it only on the sampler with several processes, and in the rest of a
+    resumed epoch.
     """
 
     def on_epoch_begin(self, args, state, control, train_dataloader, **kwargs):

@@ -204,10 +204,10 @@ def test_the_option_of_train_fills_the_folder_that_it_announced(checkpoint, data
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"color_jitter": 0}, "an image encoder that is not trained; add sam.vision_encoder to frozen_modules"),
+        ({"color_jitter": 0}, "a frozen image encoder; add sam.vision_encoder to frozen_modules"),
         (
             {"frozen_modules": "sam.vision_encoder"},
-            "images that stay the same; set color_jitter, random_crop and random_affine to 0, found 0.2, 0.0, 0.0",
+            "unchanged images; set color_jitter, random_crop and random_affine to 0, found 0.2, 0.0, 0.0",
         ),
         (
             {"frozen_modules": "sam.vision_encoder", "color_jitter": 0, "random_crop": 0.1},
