@@ -157,7 +157,7 @@ def test_a_run_writes_metrics_report_and_answers_and_goes_on_where_it_stopped(fo
     "changes, message",
     [
         ({"dataset": "partonomy", "name": "mini_questions"}, "needs grounded conversations, .* 'mini_questions' have"),
-        ({"split": "test[6:]"}, r"no answer of 'default', split 'test\[6:\]', has two masks"),
+        ({"split": "test[6:]"}, r"no answer of 'default', split 'test\[6:\]', has two: "),
     ],
 )
 def test_records_without_later_masks_are_refused(folders, tmp_path, changes, message):

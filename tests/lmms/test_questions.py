@@ -104,7 +104,7 @@ def test_messages_hold_the_image_first_and_the_answer_in_tags_where_it_is_given(
 
 def test_a_task_with_an_unknown_metric_is_refused_by_its_name():
     with pytest.raises(
-        DataError, match="A task asks for 'mean_iou', which is neither a function of .*known are strict_macro"
+        DataError, match="A task uses 'mean_iou', which is neither a function of .*known are strict_macro"
     ):
         _ = questions.mean_iou
 
