@@ -28,7 +28,8 @@ Batches do not depend on interruptions or the number of processes, so the metric
 from dataclasses import fields
 
 from plum_partonomy.command_line import run_command
-from plum_partonomy.evaluation.run import EvaluationArguments, main
+from plum_partonomy.evaluation.options import EvaluationArguments
+from plum_partonomy.evaluation.run import main
 
 if __name__ == "__main__":
     run_command("evaluate_plum.py", main, [field.name for field in fields(EvaluationArguments)])

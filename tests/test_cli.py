@@ -123,7 +123,7 @@ def test_a_chat_goes_on_after_a_bad_line_and_has_failed_in_the_end(checkpoint, i
         (["segment", "IMAGE", "--spans", "tail", "--save", "IMAGE"], 1, "image.png: File exists"),
         (["data", "preview", "mini", "--save", "absent", "--count", "0"], 2, "expected a number from 1, found '0'"),
         (["data", "validate", "descriptor", "absent"], 1, ""),
-        (["eval", "--output_dir", "absent"], 1, "plum: Expected one of --model, --predictions and --baseline"),
+        (["eval", "--output_dir", "absent"], 2, "Expected one of --model, --predictions and --baseline"),
         (
             ["eval", "--output_dir", "absent", "--model", "no/such-model"],
             3,

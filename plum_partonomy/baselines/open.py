@@ -61,7 +61,7 @@ def _reduction(arguments: Any, model: Any) -> str:
 def _load_vlm(arguments: Any, device: torch.device) -> tuple[Any, dict[str, Any]]:
     if arguments.vlm is None:
         raise DataError(f"--baseline {arguments.baseline} needs --vlm: a folder, a name on the Hub or a URL.")
-    if arguments.vlm.startswith(("http://", "https://")):
+    if not arguments.loads_vlm:
         served = ServedVlm(arguments.vlm, max_new_tokens=arguments.max_new_tokens)
         return served, {"name": served.model, "choices_by": "letter"}
     options = {"reduction": arguments.choice_reduction, "choices_by": arguments.choices_by}

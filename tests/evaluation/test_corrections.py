@@ -164,10 +164,3 @@ def test_records_without_later_masks_are_refused(folders, tmp_path, changes, mes
     with pytest.raises(DataError, match=message):
         evaluate_plum(options(folders, tmp_path / "out", **changes))
     assert not (tmp_path / "out").exists()
-
-
-def test_a_file_of_answers_cannot_be_corrected(folders, tmp_path):
-    words = options(folders, tmp_path / "out")
-    words[words.index("--model")] = "--predictions"
-    with pytest.raises(DataError, match="--task correction gives a model true masks: pass --model"):
-        evaluate_plum(words)
