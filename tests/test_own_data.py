@@ -42,7 +42,7 @@ def run_command(words: list[str], monkeypatch) -> None:
     match words:
         case ["plum", *arguments]:
             assert plum(arguments) == 0
-        case ["accelerate", "launch", "train.py", *arguments]:
+        case ["python", "train.py", *arguments]:
             train([*arguments, *QUICKLY])
         case ["python", "evaluate_plum.py", *arguments]:
             monkeypatch.setattr(sys, "argv", ["evaluate_plum.py", *arguments, "--max_new_tokens", "4"])
@@ -56,7 +56,7 @@ def test_the_commands_of_the_page_lead_from_photographs_to_an_evaluated_model(
 ):
     page = (ROOT / "docs" / "own_data.md").read_text()
     commands = [shlex.split(block) for block in re.findall(r"```sh\n(.*?)```", page, re.DOTALL)]
-    assert [command[:3][-1] for command in commands] == ["validate", "train.py", "--model"]
+    assert [command[1] for command in commands] == ["data", "train.py", "evaluate_plum.py"]
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipes").symlink_to(ROOT / "recipes", target_is_directory=True)
     coco_of_photographs(fixtures_dir / "data" / "real_parts", tmp_path / "photos")
