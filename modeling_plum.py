@@ -1,4 +1,4 @@
-"""PLUM: a vision-language model that tags spans of its own plain-text answer and turns each into a mask.
+"""PLUM: a vision-language model that tags spans of its plain-text answer and segments each of them.
 
 From "Partonomy: Large Multimodal Models with Part-Level Visual Understanding" (arXiv 2505.20759).
 
@@ -12,18 +12,18 @@ From "Partonomy: Large Multimodal Models with Part-Level Visual Understanding" (
                                             dense prompt ───────────┘       └──> low-res mask ──> (next span)
                                     (first span: "no mask"; later: mask feedback over the earlier masks)
 
-With `span_source="seg_token"` the model is the LISA-like baseline (arXiv 2308.00692): no tagger, but a special token
-`[SEG]` after each grounded phrase, whose hidden state alone is the span's. All else is the same.
+With `span_source="seg_token"` the model is the LISA-like baseline (arXiv 2308.00692): instead of the tagger, a special
+token `[SEG]` follows each grounded phrase, and its hidden state represents the span. Everything else is the same.
 
-Words used throughout. A *tag* is the class O, B or I of one token. A *span* is a B token and the I tokens directly
+Terms. A *tag* is the class O, B or I of one token. A *span* is a B token and the I tokens directly
 after it, written `[row, start, end)` in token positions. A *row* is one conversation of the batch. *Grid* is SAM's
 image embedding (G x G cells), a *low-res mask* has 4G x 4G logits in the frame of SAM's padded square input.
 
 Shapes. B rows, L tokens, S spans of the whole batch, N images, D language width, C SAM width, G grid side, H/W pixels.
 
-Deliberate differences from the authors' research code: conversations of one batch are decoded in lock-step; images
-may be shared between rows or be absent; FiLM's unused third projection is gone; the focal Tversky loss has finite
-gradients on perfect predictions; every loss can be normalised by counts of the global batch.
+Deliberate differences from the authors' research code: conversations of one batch are decoded in lock-step; rows may
+share an image or have none; FiLM's unused third projection is removed; the focal Tversky loss has finite gradients on
+perfect predictions; each loss can be normalised by counts of the global batch.
 """
 
 import inspect
@@ -59,11 +59,11 @@ except ImportError:
     from modules_plum import IGNORE_INDEX, PlumMaskDecoding
     from processing_plum import CUSTOM_PIPELINES
 
-# What the processor returns for images, or what was made of these.
+# Image inputs from the processor, or features computed from them.
 IMAGE_INPUTS = ("pixel_values", "sam_pixel_values", "sam_image_embeddings", "sam_image_index", "vlm_image_features")
-# What the processor returns for answers that a conversation holds already.
+# Inputs from the processor for given answers.
 GIVEN_ANSWERS = ("labels", "spans", "span_labels", "mask_labels", "given_masks", "hidden_states")
-# Positions whose logits over the vocabulary are held at once where only their loss is asked for.
+# Number of positions whose vocabulary logits are in memory at once if only their loss is needed.
 LOGIT_ROWS = 64
 
 
@@ -100,19 +100,19 @@ class PlumSegmentationOutput(ModelOutput):
 
     Args:
         sequences (`torch.LongTensor` of shape `(B, L)`): Prompt and answer.
-        answer_mask (`torch.BoolTensor` of shape `(B, L)`): Tokens of the answer, special tokens left out.
-        is_truncated (`torch.BoolTensor` of shape `(B,)`): Whether a generated answer was cut off before it ended.
+        answer_mask (`torch.BoolTensor` of shape `(B, L)`): Tokens of the answer without special tokens.
+        is_truncated (`torch.BoolTensor` of shape `(B,)`): Whether a generated answer reached the token limit.
         span_logits (`torch.FloatTensor` of shape `(B, L, 3)`): Logits of O, B and I.
         spans (`torch.LongTensor` of shape `(S, 3)`): The spans `[row, start, end)`, rows ascending.
         tag_scores (`torch.FloatTensor` of shape `(S,)`):
-            Mean probability of "not O" over the span's tokens; 1 for spans that the caller gave.
+            Mean probability of "not O" over the span's tokens; 1 for given spans.
         pred_masks (`torch.FloatTensor` of shape `(S, 4G, 4G)`): Low-res mask logits.
-        iou_scores (`torch.FloatTensor` of shape `(S,)`): SAM's predicted IoU; 1 for masks that the caller gave.
+        iou_scores (`torch.FloatTensor` of shape `(S,)`): SAM's predicted IoU; 1 for given masks.
         sam_image_index (`torch.LongTensor` of shape `(B,)`): Image of each row, -1 for none.
         original_sizes, reshaped_input_sizes (`torch.LongTensor` of shape `(N, 2)`):
             (height, width) in pixels of the images as given and as resized for SAM before padding.
         image_confidences (`torch.FloatTensor` of shape `(N,)`):
-            Probability that an image is of a kind that the model has learnt; None for a model that was not calibrated.
+            Probability that an image is of a kind in the training data; None for a model without calibration.
     """
 
     sequences: torch.LongTensor | None = None
@@ -132,7 +132,7 @@ class PlumSegmentationOutput(ModelOutput):
 @dataclass
 class PlumImages:
     """
-    The images of a batch as the two halves of the model take them.
+    The images of a batch as inputs of the vision-language model and of SAM.
 
     Args:
         vlm_inputs: Image inputs of the vision-language model.
@@ -148,14 +148,14 @@ class PlumImages:
     reshaped_sizes: torch.LongTensor | None
 
     def sizes_of(self, spans: torch.LongTensor) -> torch.LongTensor | None:
-        """`(S, 4)` original and reshaped size of the image of each span `[row, start, end)`, if sizes are known."""
+        """Return `(S, 4)`: original and reshaped size of the image of each span `[row, start, end)`, if known."""
         if self.original_sizes is None:
             return None
         return torch.cat([self.original_sizes, self.reshaped_sizes], dim=1)[self.index[spans[:, 0]]]
 
 
 def sincos_position_embedding(grid_size: int, width: int) -> torch.Tensor:
-    """Fixed 2D sine-cosine embedding `(1, G, G, width)` (as in ViT-MAE, arXiv 2111.06377), amplitude 0.5."""
+    """Return the fixed 2D sine-cosine embedding `(1, G, G, width)` (ViT-MAE, arXiv 2111.06377), amplitude 0.5."""
     frequencies = 10000.0 ** (-torch.arange(width // 4) / (width // 4))
     angles = torch.arange(grid_size)[:, None] * frequencies  # (G, width/4)
     axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # (G, width/2)
@@ -181,24 +181,24 @@ class PlumPreTrainedModel(PreTrainedModel):
 
 
 class PlumVision:
-    """The part of [`PlumForConditionalGeneration`] that turns images into inputs of its language model."""
+    """The part of [`PlumForConditionalGeneration`] that encodes images for its language model and for SAM."""
 
     def get_image_embeddings(self, sam_pixel_values: torch.Tensor) -> torch.Tensor:
-        """SAM's encoder: `(N, 3, image_size, image_size)` pixels to `(N, C, G, G)` embeddings."""
+        """Return SAM's embeddings `(N, C, G, G)` of pixels `(N, 3, image_size, image_size)`."""
         return self.sam.vision_encoder(sam_pixel_values.to(self.sam.vision_encoder.dtype)).last_hidden_state
 
     def get_vlm_image_features(self, image_token_counts: list[int], **image_inputs) -> list[torch.Tensor] | None:
         """
-        What the vision-language model sees of images, to be kept and given as `vlm_image_features` wherever they are
-        asked about.
+        Return the features of images in the vision-language model, to be passed as `vlm_image_features` for every
+        question about them.
 
         Args:
             image_token_counts: Placeholder tokens of each image.
-            image_inputs: `sam_image_embeddings` where the model looks through SAM, else the inputs that the
-                vision-language model takes for these images.
+            image_inputs: `sam_image_embeddings` if the model looks through SAM, else the image inputs of the
+                vision-language model.
 
         Returns:
-            `(image tokens, D)` features of each image; `None` for a family that takes more from an image than these.
+            Features `(image tokens, D)` of each image; `None` for a family that takes more from an image than these.
         """
         if self.config.vlm_image_input == "sam_image_embeddings":
             embeddings = image_inputs["sam_image_embeddings"].to(self.vlm.dtype)
@@ -220,8 +220,8 @@ class PlumVision:
 
     def rate_images(self, sam_image_embeddings: torch.Tensor) -> torch.Tensor | None:
         """
-        Probability `(N,)` that an image is of a kind that the model has learnt, from `(N, C, G, G)` embeddings; None
-        for a model without `config.image_statistics`.
+        Return the probability `(N,)` that an image is of a kind in the training data, from embeddings `(N, C, G, G)`;
+        None for a model without `config.image_statistics`.
 
         The distance of an image from a kind is the mean over channels of its squared deviation from the kind's mean
         embedding, in standard deviations; its probability is a logistic function of the smallest distance's logarithm.
@@ -235,7 +235,7 @@ class PlumVision:
         return torch.sigmoid(known["intercept"] - known["slope"] * distance.log())
 
     def _take_images(self, input_ids, inputs: dict) -> tuple[PlumImages, dict]:
-        """The images among the inputs of a call, and the inputs without them."""
+        """Return the images among the inputs of a call, and the other inputs."""
         inputs = dict(inputs)
         pixels, sam_pixels, embeddings, index, features = (inputs.pop(name, None) for name in IMAGE_INPUTS)
         if embeddings is None and sam_pixels is not None and len(sam_pixels):
@@ -262,7 +262,7 @@ class PlumVision:
         return PlumImages(vlm_inputs, embeddings, index, *sizes), inputs
 
     def _check_image_tokens(self, input_ids, vlm_inputs: dict):
-        """`ValueError` where the vision-language model would take image tokens for words."""
+        """Raise `ValueError` if the vision-language model would read image tokens as words."""
         given = vlm_inputs.keys() & {"inputs_embeds", "pixel_values", "mm_encoder_outputs"}
         if not given and (input_ids == self.config.vlm_config.image_token_id).any():
             raise ValueError(
@@ -272,8 +272,8 @@ class PlumVision:
 
     def _embed_with_images(self, input_ids, sam_image_embeddings, sam_image_index, features=None) -> torch.Tensor:
         """
-        Input embeddings `(B, L, D)` with the features of each row's image in its placeholders. The vision tower sees
-        an image once, however many rows ask about it.
+        Return input embeddings `(B, L, D)` with the features of each row's image at its placeholders. The vision tower
+        encodes an image once for all rows.
         """
         placeholders = input_ids == self.config.vlm_config.image_token_id
         if features is None:
@@ -291,7 +291,7 @@ class PlumVision:
 
 
 def _load_whole(auto_class, folder: str, config, dtype) -> PreTrainedModel:
-    """A pretrained model; `ValueError` if any of its weights is not in the checkpoint."""
+    """Return a pretrained model. Raises `ValueError` if any of its weights is missing from the checkpoint."""
     model, report = auto_class.from_pretrained(
         folder, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
     )
@@ -307,9 +307,9 @@ def _load_whole(auto_class, folder: str, config, dtype) -> PreTrainedModel:
 class PlumForConditionalGeneration(PlumVision, PlumMaskDecoding, PlumPreTrainedModel, GenerationMixin):
     """A vision-language model with a span tagger, a span projector, mask feedback and a SAM."""
 
-    # Every loss below is normalised by its own count, so the Trainer must not divide again.
+    # Each loss is normalised by its own count, so the Trainer must not divide again.
     accepts_loss_kwargs = False
-    # What 4- and 8-bit weights must leave alone: `BitsAndBytesConfig(llm_int8_skip_modules=...)`.
+    # Modules to exclude from 4- and 8-bit weights: `BitsAndBytesConfig(llm_int8_skip_modules=...)`.
     full_precision_modules = ("sam", "span_tagger", "span_projector", "mask_feedback", "vlm.lm_head")
 
     def __init__(self, config: PlumConfig):
@@ -336,18 +336,17 @@ class PlumForConditionalGeneration(PlumVision, PlumMaskDecoding, PlumPreTrainedM
         cls, vlm: str, sam: str, *, dtype: str | torch.dtype = "auto", **plum_options
     ) -> "PlumForConditionalGeneration":
         """
-        A PLUM of a pretrained vision-language model and a pretrained SAM, fresh only in what is PLUM's own: span
-        tagger, span projector and mask feedback. `PlumProcessor.from_backbones` makes the processor.
+        Return a PLUM with a pretrained vision-language model and a pretrained SAM; only span tagger, span projector
+        and mask feedback are freshly initialised. `PlumProcessor.from_backbones` returns the processor.
 
         Args:
             vlm: Folder or Hub name of an image-text-to-text model, such as `llava-hf/llava-1.5-7b-hf`.
             sam: Folder or Hub name of a SAM, such as `facebook/sam-vit-huge`.
-            dtype: Precision of all weights; `"auto"` takes that of the vision-language model.
+            dtype: Precision of all weights; `"auto"` uses that of the vision-language model.
             plum_options: Further fields of [`PlumConfig`].
 
         Raises:
-            ValueError: A backbone of another kind or that does not fit (before any weight is read), or that lacks
-                weights.
+            ValueError: A backbone is of another kind or does not fit (before any weight is read), or lacks weights.
         """
         vlm_config, sam_config = (AutoConfig.from_pretrained(name, trust_remote_code=False) for name in (vlm, sam))
         if sam_config.model_type != "sam":
@@ -366,10 +365,10 @@ class PlumForConditionalGeneration(PlumVision, PlumMaskDecoding, PlumPreTrainedM
         return model.eval()
 
     def initialize_weights(self):
-        """As in transformers, but with positions that a SAM can learn from when it starts without weights."""
+        """Initialise as in transformers, with position embeddings that a SAM without weights can learn from."""
         super().initialize_weights()
         # transformers draws the Gaussian matrix with a standard deviation of hundreds, which makes neighbouring cells
-        # orthogonal, and starts the encoder's absolute positions at zero. Loaded tensors are left alone by `init`.
+        # orthogonal, and starts the encoder's absolute positions at zero. `init` does not change loaded tensors.
         with torch.no_grad():
             for embedding in (self.sam.shared_image_embedding, self.sam.prompt_encoder.shared_embedding):
                 init.normal_(embedding.positional_embedding, std=1.0)
@@ -391,7 +390,7 @@ class PlumForConditionalGeneration(PlumVision, PlumMaskDecoding, PlumPreTrainedM
 
     @property
     def device(self) -> torch.device:
-        """Where inputs belong: the device of the weights or, if these are offloaded, the one that computes."""
+        """The device of inputs: that of the weights or, with offloaded weights, the one that computes."""
         device = super().device
         if device.type == "meta":
             hooks = (getattr(module, "_hf_hook", None) for module in self.modules())
@@ -400,7 +399,7 @@ class PlumForConditionalGeneration(PlumVision, PlumMaskDecoding, PlumPreTrainedM
         return device
 
     def enable_input_require_grads(self):
-        """As in transformers, but for words alone: frozen image encoders would keep activations for no gradient."""
+        """Enable gradients of word embeddings only; frozen image encoders would store activations needlessly."""
         self.vlm.get_decoder().enable_input_require_grads()
 
     def disable_input_require_grads(self):
@@ -409,8 +408,8 @@ class PlumForConditionalGeneration(PlumVision, PlumMaskDecoding, PlumPreTrainedM
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
         """
-        As in transformers; but a generation config that is damaged is an error, not a reason for defaults, and one
-        that is absent is made of the language model's config, where the tokens that end an answer are.
+        Load as in transformers, except for the generation config: a damaged one raises an error, and a missing one is
+        made from the language model's config, which has the stop tokens.
         """
         names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
         hub_options = {key: kwargs[key] for key in names if kwargs.get(key) is not None}
@@ -423,13 +422,13 @@ class PlumForConditionalGeneration(PlumVision, PlumMaskDecoding, PlumPreTrainedM
 
     def save_pretrained(self, save_directory, save_original_format: bool = False, **kwargs):
         """
-        As in transformers; but parameter names are saved as they are. Renamed to the vision-language model's own older
-        format they would not be found again by a Trainer that resumes. The length of an answer is saved as well.
+        Save as in transformers, but with unchanged parameter names, because a Trainer that resumes does not find names
+        in the older format of the vision-language model. The maximum length of an answer is saved as well.
         """
         if self.generation_config.max_new_tokens is None:
             self.generation_config.max_length = None
             self.generation_config.max_new_tokens = modules.DEFAULT_MAX_NEW_TOKENS
-        # transformers records one auto class per model; this one answers to three.
+        # transformers records one auto class per model; this one has three.
         auto_map, own = getattr(self.config, "auto_map", None) or {}, f"modeling_plum.{type(self).__name__}"
         self.config.auto_map = {**auto_map, "AutoModelForImageTextToText": own, "AutoModelForMultimodalLM": own}
         self.config.custom_pipelines = CUSTOM_PIPELINES
@@ -453,7 +452,7 @@ class PlumForConditionalGeneration(PlumVision, PlumMaskDecoding, PlumPreTrainedM
         **inputs,
     ) -> PlumOutput:
         r"""
-        One pass over prompts and answers, with every loss whose labels are given.
+        Run one pass over prompts and answers, and compute every loss whose labels are given.
 
         Args:
             input_ids, attention_mask (`(B, L)`): Tokens; image placeholders are already expanded by the processor.
@@ -464,16 +463,16 @@ class PlumForConditionalGeneration(PlumVision, PlumMaskDecoding, PlumPreTrainedM
             span_groups, mask_groups (`(S,)`, `(M,)`): Group of each span and of each of then M `mask_labels`; spans of
                 a group may take its masks in any order (see [`MaskTargets`]). Default: mask i belongs to span i.
             teacher_forced (`(S,)` bool): Spans whose true mask, not the predicted one, is fed back to later spans.
-            teacher: The frozen language model that the span tokens are held to. Called, without gradients, with the
-                inputs that the language model of this model gets, its input embeddings among them.
-            loss_counts: Divisors of the losses (see [`count_loss_items`]), for batches that are only part of a larger
-                one (gradient accumulation, several processes). Default: the counts of this batch.
+            teacher: The frozen language model of the KL loss on span tokens. Called without gradients with the inputs
+                of this model's language model, including input embeddings.
+            loss_counts: Divisors of the losses (see [`count_loss_items`]) for batches that are part of a larger one
+                (gradient accumulation, several processes). Default: the counts of this batch.
             inputs: The image inputs, and further inputs of the vision-language model:
                 `pixel_values`, images for the vision-language model, in order of their placeholders;
-                `sam_pixel_values (N, 3, image_size, image_size)`, images for SAM, or in their place
+                `sam_pixel_values (N, 3, image_size, image_size)`, images for SAM, or instead
                 `sam_image_embeddings (N, C, G, G)`; `sam_image_index (B,)`, the image of each row, -1 for none
                 (default: image i belongs to row i); `original_sizes` and `reshaped_input_sizes (N, 2)`, (height,
-                width) in pixels, as the processor returns them.
+                width) in pixels, from the processor.
         """
         if spans is not None:
             modules.check_spans(spans, input_ids.shape)
@@ -517,7 +516,7 @@ class PlumForConditionalGeneration(PlumVision, PlumMaskDecoding, PlumPreTrainedM
         )
 
     def _mask_targets(self, mask_labels, sizes, span_groups, mask_groups, teacher_forced):
-        """Targets that are chosen while decoding, from `(S, 4)` sizes of each span's image; None if none need be."""
+        """Return targets assigned during decoding, from `(S, 4)` sizes of each span's image; None if not needed."""
         if span_groups is None and teacher_forced is None:
             return None
         if not mask_labels or sizes is None:
@@ -556,7 +555,7 @@ class PlumForConditionalGeneration(PlumVision, PlumMaskDecoding, PlumPreTrainedM
         }
 
     def _run_language_model(self, input_ids, attention_mask, **vlm_inputs) -> torch.Tensor:
-        """Hidden states `(B, L, D)` after the language model's final norm; they line up with `input_ids`."""
+        """Return the hidden states `(B, L, D)` after the language model's final norm, aligned with `input_ids`."""
         self._check_image_tokens(input_ids, vlm_inputs)
         if "inputs_embeds" not in vlm_inputs:
             vlm_inputs["input_ids"] = input_ids
@@ -589,14 +588,14 @@ class PlumForConditionalGeneration(PlumVision, PlumMaskDecoding, PlumPreTrainedM
         self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None = None, **inputs_and_options
     ) -> torch.LongTensor:
         """
-        Generate answers with the vision-language model's own `generate`; takes all that the processor returns. SAM
-        runs only where the vision-language model looks through it (`vlm_image_input="sam_image_embeddings"`).
+        Generate answers with the vision-language model's `generate`; accepts all outputs of the processor. SAM runs
+        only if the vision-language model looks through it (`vlm_image_input="sam_image_embeddings"`).
 
         Args:
             input_ids, attention_mask (`(B, L)`): Prompts, padded on the left.
-            inputs_and_options: The image inputs of [`forward`], or `vlm_image_features`, which
-                [`get_vlm_image_features`] returned, in the place of `pixel_values`; further inputs of the
-                vision-language model; and options of transformers' `generate`.
+            inputs_and_options: The image inputs of [`forward`], or `vlm_image_features` of [`get_vlm_image_features`]
+                instead of `pixel_values`; further inputs of the vision-language model; and options of
+                transformers' `generate`.
         """
         if self.config.vlm_image_input == "pixel_values":
             inputs_and_options.pop("sam_pixel_values", None)
@@ -604,9 +603,9 @@ class PlumForConditionalGeneration(PlumVision, PlumMaskDecoding, PlumPreTrainedM
         return self._generate(input_ids, attention_mask, **images.vlm_inputs, **inputs)[0]
 
     def _generate(self, input_ids, attention_mask, **kwargs) -> tuple[torch.LongTensor, GenerationConfig, dict]:
-        """What `generate` returns for prompts, the settings that it followed, and the arguments that are none."""
+        """Return the result of `generate`, the settings that it used, and the arguments that are not settings."""
         self._check_image_tokens(input_ids, kwargs)
-        # The settings that were loaded with this model, or changed on it by the caller, are those of the whole.
+        # The settings loaded with this model, or changed on it by the caller, apply to the whole model.
         self.vlm.generation_config = self.generation_config
         settings, kwargs = modules.settle_options(self.generation_config, kwargs, input_ids.shape[1])
         generated = self.vlm.generate(
@@ -619,8 +618,8 @@ class PlumForConditionalGeneration(PlumVision, PlumMaskDecoding, PlumPreTrainedM
         self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None = None, **inputs_and_options
     ) -> PlumSegmentationOutput:
         r"""
-        Generate the answers of prompts, tag them and segment the tagged spans. Conversations that the processor
-        encoded with their answers go to [`segment_answers`], or to [`segment_spans`] if they hold spans.
+        Generate the answers of prompts, tag them and segment the tagged spans. Conversations encoded with their
+        answers are passed to [`segment_answers`], or to [`segment_spans`] if they have spans.
 
         Args:
             input_ids, attention_mask (`(B, L)`): Prompts, padded on the left.
@@ -658,12 +657,12 @@ class PlumForConditionalGeneration(PlumVision, PlumMaskDecoding, PlumPreTrainedM
         Args:
             input_ids, attention_mask (`(B, L)`): Conversations with answers.
             labels (`(B, L)`): Tokens of the answers, -100 elsewhere.
-            hidden_states (`(B, L, D)`): What [`encode_conversations`] returned for these rows, if it was called.
-            inputs: The image inputs of [`generate`] and further inputs of the vision-language model. The other labels
-                of a training batch are unused.
+            hidden_states (`(B, L, D)`): Result of [`encode_conversations`] for these rows, if available.
+            inputs: The image inputs of [`generate`] and further inputs of the vision-language model. Other labels of
+                a training batch are unused.
 
         Raises:
-            ValueError: A row without an answer.
+            ValueError: A row has no answer.
         """
         images, hidden_states = self._read_given(input_ids, attention_mask, hidden_states, inputs)
         answer_mask = self._mask_given_answers(labels)
@@ -681,19 +680,18 @@ class PlumForConditionalGeneration(PlumVision, PlumMaskDecoding, PlumPreTrainedM
         **inputs,
     ) -> PlumSegmentationOutput:
         r"""
-        Segment the given spans of given answers. The masks of spans in earlier answers of a row guide those of its
-        last, and are no part of it.
+        Segment the given spans of given answers. Masks of spans in earlier answers of a row guide those of its last
+        answer.
 
         Args:
             input_ids, attention_mask, labels, hidden_states, inputs: As in [`segment_answers`].
             spans (`(S, 3)`): Spans of the answers, `[row, start, end)`, in order and not empty.
             given_masks: Binary masks (original height, original width), arrays or tensors, by index of the span in
-                `spans`. Such a mask is returned in place of a predicted one, and the later spans of its row are
-                decoded from it.
+                `spans`. A given mask replaces the predicted one and guides the later spans of its row.
 
         Raises:
-            ValueError: Spans out of range, out of order, empty or without an image; a given mask of no span, of
-                another form or size than its image; a row without an answer.
+            ValueError: Spans are out of range, out of order, empty or without an image; a given mask matches no span
+                or differs in form or size from its image; a row has no answer.
         """
         images, hidden_states = self._read_given(input_ids, attention_mask, hidden_states, inputs)
         answer_mask = self._mask_given_answers(labels)
@@ -708,7 +706,7 @@ class PlumForConditionalGeneration(PlumVision, PlumMaskDecoding, PlumPreTrainedM
         return self._segment(input_ids, answer_mask, hidden_states, span_logits, spans, tag_scores, images, masks)
 
     def _read_given(self, input_ids, attention_mask, hidden_states, inputs):
-        """The images of conversations with answers, and their hidden states unless these are known."""
+        """Return the images of conversations with answers, and their hidden states, computed unless given."""
         images, inputs = self._take_images(input_ids, inputs)
         if hidden_states is None:
             vlm_inputs = {name: value for name, value in inputs.items() if name not in GIVEN_ANSWERS}
@@ -716,9 +714,9 @@ class PlumForConditionalGeneration(PlumVision, PlumMaskDecoding, PlumPreTrainedM
         return images, hidden_states
 
     def _segment_tagged(self, sequences, attention_mask, answer_mask, hidden_states, images, is_truncated=None):
-        """Tags the tokens of answers and segments the spans that come out."""
+        """Tag the tokens of answers and segment the resulting spans."""
         span_logits = self.tag_tokens(sequences, hidden_states, attention_mask)
-        # A row without an image has nothing to segment, whatever its words say.
+        # A row without an image has nothing to segment.
         visible = answer_mask & (images.index >= 0)[:, None]
         spans = modules.decode_spans(span_logits.argmax(dim=-1), visible)
         tag_scores = 1 - span_logits.float().softmax(dim=-1)[..., modules.TAG_OUTSIDE, None]
@@ -754,7 +752,7 @@ class PlumForConditionalGeneration(PlumVision, PlumMaskDecoding, PlumPreTrainedM
         )
 
     def _mask_given_answers(self, labels) -> torch.BoolTensor:
-        """Tokens `(B, L)` of the last labelled answer of each row, its stop token left out."""
+        """Return the tokens `(B, L)` of the last labelled answer of each row, without its stop token."""
         answers = modules.keep_last_answer(labels)
         absent = (answers == IGNORE_INDEX).all(dim=1).nonzero()[:, 0].tolist()
         if absent:
@@ -767,8 +765,8 @@ class PlumForConditionalGeneration(PlumVision, PlumMaskDecoding, PlumPreTrainedM
 
     def _answer(self, prompt, attention_mask, vlm_inputs, inputs) -> tuple[torch.Tensor, ...]:
         """
-        Generated sequences with their attention mask, answer mask, whether they were cut off, and hidden states, those
-        of `generate` itself.
+        Return generated sequences with their attention mask, answer mask, truncation and the hidden states of
+        `generate` itself.
         """
         if (attention_mask[:, -1] == 0).any():
             raise ValueError("Prompts must be padded on the left to be continued; pass padding_side='left'.")
@@ -783,14 +781,14 @@ class PlumForConditionalGeneration(PlumVision, PlumMaskDecoding, PlumPreTrainedM
         attention_mask, answer_mask, is_truncated = modules.find_ends(sequences, attention_mask, settings)
         hidden_states = observed.finish(sequences)
         if hidden_states is None:
-            # Of what is no setting, tensors are inputs of the model; streamers and the like are not.
+            # Among the arguments that are not settings, tensors are inputs of the model; streamers are not.
             vlm_inputs |= {name: value for name, value in rest.items() if isinstance(value, torch.Tensor)}
             vlm_inputs = self._extend_to_answers(vlm_inputs, prompt, sequences)
             hidden_states = self._run_language_model(sequences, attention_mask, **vlm_inputs)
         return sequences, attention_mask, answer_mask, is_truncated, hidden_states.to(sequences.device)
 
     def _extend_to_answers(self, vlm_inputs: dict, prompt, sequences) -> dict:
-        """Inputs given per token of the prompt, for prompt and answer: embeddings, or type ids with 0 for text."""
+        """Return inputs per prompt token extended to the answers: embeddings, or type ids with 0 for text."""
         answers, extended = sequences[:, prompt.shape[1] :], dict(vlm_inputs)
         for name, value in vlm_inputs.items():
             if name == "inputs_embeds":
@@ -800,7 +798,7 @@ class PlumForConditionalGeneration(PlumVision, PlumMaskDecoding, PlumPreTrainedM
         return extended
 
     def _downscale_given_masks(self, given_masks, spans, images):
-        """Low-res logits by span index of a caller's masks, each checked."""
+        """Return low-res logits by span index of the given masks, each checked."""
         given = {}
         if not isinstance(given_masks or {}, Mapping):
             raise ValueError(f"given_masks is a {type(given_masks).__name__}, expected a dict: span index -> mask.")
@@ -852,19 +850,19 @@ class PlumForConditionalGeneration(PlumVision, PlumMaskDecoding, PlumPreTrainedM
         **inputs,
     ) -> torch.FloatTensor:
         """
-        Negative log-likelihood of candidate answers; the choice of the model is the argmin.
+        Return the negative log-likelihood of candidate answers; the choice of the model is the argmin.
 
         Args:
             input_ids (`(B, L)`): Conversations; `num_choices` consecutive rows per question, each with one answer.
             labels (`(B, L)`): Tokens of the answers, -100 elsewhere.
             num_choices: Answers per question.
-            hidden_states (`(B, L, D)`): What [`encode_conversations`] returned for these rows, if it was called.
+            hidden_states (`(B, L, D)`): Result of [`encode_conversations`] for these rows, if available.
             reduction: `"answer_mean"` and `"answer_sum"` over the answer's tokens; `"sequence_mean"`, over prompt and
-                answer without image tokens and padding, is the protocol of the published figures.
+                answer without image tokens and padding, as in the published protocol.
             inputs: Further inputs of [`encode_conversations`].
 
         Returns:
-            `(B / num_choices, num_choices)` scores.
+            Scores `(B / num_choices, num_choices)`.
         """
         if len(input_ids) % num_choices:
             raise ValueError(f"Found {len(input_ids)} rows, which is not a multiple of num_choices={num_choices}.")
@@ -874,7 +872,7 @@ class PlumForConditionalGeneration(PlumVision, PlumMaskDecoding, PlumPreTrainedM
             hidden_states = self.encode_conversations(input_ids, attention_mask, **inputs)
         if reduction == "sequence_mean":
             real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-            # The first token of a row is predicted by none, on whichever side the row is padded.
+            # The first token of a row is not predicted, with padding on either side.
             predicted = (real == 1) & (F.pad(real, (1, 0))[:, :-1] == 1)
             counted = predicted & (input_ids != self.config.vlm_config.image_token_id)
             labels = torch.where(counted, input_ids, IGNORE_INDEX)

@@ -1,16 +1,16 @@
 """
-Processor of PLUM: conversations with span tags and masks to model inputs, and model outputs to typed results.
+Processor of PLUM: converts conversations with span tags and masks to model inputs, and model outputs to results.
 
     [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "What parts ...?"}]},
      {"role": "assistant", "content": "It has a <p>left wing</p> and a <p>tail</p>."}]        + two masks
 
-A *span tag* `<p>...</p>` in an assistant's text says that the words are grounded by a mask, the i-th tag of a
-conversation by its i-th mask. Tags live in Python strings only: they are taken out before tokenizing, and become
-character spans, then O/B/I labels by the offsets of the tokens that overlap them. A literal tag is written `\\<p>`;
-in a user's text there are no tags, so nothing needs escaping there.
+A *span tag* `<p>...</p>` in an assistant's text encloses words with a mask; the i-th mask of a conversation belongs to
+its i-th tag. Tags exist in Python strings only: they are removed before tokenizing and become character spans, which
+token offsets turn into O/B/I labels by overlap. A literal tag is written `\\<p>`; texts of users have no tags and need
+no escaping.
 
-With a `seg_token` (`span_source="seg_token"` in [`PlumConfig`]) the words are followed by that special token, which is
-the span in their place; it is no part of the texts that come back.
+With a `seg_token` (`span_source="seg_token"` in [`PlumConfig`]) the words are followed by this special token, which
+represents the span; it is removed from returned texts.
 """
 
 import inspect
@@ -99,7 +99,7 @@ DEFAULT_CHAT_TEMPLATE = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- 'ASSISTANT:' -}}{%- endif -%}
 """
-# Options of transformers' `apply_chat_template` with the values that mean what is done here anyway.
+# Options of transformers' `apply_chat_template` with the values that match the behaviour here.
 FIXED_OPTIONS = {
     "padding": (True, "longest"),
     "truncation": (False, None, "do_not_truncate"),
@@ -128,8 +128,8 @@ class PlumSpan:
     Args:
         text: The words of the span.
         start, end: Their character range in the answer's text.
-        mask: Boolean array `(height, width)` at the size of the image as given.
-        score: Tag probability times predicted IoU, in 0..1.
+        mask: Boolean array `(height, width)` at the size of the given image.
+        score: Tag probability times predicted IoU, in [0, 1].
         box: `(x0, y0, x1, y1)` in pixels around the mask, x1 and y1 exclusive; `None` for an empty mask.
     """
 
@@ -147,9 +147,9 @@ class PlumAnswer:
     The text of an answer and its segmented spans, in order.
 
     Args:
-        is_truncated: Whether the answer was generated and cut off before it ended, as by `max_new_tokens`.
-        confidence: Probability that the image is of a kind that the model has learnt, without which an answer means
-            little; None without an image, or for a model that was not calibrated.
+        is_truncated: Whether a generated answer was cut off, as by `max_new_tokens`.
+        confidence: Probability that the image is of a kind in the training data; answers to other images are
+            unreliable. None without an image, or for a model without calibration.
     """
 
     text: str
@@ -161,13 +161,13 @@ class PlumAnswer:
 @dataclass(frozen=True, eq=False)
 class PreparedImage:
     """
-    What conversations need of an image once [`PlumProcessor.prepare_images`] has read it; stands in its place in them,
-    so that an image that is asked about many times is resized once.
+    An image prepared by [`PlumProcessor.prepare_images`]. It replaces the image in conversations, so that an image
+    with many questions is resized once.
 
     Args:
-        tokens: What the placeholder of the image stands for, by name: `input_ids` and further type ids.
-        num_image_tokens: How many of these are image tokens.
-        vlm_inputs: Inputs of the vision-language model for each row with this image, pixels left out, `(1, ...)`.
+        tokens: The tokens of the image's placeholder by name: `input_ids` and further type ids.
+        num_image_tokens: Number of image tokens among them.
+        vlm_inputs: Inputs of the vision-language model for each row with this image, without pixels, `(1, ...)`.
         original_size, reshaped_size: (height, width) in pixels as given, and as resized for SAM before padding.
     """
 
@@ -185,21 +185,21 @@ class PlumProcessor(ProcessorMixin):
     Args:
         image_processor: Prepares images for the vision-language model.
         sam_image_processor: Prepares images for SAM: longest side resized, padded to a square.
-        tokenizer: A fast tokenizer that has `image_token` as one token.
-        num_image_tokens (`int`): Tokens that stand for one image in the language model's input, where every image has
-            the same number of them and nothing around them.
+        tokenizer: A fast tokenizer with `image_token` as one token.
+        num_image_tokens (`int`): Number of tokens of one image in the language model's input, if every image has the
+            same number and no tokens around them.
         vlm_image_input (`str`): As in [`PlumConfig`]; with `"sam_image_embeddings"` no `pixel_values` are made.
         image_token (`str`): Placeholder of an image in a rendered conversation.
         seg_token (`str`, *optional*):
             Special token of the tokenizer that follows each grounded phrase, for a model with
             `span_source="seg_token"`; none for one with a span tagger.
         vlm_processor_class (`str`, *optional*):
-            transformers' processor of the vision-language model, such as `"Qwen2_5_VLProcessor"`. It then says which
-            tokens stand for an image and which further inputs the model needs, and `num_image_tokens` is unused.
+            transformers' processor of the vision-language model, such as `"Qwen2_5_VLProcessor"`. It then determines
+            the tokens of an image and further inputs of the model, and `num_image_tokens` is unused.
         vlm_processor_options (`dict`, *optional*): Further arguments of that class, such as `image_seq_len`.
         chat_template (`str`, *optional*):
-            Jinja template of messages whose contents are lists of parts. A turn must render to the same text whatever
-            follows it.
+            Jinja template of messages whose contents are lists of parts. The text of a turn must not depend on later
+            turns.
     """
 
     def __init__(
@@ -238,18 +238,18 @@ class PlumProcessor(ProcessorMixin):
 
     @staticmethod
     def get_possibly_dynamic_module(module_name: str) -> type:
-        """Where transformers looks up the class of the second image processor when it loads this one."""
+        """Return the class of the second image processor when transformers loads this one."""
         return image_processor_class(module_name)
 
     @classmethod
     def from_backbones(cls, vlm: str, sam: str) -> "PlumProcessor":
         """
-        The processor of [`PlumForConditionalGeneration.from_backbones`] with the same arguments.
+        Return the processor for [`PlumForConditionalGeneration.from_backbones`] with the same arguments.
 
         Tokenizer, image processor and chat template are those of the vision-language model, with two exceptions. An
-        image processor that crops pads the image to a square first, so that both models see all of it. A chat template
-        that PLUM cannot train on (it changes earlier turns, leaves out parts of a text, or does not end an answer with
-        a special token) gives way to PLUM's own, which is that of LLaVA-1.5, with a warning.
+        image processor that crops pads the image to a square first, so that both models see the whole image. A chat
+        template that PLUM cannot train on (it changes earlier turns, omits parts of a text, or does not end an answer
+        with a special token) is replaced by PLUM's own, that of LLaVA-1.5, with a warning.
 
         Args:
             vlm: Folder or Hub name of an image-text-to-text model with its processor.
@@ -312,11 +312,11 @@ class PlumProcessor(ProcessorMixin):
         **kwargs,
     ) -> str | list[str] | BatchFeature:
         r"""
-        Renders conversations, and with `tokenize=True` encodes them with their images, spans and masks.
+        Render conversations, and with `tokenize=True` encode them with their images, spans and masks.
 
-        A conversation that ends with an assistant's answer is given in full, and its answers have labels. One that
-        ends with the user, or is encoded with `add_generation_prompt` or `continue_final_message`, is to be continued:
-        what it holds of earlier answers has neither labels nor spans.
+        A conversation that ends with an assistant's answer is given, and its answers have labels. One that ends with
+        the user, or is encoded with `add_generation_prompt` or `continue_final_message`, is to be continued: its
+        earlier answers have neither labels nor spans.
 
         Args:
             conversation: One conversation or a list of them: messages `{"role", "content"}`, the content a string or
@@ -325,13 +325,13 @@ class PlumProcessor(ProcessorMixin):
                 in transformers, `"url"`, `"path"` or `"base64"` may be the key, or `{"type": "image_url",
                 "image_url": {"url"}}` the part. At most one image per conversation. One image object, path or URL in
                 several conversations is read and encoded once.
-            add_generation_prompt: End with the words after which an assistant answers.
-            continue_final_message: End in the last message, an assistant's, which the model writes on.
+            add_generation_prompt: End with the prompt for an assistant's answer.
+            continue_final_message: End in the last message, an assistant's, which the model continues.
             masks: For each conversation (or for the only one) the masks of its span tags in order, in any form that
-                [`to_binary_mask`] takes, or `None` where the conversation does not supervise spans.
+                [`to_binary_mask`] takes, or `None` for a conversation without supervision of spans.
             padding_side: As in tokenizers; prompts that are continued need `padding_side="left"`.
-            kwargs, processor_kwargs: Variables of the template; and options of transformers, which are refused where
-                they ask for something else than is done here, such as `truncation`.
+            kwargs, processor_kwargs: Variables of the template; and options of transformers, which raise an error if
+                they are not supported, such as `truncation`.
 
         Returns:
             The rendered text with its tags; or a `BatchFeature` of tensors: `input_ids`, `attention_mask` `(B, L)`;
@@ -339,13 +339,13 @@ class PlumProcessor(ProcessorMixin):
             `[row, start, end)` in tokens where such an answer is tagged; `span_labels` `(B, L)` (O/B/I as 0/1/2, -100
             where unsupervised) and `mask_labels` (S bool tensors of the size of [`label_frame`]) with `masks`;
             `sam_image_index` `(B,)`, and where there are images `sam_pixel_values` `(N, 3, h, w)`, `original_sizes`
-            and `reshaped_input_sizes` `(N, 2)` (height, width), and `pixel_values` and whatever else the
-            vision-language model takes with an image.
+            and `reshaped_input_sizes` `(N, 2)` (height, width), `pixel_values` and further image inputs of the
+            vision-language model.
 
         Raises:
-            ValueError: Unbalanced, nested or empty tags; a count of tags that differs from the count of masks; a mask
-                of another size than its image; an unknown role, part or option; a special token in a text. Tags
-                outside assistant texts cannot occur, they are plain text there.
+            ValueError: Tags are unbalanced, nested or empty; the numbers of tags and masks differ; a mask differs in
+                size from its image; a role, part or option is unknown; a text contains a special token. Tags outside
+                assistant texts are plain text.
         """
         is_batched = not (conversation and isinstance(conversation[0], dict))
         conversation = list(conversation) if is_batched else [conversation]
@@ -383,7 +383,7 @@ class PlumProcessor(ProcessorMixin):
 
     @property
     def _special_tokens(self) -> set[str]:
-        """What the tokenizer reads as one token wherever it stands."""
+        """Return the texts that the tokenizer always reads as one token."""
         added = (token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special)
         return {*added, *self.tokenizer.all_special_tokens, self.image_token}
 
@@ -406,11 +406,11 @@ class PlumProcessor(ProcessorMixin):
         self, images=None, text: str | list[str] | None = None, padding_side: str | None = None, **kwargs
     ) -> BatchFeature:
         """
-        Encodes rendered prompts that hold one image placeholder for each image; see [`apply_chat_template`] for
+        Encode rendered prompts with one image placeholder for each image; see [`apply_chat_template`] for
         conversations, answers and masks.
 
         Args:
-            images: An image, in any form that [`read_image`] takes, or a list with one for each text that has a
+            images: An image, in any form that [`read_image`] takes, or a list with one for each text with a
                 placeholder, in order.
             text: A prompt or a list of prompts.
         """
@@ -458,8 +458,8 @@ class PlumProcessor(ProcessorMixin):
 
     def _tokenize(self, texts, image_tokens, padding_side) -> dict[str, torch.Tensor]:
         """
-        Padded `(B, L)` tensors and `offset_mapping` `(B, L, 2)` of texts whose placeholders are replaced by the tokens
-        of their image. Placeholders are special tokens, so the words around them are tokenized as without them.
+        Return padded `(B, L)` tensors and `offset_mapping` `(B, L, 2)` of texts whose placeholders are replaced by the
+        tokens of their image. Placeholders are special tokens and do not change the tokens around them.
         """
         add_special_tokens = not all(text.text.startswith(self.tokenizer.bos_token or "\0") for text in texts)
         encoded = self.tokenizer(
@@ -484,7 +484,7 @@ class PlumProcessor(ProcessorMixin):
         }
 
     def _locate_spans(self, texts, offsets) -> torch.LongTensor:
-        """Token ranges `(S, 3)` of the character spans: the tokens that overlap them."""
+        """Return token ranges `(S, 3)` of the character spans: the tokens that overlap them."""
         spans = []
         for row, (text, row_offsets) in enumerate(zip(texts, offsets, strict=True)):
             last_end = 0
@@ -529,7 +529,7 @@ class PlumProcessor(ProcessorMixin):
         return prepared
 
     def _encode_images(self, images) -> tuple[dict, list[dict[str, list[int]] | None]]:
-        """Image inputs of the batch, and for each row what its placeholder stands for: `input_ids`, type ids."""
+        """Return the image inputs of the batch, and for each row the tokens of its placeholder by name."""
         unique = list({id(image): image for image in images if image is not None}.values())
         position = {id(image): i for i, image in enumerate(unique)}
         encoded = {"sam_image_index": torch.tensor([position.get(id(image), -1) for image in images])}
@@ -561,12 +561,12 @@ class PlumProcessor(ProcessorMixin):
 
     def prepare_images(self, images: list) -> tuple[list[PreparedImage], dict, dict]:
         """
-        Reads images that will be asked about in several batches.
+        Read images for questions in several batches.
 
         Returns:
-            For each image what stands for it in conversations; SAM's inputs; and the vision-language model's, for
+            For each image its replacement in conversations; SAM's inputs; and the vision-language model's inputs for
             [`PlumForConditionalGeneration.get_vlm_image_features`]. Conversations with prepared images have no pixels:
-            the model must be given `sam_image_embeddings` and `vlm_image_features` in their place.
+            pass `sam_image_embeddings` and `vlm_image_features` to the model instead.
         """
         images = _read_images(images)
         sam_inputs = self._encode_for_sam(images)
@@ -589,7 +589,7 @@ class PlumProcessor(ProcessorMixin):
         return prepared, sam_inputs, vlm_inputs
 
     def _run_vlm_processor(self, images) -> tuple[dict, list[dict[str, list[int]]]]:
-        """The vision-language model's image inputs, and the tokens it has in the place of each image."""
+        """Return the vision-language model's image inputs, and the tokens of each image."""
         outputs = self._vlm_processor(
             images=[[image] for image in images],
             text=[self.image_token] * len(images),
@@ -612,19 +612,19 @@ class PlumProcessor(ProcessorMixin):
 
     def post_process_segmentation(self, outputs, mask_threshold: float = 0.0) -> list[PlumAnswer]:
         """
-        Typed results of [`PlumForConditionalGeneration.segment`] at the size of the images as given: one byte for each
-        pixel of each span, and while they are made eight more for each pixel of the largest image.
+        Return the results of [`PlumForConditionalGeneration.segment`] at the size of the given images. They take one
+        byte per pixel and span, and temporarily eight more per pixel of the largest image.
 
         Args:
-            outputs: What `segment` returned.
+            outputs: Output of `segment`.
             mask_threshold: Logit above which a pixel is inside.
 
         Returns:
-            One [`PlumAnswer`] per row; a row without spans has an empty list of them. With a `seg_token`, which says
-            where a phrase ends and not where it starts, the text of a span is what [`find_last_phrase`] makes of it.
+            One [`PlumAnswer`] per row; a row without spans has an empty list of them. A `seg_token` marks the end of a
+            phrase but not its start, so the text of its span comes from [`find_last_phrase`].
         """
         ids = [row[mask].tolist() for row, mask in zip(outputs.sequences, outputs.answer_mask, strict=True)]
-        # Spans of earlier answers were segmented for the sake of later ones.
+        # Spans of earlier answers were segmented only to guide later ones.
         in_answer = outputs.answer_mask[outputs.spans[:, 0], outputs.spans[:, 1]].tolist()
         rows = [row if inside else None for row, inside in zip(outputs.spans[:, 0].tolist(), in_answer, strict=True)]
         answers = []
@@ -652,12 +652,12 @@ class PlumProcessor(ProcessorMixin):
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def _character_range(self, answer_ids, answer_mask, token_range) -> tuple[int, int]:
-        """Characters of the answer's text that a range of tokens of the sequence decodes to."""
+        """Return the character range in the answer's text of a range of tokens of the sequence."""
         before, until = (int(answer_mask[:position].sum()) for position in token_range)
         return len(self._decode(answer_ids[:before])), len(self._decode(answer_ids[:until]))
 
     def _upscale(self, outputs, row: int, index: int, mask_threshold: float) -> np.ndarray:
-        """One mask at the size of its image, in bool; the logits of one span at a time are held at that size."""
+        """Return one boolean mask at the size of its image; only one span's logits are in memory at that size."""
         image = int(outputs.sam_image_index[row])
         sizes = (getattr(outputs, f"{name}_sizes")[image].tolist() for name in ("reshaped_input", "original"))
         logits = upscale_masks(
@@ -667,7 +667,7 @@ class PlumProcessor(ProcessorMixin):
 
 
 def _read_images(sources: list) -> list:
-    """RGB images in the place of what was given; what was given several times is one object afterwards."""
+    """Return RGB images for the given sources; a repeated source becomes one object."""
     images = {}
     for i, source in enumerate(sources):
         key = source if isinstance(source, (str, PurePath)) else id(source)
@@ -679,8 +679,8 @@ def _read_images(sources: list) -> list:
 
 def image_processor_class(name: str) -> type:
     """
-    An image processor of transformers by its name: the class that needs torchvision where that is installed, and its
-    twin without elsewhere, which transformers chooses as well, but not without a warning at every start.
+    Return an image processor class of transformers by its name: the one that needs torchvision if that is installed,
+    otherwise its counterpart, which transformers would also choose, but with a warning at every start.
     """
     twin = f"{name}Pil"
     use_twin = not is_torchvision_available() and hasattr(transformers, twin)
@@ -695,7 +695,7 @@ def _find_processor_class(name: str | None) -> type[ProcessorMixin]:
 
 
 def _images_only_processor(name: str, image_processor, tokenizer, options: dict) -> ProcessorMixin:
-    """transformers' processor class `name` without its video and audio parts, which need further libraries."""
+    """Return transformers' processor `name` without its video and audio parts, which need further libraries."""
     family = _find_processor_class(name)
     images_only = type(name, (family,), {"get_attributes": classmethod(lambda cls: ["image_processor", "tokenizer"])})
     absent = [key for key in inspect.signature(family).parameters if key.endswith("_processor")]
@@ -707,8 +707,8 @@ def _images_only_processor(name: str, image_processor, tokenizer, options: dict)
 
 
 def _overlap(offsets: torch.Tensor, ranges: list[tuple[int, int]]) -> torch.BoolTensor:
-    """Which tokens, by their `(L, 2)` character offsets, overlap any of the character ranges."""
-    # Overlap and not containment: the offsets of some tokenizers take in the space before a word.
+    """Return which tokens, by their `(L, 2)` character offsets, overlap any of the character ranges."""
+    # Overlap, not containment: the offsets of some tokenizers include the space before a word.
     starts, ends = offsets.unbind(dim=1)
     inside = torch.zeros(len(offsets), dtype=torch.bool)
     for start, end in ranges:
@@ -725,11 +725,10 @@ def _bounding_box(mask: np.ndarray) -> tuple[int, int, int, int] | None:
 
 def check_options(options: dict, template: str, num_chats: int) -> dict:
     """
-    The variables of the Jinja template among the options of a call.
+    Return the variables of the Jinja template among the options of a call.
 
     Raises:
-        ValueError: An option of transformers that would do something else there, or a variable that the template does
-            not have.
+        ValueError: An option of transformers is not supported, or the template does not have a variable.
     """
     variables = {}
     for name, value in options.items():
@@ -749,11 +748,11 @@ def check_options(options: dict, template: str, num_chats: int) -> dict:
 
 def render_chats(chats: list[list[dict]], template: str, variables: dict, **options) -> list[str]:
     """
-    Chats, their contents lists of parts, as text; `variables` are those of the Jinja template, `options` those of
+    Return chats, whose contents are lists of parts, as text; `variables` belong to the Jinja template, `options` to
     transformers, such as `add_generation_prompt`.
 
     Raises:
-        ValueError: The template refuses a chat.
+        ValueError: The template rejects a chat.
     """
     try:
         rendered, _ = render_jinja_template(chats, chat_template=template, **options, **variables)
@@ -764,11 +763,11 @@ def render_chats(chats: list[list[dict]], template: str, variables: dict, **opti
 
 def find_answers(messages: list[dict], rendered: str, template: str, variables: dict) -> list[tuple[int, int]]:
     """
-    Ranges of the assistant's texts in a rendered chat: what a turn adds to the prompt that asks for it. That needs no
-    marks in the template, which those of most vision-language models do not have.
+    Return the ranges of the assistant's texts in a rendered chat: the text that a turn adds to its prompt. This needs
+    no marks in the template, which most vision-language models do not have.
 
     Raises:
-        ValueError: The template renders a turn differently according to what follows it.
+        ValueError: The text of a turn depends on later turns.
     """
     ranges = []
     for i, message in enumerate(messages):
@@ -786,7 +785,7 @@ def find_answers(messages: list[dict], rendered: str, template: str, variables: 
 
 
 def find_continued_answer(messages: list[dict], rendered: str, template: str, variables: dict) -> tuple[int, int]:
-    """Range of the text of the last turn, an assistant's, in a chat that was rendered to be continued there."""
+    """Return the range of the text of the last turn, an assistant's, in a chat rendered to be continued there."""
     (prompt,) = render_chats([messages[:-1]], template, variables, add_generation_prompt=True)
     if not rendered.startswith(prompt):
         raise ValueError("The chat template renders an answer that is continued elsewhere than where it asks for one.")
@@ -795,8 +794,8 @@ def find_continued_answer(messages: list[dict], rendered: str, template: str, va
 
 def can_train_on(template: str, variables: dict, stops: tuple[str, ...]) -> bool:
     """
-    Whether a template places one `image_token` per image, all parts of a text, and answers in place that end with one
-    of `stops`.
+    Return whether a template renders one `image_token` per image, all parts of a text, and answers in place that end
+    with one of `stops`.
     """
     texts = ("Which parts", " can you see?", "A wing", " and a tail.", "Any other?")
     first, second, wing, tail, other = ({"type": "text", "text": text} for text in texts)
@@ -818,11 +817,12 @@ def can_train_on(template: str, variables: dict, stops: tuple[str, ...]) -> bool
 
 class PlumPipeline(Pipeline):
     """
-    An input is `{"image": ..., "text": question}` (an image of any form that the processor reads, or no image; further
-    fields of a data set's rows are unused) or a conversation as for `PlumProcessor.apply_chat_template` that ends with
-    the user. A segment's `start` and `end` are characters of the text, its `box` is `(x0, y0, x1, y1)` in pixels or
-    None, its `mask` an image of 0 and 255 of the size of the input. `mask_threshold` is a logit; other options are
-    those of `generate`.
+    Pipeline from an image and a question to text and segments.
+
+    An input is `{"image": ..., "text": question}` (an image in any form that the processor reads, or none; other
+    fields are ignored) or a conversation as for `PlumProcessor.apply_chat_template` that ends with the user. `start`
+    and `end` of a segment are characters of the text, `box` is `(x0, y0, x1, y1)` in pixels or None, `mask` is an
+    image of 0 and 255 of the size of the input. `mask_threshold` is a logit; other options are those of `generate`.
     """
 
     _load_processor = True
@@ -836,7 +836,7 @@ class PlumPipeline(Pipeline):
         return super().__call__(_stream_data_set(inputs), *args, **kwargs)
 
     def preprocess(self, inputs) -> list[dict]:
-        """The conversation of one input."""
+        """Return the conversation of one input."""
         if isinstance(inputs, dict):
             if not isinstance(inputs.get("text"), str):
                 raise ValueError(f"An input needs a question as its 'text', found the fields {sorted(inputs)}.")
@@ -866,8 +866,8 @@ class PlumPipeline(Pipeline):
         ]
         return {"generated_text": answer.text, "is_truncated": answer.is_truncated, "segments": segments}
 
-    # Rows of a batch share images and have spans of their own number: they are batched as conversations, and neither
-    # padded nor taken apart by the base class.
+    # Rows of a batch share images and differ in their number of spans: they are batched as conversations, and neither
+    # padded nor split by the base class.
     def get_iterator(
         self, inputs: Iterable, num_workers, batch_size, preprocess_params, forward_params, postprocess_params
     ) -> Iterator[dict]:
@@ -880,8 +880,8 @@ class PlumPipeline(Pipeline):
 
 
 def _stream_data_set(inputs):
-    """A data set as a generator of its rows; anything else as it is."""
-    if hasattr(inputs, "column_names") and hasattr(inputs, "features"):  # of `datasets`, which need not be installed
+    """Return a data set as a generator of its rows; anything else unchanged."""
+    if hasattr(inputs, "column_names") and hasattr(inputs, "features"):  # from `datasets`, which is optional
         return (row for row in inputs)
     if isinstance(inputs, torch.utils.data.IterableDataset):
         return (row for row in inputs)

@@ -1,4 +1,4 @@
-"""Configuration of PLUM (Partonomy, arXiv 2505.20759): a vision-language model, a SAM, and what links them."""
+"""Configuration of PLUM (Partonomy, arXiv 2505.20759): a vision-language model, a SAM, and modules between them."""
 
 from typing import Literal
 
@@ -13,19 +13,19 @@ class PlumConfig(PreTrainedConfig):
 
     Args:
         vlm_config (`PreTrainedConfig` or `dict`, *optional*, defaults to `LlavaConfig()`):
-            The image-text-to-text model that answers.
+            The image-text-to-text model that generates the answers.
         sam_config (`PreTrainedConfig` or `dict`, *optional*, defaults to `SamConfig()`):
-            The segmentation model that turns spans of the answer into masks.
+            The segmentation model that decodes spans of the answer to masks.
         vlm_image_input (`str`, *optional*, defaults to `"pixel_values"`):
-            What the vision tower of the vision-language model looks at: `"pixel_values"`, the image as its own image
-            processor prepares it, or `"sam_image_embeddings"`, the output of SAM's encoder (then one vision encoder
-            serves both sides, and the tower is a small network over SAM's grid: `num_channels` is SAM's embedding
-            width and `image_size` its grid).
+            Input of the vision tower of the vision-language model: `"pixel_values"`, the image from its own image
+            processor, or `"sam_image_embeddings"`, the output of SAM's encoder (then both sides share one vision
+            encoder, and the tower is a small network over SAM's grid: `num_channels` is SAM's embedding width and
+            `image_size` its grid).
         span_source (`str`, *optional*, defaults to `"tagger"`):
-            Where spans come from: `"tagger"`, the span tagger's O/B/I classes of a plain-text answer, or
-            `"seg_token"`, a special token that the model writes after each phrase it grounds, as in LISA
-            (arXiv 2308.00692); then a span is that one token, and there is no span tagger and no span loss.
-        seg_token_id (`int`, *optional*): That token, for `span_source="seg_token"`.
+            Source of spans: `"tagger"`, the span tagger's O/B/I classes of a plain-text answer, or `"seg_token"`, a
+            special token that the model writes after each grounded phrase, as in LISA (arXiv 2308.00692); then a span
+            is this one token, and there is no span tagger and no span loss.
+        seg_token_id (`int`, *optional*): Id of the special token for `span_source="seg_token"`.
         span_tagger_num_layers (`int`, *optional*, defaults to 1):
             Bidirectional encoder layers of the span tagger; 0 tags from the causal hidden states directly.
         span_tagger_num_heads (`int`, *optional*, defaults to 8):
@@ -40,8 +40,8 @@ class PlumConfig(PreTrainedConfig):
         span_loss_weight (`float`, *optional*, defaults to 8.0): Weight of the O/B/I cross-entropy.
         span_class_weights (`list[float]`, *optional*, defaults to `(0.1, 1.0, 1.0)`): Class weights of O, B and I.
         span_loss_scope (`str`, *optional*, defaults to `"answer"`):
-            `"answer"`: answer tokens of every row that carries span supervision. `"sequence"`: every position of the
-            rows that have a span, prompt, image and padding counted as O (as the published model was trained).
+            `"answer"`: answer tokens of every row with span supervision. `"sequence"`: every position of the rows that
+            have a span, with prompt, image and padding as O (as in the training of the published model).
         mask_overlap_loss (`str`, *optional*, defaults to `"focal_tversky"`): `"focal_tversky"` or `"dice"`.
         mask_overlap_loss_weight (`float`, *optional*, defaults to 8.0): Weight of the overlap loss.
         tversky_false_negative_weight (`float`, *optional*, defaults to 0.7): Alpha of the Tversky index.
@@ -50,15 +50,15 @@ class PlumConfig(PreTrainedConfig):
         mask_bce_loss_weight (`float`, *optional*, defaults to 2.0): Weight of the per-pixel binary cross-entropy.
         mask_iou_loss_weight (`float`, *optional*, defaults to 0.0):
             Weight of the squared error of SAM's predicted IoU (Segment Anything, section 3). 0 as in the published
-            model, which starts from a trained SAM; from scratch the mask scores mean nothing without it.
+            model, which starts from a trained SAM; a SAM from scratch needs it for meaningful mask scores.
         teacher_kl_loss_weight (`float`, *optional*, defaults to 0.1):
-            Weight of the divergence from the frozen language model on span tokens, where a teacher is given.
+            Weight of the divergence from the frozen language model on span tokens, if a teacher is passed.
         teacher_kl_sigma (`float`, *optional*, defaults to 1.0): Standard deviation of the two Gaussians compared.
-        image_statistics (`dict`, *optional*): How images of the kinds that the model has learnt look to SAM's encoder,
-            written by `scripts/calibrate_confidence.py`: for each kind, `mean` and `std` of each channel of the mean
+        image_statistics (`dict`, *optional*): Statistics of SAM's embeddings of the kinds of training images, written
+            by `scripts/calibrate_confidence.py`: for each kind, `mean` and `std` of each channel of the mean
             embeddings of its images; `intercept` and `slope` of the confidence, and the `threshold` below which an
             image counts as unlike them.
-        initializer_range (`float`, *optional*, defaults to 0.02): Standard deviation of PLUM's own fresh weights.
+        initializer_range (`float`, *optional*, defaults to 0.02): Standard deviation of new PLUM weights.
     """
 
     model_type = "plum"
@@ -108,7 +108,7 @@ class PlumConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def get_text_config(self, decoder=None, encoder=None) -> PreTrainedConfig:
-        """The language model's configuration."""
+        """Return the language model's configuration."""
         return self.vlm_config.get_text_config(decoder=decoder, encoder=encoder)
 
     @property
@@ -118,11 +118,11 @@ class PlumConfig(PreTrainedConfig):
 
     @property
     def low_res_mask_size(self) -> int:
-        """Side, in pixels, of the square masks that SAM's decoder puts out."""
+        """Side, in pixels, of the square masks of SAM's decoder."""
         return 4 * self.sam_grid_size
 
     def validate_architecture(self):
-        """Cross-field checks; raises `ValueError` naming both values."""
+        """Check fields against each other; raises `ValueError` that names both values."""
         sam = self.sam_config
         self._check_vlm_family()
         embedding_width = sam.vision_config.output_channels
@@ -200,17 +200,17 @@ class PlumConfig(PreTrainedConfig):
             )
 
     def _check_vlm_family(self):
-        """PLUM tags and segments tokens by the hidden states at their positions in `input_ids`."""
+        """Raise `ValueError` for families whose hidden states are not aligned with `input_ids`."""
         vlm = self.vlm_config
         if vlm.is_encoder_decoder or vlm.get_text_config().is_encoder_decoder:
             raise ValueError(
-                f"vlm_config is a {vlm.model_type!r} model, an encoder-decoder: its decoder sees the answer alone, so "
-                "that hidden states do not line up with input_ids; choose a decoder-only vision-language model."
+                f"vlm_config is a {vlm.model_type!r} model, an encoder-decoder: its decoder sees the answer only, so "
+                "hidden states are not aligned with input_ids; choose a decoder-only vision-language model."
             )
         if getattr(vlm, "image_token_id", None) is None:
             raise ValueError(
                 f"vlm_config is a {vlm.model_type!r} model without image_token_id: images are not placeholder tokens "
-                "in input_ids, so that hidden states do not line up with them; choose a family where they are."
+                "in input_ids, so hidden states are not aligned with them; choose a family where they are."
             )
 
 

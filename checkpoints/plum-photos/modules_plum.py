@@ -1,9 +1,9 @@
 """
-What PLUM adds to its two backbones: span tagger, mask feedback, the decoding of spans to masks, and the losses.
+Modules that PLUM adds to its two backbones: span tagger, mask feedback, decoding of spans to masks, and losses.
 
 A *low-res mask* has 4G x 4G logits in the frame of SAM's padded square input. Each loss is a sum over its items
-divided by `count`, a scalar tensor: the number of items of the batch, or of the larger batch of which it is a part
-(gradient accumulation, several processes), see [`count_loss_items`].
+divided by `count`, a scalar tensor: the number of items of the batch, or of the global batch (gradient accumulation,
+several processes), see [`count_loss_items`].
 
 Shapes. B rows, L tokens, S spans of the whole batch, n of them at a time, N images, D language width, C SAM width,
 G grid side, H/W pixels.
@@ -29,22 +29,22 @@ except ImportError:
         raise
     from configuration_plum import PlumConfig
 
-# What a token is labelled with: the classes of the span tagger, and what no loss looks at.
+# Labels of a token: the classes of the span tagger, and the ignored label.
 TAG_OUTSIDE, TAG_BEGIN, TAG_INSIDE = 0, 1, 2
 IGNORE_INDEX = -100
-# Logit that stands for "certain" where a caller's binary mask takes the place of a predicted one.
+# Logit for certainty, for binary masks given by the caller.
 GIVEN_MASK_LOGIT = 10.0
 MASK_LOSSES = ("mask_overlap", "mask_bce", "mask_iou")
-# Pixels of masks whose losses are computed at once. What more masks need for their gradients is computed again in the
-# backward pass instead of being kept.
+# Number of mask pixels whose losses are computed at once. For more masks, intermediate results are recomputed in the
+# backward pass.
 MASK_PIXELS_AT_ONCE = 2**22
-# Mask prompts that are decoded at once: on a CPU so many that their image cells number these, elsewhere these.
+# Mask prompts decoded at once: on a CPU limited by the total number of image cells, elsewhere a fixed number.
 CPU_CELLS_AT_ONCE = 16 * 16 * 16
 PROMPTS_AT_ONCE = 64
-# Most tokens of an answer where neither a checkpoint nor a caller says another number; saved with every checkpoint.
+# Default maximum number of answer tokens; saved with every checkpoint.
 DEFAULT_MAX_NEW_TOKENS = 256
-# Ways of decoding that only save time or memory, and that embed several tokens by their ids alone: without the
-# embeddings of the prompt and its image they fail or give another answer. Plain decoding gives the right one.
+# Decoding options that only save time or memory, and embed several tokens by their ids only: without the embeddings of
+# the prompt and its image they fail or change the answer. Plain decoding gives the correct one.
 SAVINGS = ("assistant_model", "assistant_tokenizer", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp",
            "prefill_chunk_size")  # fmt: skip
 
@@ -52,12 +52,10 @@ logger = logging.get_logger(__name__)
 
 
 class PlumSelfAttention(nn.MultiheadAttention):
-    """
-    torch's attention, but its output projection is called as a module: where weights are offloaded, calls load them.
-    """
+    """torch's attention with its output projection called as a module, because calls load offloaded weights."""
 
     def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-        """`(B, L, D)` hidden states and `(B, L)` mask (1 = real token) to `(B, L, D)`."""
+        """Return `(B, L, D)` from `(B, L, D)` hidden states and a `(B, L)` mask (1 = real token)."""
         projected = F.linear(hidden_states, self.in_proj_weight, self.in_proj_bias)  # (B, L, 3 D)
         projected = projected.unflatten(2, (3, self.num_heads, self.head_dim))
         queries, keys, values = projected.permute(2, 0, 3, 1, 4)  # (B, heads, L, D / heads) each
@@ -67,7 +65,7 @@ class PlumSelfAttention(nn.MultiheadAttention):
 
 
 class PlumSpanTaggerLayer(nn.Module):
-    """A post-norm transformer layer with the parameters of `nn.TransformerEncoderLayer`; it calls all of its parts."""
+    """A post-norm transformer layer with the parameters of `nn.TransformerEncoderLayer`; it calls all its modules."""
 
     def __init__(self, width: int, num_heads: int, intermediate_size: int):
         super().__init__()
@@ -99,7 +97,7 @@ class PlumSpanTagger(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, input_ids: torch.LongTensor
     ) -> torch.Tensor:
-        """`(B, L, D)` hidden states and `(B, L)` mask (1 = real token) to `(B, L, 3)` logits; the ids are unused."""
+        """Return `(B, L, 3)` logits from `(B, L, D)` hidden states and a `(B, L)` mask (1 = real token)."""
         for layer in self.layers:
             hidden_states = layer(hidden_states, attention_mask)
         return self.classifier(hidden_states)
@@ -107,8 +105,8 @@ class PlumSpanTagger(nn.Module):
 
 class PlumSegTokenTagger(nn.Module):
     """
-    The tagger of a model with `span_source="seg_token"`, without parameters: the tokens say it themselves. The special
-    token is a B, with certainty, and every other token an O.
+    The tagger of a model with `span_source="seg_token"`, without parameters: the special token is B with certainty,
+    and every other token O.
     """
 
     has_loss = False
@@ -120,7 +118,7 @@ class PlumSegTokenTagger(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, input_ids: torch.LongTensor
     ) -> torch.Tensor:
-        """As [`PlumSpanTagger`], from the ids `(B, L)` alone."""
+        """Return logits as [`PlumSpanTagger`] does, from the ids `(B, L)` only."""
         tags = torch.where(input_ids == self.seg_token_id, TAG_BEGIN, TAG_OUTSIDE)
         return F.one_hot(tags, num_classes=3).to(hidden_states.dtype).log()
 
@@ -130,7 +128,7 @@ SPAN_TAGGERS = {"tagger": PlumSpanTagger, "seg_token": PlumSegTokenTagger}
 
 class PlumMaskFeedback(nn.Module):
     """
-    The dense prompt of a span, made from the masks of the earlier spans of its conversation.
+    The dense prompt of a span, computed from the masks of the earlier spans of its conversation.
 
     Each earlier mask runs through SAM's own mask embedding (passed in, so the weights exist once), modulated by that
     span's query before each activation (FiLM, arXiv 1709.07871); then, per grid cell, a learned query attends over
@@ -153,11 +151,11 @@ class PlumMaskFeedback(nn.Module):
         self, masks: torch.Tensor, span_queries: torch.Tensor, positions: torch.Tensor, mask_embed: nn.Module
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Keys and values of masks, computed once for each span and used by every later one.
+        Return keys and values of masks, computed once per span and used by all later ones.
 
         Args:
             masks: `(n, 4G, 4G)` low-res logits.
-            span_queries: `(n, C)` queries of the spans they belong to.
+            span_queries: `(n, C)` queries of their spans.
             positions: `(1, C, G, G)` SAM's dense positional embedding.
             mask_embed: SAM's `prompt_encoder.mask_embed`.
 
@@ -178,7 +176,7 @@ class PlumMaskFeedback(nn.Module):
         return hidden_states * (1 + scale) + shift
 
     def forward(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """Keys and values `(n, T, G*G, C)` of T earlier masks each to dense prompts `(n, C, G, G)`."""
+        """Return dense prompts `(n, C, G, G)` from keys and values `(n, T, G*G, C)` of T earlier masks each."""
         rows, earlier, cells, width = keys.shape
         by_head = (rows, earlier, cells, self.num_heads, width // self.num_heads)
         queries = self.q_proj(self.queries).view(by_head[2:])  # (G*G, heads, C/heads)
@@ -191,7 +189,7 @@ class PlumMaskFeedback(nn.Module):
 
 def decode_spans(tags: torch.LongTensor, answer_mask: torch.BoolTensor | None = None) -> torch.LongTensor:
     """
-    Spans of BIO tags: a B and the I's directly after it; an I without an open span is ignored.
+    Return the spans of BIO tags: a B and the I's directly after it; an I without an open span is ignored.
 
     Args:
         tags: `(B, L)` with 0 = O, 1 = B, 2 = I.
@@ -211,7 +209,7 @@ def decode_spans(tags: torch.LongTensor, answer_mask: torch.BoolTensor | None = 
 
 
 def check_spans(spans: torch.LongTensor, shape: tuple[int, int]):
-    """`ValueError` unless `spans` `(S, 3)` are `[row, start, end)` in B rows of L tokens, in order and not empty."""
+    """Raise `ValueError` unless `spans` `(S, 3)` are `[row, start, end)` in B rows of L tokens, sorted, not empty."""
     if spans.ndim != 2 or spans.shape[1] != 3 or spans.is_floating_point():
         raise ValueError(
             f"spans must be integers of shape (S, 3), [row, start, end), found {spans.dtype} {tuple(spans.shape)}."
@@ -231,14 +229,14 @@ def check_spans(spans: torch.LongTensor, shape: tuple[int, int]):
 
 
 def keep_last_answer(labels: torch.LongTensor) -> torch.LongTensor:
-    """Labels (B, L) of the last answer of each row; earlier answers, which were given, become -100."""
+    """Return the labels (B, L) of the last answer of each row; labels of earlier answers become -100."""
     answered = labels != IGNORE_INDEX
     number = (answered & ~F.pad(answered, (1, 0))[:, :-1]).cumsum(dim=1)
     return labels.masked_fill(number < number[:, -1:], IGNORE_INDEX)
 
 
 def mean_over_spans(states: torch.Tensor, spans: torch.LongTensor) -> torch.Tensor:
-    """`(B, L, D)` token states to `(S, D)` means over the tokens of each span `[row, start, end)`."""
+    """Return the means `(S, D)` of token states `(B, L, D)` over the tokens of each span `[row, start, end)`."""
     rows, starts, ends = spans.unbind(dim=1)
     position = torch.arange(states.shape[1], device=states.device)
     inside = (position >= starts[:, None]) & (position < ends[:, None])  # (S, L)
@@ -250,7 +248,7 @@ def upscale_masks(
     low_res_masks: torch.Tensor, sam_image_size: int, reshaped_size: tuple[int, int], original_size: tuple[int, int]
 ) -> torch.Tensor:
     """
-    Mask logits from SAM's low-res frame to the original image: upscale to the padded square, crop the padding, resize.
+    Resize mask logits from SAM's low-res frame to the original image: upscale to the padded square, crop, resize.
 
     Args:
         low_res_masks: `(S, 4G, 4G)` logits of one image.
@@ -270,8 +268,9 @@ def upscale_masks(
 
 def label_frame(original_size: tuple[int, int], reshaped_size: tuple[int, int]) -> tuple[int, int]:
     """
-    (height, width) at which mask labels are compared with predictions: the size of the image, or its size in SAM's
-    input if the image is larger. A photograph of 12 megapixels would cost 300 MB a span, and SAM sees no more of it.
+    Return the (height, width) at which mask labels are compared with predictions: the size of the image, or its size
+    in SAM's input if the image is larger. A photograph of 12 megapixels would take 300 MB per span without added
+    detail.
 
     >>> label_frame((48, 64), (768, 1024)), label_frame((3000, 4000), (768, 1024))
     ((48, 64), (768, 1024))
@@ -281,8 +280,8 @@ def label_frame(original_size: tuple[int, int], reshaped_size: tuple[int, int]) 
 
 def shrink_mask(mask: torch.Tensor, size: tuple[int, int]) -> torch.BoolTensor:
     """
-    A mask `(H, W)` at a smaller size: a pixel is inside if half of its area is, or, in a mask too thin for that, as
-    much of its area as of any other pixel.
+    Return a mask `(H, W)` at a smaller size. A pixel is inside if half of its area is; in a mask too thin for that,
+    the pixels with the largest area are inside.
     """
     share = F.interpolate(mask[None, None].float(), tuple(size), mode="area")[0, 0]
     return (share > 0) & (share >= share.max().clamp(max=0.5))
@@ -292,7 +291,7 @@ def downscale_masks(
     masks: torch.Tensor, sam_image_size: int, reshaped_size: tuple[int, int], low_res_size: int
 ) -> torch.Tensor:
     """
-    Binary masks of an original image as low-res logits, the inverse of [`upscale_masks`].
+    Return binary masks of an original image as low-res logits, the inverse of [`upscale_masks`].
 
     Args:
         masks: `(S, height, width)` bool or 0/1.
@@ -310,16 +309,16 @@ def downscale_masks(
 
 class MaskTargets:
     """
-    The true mask of each span, chosen while the spans are decoded, and the masks that are fed back in their place.
+    Assigns true masks to spans during decoding, and selects the masks that are fed back.
 
     Spans of one answer with the same words are interchangeable: they form a group with the masks of these words. Each
-    span takes, in decoding order, the mask of its group that its own prediction overlaps best (soft dice), among those
-    that no earlier span took. A group of one span and one mask is the ordinary case.
+    span takes, in decoding order, the remaining mask of its group that its prediction overlaps most (soft dice).
+    Usually a group has one span and one mask.
 
     Args:
         low_res_masks: `(M, 4G, 4G)` true masks as low-res logits; M is at least S.
         span_groups, mask_groups: `(S,)` and `(M,)` group of each span and of each mask.
-        forced: `(S,)` bool, the spans whose true mask is fed back instead of their own (teacher forcing).
+        forced: `(S,)` bool, the spans whose true mask is fed back instead of the predicted one (teacher forcing).
 
     Raises:
         ValueError: A group has more spans than masks.
@@ -344,7 +343,7 @@ class MaskTargets:
 
     @torch.no_grad()
     def assign(self, members: torch.LongTensor, logits: torch.Tensor):
-        """Gives each of the spans `members` `(n,)`, no two of a group, its mask; `logits` `(n, 4G, 4G)` are theirs."""
+        """Assign masks to the spans `members` `(n,)`, no two of one group, from their logits `(n, 4G, 4G)`."""
         candidates = (self.span_groups[members, None] == self.mask_groups) & self.free  # (n, M)
         place, mask = candidates.nonzero(as_tuple=True)
         predicted = logits.float().sigmoid().flatten(1)[place]
@@ -356,14 +355,14 @@ class MaskTargets:
         self.of_span[members], self.free[taken] = taken, False
 
     def feed_back(self, members: torch.LongTensor, logits: torch.Tensor) -> torch.Tensor:
-        """`(n, 4G, 4G)` masks that the later spans are shown of the spans `members`, which have their masks."""
+        """Return the masks `(n, 4G, 4G)` of the spans `members`, which have their targets, for the later spans."""
         true = self.low_res_masks[self.of_span[members]].to(logits)
         return torch.where(self.forced[members, None, None], true, logits)
 
 
 @contextmanager
 def weights_in_place(*modules: nn.Module):
-    """While it lasts, offloaded weights of modules are there for the code of others, which reads but does not call."""
+    """Context in which offloaded weights are loaded for code that reads weights without calling their modules."""
     with ExitStack() as stack:
         for module in modules:
             if hasattr(module, "_hf_hook"):
@@ -386,17 +385,17 @@ class PlumMaskDecoding:
         targets: MaskTargets | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Masks of spans, conversations in lock-step: step t decodes the t-th span of every row that has one.
+        Decode the masks of spans, conversations in lock-step: step t decodes the t-th span of every row that has one.
 
         Args:
             hidden_states: `(B, L, D)`.
             spans: `(S, 3)` rows `[row, start, end)`, rows ascending.
             sam_image_embeddings, sam_image_index: As in [`forward`].
-            given_masks: Low-res logits `(4G, 4G)` by span index, which stand in for the prediction of that span.
-            targets: In training, gets the prediction of each span as it is decoded, and says what is fed back.
+            given_masks: Low-res logits `(4G, 4G)` by span index, which replace the prediction of that span.
+            targets: In training, receives the prediction of each span and selects the mask that is fed back.
 
         Returns:
-            `(S, 4G, 4G)` low-res logits and `(S,)` predicted IoUs.
+            Low-res logits `(S, 4G, 4G)` and predicted IoUs `(S,)`.
         """
         rows = spans[:, 0].contiguous()
         images = sam_image_index[rows]
@@ -418,10 +417,10 @@ class PlumMaskDecoding:
             missing = rows.tolist() if sam_image_embeddings is None else rows[images < 0].tolist()
             raise ValueError(f"Rows {sorted(set(missing))} have spans to segment but no image.")
 
-    # A weight is read by calling its module and nothing else: where it is offloaded, the call brings it.
+    # Weights are read only by calling their module, because the call loads offloaded ones.
 
     def _grid_positions(self, like: torch.Tensor) -> torch.Tensor:
-        """SAM's positions `(1, C, G, G)` of the cells of its grid, on the device and in the precision of `like`."""
+        """Return SAM's positions `(1, C, G, G)` of its grid cells, on the device and in the precision of `like`."""
         grid = self.config.sam_grid_size
         embedding = self.sam.shared_image_embedding
         centres = (torch.arange(grid, device=like.device, dtype=embedding.positional_embedding.dtype) + 0.5) / grid
@@ -429,15 +428,15 @@ class PlumMaskDecoding:
         return embedding(torch.stack([columns, rows], dim=-1)).permute(2, 0, 1)[None].to(like)
 
     def _no_mask_prompt(self, like: torch.Tensor) -> torch.Tensor:
-        """SAM's dense prompt "no mask" for each of n queries `(n, C)`, as a view: `(n, C, G, G)`."""
+        """Return SAM's dense prompt "no mask" for each of n queries `(n, C)`, as a view `(n, C, G, G)`."""
         grid = self.config.sam_grid_size
         first = torch.zeros(1, dtype=torch.long, device=like.device)
         embedding = self.sam.prompt_encoder.no_mask_embed(first).to(like)  # (1, C)
         return embedding[..., None, None].expand(len(like), -1, grid, grid)
 
     def _decode_step(self, queries, images, embeddings, positions, dense) -> tuple[torch.Tensor, torch.Tensor]:
-        """SAM's mask decoder with one sparse and one dense prompt each: `(n, 4G, 4G)` logits, `(n,)` IoUs."""
-        # A batch saves time while its images fit the caches of a CPU; 16 prompts at once on a grid of 64 x 64 take
+        """Run SAM's mask decoder with one sparse and one dense prompt each: `(n, 4G, 4G)` logits, `(n,)` IoUs."""
+        # A batch saves time while its images fit into CPU caches; 16 prompts at once on a grid of 64 x 64 take
         # twice as long as one by one.
         on_cpu = queries.device.type == "cpu"
         chunk = max(1, CPU_CELLS_AT_ONCE // self.config.sam_grid_size**2) if on_cpu else PROMPTS_AT_ONCE
@@ -461,7 +460,7 @@ class PlumMaskDecoding:
         step = torch.arange(len(rows), device=rows.device) - first
         last_step = step[torch.searchsorted(rows, rows, right=True) - 1]
         masks, iou_scores, members_of_step = [], [], []
-        keys, values = None, None  # (n, t, G*G, C) of the earlier masks of the rows that go on
+        keys, values = None, None  # (n, t, G*G, C) of the earlier masks of the remaining rows
         for t in range(int(step.max()) + 1):
             members = (step == t).nonzero()[:, 0]
             dense = self._no_mask_prompt(queries[members])
@@ -490,7 +489,7 @@ class PlumMaskDecoding:
 
     @staticmethod
     def _replace_given(members, masks, iou_scores, given_masks):
-        """The masks and scores of one step with the caller's masks, and a score of 1, in their places."""
+        """Return the masks and scores of one step with given masks, and a score of 1, in their places."""
         for place, span in enumerate(members.tolist() if given_masks else []):
             if span in given_masks:
                 chosen = torch.arange(len(masks), device=masks.device) == place
@@ -503,8 +502,8 @@ def count_loss_items(
     config: PlumConfig, labels=None, span_labels=None, spans=None, mask_labels=None
 ) -> dict[str, torch.Tensor]:
     """
-    What each loss of a batch is divided by: target tokens, summed class weight of the supervised tags, masks, spans.
-    Arguments as in `PlumForConditionalGeneration.forward`; the counts of several batches may be added.
+    Return the divisor of each loss: target tokens, summed class weight of the supervised tags, masks, spans. Arguments
+    as in `PlumForConditionalGeneration.forward`; the counts of several batches may be added.
     """
     counts = {
         "tokens": torch.zeros(()) if labels is None else (labels[:, 1:] != IGNORE_INDEX).sum(),
@@ -515,12 +514,12 @@ def count_loss_items(
     if span_labels is not None:
         targets = span_targets(span_labels, config.span_loss_scope)
         class_weights = torch.tensor([*config.span_class_weights, 0.0], device=targets.device)
-        counts["tag_weight"] = class_weights[targets].sum()  # index -1 is the zero that stands for "ignored"
+        counts["tag_weight"] = class_weights[targets].sum()  # index -1 is the zero weight of ignored tags
     return {name: value.float() for name, value in counts.items()}
 
 
 def span_targets(span_labels: torch.Tensor, scope: str) -> torch.Tensor:
-    """Targets 0/1/2 or -1 (ignored) of `span_labels` `(B, L)`, according to `span_loss_scope`."""
+    """Return the targets 0/1/2 or -1 (ignored) of `span_labels` `(B, L)`, according to `span_loss_scope`."""
     if scope == "answer":
         return span_labels.clamp(min=-1)
     has_span = (span_labels > TAG_OUTSIDE).any(dim=1, keepdim=True)
@@ -531,7 +530,7 @@ def shrink_mask_labels(
     mask_labels: list[torch.Tensor], sizes: torch.LongTensor, sam_image_size: int, low_res_size: int
 ) -> torch.Tensor:
     """
-    True masks as low-res logits `(M, 4G, 4G)`.
+    Return true masks as low-res logits `(M, 4G, 4G)`.
 
     Args:
         mask_labels: M masks `(H, W)`, 0/1, at the size of their image or of `label_frame`.
@@ -548,7 +547,7 @@ def shrink_mask_labels(
 
 
 def language_modeling_loss(logits: torch.Tensor, labels: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of `logits` `(B, L, vocab_size)` with the next token of `labels` `(B, L)`, -100 where ignored."""
+    """Return the cross-entropy of `logits` `(B, L, vocab_size)` with the next token of `labels` `(B, L)`."""
     loss = F.cross_entropy(
         logits[:, :-1].flatten(0, 1).float(),
         labels[:, 1:].flatten(),
@@ -561,7 +560,7 @@ def language_modeling_loss(logits: torch.Tensor, labels: torch.Tensor, count: to
 def span_tagging_loss(
     config: PlumConfig, span_logits: torch.Tensor, span_labels: torch.Tensor, count: torch.Tensor
 ) -> torch.Tensor:
-    """Weighted cross-entropy of `span_logits` `(B, L, 3)` with `span_labels` `(B, L)`."""
+    """Return the weighted cross-entropy of `span_logits` `(B, L, 3)` with `span_labels` `(B, L)`."""
     loss = F.cross_entropy(
         span_logits.flatten(0, 1).float(),
         span_targets(span_labels, config.span_loss_scope).flatten(),
@@ -581,7 +580,7 @@ def mask_losses(
     count: torch.Tensor,
 ) -> dict[str, torch.Tensor]:
     """
-    Overlap, cross-entropy and IoU-prediction losses, at the size of each image or, if it is larger, in SAM's input.
+    Return overlap, cross-entropy and IoU losses, at the size of each image or, if it is larger, of SAM's input.
 
     Args:
         pred_masks, iou_scores: `(S, 4G, 4G)` low-res logits and `(S,)` predicted IoUs.
@@ -589,12 +588,12 @@ def mask_losses(
         sizes: `(S, 4)`, (height, width) in pixels of each span's image as given and as resized for SAM.
 
     Raises:
-        ValueError: Another number of masks than spans, or a mask of another size than its image.
+        ValueError: The number of masks differs from that of spans, or the size of a mask from its image.
     """
     if len(mask_labels) != len(pred_masks):
         raise ValueError(f"Found {len(mask_labels)} mask_labels for {len(pred_masks)} spans; give one mask each.")
     totals = torch.zeros(len(MASK_LOSSES), device=pred_masks.device)
-    # Spans of images that share their sizes are taken together: one group for a data set of one size.
+    # Spans of images of equal size form one group.
     for size in sizes.unique(dim=0):
         members = (sizes == size).all(dim=1).nonzero()[:, 0]
         original, reshaped = tuple(size[:2].tolist()), tuple(size[2:].tolist())
@@ -618,7 +617,7 @@ def _label_in_frame(mask: torch.Tensor, original: tuple[int, int], frame: tuple[
 
 
 def _sum_mask_losses(config: PlumConfig, pred_masks, iou_scores, targets, reshaped) -> torch.Tensor:
-    """The losses of MASK_LOSSES, each summed over masks whose labels `(n, H, W)` have one size."""
+    """Return the losses of MASK_LOSSES, each summed over masks whose labels `(n, H, W)` have one size."""
     side = config.sam_config.vision_config.image_size
     logits = upscale_masks(pred_masks.float(), side, reshaped, tuple(targets.shape[1:]))
     targets = targets.to(logits)
@@ -631,7 +630,7 @@ def _sum_mask_losses(config: PlumConfig, pred_masks, iou_scores, targets, reshap
 
 
 def overlap_loss(config: PlumConfig, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """The overlap loss `(S,)` that the config names, of `(S, H, W)` logits and 0/1 targets."""
+    """Return the overlap loss `(S,)` of the config for `(S, H, W)` logits and 0/1 targets."""
     if config.mask_overlap_loss == "dice":
         return dice_loss(logits, targets)
     return focal_tversky_loss(
@@ -651,13 +650,13 @@ def focal_tversky_loss(
     gamma: float,
 ) -> torch.Tensor:
     """
-    `(1 - T) ** gamma`, `T = TP / (TP + a FN + b FP)` over soft probabilities (Abraham and Khan, arXiv 1810.07842).
+    Return `(1 - T) ** gamma`, `T = TP / (TP + a FN + b FP)` over probabilities (Abraham and Khan, arXiv 1810.07842).
 
     Args:
         logits, targets: `(S, H, W)`, targets 0/1.
 
     Returns:
-        `(S,)` losses. The base of the power is kept above zero, where its gradient is infinite.
+        Losses `(S,)`. The base of the power is clamped above zero, where its gradient is infinite.
     """
     probabilities, targets = logits.sigmoid().flatten(1), targets.flatten(1)
     true_positive = (probabilities * targets).sum(1)
@@ -669,7 +668,7 @@ def focal_tversky_loss(
 
 
 def dice_loss(logits: torch.Tensor, targets: torch.Tensor, scale: float = 1000.0) -> torch.Tensor:
-    """Soft dice loss `(S,)` of `(S, H, W)` logits and 0/1 targets; sums are divided by `scale` before adding 1e-6."""
+    """Return the soft dice loss `(S,)` of `(S, H, W)` logits and 0/1 targets; sums are divided by `scale` first."""
     probabilities, targets = logits.sigmoid().flatten(1), targets.flatten(1)
     intersection = 2 * (probabilities * targets).sum(1) / scale
     total = (probabilities.sum(1) + targets.sum(1)) / scale
@@ -684,8 +683,8 @@ def teacher_kl_loss(
     count: torch.Tensor,
 ) -> torch.Tensor:
     """
-    KL of two Gaussians of standard deviation `sigma` around the hidden states `(B, L, D)` of student and teacher,
-    averaged over the tokens of each span `(S, 3)`.
+    Return the KL of two Gaussians of standard deviation `sigma` around the hidden states `(B, L, D)` of student and
+    teacher, averaged over the tokens of each span `(S, 3)`.
     """
     squared = (hidden_states.float() - teacher_hidden_states.float()).square().mean(dim=-1, keepdim=True)
     loss = 0.5 / sigma**2 * mean_over_spans(squared, spans).sum()
@@ -694,9 +693,8 @@ def teacher_kl_loss(
 
 class Observer:
     """
-    What one call wants to see or change of the passes of a language model, while it lasts and in its own thread. The
-    hooks that ask for it are put on the module once, by [`let_observe`], and keep nothing: calls in other threads go
-    through the same module and see nothing of it.
+    Context that reads or changes the passes of a language model in one thread. [`let_observe`] adds stateless hooks to
+    the module once; calls in other threads use the same module and are not affected.
     """
 
     def __init__(self, decoder: nn.Module):
@@ -710,10 +708,10 @@ class Observer:
         _OBSERVER.reset(self._token)
 
     def before(self, args: tuple, inputs: dict) -> tuple[tuple, dict] | None:
-        """Other arguments for a pass, or None."""
+        """Return other arguments for a pass, or None."""
 
     def after(self, inputs: dict, outputs):
-        """Other outputs of a pass, or None."""
+        """Return other outputs of a pass, or None."""
 
 
 _OBSERVER: ContextVar[Observer | None] = ContextVar("plum_observer", default=None)
@@ -730,13 +728,13 @@ def _after_pass(decoder: nn.Module, args: tuple, inputs: dict, outputs):
 
 
 def let_observe(decoder: nn.Module):
-    """Puts the hooks on a language model that [`Observer`] needs; called once, when the model is made."""
+    """Add the hooks of [`Observer`] to a language model; called once, when the model is created."""
     decoder.register_forward_pre_hook(_before_pass, with_kwargs=True)
     decoder.register_forward_hook(_after_pass, with_kwargs=True)
 
 
 class RecordedInputs(Observer):
-    """The keyword arguments of the language model's next pass, in the dictionary `inputs`."""
+    """Records the keyword arguments of the language model's next pass in the dictionary `inputs`."""
 
     def __init__(self, decoder: nn.Module):
         super().__init__(decoder)
@@ -748,10 +746,10 @@ class RecordedInputs(Observer):
 
 class GeneratedStates(Observer):
     """
-    Hidden states of the prompts and answers of one call of `generate`, as a context manager around it.
+    Context around one call of `generate` that records the hidden states of prompts and answers.
 
-    A decoder whose steps are not one token of every row each (beams, chunked generation), that takes more than
-    embeddings and positions, or whose cache has no room for a further token must read the sequences again.
+    The sequences must be encoded again if a step is not one token of every row (beams, chunked generation), if the
+    decoder takes more than embeddings and positions, or if its cache has no room for another token.
     """
 
     def __init__(self, decoder: nn.Module):
@@ -765,7 +763,7 @@ class GeneratedStates(Observer):
 
     @torch.no_grad()
     def finish(self, sequences: torch.LongTensor) -> torch.Tensor | None:
-        """Hidden states `(B, L, D)` of the generated sequences; `None` if they must be read again."""
+        """Return the hidden states `(B, L, D)` of the generated sequences, or None if they must be encoded again."""
         rows, length = sequences.shape
         steps = {tuple(states.shape[:2]) for states in self.states[1:]}
         whole = sum(states.shape[1] for states in self.states) == length - 1
@@ -783,7 +781,7 @@ class GeneratedStates(Observer):
 
 
 def is_plain(inputs: dict) -> bool:
-    """Whether a language model's inputs are embeddings, positions and padding, a cache and nothing further."""
+    """Return whether a language model's inputs are only embeddings, positions, padding and a cache."""
     tensors = {name for name, value in inputs.items() if isinstance(value, torch.Tensor)}
     others = {name for name, value in inputs.items() if isinstance(value, (list, tuple, dict)) and value}
     mask = inputs.get("attention_mask")
@@ -799,16 +797,16 @@ def settle_options(
     defaults: GenerationConfig, options: dict, prompt_length: int
 ) -> tuple[GenerationConfig, dict[str, object]]:
     """
-    The settings of one call, and those of its options that are none (inputs of the model, a streamer). What only saves
-    time where it can be used is left out with a warning.
+    Return the generation settings of one call, and its options that are not settings (inputs of the model, a
+    streamer). Options that only save time but cannot be used are dropped with a warning.
 
     Args:
         defaults: Settings of the model.
-        options: Those of the call, over them; `generation_config` among them is overridden by single ones, and None
-            stands for "not given".
+        options: Options of the call, which override them; single options override `generation_config`, and None means
+            "not given".
 
     Raises:
-        ValueError: Decoding by code of the caller's, `custom_generate`.
+        ValueError: The caller passes its own decoding code, `custom_generate`.
     """
     options = {name: value for name, value in options.items() if value is not None}
     given = options.pop("generation_config", None)
@@ -836,7 +834,7 @@ def settle_options(
 
 
 def stop_tokens(settings: GenerationConfig, device: torch.device) -> torch.LongTensor:
-    """The tokens that end an answer, on the device of what they are compared with."""
+    """Return the tokens that end an answer, on the given device."""
     stop = settings.eos_token_id
     return torch.as_tensor([] if stop is None else stop, device=device, dtype=torch.long).flatten()
 
@@ -845,16 +843,17 @@ def find_ends(
     sequences: torch.LongTensor, prompt_mask: torch.Tensor, settings: GenerationConfig
 ) -> tuple[torch.Tensor, torch.BoolTensor, torch.BoolTensor]:
     """
-    Where the answers of generated sequences `(B, L)` end, `prompt_mask` `(B, P)` being the prompts' attention mask.
+    Find the ends of the answers in generated sequences `(B, L)`; `prompt_mask` `(B, P)` is the prompts' attention
+    mask.
 
     Returns:
-        Attention mask `(B, L)`, up to and with the stop token; answer mask `(B, L)`, without it; and `(B,)`, whether
-        an answer was cut off: neither a stop token nor a text that the caller named as `stop_strings` ended it.
+        Attention mask `(B, L)`, including the stop token; answer mask `(B, L)`, without it; and `(B,)`, whether an
+        answer was truncated, so that neither a stop token nor one of `stop_strings` ended it.
     """
     answers = sequences[:, prompt_mask.shape[1] :]
     stops = torch.isin(answers, stop_tokens(settings, answers.device))
     if settings.pad_token_id is not None:
-        # A row that ended otherwise is filled up with padding while others go on.
+        # A row that ended otherwise is padded while others continue.
         stops = stops | ((answers != settings.pad_token_id).flip(1).cumsum(1).flip(1) == 0)
     before_or_at_stop = stops.cumsum(dim=1) - stops.int() == 0
     attention_mask = torch.cat([prompt_mask, before_or_at_stop.to(prompt_mask)], dim=1)
@@ -865,7 +864,8 @@ def find_ends(
 
 def check_generation_file(name: str, **hub_options) -> bool:
     """
-    Whether a checkpoint has a generation config; `ValueError` if it is damaged: transformers would go on without it.
+    Return whether a checkpoint has a generation config. Raises `ValueError` if it is damaged, which transformers
+    ignores.
 
     Args:
         name: Folder or Hub name.

@@ -1,20 +1,20 @@
 """
-What people and files give a model, checked before it is used: masks, images, conversations and their span tags.
+Check and convert the inputs of users and files: masks, images, conversations and their span tags.
 
     path, URL, base64, bytes, open file ──> one of FORMATS, measured before it is decoded ──┐
     PIL image, array, tensor ───────────────────────────────────────────────────────────────┴─> upright, RGB
-    array, tensor, picture, RLE, polygons ──> boolean array of the size of its image
+    array, tensor, image, RLE, polygons ──> boolean array of the size of its image
     "A <p>wing</p>." ──> "A wing." and the character range (2, 6)
 
-The readers of data sets use this file as the processor does; it needs numpy, Pillow and pycocotools, and no torch.
+Processor and readers share this file. It needs numpy, Pillow and pycocotools, but not torch.
 
-An RLE is `{"size": [height, width], "counts": str}` as COCO writes it: pixels in column-major order, alternating runs
-of background and foreground, starting with background. pycocotools does the work; what it leaves out is checked here:
-that the runs fill exactly height * width pixels, so that a forged string can neither read nor write out of bounds, and
-that polygons are short enough to be drawn.
+An RLE is `{"size": [height, width], "counts": str}` as in COCO: pixels in column-major order, alternating runs of
+background and foreground, starting with background. pycocotools encodes and decodes. This file adds the checks that it
+lacks: the runs must fill exactly height * width pixels, so that a forged string can neither read nor write out of
+bounds, and polygons must be short enough to be drawn.
 
-What is transparent in an image is put on white; of 16 bits the upper 8 are kept; an image is turned by its EXIF
-orientation. A *span tag* `<p>...</p>` in an assistant's text says that the words are grounded by a mask.
+Transparency becomes white, 16-bit values keep their upper 8 bits, and EXIF orientation is applied. A *span tag*
+`<p>...</p>` in an assistant's text encloses words with a mask.
 """
 
 import base64
@@ -36,7 +36,7 @@ from pycocotools import mask as coco
 
 ROLES = ("system", "user", "assistant")
 IMAGE_KEYS = ("image", "url", "path", "base64")
-"""What an image may be given under in a part of a message, as in transformers."""
+"""Possible keys of an image in a part of a message, as in transformers."""
 
 # ---------------------------------------------------------------- masks
 
@@ -44,34 +44,34 @@ RLE = dict[str, Any]
 Size = tuple[int, int]
 
 MAX_PIXELS = 64_000_000
-"""Largest image or mask accepted, in pixels."""
+"""Maximum size of an image or mask, in pixels."""
 
 MAX_PERIMETER = 4_000_000
-"""Longest outline of a mask given as polygons, in pixels: rasterising walks it, at about 50 bytes a pixel."""
+"""Maximum outline of a mask given as polygons, in pixels; rasterising needs about 50 bytes per pixel of it."""
 
 
 class DataError(ValueError):
     """A record that cannot be used. The message names the file, the record and the field."""
 
     def __init__(self, message: str):
-        # names of files and texts of records may hold what no terminal and no file can show
+        # file names and texts of records may contain characters that no terminal or file can show
         super().__init__(message.encode("utf-8", "backslashreplace").decode("utf-8"))
 
 
 def decode_rle(rle: Any, *, expected_size: Size | None = None, where: str = "mask") -> np.ndarray:
-    """Decodes an untrusted RLE to a boolean array of shape (height, width).
+    """Return an untrusted RLE as a boolean array of shape (height, width).
 
-    Raises DataError, opening with `where`, if the RLE is malformed or its size is not `expected_size` (height, width).
+    Raises DataError, starting with `where`, if the RLE is malformed or its size is not `expected_size`.
     """
     rle = validate_rle(rle, expected_size=expected_size, where=where)
     return coco.decode({"size": rle["size"], "counts": rle["counts"].encode("ascii")}).astype(bool)
 
 
 def validate_rle(rle: Any, *, expected_size: Size | None = None, where: str = "mask") -> RLE:
-    """The RLE with text counts, once its size and its runs agree.
+    """Return the RLE with text counts, after a check that its runs match its size.
 
-    Uncompressed counts (a list of run lengths) are compressed. Nothing is allocated before the runs are summed.
-    Raises DataError, opening with `where`.
+    Uncompressed counts (a list of run lengths) are compressed. No memory is allocated before the runs are summed.
+    Raises DataError, starting with `where`.
     """
     if not isinstance(rle, dict) or "size" not in rle or "counts" not in rle:
         raise DataError(f"{where}: expected an RLE with 'size' and 'counts', found {rle!r:.80}")
@@ -98,7 +98,7 @@ def validate_rle(rle: Any, *, expected_size: Size | None = None, where: str = "m
 
 
 def polygons_to_rle(polygons: Any, *, size: Size, where: str = "polygon") -> RLE:
-    """Rasterises flat polygons [x0, y0, x1, y1, ...] (pixels) of one part to a mask of `size` (height, width).
+    """Return flat polygons [x0, y0, x1, y1, ...] (pixels) of one part as a mask of `size` (height, width).
 
     Raises DataError if a polygon has fewer than three points or lies more than one image size outside the image, or
     if the outlines are longer than MAX_PERIMETER together.
@@ -112,7 +112,7 @@ def polygons_to_rle(polygons: Any, *, size: Size, where: str = "polygon") -> RLE
         numbers = isinstance(polygon, list) and all(map(_is_number, polygon))
         if not numbers or len(polygon) < 6 or len(polygon) % 2:
             raise DataError(f"{where}: expected a polygon of at least three x, y pairs, found {polygon!r:.80}")
-        if any(not -limit <= value <= 2 * limit for value in polygon):  # true of NaN, too
+        if any(not -limit <= value <= 2 * limit for value in polygon):  # also true for NaN
             raise DataError(
                 f"{where}: expected coordinates near the image of size {list(size)}, found {polygon!r:.80}"
             )
@@ -126,7 +126,7 @@ def polygons_to_rle(polygons: Any, *, size: Size, where: str = "polygon") -> RLE
 
 
 def check_size(size: Any, *, where: str) -> Size:
-    """(height, width) of an untrusted size. Raises DataError unless it is two positive integers within MAX_PIXELS."""
+    """Return an untrusted (height, width). Raises DataError unless it is two positive integers within MAX_PIXELS."""
     valid = isinstance(size, list | tuple) and len(size) == 2 and all(_is_integer(side) and side > 0 for side in size)
     if not valid:
         raise DataError(f"{where}: expected a size [height, width] of two positive integers, found {size!r:.80}")
@@ -136,16 +136,17 @@ def check_size(size: Any, *, where: str) -> Size:
 
 
 def _perimeter(polygon: Sequence[float]) -> float:
-    """Steps that rasterising takes along the closed outline, one at least for each edge."""
+    """Return the number of steps for rasterising the closed outline, at least one per edge."""
     points = np.asarray(polygon, dtype=float).reshape(-1, 2)
     return float(np.abs(points - np.roll(points, 1, axis=0)).max(axis=1).sum()) + len(points)
 
 
 def _filled_pixels(counts: str, *, limit: int, where: str) -> int:
-    """Sums the runs of compressed counts; stops at the first run that ends beyond `limit`.
+    """Return the sum of the runs of compressed counts; stop at the first run that ends beyond `limit`.
 
-    A run is written in base 32, lowest digit first, one character each (code 48 upwards): 0x20 marks that more follow,
-    0x10 of the last digit is the sign. From the fourth run on the difference to the run two places before is written.
+    A run is encoded in base 32, lowest digit first, one character each (code 48 upwards): 0x20 means that more
+    follow, 0x10 of the last digit is the sign. From the fourth run on, the difference from the run two places before
+    is stored.
     """
     total, runs, value, shift = 0, [0, 0], 0, 0
     position = 0
@@ -187,17 +188,17 @@ def _as_text(rle: RLE) -> RLE:
 
 def to_binary_mask(mask, size: tuple[int, int]) -> np.ndarray:
     """
-    A mask in any of the usual forms as a boolean array.
+    Return a mask in any common form as a boolean array.
 
     Args:
         mask: Array, tensor, PIL image or nested list `(height, width)`, with or without one axis of length 1 for its
             single channel (non-zero is inside); COCO RLE `{"size", "counts"}`; or a list of polygons
-            `[x0, y0, x1, y1, ...]` in pixels, united.
-        size: (height, width) of the image the mask belongs to.
+            `[x0, y0, x1, y1, ...]` in pixels, which are merged.
+        size: (height, width) of the image of the mask.
 
     Raises:
-        ValueError: The mask has another size than its image, or its RLE or its polygons are damaged. Nothing is
-            allocated before that is known.
+        ValueError: The size differs from that of the image, or the RLE or the polygons are damaged. No memory is
+            allocated before this check.
     """
     size = (int(size[0]), int(size[1]))
     if isinstance(mask, dict):
@@ -227,7 +228,7 @@ def _as_array(mask, size: tuple[int, int]) -> np.ndarray:
         return (mask.float() if mask.is_floating_point() else mask).numpy()
     if not isinstance(mask, Image.Image):
         return np.asarray(mask)
-    if mask.size != size[::-1] or len(mask.getbands()) != 1:  # known before the pixels are decoded
+    if mask.size != size[::-1] or len(mask.getbands()) != 1:  # checked before the pixels are decoded
         raise DataError(
             f"Expected a mask picture of one channel of {size} (height, width), found mode {mask.mode!r} of "
             f"{mask.size[::-1]}; convert it with .convert('L') or resize it."
@@ -239,7 +240,7 @@ def _as_array(mask, size: tuple[int, int]) -> np.ndarray:
 
 
 def _is_dense(mask: list, size: tuple[int, int]) -> bool:
-    """Whether a nested list is pixels, 0 and one other value, and not polygons, whose coordinates differ."""
+    """Return whether a nested list is pixels (0 and one other value) or polygons, whose coordinates differ."""
     if len(mask) == 1 and isinstance(mask[0], (list, tuple)) and mask[0] and isinstance(mask[0][0], (list, tuple)):
         mask = mask[0]
     if len(mask) != size[0] or not all(isinstance(row, (list, tuple)) and len(row) == size[1] for row in mask):
@@ -251,20 +252,20 @@ def _is_dense(mask: list, size: tuple[int, int]) -> bool:
 # ---------------------------------------------------------------- images
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
-"""File formats that are opened, in Pillow's words; of several frames the first is taken. Pillow knows many more, and
-hands some of them to other programs."""
+"""File formats that are opened, by Pillow's names; only the first of several frames is used. Pillow supports many
+more, and passes some of them to other programs."""
 
 MAX_BYTES = 512 * 1024**2
-"""Largest image file accepted, in bytes."""
+"""Maximum size of an image file, in bytes."""
 
 MAX_ASPECT_RATIO = 256
-"""Largest ratio of the sides: beyond it the short side of a resized image has no pixel."""
+"""Maximum ratio of the sides; above it the short side of a resized image would have no pixel."""
 
 URL_TIMEOUT = 30
-"""Seconds that a server may be silent."""
+"""Maximum seconds without a response of a server."""
 
 CHANNELS = (1, 3, 4)
-"""How many channels an array may have: grey, RGB, and with alpha."""
+"""Possible numbers of channels of an array: grey, RGB, RGBA."""
 
 SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N")
 UNBOUNDED_MODES = ("I", "F")
@@ -274,18 +275,18 @@ def read_image(
     source: Any, *, where: str = "image", max_pixels: int = MAX_PIXELS, max_bytes: int = MAX_BYTES
 ) -> Image.Image:
     """
-    An image as RGB, upright.
+    Return an image as upright RGB.
 
     Args:
         source: Path, `http(s)` URL, `data:` URL or base64 text; bytes or a binary file; `{"bytes", "path"}` as
             `datasets` stores it; PIL image, opened or made; array or tensor `(H, W)`, `(H, W, C)` or `(C, H, W)` of
             1, 3 or 4 (with alpha) channels: uint8, uint16 (the whole range), bool, other integers of 0 to 255, or
             floats of 0 to 1 or, if any is larger, 0 to 255.
-        where: What error messages start with.
-        max_pixels, max_bytes: Largest image and file accepted.
+        where: Start of error messages.
+        max_pixels, max_bytes: Maximum size of the image and the file.
 
     Raises:
-        DataError: It is no readable image of FORMATS, too large, or too narrow to be resized.
+        DataError: It is not a readable image of FORMATS, too large, or too narrow to be resized.
     """
     if not isinstance(source, Image.Image):
         is_array = hasattr(source, "__array__") or isinstance(source, np.ndarray)
@@ -298,7 +299,7 @@ def read_image(
     check_shape(image.size, where=where)
     try:
         upright = ImageOps.exif_transpose(image)
-    except Exception as error:  # on corrupt files Pillow's decoders raise nearly anything
+    except Exception as error:  # corrupt files make Pillow's decoders raise almost any exception
         raise DataError(f"{where}: no readable image ({error})") from error
     return to_rgb(upright, where=where)
 
@@ -306,7 +307,7 @@ def read_image(
 def open_image(
     source: Any, *, where: str = "image", max_pixels: int = MAX_PIXELS, max_bytes: int = MAX_BYTES
 ) -> Image.Image:
-    """The decoded image of a file in its own mode, as it is stored, not turned; arguments and errors as above."""
+    """Return the decoded image of a file in its own mode, not rotated; arguments and errors as in `read_image`."""
     content = _content(source, where=where, max_bytes=max_bytes)
     try:
         with Image.open(content, formats=FORMATS) as image:
@@ -325,7 +326,7 @@ def open_image(
 
 
 def check_mode(image: Image.Image, *, where: str) -> None:
-    """Raises DataError if the pixels are 32-bit numbers, of which nobody can say what is black and what is white."""
+    """Raise DataError for 32-bit pixels, whose range is unknown."""
     if image.mode in UNBOUNDED_MODES:
         raise DataError(
             f"{where}: the image has 32-bit pixels (Pillow's mode {image.mode!r}), whose range is unknown; save it "
@@ -334,7 +335,7 @@ def check_mode(image: Image.Image, *, where: str) -> None:
 
 
 def check_shape(size: tuple[int, int], *, where: str) -> None:
-    """Raises DataError if one side is so much longer than the other that the short one would be resized to nothing."""
+    """Raise DataError if one side is so much longer than the other that the short one would be resized to nothing."""
     if max(size) > MAX_ASPECT_RATIO * min(size):
         raise DataError(
             f"{where}: the image has {size[0]} x {size[1]} pixels, and one side may be at most {MAX_ASPECT_RATIO} "
@@ -343,11 +344,11 @@ def check_shape(size: tuple[int, int], *, where: str) -> None:
 
 
 def to_rgb(image: Image.Image, *, where: str) -> Image.Image:
-    """The image in mode RGB; what is transparent lies on white, of 16 bits the upper 8 are kept. Raises DataError."""
+    """Return the image in mode RGB, with transparency on white and the upper 8 of 16 bits. Raises DataError."""
     check_mode(image, where=where)
     try:
         if image.mode in SIXTEEN_BIT_MODES:
-            # Pillow would clip at 255 and give an image that is white nearly everywhere
+            # Pillow would clip at 255 and return a mostly white image
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         if image.mode == "La":
             image = image.convert("LA")
@@ -355,12 +356,12 @@ def to_rgb(image: Image.Image, *, where: str) -> Image.Image:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
-    except Exception as error:  # an opened image is decoded here, and corrupt files raise nearly anything
+    except Exception as error:  # decodes an opened image; corrupt files raise almost any exception
         raise DataError(f"{where}: no readable image ({error})") from error
 
 
 def _check_format(image: Image.Image, *, where: str) -> None:
-    # Pillow opens a JPEG of several pictures, as telephones write them, as MPO
+    # Pillow opens a JPEG with several images, as written by phones, as MPO
     if image.format not in (None, "MPO", *FORMATS):
         raise DataError(
             f"{where}: expected an image of the formats {', '.join(FORMATS)}, found {image.format}; convert the file, "
@@ -380,14 +381,14 @@ def _check_size(image: Image.Image, *, where: str, max_pixels: int) -> None:
 
 
 def _content(source: Any, *, where: str, max_bytes: int) -> io.BytesIO | Path:
-    """What Pillow opens; of a file, its path, so that it is not read before it is known to be an image."""
+    """Return the input for Pillow; for a file its path, so that it is not read before it is known to be an image."""
     if isinstance(source, dict) and source.keys() == {"bytes", "path"}:
         source = source["bytes"] if source["bytes"] is not None else source["path"]
     if isinstance(source, str):
         source = _from_text(source, where=where, max_bytes=max_bytes)
     if isinstance(source, Path):
         try:
-            if not source.is_file():  # a device or a pipe could be read for ever
+            if not source.is_file():  # reading a device or a pipe might never end
                 problem = "{} is no regular file" if source.exists() else "there is no image file {}"
                 raise DataError(f"{where}: {problem.format(repr(str(source)))}")
             size = source.stat().st_size
@@ -416,7 +417,7 @@ def _check_bytes(size: int, *, where: str, max_bytes: int) -> None:
 
 
 def _from_text(text: str, *, where: str, max_bytes: int) -> Path | bytes:
-    """A URL's content, the bytes of base64 text, else a path."""
+    """Return the content of a URL, the bytes of base64 text, or else a path."""
     if text.startswith(("http://", "https://")):
         try:
             with urllib.request.urlopen(text, timeout=URL_TIMEOUT) as response:
@@ -439,23 +440,23 @@ def _from_text(text: str, *, where: str, max_bytes: int) -> Path | bytes:
 
 
 def _opens(content: bytes) -> bool:
-    """Whether bytes start as an image does; many a path is base64 by chance."""
+    """Return whether bytes start like an image; many paths are valid base64 by chance."""
     try:
         Image.open(io.BytesIO(content), formats=FORMATS)
-    except Exception:  # Pillow's readers raise nearly anything
+    except Exception:  # Pillow's readers raise almost any exception
         return False
     return True
 
 
 def _from_array(source: Any, *, where: str) -> Image.Image:
-    """An array or tensor as an image of mode L, RGB or RGBA."""
+    """Return an array or tensor as an image of mode L, RGB or RGBA."""
     is_tensor = hasattr(source, "detach")
     if is_tensor:
         source = source.detach().cpu()
         source = source.float() if source.is_floating_point() else source  # numpy has no bfloat16
     pixels = np.asarray(source)
     if pixels.ndim == 3:
-        # where both ends could be channels, tensors have theirs in front, unless only the last has three
+        # if both ends could be channels, those of tensors come first, unless only the last has three
         first, last = pixels.shape[0], pixels.shape[-1]
         in_front = last not in CHANNELS or is_tensor and (first == 3 or last != 3)
         if first in CHANNELS and in_front:
@@ -478,7 +479,7 @@ def _as_bytes(pixels: np.ndarray, *, where: str) -> np.ndarray:
     if pixels.dtype.kind not in "iuf":
         raise DataError(f"{where}: expected an array of numbers, found {pixels.dtype}")
     low, high = float(pixels.min()), float(pixels.max())
-    if not 0 <= low <= high <= 255:  # true of NaN, too
+    if not 0 <= low <= high <= 255:  # also true for NaN
         raise DataError(
             f"{where}: expected pixels of 0 to 255, or floats of 0 to 1, found {low:g} to {high:g}; an image that was "
             "normalised must be given as it was before"
@@ -494,7 +495,7 @@ def _as_bytes(pixels: np.ndarray, *, where: str) -> np.ndarray:
 @dataclass
 class PlainChat:
     """
-    A rendered conversation without tags and with one placeholder per image; ranges are `(start, end)` in characters.
+    A rendered conversation without tags, with one placeholder per image; ranges are `(start, end)` in characters.
     """
 
     text: str
@@ -504,7 +505,7 @@ class PlainChat:
 
 def parse_span_tags(text: str) -> tuple[str, list[tuple[int, int]]]:
     r"""
-    Takes the span tags out of a text.
+    Remove the span tags of a text.
 
     >>> parse_span_tags("A <p>wing</p> and \\<p> as text.")
     ('A wing and <p> as text.', [(2, 6)])
@@ -513,7 +514,7 @@ def parse_span_tags(text: str) -> tuple[str, list[tuple[int, int]]]:
         The plain text, and the character range `(start, end)` of each span in it.
 
     Raises:
-        ValueError: A tag is unbalanced, nested or empty; the message counts the tags and quotes the text.
+        ValueError: A tag is unbalanced, nested or empty; the message contains the number of tags and the text.
     """
     plain, spans, opened, last = "", [], None, 0
 
@@ -544,7 +545,7 @@ def parse_span_tags(text: str) -> tuple[str, list[tuple[int, int]]]:
 
 
 def strip_span_tags(rendered: str, answer_ranges: list[tuple[int, int]]) -> PlainChat:
-    """Takes the span tags out of the answers of a rendered conversation."""
+    """Remove the span tags in the answers of a rendered conversation."""
     parsed, last = PlainChat("", [], []), 0
     for start, end in answer_ranges:
         parsed.text += rendered[last:start]
@@ -559,7 +560,7 @@ def strip_span_tags(rendered: str, answer_ranges: list[tuple[int, int]]) -> Plai
 
 def insert_seg_tokens(chat: PlainChat, seg_token: str) -> PlainChat:
     """
-    Puts the special token after each span; the spans of the result are those tokens.
+    Insert the special token after each span; the spans of the result are these tokens.
 
     >>> insert_seg_tokens(PlainChat("A wing.", [(0, 7)], [(2, 6)]), "[SEG]")
     PlainChat(text='A wing[SEG].', answers=[(0, 12)], spans=[(6, 11)])
@@ -577,20 +578,20 @@ def insert_seg_tokens(chat: PlainChat, seg_token: str) -> PlainChat:
 
 
 class WordMarks:
-    """Spans are the words between tags, as a model with a span tagger reads and writes them."""
+    """Spans are the words between tags, for a model with a span tagger."""
 
     def write(self, chat: PlainChat) -> PlainChat:
         """Return the chat as the model reads it, with its spans."""
         return chat
 
     def find_start(self, text: str, start: int, end: int, *, last_end: int) -> int:
-        """Return the character of an answer's text where the words of a span start that was found at `start`."""
+        """Return the character of an answer's text where the words of a span found at `start` begin."""
         return start
 
 
 @dataclass(frozen=True)
 class TokenMarks:
-    """Spans are a special token after their words, as in LISA: where the words end, and not where they start."""
+    """Spans are a special token after their words, as in LISA, which marks only the end of the words."""
 
     token: str
 
@@ -602,14 +603,14 @@ class TokenMarks:
 
 
 def span_marks(seg_token: str | None) -> WordMarks | TokenMarks:
-    """Return how spans stand in texts, with a special token or without."""
+    """Return how spans are marked in texts, with or without a special token."""
     return WordMarks() if seg_token is None else TokenMarks(seg_token)
 
 
 def find_last_phrase(text: str) -> int:
     """
-    Where the phrase at the end of a text starts: after the last punctuation mark, conjunction or article. For texts
-    in which a token says where a phrase ends and nothing says where it starts.
+    Return the start of the phrase at the end of a text: after the last punctuation mark, conjunction or article. For
+    texts in which a token marks only the end of a phrase.
 
     >>> text = "It has a tail and a left wing"
     >>> text[find_last_phrase(text) :]
@@ -621,14 +622,14 @@ def find_last_phrase(text: str) -> int:
 
 def without_images(messages: list[dict], special_tokens: Iterable[str], *, where: str) -> list[dict]:
     """
-    The messages with lists of parts as contents and bare image placeholders: templates touch no pixels.
+    Return the messages with lists of parts as contents and bare image placeholders, without pixels for templates.
 
     Args:
-        special_tokens: What may stand in no text: the tokenizer would read it as the end of an answer or an image.
-        where: What error messages start with.
+        special_tokens: Texts that must not occur: the tokenizer reads them as the end of an answer or an image.
+        where: Start of error messages.
 
     Raises:
-        ValueError: Something else than messages with a known role and parts of text and images; a special token.
+        ValueError: A role or part is unknown, or a text contains a special token.
     """
     plain = []
     for i, message in enumerate(messages):
@@ -664,7 +665,7 @@ def _check_special_tokens(text: str, role: str, special_tokens: Iterable[str], *
 
 
 def find_image(messages: list[dict]):
-    """What is given as the one image of a conversation, in whatever form, or `None`."""
+    """Return the one image of a conversation, in its given form, or `None`."""
     contents = [part for message in messages if not isinstance(message["content"], str) for part in message["content"]]
     images = [part for part in contents if _is_image(part)]
     if len(images) > 1:

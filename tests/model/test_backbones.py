@@ -284,7 +284,7 @@ def test_a_template_that_rewrites_an_earlier_turn_is_refused(plum):
 @pytest.mark.parametrize(
     "vlm_config, words",
     [
-        ({"model_type": "florence2"}, "'florence2' model, an encoder-decoder.*do not line up with input_ids"),
+        ({"model_type": "florence2"}, "'florence2' model, an encoder-decoder.*are not aligned with input_ids"),
         ({"model_type": "pix2struct"}, "'pix2struct' model, an encoder-decoder"),
         ({"model_type": "git"}, "'git' model without image_token_id: images are not placeholder tokens"),
         ({"model_type": "kosmos-2"}, "'kosmos-2' model without image_token_id"),
