@@ -56,7 +56,7 @@ from plum_partonomy.inference.one_image import (
 from plum_partonomy.inference.predictor import Predictor
 from plum_partonomy.masks import DataError
 from plum_partonomy.records import Question
-from plum_partonomy.scoring.benchmark import load_image, load_questions
+from plum_partonomy.scoring.benchmark import Asked, load_image, load_questions
 from plum_partonomy.scoring.overlays import pick_colours
 from processing_plum import PlumAnswer
 
@@ -308,7 +308,7 @@ class Demo:
                 choice_reduction="answer_mean",
                 mask_source="gt_answer",
             )
-            (prediction,) = predictor.predict([question], [image], [question.image_id])
+            (prediction,) = predictor.predict([Asked(question, image, question.image_id)])
             return pages.draw_question(image, question, prediction)
 
 

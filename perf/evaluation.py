@@ -14,7 +14,7 @@ from modules_plum import keep_last_answer
 from plum_partonomy.inference.predictor import Predictor, ask, choose, write_choice
 from plum_partonomy.masks import decode
 from plum_partonomy.records import as_chat
-from plum_partonomy.scoring.benchmark import load_image, load_questions, make_batches, pick_wrong_images
+from plum_partonomy.scoring.benchmark import Asked, load_image, load_questions, make_batches, pick_wrong_images
 
 QUESTIONS, BATCH, NEW_TOKENS = 16, 16, 24
 
@@ -64,13 +64,13 @@ def main() -> list[dict]:
     rows, questions = load_questions("partonomy", name="mini_questions", split="test", limit=QUESTIONS)
     images = {question.image_id: load_image(rows, i, question) for i, question in enumerate(questions)}
     wrong = pick_wrong_images(questions)
-    asked = questions + questions
-    shown = [question.image_id for question in questions] + [wrong[question.image_id] for question in questions]
+    shown = [(each, each.image_id) for each in questions] + [(each, wrong[each.image_id]) for each in questions]
+    asked = [Asked(question, images[image_id], image_id) for question, image_id in shown]
     batches = [batch + [index + len(questions) for index in batch] for batch in make_batches(questions, BATCH)]
 
     def one_by_one(count):
         one = OneByOne(model, processor)
-        return [one.predict(asked[i], images[shown[i]]) for i in range(count)]
+        return [one.predict(each.question, each.image) for each in asked[:count]]
 
     def together():
         predictor = Predictor(
@@ -82,8 +82,7 @@ def main() -> list[dict]:
         )
         predictions = {}
         for batch in batches:
-            names = [shown[i] for i in batch]
-            found = predictor.predict([asked[i] for i in batch], [images[name] for name in names], names)
+            found = predictor.predict([asked[i] for i in batch])
             predictions |= dict(zip(batch, found, strict=True))
         return [
             (

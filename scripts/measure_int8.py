@@ -21,7 +21,7 @@ import partonomy_dataset
 from plum_partonomy.inference.one_image import Plum, load_model
 from plum_partonomy.inference.predictor import Predictor
 from plum_partonomy.records import Question
-from plum_partonomy.scoring.benchmark import load_image, load_questions, make_batches
+from plum_partonomy.scoring.benchmark import Asked, load_image, load_questions, make_batches
 from plum_partonomy.scoring.metrics import evaluate_predictions
 
 BATCH_SIZE, NEW_TOKENS, ROUNDS = 8, 48, 2
@@ -51,8 +51,7 @@ def measure(plum: Plum, questions: Sequence[Question], images: dict[str, Image.I
     predictions = []
     for batch in make_batches(questions, BATCH_SIZE):
         asked = [questions[index] for index in batch]
-        names = [question.image_id for question in asked]
-        predictions += predictor.predict(asked, [images[name] for name in names], names)
+        predictions += predictor.predict([Asked(each, images[each.image_id], each.image_id) for each in asked])
     seconds = (time.perf_counter() - started) / len(questions)
     figures = evaluate_predictions(questions, predictions, mask_source="gt_answer")
     return figures["overall"]["strict_macro_giou"], seconds

@@ -25,6 +25,7 @@ from PIL import Image
 from plum_partonomy.baselines.plain_text import find_parts
 from plum_partonomy.masks import DataError, encode, resize
 from plum_partonomy.records import Question
+from plum_partonomy.scoring.benchmark import Asked
 from plum_partonomy.scoring.metrics import MaskSource
 from plum_partonomy.scoring.predictions import Prediction, SpanMask
 
@@ -40,8 +41,8 @@ class UnderTest:
     """A model that is ready for questions.
 
     Attributes:
-        predictor: Has `predict(questions, images, image_ids)`, which returns one prediction per question, and
-            `summary()` of its image cache.
+        predictor: Has `predict(asked)`, which returns one prediction per question asked, and `summary()` of its image
+            cache.
         settings: Settings that its predictions depend on besides the arguments.
         choice_reduction: How a choice is scored.
         run: Its description for metrics.json.
@@ -83,23 +84,21 @@ class Asker:
         self.uses, self.encoded = 0, 0
         self._seen: OrderedDict[str, Any] = OrderedDict()
 
-    def predict(
-        self, questions: Sequence[Question], images: Sequence[Image.Image], image_ids: Sequence[str]
-    ) -> list[Prediction]:
-        """Return one prediction per question for the image at the same index; an id stands for one image.
+    def predict(self, asked: Sequence[Asked]) -> list[Prediction]:
+        """Return one prediction per question.
 
         Raises:
             DataError: The model returns an invalid result; names the question.
         """
-        return [self._predict(*asked) for asked in zip(questions, images, image_ids, strict=True)]
+        return [self._predict(each) for each in asked]
 
     def summary(self) -> dict[str, Any]:
         """Return the number of requests, the number of encoded images and the hit rate."""
         hit_rate = 1 - self.encoded / self.uses if self.uses else None
         return {"size": self.size, "uses": self.uses, "encoded": self.encoded, "hit_rate": hit_rate}
 
-    def _predict(self, question: Question, image: Image.Image, image_id: str) -> Prediction:
-        seen = self._look_up(image, image_id)
+    def _predict(self, asked: Asked) -> Prediction:
+        question, seen = asked.question, self._look_up(asked.image, asked.image_id)
         scores = self._choose(seen, question, ask(question), question.choices)
         object_scores = None
         if question.object_question is not None:
@@ -108,16 +107,16 @@ class Asker:
         if hasattr(self.model, "segment"):
             index = question.correct if self.mask_source != "predicted_answer" else int(np.argmin(scores))
             parts = [(part, 0, 0) for part in question.choice_parts[index]]
-            given = self._segment(seen, image, question, parts)
+            given = self._segment(seen, asked, parts)
         return Prediction(
             question_id=question.id,
-            image_id=image_id,
+            image_id=asked.image_id,
             choice_scores=scores,
             given_spans=given,
             true_tags=None,
             predicted_tags=None,
             object_choice_scores=object_scores,
-            **self._answer(seen, image, question),
+            **self._answer(seen, asked),
         )
 
     def _look_up(self, image: Image.Image, image_id: str) -> Any:
@@ -143,10 +142,11 @@ class Asker:
             )
         return [-float(score) for score in scores]
 
-    def _answer(self, seen: Any, image: Image.Image, question: Question) -> dict[str, Any]:
+    def _answer(self, seen: Any, asked: Asked) -> dict[str, Any]:
         """Return the fields of the generated answer; without masks only the names of its parts."""
         if not hasattr(self.model, "answer"):
             return {"generated_text": None, "generated_spans": None}
+        question = asked.question
         text = self._call("answer", question, seen, ask(question))
         if not isinstance(text, str):
             raise DataError(f"Question {question.id!r}: expected a text from 'answer', found {text!r:.80}.")
@@ -154,30 +154,24 @@ class Asker:
         if not hasattr(self.model, "segment"):
             names = [name for name, _, _ in parts]
             return {"generated_text": text, "generated_spans": None, "generated_parts": names}
-        return {"generated_text": text, "generated_spans": self._segment(seen, image, question, parts)}
+        return {"generated_text": text, "generated_spans": self._segment(seen, asked, parts)}
 
-    def _segment(
-        self, seen: Any, image: Image.Image, question: Question, parts: Sequence[tuple[str, int, int]]
-    ) -> list[SpanMask]:
+    def _segment(self, seen: Any, asked: Asked, parts: Sequence[tuple[str, int, int]]) -> list[SpanMask]:
         if not parts:
             return []
+        question = asked.question
         names = [name for name, _, _ in parts]
         masks = list(self._call("segment", question, seen, question, names))
         if len(masks) != len(names):
             raise DataError(
                 f"Question {question.id!r}: expected {len(names)} masks from 'segment', found {len(masks)}."
             )
-        return [
-            SpanMask(text=name, start=start, end=end, rle=rle, score=score)
-            for (name, start, end), (rle, score) in zip(
-                parts, (self._check_mask(mask, image, question) for mask in masks), strict=True
-            )
-        ]
+        return [self._make_span(part, mask, asked) for part, mask in zip(parts, masks, strict=True)]
 
-    def _check_mask(self, result: Any, image: Image.Image, question: Question) -> tuple[dict, float]:
-        """Return a mask of the size of the question's image, and its score. A mask of a wrong image is resized."""
-        mask, score = result
-        mask = np.asarray(mask)
+    def _make_span(self, part: tuple[str, int, int], segmented: Any, asked: Asked) -> SpanMask:
+        """Return the record of a segmented part. A mask of a wrong image is resized to the question's image."""
+        (name, start, end), (mask, score) = part, segmented
+        mask, image, question = np.asarray(mask), asked.image, asked.question
         if mask.dtype != bool or mask.shape != (image.height, image.width):
             raise DataError(
                 f"Question {question.id!r}: expected boolean masks of [height, width] "
@@ -185,7 +179,8 @@ class Asker:
             )
         if not np.isfinite(score):
             raise DataError(f"Question {question.id!r}: expected a finite score from 'segment', found {score}.")
-        return resize(encode(mask), question.masks[0].rle["size"]), float(score)
+        rle = resize(encode(mask), question.masks[0].rle["size"])
+        return SpanMask(text=name, start=start, end=end, rle=rle, score=float(score))
 
     def _call(self, method: str, question: Question, *arguments: Any) -> Any:
         """Return the result of a method of the model; its errors get the id of the question."""

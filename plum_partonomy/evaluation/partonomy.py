@@ -29,6 +29,7 @@ from plum_partonomy.scoring.baselines import SEED as BASELINE_SEED
 from plum_partonomy.scoring.baselines import answer_without_model
 from plum_partonomy.scoring.benchmark import (
     CONTROL_SEED,
+    Asked,
     data_folder,
     fingerprint,
     load_image,
@@ -94,23 +95,21 @@ def predict(
         merge_predictions(output_dir, ids)
     state.wait_for_everyone()
     done = {prediction.question_id for prediction in read_predictions(output_dir / "predictions.jsonl")}
-    row_of_image: dict[str, int] = {}
+    first_use: dict[str, tuple[int, Question]] = {}
     for index, question in enumerate(questions):
-        row_of_image.setdefault(question.image_id, index)
+        first_use.setdefault(question.image_id, (index, question))
 
     batches = [batch for batch in make_batches(questions, batch_size) if {ids[index] for index in batch} - done]
     share = batches[state.process_index :: state.num_processes]
     for batch in tqdm(share, desc="predicting", unit="batch", disable=not state.is_main_process):
-        asked = [questions[index] for index in batch]
-        shown = [question.image_id for question in asked]
-        wrong = [wrong_images[image_id] for image_id in shown if wrong_images]
-        indices = {image_id: row_of_image[image_id] for image_id in [*shown, *wrong]}
-        images = {image_id: load_image(rows, index, questions[index]) for image_id, index in indices.items()}
-        image_ids = shown + wrong
-        both = asked + asked if wrong_images else asked
-        predictions = predictor.predict(both, [images[image_id] for image_id in image_ids], image_ids)
+        shown = [(questions[index], questions[index].image_id) for index in batch]
+        wrong = [(question, wrong_images[image_id]) for question, image_id in shown if wrong_images]
+        stored = {image_id: first_use[image_id] for _, image_id in shown + wrong}
+        images = {image_id: load_image(rows, *place) for image_id, place in stored.items()}
+        asked = [Asked(question, images[image_id], image_id) for question, image_id in shown + wrong]
+        predictions = predictor.predict(asked)
         if wrong_images:
-            pairs = zip(predictions[: len(asked)], predictions[len(asked) :], strict=True)
+            pairs = zip(predictions[: len(shown)], predictions[len(shown) :], strict=True)
             predictions = [replace(prediction, wrong_image=control) for prediction, control in pairs]
         own_file = output_dir / f"predictions.rank{state.process_index}.jsonl"
         append_predictions(own_file, [p for p in predictions if p.question_id not in done])

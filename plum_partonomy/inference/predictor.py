@@ -3,6 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from plum_partonomy.inference.packing import encode_conversations
 from plum_partonomy.masks import encode, resize
 from plum_partonomy.questions.spans import tag_phrases
 from plum_partonomy.records import Question, as_chat, escape_tags
+from plum_partonomy.scoring.benchmark import Asked
 from plum_partonomy.scoring.metrics import MaskSource
 from plum_partonomy.scoring.predictions import Prediction, SpanMask
 from processing_plum import PlumProcessor, PreparedImage, parse_span_tags
@@ -49,15 +51,15 @@ class ImageCache:
         self._features: OrderedDict[str, ImageFeatures] = OrderedDict()
         self.uses, self.encoded = 0, 0
 
-    def look_up(self, image_ids: Sequence[str], images: Sequence[Image.Image]) -> dict[str, ImageFeatures]:
+    def look_up(self, asked: Sequence[Asked]) -> dict[str, ImageFeatures]:
         """
-        Return features by image id. Missing ones are computed one image at a time, so that results do not depend on
-        the images that a resumed run has cached.
+        Return the features of the questions' images by image id. Missing ones are computed one image at a time, so
+        that results do not depend on the images that a resumed run has cached.
         """
-        wanted = dict(zip(image_ids, images, strict=True))
+        wanted = {each.image_id: each.image for each in asked}
         absent = {name: image for name, image in wanted.items() if name not in self._features}
         self._features |= {name: self._encode(image) for name, image in absent.items()}
-        self.uses += len(image_ids)
+        self.uses += len(asked)
         self.encoded += len(absent)
         for name in wanted:
             self._features.move_to_end(name)
@@ -85,6 +87,23 @@ class ImageCache:
         return {"size": self.size, "uses": self.uses, "encoded": self.encoded, "hit_rate": hit_rate}
 
 
+@dataclass(frozen=True)
+class Scored:
+    """
+    The scores of a question's choices.
+
+    Attributes:
+        choices, object_choices: Negative log-likelihood of each choice.
+        answer: Index of the choice whose parts are segmented.
+        hidden_states: Hidden states of the conversation with this choice, (L, D).
+    """
+
+    choices: list[float]
+    object_choices: list[float] | None
+    answer: int
+    hidden_states: torch.Tensor
+
+
 class Predictor:
     """
     Answers questions with one model. An image is encoded once for all its questions, shared prefixes of choices and
@@ -110,36 +129,21 @@ class Predictor:
         self.images = ImageCache(model, processor, size=image_cache_size, embedding_cache=embedding_cache)
         self._features: dict[str, ImageFeatures] = {}
 
-    def predict(
-        self, questions: Sequence[Question], images: Sequence[Image.Image], image_ids: Sequence[str]
-    ) -> list[Prediction]:
-        """Return one prediction per question for the image at the same index; an id stands for one image."""
-        self._features = self.images.look_up(image_ids, images)
-        tagged = self.processor.seg_token is not None
-        asked = [index for index, question in enumerate(questions) if question.object_question is not None]
-        choices = [(image_ids[i], choose(question, tagged=tagged)) for i, question in enumerate(questions)]
-        choices += [(image_ids[i], choose_object(questions[i], tagged=tagged)) for i in asked]
-        scores, hidden_states = self._score(choices)
-        choice_scores, object_scores = (
-            scores[: len(questions)],
-            dict(zip(asked, scores[len(questions) :], strict=True)),
-        )
-        answers = [question.correct for question in questions]
-        if self.mask_source == "predicted_answer":
-            answers = [int(np.argmin(scores)) for scores in choice_scores]
-        starts = np.cumsum([0, *(len(question.choices) for question in questions)])[:-1]
-        given = self._segment_given(questions, image_ids, answers, hidden_states[starts + answers])
-        generated = self._segment_freely(questions, image_ids)
+    def predict(self, asked: Sequence[Asked]) -> list[Prediction]:
+        """Return one prediction per question."""
+        self._features = self.images.look_up(asked)
+        scored = self._score(asked)
+        given, generated = self._segment_given(asked, scored), self._segment_freely(asked)
         return [
             Prediction(
-                question_id=question.id,
-                image_id=image_ids[index],
-                choice_scores=choice_scores[index],
-                object_choice_scores=object_scores.get(index),
-                **given[index],
-                **generated[index],
+                question_id=each.question.id,
+                image_id=each.image_id,
+                choice_scores=scores.choices,
+                object_choice_scores=scores.object_choices,
+                **of_given,
+                **of_generated,
             )
-            for index, question in enumerate(questions)
+            for each, scores, of_given, of_generated in zip(asked, scored, given, generated, strict=True)
         ]
 
     def summary(self) -> dict[str, Any]:
@@ -165,67 +169,61 @@ class Predictor:
             inputs["labels"] = keep_last_answer(inputs["labels"])
         return inputs
 
-    def _score(
-        self, questions: Sequence[tuple[str, Sequence[list[Message]]]]
-    ) -> tuple[list[list[float]], torch.Tensor]:
-        """Return the negative log-likelihood of each choice of each question, and the hidden states of all."""
-        rows = [(image_id, choice) for image_id, choices in questions for choice in choices]
-        inputs = self._encode(rows)
+    def _score(self, asked: Sequence[Asked]) -> list[Scored]:
+        """Return the scores of all choices, computed in one batch."""
+        tagged = self.processor.seg_token is not None
+        choices = [(each.image_id, chat) for each in asked for chat in choose(each.question, tagged=tagged)]
+        choices += [(each.image_id, chat) for each in asked for chat in choose_object(each.question, tagged=tagged)]
+        inputs = self._encode(choices)
         inputs["hidden_states"] = encode_conversations(self.model, **inputs)
         scores = self.model.score_choices(**inputs, num_choices=1, reduction=self.choice_reduction)
-        counts = [len(choices) for _, choices in questions]
-        return [of_question.flatten().tolist() for of_question in scores.split(counts)], inputs["hidden_states"]
+        rest, states = iter(scores.flatten().tolist()), iter(inputs["hidden_states"])
+        scores = [list(islice(rest, len(each.question.choices))) for each in asked]
+        object_scores = [list(islice(rest, len(each.question.object_choices or ()))) or None for each in asked]
+        scored = []
+        for each, of_choices, of_objects in zip(asked, scores, object_scores, strict=True):
+            chosen = int(np.argmin(of_choices))
+            answer = chosen if self.mask_source == "predicted_answer" else each.question.correct
+            of_question = list(islice(states, len(of_choices)))
+            scored.append(Scored(of_choices, of_objects, answer, of_question[answer]))
+        return scored
 
-    def _segment_given(
-        self,
-        questions: Sequence[Question],
-        image_ids: Sequence[str],
-        answers: Sequence[int],
-        hidden_states: torch.Tensor,
-    ) -> list[dict[str, Any]]:
+    def _segment_given(self, asked: Sequence[Asked], scored: Sequence[Scored]) -> list[dict[str, Any]]:
         """Return the masks of the parts of one choice each, from hidden states; span tags do not change its tokens."""
-        given = list(zip(questions, answers, strict=True))
-        tagged = [write_choice(question, index, tagged=True) for question, index in given]
-        rows = [
-            (image_id, [*ask(question), {"role": "assistant", "content": answer}])
-            for question, image_id, answer in zip(questions, image_ids, tagged, strict=True)
-        ]
-        inputs = self._encode(rows)
-        outputs = self.model.segment_spans(**inputs, hidden_states=hidden_states[:, : inputs["input_ids"].shape[1]])
-        segmented = self.processor.post_process_segmentation(outputs)
+        given = list(zip(asked, scored, strict=True))
+        chats = [answered(each.question, scores.answer, tagged=True) for each, scores in given]
+        inputs = self._encode([(each.image_id, chat) for each, chat in zip(asked, chats, strict=True)])
+        length = inputs["input_ids"].shape[1]
+        hidden_states = torch.stack([scores.hidden_states[:length] for scores in scored])
+        outputs = self.model.segment_spans(**inputs, hidden_states=hidden_states)
+        answers = self.processor.post_process_segmentation(outputs)
         starts = outputs.answer_mask.int().argmax(dim=1).tolist()
         true = tags_by_row(inputs["spans"], starts)
         predicted = tags_by_row(decode_spans(outputs.span_logits.argmax(dim=-1), outputs.answer_mask), starts)
-        return [
-            {
-                "given_spans": [
-                    make_span(part, start, end, span, question=question)
-                    for part, (start, end), span in zip(
-                        question.choice_parts[index],
-                        parse_span_tags(tagged[row])[1],
-                        segmented[row].spans,
-                        strict=True,
-                    )
-                ],
-                "true_tags": true[row],
-                "predicted_tags": predicted[row],
-            }
-            for row, (question, index) in enumerate(given)
-        ]
+        predictions = []
+        for row, (each, scores) in enumerate(given):
+            parts = each.question.choice_parts[scores.answer]
+            _, places = parse_span_tags(chats[row][-1]["content"])
+            spans = [
+                make_span(part, start, end, span, question=each.question)
+                for part, (start, end), span in zip(parts, places, answers[row].spans, strict=True)
+            ]
+            predictions.append({"given_spans": spans, "true_tags": true[row], "predicted_tags": predicted[row]})
+        return predictions
 
-    def _segment_freely(self, questions: Sequence[Question], image_ids: Sequence[str]) -> list[dict[str, Any]]:
-        rows = [(image_id, ask(question)) for question, image_id in zip(questions, image_ids, strict=True)]
-        inputs = self._encode(rows, prompt=True)
+    def _segment_freely(self, asked: Sequence[Asked]) -> list[dict[str, Any]]:
+        """Return the generated answers and their masks."""
+        inputs = self._encode([(each.image_id, ask(each.question)) for each in asked], prompt=True)
         outputs = self.model.segment(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False, num_beams=1)
         answers = self.processor.post_process_segmentation(outputs)
         return [
             {
                 "generated_text": answer.text,
                 "generated_spans": [
-                    make_span(span.text, span.start, span.end, span, question=question) for span in answer.spans
+                    make_span(span.text, span.start, span.end, span, question=each.question) for span in answer.spans
                 ],
             }
-            for question, answer in zip(questions, answers, strict=True)
+            for each, answer in zip(asked, answers, strict=True)
         ]
 
 
@@ -244,18 +242,26 @@ def write_choice(question: Question, index: int, *, tagged: bool) -> str:
     return tag_phrases(choice, question.choice_parts[index]) if tagged else escape_tags(choice)
 
 
+def answered(question: Question, index: int, *, tagged: bool) -> list[Message]:
+    """Return the conversation with a choice as the answer to the part question."""
+    return [*ask(question), {"role": "assistant", "content": write_choice(question, index, tagged=tagged)}]
+
+
 def choose(question: Question, *, tagged: bool) -> list[list[Message]]:
     """Return one conversation per choice of the part question."""
-    choices = [write_choice(question, index, tagged=tagged) for index in range(len(question.choices))]
-    return [[*ask(question), {"role": "assistant", "content": choice}] for choice in choices]
+    return [answered(question, index, tagged=tagged) for index in range(len(question.choices))]
 
 
 def choose_object(question: Question, *, tagged: bool) -> list[list[Message]]:
-    """Return one conversation per object choice, after the answered part question in `part_to_whole`."""
+    """
+    Return one conversation per object choice, after the answered part question in `part_to_whole`; none for a question
+    without object choices.
+    """
+    if question.object_question is None:
+        return []
     messages = [{"role": "user", "content": question.object_question}]
     if question.question_type == "part_to_whole":
-        answer = write_choice(question, question.correct, tagged=tagged)
-        messages = [*ask(question), {"role": "assistant", "content": answer}, *messages]
+        messages = [*answered(question, question.correct, tagged=tagged), *messages]
     return [[*messages, {"role": "assistant", "content": escape_tags(choice)}] for choice in question.object_choices]
 
 

@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from plum_partonomy.seeding import seeded_generator
 
 __all__ = [
     "CONTROL_SEED",
+    "Asked",
     "data_folder",
     "fingerprint",
     "fingerprint_rows",
@@ -31,6 +32,20 @@ __all__ = [
 ]
 
 CONTROL_SEED = 0
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question about an image.
+
+    Attributes:
+        image: RGB image of the question, or of another record in the wrong-image control.
+        image_id: Id of this image; equal ids mean equal images.
+    """
+
+    question: Question
+    image: Image.Image
+    image_id: str
 
 
 def load_questions(

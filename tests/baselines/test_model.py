@@ -7,6 +7,7 @@ from plum_partonomy.baselines.combined import Combined
 from plum_partonomy.baselines.model import Asker, ask, ask_object
 from plum_partonomy.baselines.plain_text import find_parts
 from plum_partonomy.masks import DataError, decode
+from plum_partonomy.scoring.benchmark import Asked
 from plum_partonomy.scoring.metrics import evaluate_predictions
 from tests.baselines.tiny_models import make_question
 from tests.tiny import random_image
@@ -50,7 +51,7 @@ class Speaking(Speaker):
 
 def predict(model, questions=QUESTIONS, images=IMAGES, **options):
     asker = Asker(model, **{"mask_source": "gt_answer", "known_parts": ["tail"], **options})
-    return asker.predict(questions, images, [question.image_id for question in questions])
+    return asker.predict([Asked(each, image, each.image_id) for each, image in zip(questions, images, strict=True)])
 
 
 def test_a_model_is_asked_for_what_it_can_do_and_the_rest_has_no_metric():
@@ -92,7 +93,8 @@ def test_an_image_is_encoded_once_and_the_mask_of_a_wrong_one_is_stretched_to_th
     model = Segmenter()
     asker = Asker(model, mask_source="gt_answer", known_parts=[], image_cache_size=2)
     images = [random_image(60, 84), random_image(30, 20, seed=1)]
-    predictions = asker.predict(QUESTIONS[:1] * 4, images * 2, ["right", "wrong"] * 2)
+    asked = [Asked(QUESTIONS[0], image, name) for image, name in zip(images, ("right", "wrong"), strict=True)]
+    predictions = asker.predict(asked * 2)
     assert (model.encodings, asker.summary()["hit_rate"]) == (2, 0.5)
     for prediction in predictions:
         mask = decode(prediction.given_spans[0].rle)

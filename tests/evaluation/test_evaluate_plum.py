@@ -23,7 +23,7 @@ from plum_partonomy.features import QUESTION_FEATURES
 from plum_partonomy.inference.predictor import Predictor
 from plum_partonomy.masks import DataError, encode
 from plum_partonomy.records import PartMask, Question, as_row
-from plum_partonomy.scoring.benchmark import load_questions
+from plum_partonomy.scoring.benchmark import Asked, load_questions
 from plum_partonomy.scoring.metrics import evaluate_predictions, true_masks
 from plum_partonomy.scoring.predictions import read_predictions
 from tests.tiny import random_image, random_mask, tiny_model, tiny_processor
@@ -195,12 +195,9 @@ def test_questions_asked_together_get_the_answers_they_get_alone(predictor):
         make_question(5, "image1", question_type="whole_to_part", **OBJECT_FIELDS),
         make_question(6, "image1", question_type="part_to_whole", **OBJECT_FIELDS),
     ]
-    images = {question.image_id: question.image for question in questions}
-    together = predictor.predict(
-        questions, [images[q.image_id] for q in questions], [question.image_id for question in questions]
-    )
-    for question, prediction in zip(questions, together, strict=True):
-        (alone,) = predictor.predict([question], [images[question.image_id]], [question.image_id])
+    asked = [Asked(question, question.image, question.image_id) for question in questions]
+    for each, prediction in zip(asked, predictor.predict(asked), strict=True):
+        (alone,) = predictor.predict([each])
         scores, discrete = flat(prediction)
         torch.testing.assert_close(scores, flat(alone)[0], rtol=1e-4, atol=1e-5)
         assert discrete == flat(alone)[1]
@@ -208,16 +205,16 @@ def test_questions_asked_together_get_the_answers_they_get_alone(predictor):
 
 def test_a_kept_image_is_encoded_once_and_a_forgotten_one_again_with_the_same_result(predictor):
     questions = [make_question(number, f"image{number % 2}") for number in range(4)]
-    arguments = (questions, [q.image for q in questions], [q.image_id for q in questions])
+    asked = [Asked(question, question.image, question.image_id) for question in questions]
     cache = predictor.images
     uses, encoded = cache.uses, cache.encoded
-    first = predictor.predict(*arguments)
-    again = predictor.predict(*arguments)
+    first = predictor.predict(asked)
+    again = predictor.predict(asked)
     assert cache.uses - uses == 8 and cache.encoded - encoded <= 2
     assert cache.summary()["hit_rate"] == 1 - cache.encoded / cache.uses
     cache.size, encoded = 1, cache.encoded
     for _ in range(2):  # one image is kept, two are asked about
-        forgotten = predictor.predict(*arguments)
+        forgotten = predictor.predict(asked)
     assert cache.encoded - encoded == 1
     for expected, *found in zip(first, again, forgotten, strict=True):
         for prediction in found:
@@ -227,7 +224,7 @@ def test_a_kept_image_is_encoded_once_and_a_forgotten_one_again_with_the_same_re
 
 def test_choice_scores_are_the_mean_loss_of_the_last_answer_alone(predictor):
     question = make_question(5, "image1", question_type="whole_to_part", **OBJECT_FIELDS)
-    (prediction,) = predictor.predict([question], [question.image], ["image1"])
+    (prediction,) = predictor.predict([Asked(question, question.image, "image1")])
     context = "USER: <image>\nWhat is the object in the image? ASSISTANT: It is a car.</s>USER: "
     expected = []
     for choice in question.choices:
@@ -250,7 +247,7 @@ def test_a_literal_tag_in_a_choice_is_text_and_grounds_nothing(predictor):
     question = make_question(0, "image2")
     question.choices[1] = "It has a <p>tail</p>."
     question.choices[2] = "It has an unbalanced </p>."
-    (prediction,) = predictor.predict([question], [question.image], ["image2"])
+    (prediction,) = predictor.predict([Asked(question, question.image, "image2")])
     assert len(prediction.choice_scores) == 3
 
 
@@ -263,7 +260,7 @@ def test_the_masks_of_the_predicted_answer_are_those_of_the_parts_the_model_chos
         mask_source="predicted_answer",
     )
     questions = [make_question(number, "image0") for number in range(3)]
-    predictions = predictor.predict(questions, [questions[0].image] * 3, ["image0"] * 3)
+    predictions = predictor.predict([Asked(question, questions[0].image, "image0") for question in questions])
     assert any(p.choice != q.correct for p, q in zip(predictions, questions, strict=True))
     for question, prediction in zip(questions, predictions, strict=True):
         assert [span.text for span in prediction.given_spans] == question.choice_parts[prediction.choice]

@@ -15,6 +15,7 @@ from plum_partonomy.inference.embedding_cache import EmbeddingCache
 from plum_partonomy.inference.predictor import Predictor
 from plum_partonomy.masks import DataError, encode
 from plum_partonomy.records import PartMask, Question
+from plum_partonomy.scoring.benchmark import Asked
 from plum_partonomy.training.examples import Collator, ConversationDataset
 from plum_partonomy.training.options import PlumTrainingArguments
 from plum_partonomy.training.trainer import PlumTrainer
@@ -178,11 +179,12 @@ def test_evaluation_with_a_cache_is_evaluation_with_rounded_embeddings(tmp_path)
     options = {"max_new_tokens": 4, "choice_reduction": "answer_mean", "mask_source": "gt_answer"}
     model, processor = tiny_model(), tiny_processor()
     cached = Predictor(model, processor, **options, embedding_cache=EmbeddingCache(tmp_path, model))
-    found = [cached.predict(questions, images, ["0", "1"]) for _ in range(2)]
+    asked = [Asked(each, image, each.image_id) for each, image in zip(questions, images, strict=True)]
+    found = [cached.predict(asked) for _ in range(2)]
     assert len(entries(tmp_path)) == 2
     model.get_image_embeddings = rounded(model)
     with torch.no_grad():
-        assert found == [Predictor(model, processor, **options).predict(questions, images, ["0", "1"])] * 2
+        assert found == [Predictor(model, processor, **options).predict(asked)] * 2
 
 
 @pytest.fixture(scope="module")
