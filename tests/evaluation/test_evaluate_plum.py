@@ -494,5 +494,5 @@ def test_a_model_that_is_neither_a_folder_nor_on_the_hub_is_refused(question_set
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_a_gpu_that_is_not_there_is_refused(model_dir, question_set, tmp_path):
-    with pytest.raises(DataError, match="there is no GPU"):
+    with pytest.raises(DataError, match="needs a GPU, found none"):
         evaluate(arguments(model_dir, question_set, tmp_path / "run", device="cuda"))
