@@ -201,7 +201,7 @@ def check_turns(messages: list[dict[str, str]], masks: int, *, where: str) -> No
                 f"{joined[0]!r:.80}"
             )
         if phrases and expected_role == "user":
-            raise DataError(f"{place}: a user message holds the span tag <p>; write it as \\<p>")
+            raise DataError(f"{place}: a user message contains the span tag <p>; write it as \\<p>")
         tags += len(phrases)
     if expected_role == "user":
         raise DataError(f"{place}: the conversation ends with the user; add the answer or leave the question out")
@@ -220,8 +220,8 @@ def check_plain(text: str, *, where: str) -> None:
     """Raise DataError if a text contains a special token of models, such as the end of an answer."""
     if found := _SPECIAL_TOKEN.search(text):
         raise DataError(
-            f"{where}: the text holds {found[0]!r}, which models take for a token of their own, not for words; write "
-            f"it in another way, such as {defuse(found[0])!r}, or leave it out"
+            f"{where}: the text contains {found[0]!r}, a special token of models; write it as "
+            f"{defuse(found[0])!r} or remove it"
         )
 
 
@@ -252,7 +252,7 @@ def _check_choices(choices: list[str], *, correct: int, where: str, field: str) 
     if len(choices) < 2:
         raise DataError(f"{where}, field {field!r}: expected at least two choices, found {len(choices)}")
     if not 0 <= correct < len(choices):
-        raise DataError(f"{where}, field 'correct': {correct} is no index into {len(choices)} {field}")
+        raise DataError(f"{where}, field 'correct': {correct} is not an index into {len(choices)} {field}")
     if len(set(choices)) != len(choices):
         repeated = next(choice for choice in choices if choices.count(choice) > 1)
         raise DataError(f"{where}, field {field!r}: {repeated!r} occurs more than once")

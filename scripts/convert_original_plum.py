@@ -86,7 +86,7 @@ class CheckpointReader:
             for name in (name for name in names if name.startswith(beginning)):
                 if prefix + name in self._files:
                     first = self._files[prefix + name][0]
-                    raise ValueError(f"{path} and {first} both hold the tensor {name!r}; remove one.")
+                    raise ValueError(f"{path} and {first} both contain the tensor {name!r}; remove one.")
                 self._files[prefix + name] = (path, name)
                 self.shapes[prefix + name] = read(name).to("meta")
 
@@ -124,10 +124,10 @@ class CheckpointReader:
                 f"of PyTorch before 1.6 cannot be memory-mapped: {str(error).splitlines()[0]}"
             ) from error
         if not isinstance(tensors, dict):
-            raise ValueError(f"{path} holds a {type(tensors).__name__}, where tensors by name are expected.")
+            raise ValueError(f"{path} contains a {type(tensors).__name__}, expected tensors by name.")
         for name, value in tensors.items():
             if not isinstance(value, torch.Tensor):
-                raise ValueError(f"{path} holds {name!r}, a {type(value).__name__}, where a tensor is expected.")
+                raise ValueError(f"{path} contains {name!r}, a {type(value).__name__}, expected a tensor.")
         return list(tensors), tensors.__getitem__
 
     def read(self, name: str) -> torch.Tensor:

@@ -58,7 +58,7 @@ def main() -> None:
             runs[str(path.parent)] = json.loads(path.read_text(encoding="utf-8"))
             describe(str(path.parent), runs[str(path.parent)])
         except (OSError, ValueError, KeyError, TypeError) as error:
-            sys.exit(f"published_table.py: {path} is no metrics.json of evaluate_plum.py ({error!r}).")
+            sys.exit(f"published_table.py: {path} is not a metrics.json of evaluate_plum.py ({error!r}).")
     print(format_published(runs))
     for name, metrics in runs.items():
         print(f"\n{describe(name, metrics)}")

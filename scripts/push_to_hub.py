@@ -90,7 +90,7 @@ def prepare_dataset(folder: Path, arguments: argparse.Namespace) -> None:
         name = config["config_name"]
         for split, records in datasets.load_dataset(str(folder), name, streaming=True).items():
             if next(iter(records), None) is None:
-                raise PushError(f"{folder}: split {split!r} of {name!r} holds no records.")
+                raise PushError(f"{folder}: split {split!r} of {name!r} has no records.")
 
 
 def prepare_metric(folder: Path, arguments: argparse.Namespace) -> None:
@@ -141,7 +141,7 @@ def stage(folder: Path, into: Path, patterns: list[str]) -> list[str]:
     pushed = [name for name in wanted if "/" not in name or any(fnmatch(name, pattern) for pattern in deep)]
     for name in pushed:
         if not (folder / name).resolve().is_relative_to(folder.resolve()):
-            raise PushError(f"{folder / name} leads out of the folder: put the file itself there, or remove it.")
+            raise PushError(f"{folder / name} is outside the folder: put the file itself there, or remove it.")
         (into / name).parent.mkdir(parents=True, exist_ok=True)
         (into / name).symlink_to((folder / name).resolve())
     return sorted(set(inside) - set(pushed))

@@ -104,7 +104,7 @@ def test_a_chat_goes_on_after_a_bad_line_and_has_failed_in_the_end(checkpoint, i
     assert [sorted(json.loads(line)) for line in captured.out.splitlines()] == [
         ["confidence", "is_truncated", "spans", "text"]
     ] * 2
-    assert captured.err.startswith("plum: Conversation 0, message 2: the text holds '</s>'")
+    assert captured.err.startswith("plum: Conversation 0, message 2: the text contains '</s>'")
     assert len(captured.err.splitlines()) == 1
 
 

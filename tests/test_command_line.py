@@ -151,7 +151,7 @@ def test_a_training_does_not_overwrite_a_finished_run(tmp_path):
     def check(*words):
         check_output_folder(parse_arguments([RECIPE, "--output_dir", str(tmp_path), "--use_cpu", "true", *words])[2])
 
-    with pytest.raises(DataError, match="holds a finished run: give another output_dir=FOLDER"):
+    with pytest.raises(DataError, match="contains a finished run: give another output_dir=FOLDER"):
         check()
     check("--resume_from_checkpoint", "true")
     check("--overwrite_output_dir", "true")

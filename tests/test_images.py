@@ -140,8 +140,8 @@ def test_a_transparent_array_lies_on_white():
         (3, "found int"),
         ("none.png", "there is no image file 'none.png'"),
         ("a\0b", "the image cannot be read|there is no image file"),
-        ("data:image/png;base64,AAAA", "no readable image"),
-        ("/dev/zero", "'/dev/zero' is no regular file"),
+        ("data:image/png;base64,AAAA", "not a readable image"),
+        ("/dev/zero", "'/dev/zero' is not a regular file"),
         ("http://127.0.0.1:9/a.png", "cannot be fetched"),
         (Image.new("RGB", (257 * 4, 4)), "1028 x 4 pixels, and one side may be at most 256 times the other"),
         (Image.new("1", (8001, 8000)), "more than 64 megapixels"),
@@ -182,7 +182,7 @@ def test_only_named_formats_are_opened_whatever_the_name_of_the_file(tmp_path, f
         for form in (path, path.read_bytes(), opened):
             with pytest.raises(DataError, match="JPEG, PNG, WEBP, BMP, GIF, TIFF, found"):
                 read_image(form)
-    with pytest.raises(DataError, match="field 'image_path'.*photo.png: no readable image"):
+    with pytest.raises(DataError, match="field 'image_path'.*photo.png: not a readable image"):
         ImageFiles(tmp_path).size("photo.png", where="record 0")
 
 
@@ -231,9 +231,9 @@ def broken_file(tmp_path, kind: str) -> bytes:
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("empty", "no readable image"),
-        ("zero width", r"no readable image|no pixels, \[height, width\] \[4, 0\]"),
-        ("truncated", "no readable image"),
+        ("empty", "not a readable image"),
+        ("zero width", r"not a readable image|no pixels, \[height, width\] \[4, 0\]"),
+        ("truncated", "not a readable image"),
         ("float", "32-bit pixels .*'F'.*save it with 8 or 16 bits"),
         ("32-bit", "32-bit pixels .*'I'.*save it with 8 or 16 bits"),
     ],

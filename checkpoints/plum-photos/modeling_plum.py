@@ -266,7 +266,7 @@ class PlumVision:
         given = vlm_inputs.keys() & {"inputs_embeds", "pixel_values", "mm_encoder_outputs"}
         if not given and (input_ids == self.config.vlm_config.image_token_id).any():
             raise ValueError(
-                "input_ids hold image tokens, but no image comes with them; pass pixel_values, or what "
+                "input_ids contain image tokens, but no image is passed with them; pass pixel_values, or what "
                 "get_vlm_image_features returned as vlm_image_features."
             )
 
@@ -350,7 +350,7 @@ class PlumForConditionalGeneration(PlumVision, PlumMaskDecoding, PlumPreTrainedM
         """
         vlm_config, sam_config = (AutoConfig.from_pretrained(name, trust_remote_code=False) for name in (vlm, sam))
         if sam_config.model_type != "sam":
-            raise ValueError(f"{sam} holds a {sam_config.model_type!r} model, expected 'sam'.")
+            raise ValueError(f"{sam} contains a {sam_config.model_type!r} model, expected 'sam'.")
         with torch.device("meta"):
             model = cls(cls.config_class(vlm_config=vlm_config, sam_config=sam_config, **plum_options))
         config = model.config
@@ -699,7 +699,7 @@ class PlumForConditionalGeneration(PlumVision, PlumMaskDecoding, PlumPreTrainedM
         given = labels != IGNORE_INDEX
         outside = ~(given[spans[:, 0], spans[:, 1]] & given[spans[:, 0], spans[:, 2] - 1])
         for i in outside.nonzero()[:1, 0].tolist():
-            raise ValueError(f"Span {i} is {spans[i].tolist()}, which is no part of an answer in labels.")
+            raise ValueError(f"Span {i} is {spans[i].tolist()}, which is not part of an answer in labels.")
         span_logits = self.tag_tokens(input_ids, hidden_states, attention_mask)
         masks = self._downscale_given_masks(given_masks, spans, images)
         tag_scores = torch.ones(len(spans), dtype=span_logits.dtype, device=span_logits.device)
@@ -817,7 +817,7 @@ class PlumForConditionalGeneration(PlumVision, PlumMaskDecoding, PlumPreTrainedM
             if tuple(mask.shape) != original:
                 raise ValueError(f"The given mask of span {i} is {tuple(mask.shape)} but its image is {original}.")
             if not mask.isfinite().all():
-                raise ValueError(f"The given mask of span {i} has values that are no numbers; give 0 or 1.")
+                raise ValueError(f"The given mask of span {i} has values that are not numbers; give 0 or 1.")
             (given[i],) = modules.downscale_masks(
                 (mask != 0)[None],
                 self.config.sam_config.vision_config.image_size,

@@ -220,7 +220,7 @@ def check_spans(spans: torch.LongTensor, shape: tuple[int, int]):
         if not (0 <= row < shape[0] and 0 <= start and end <= shape[1]):
             raise ValueError(f"{where}, out of range: there are {shape[0]} rows of {shape[1]} tokens.")
         if start >= end:
-            raise ValueError(f"{where}, which holds no token: its end must be after its start.")
+            raise ValueError(f"{where}, which contains no token: its end must be after its start.")
         if (row, start) < previous:
             raise ValueError(
                 f"{where}, after one that starts at {list(previous)}; spans must be sorted by row and start."

@@ -453,7 +453,7 @@ class PlumProcessor(ProcessorMixin):
             if found != expected:
                 raise ValueError(
                     f"Conversation {row} has {found} image placeholders {self.image_token!r} for {expected} images; "
-                    "the placeholder may not stand in a message's text."
+                    "the placeholder must not occur in a message's text."
                 )
 
     def _tokenize(self, texts, image_tokens, padding_side) -> dict[str, torch.Tensor]:

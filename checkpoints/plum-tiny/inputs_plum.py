@@ -153,7 +153,7 @@ def _filled_pixels(counts: str, *, limit: int, where: str) -> int:
     for character in counts:
         digit = ord(character) - 48
         if not 0 <= digit < 64 or shift > 30:
-            raise DataError(f"{where}: the counts hold {character!r}, which no RLE has at this place")
+            raise DataError(f"{where}: the counts contain {character!r}, which no RLE has at this place")
         value |= (digit & 0x1F) << shift
         shift += 5
         if digit & 0x20:
@@ -300,7 +300,7 @@ def read_image(
     try:
         upright = ImageOps.exif_transpose(image)
     except Exception as error:  # corrupt files make Pillow's decoders raise almost any exception
-        raise DataError(f"{where}: no readable image ({error})") from error
+        raise DataError(f"{where}: not a readable image ({error})") from error
     return to_rgb(upright, where=where)
 
 
@@ -322,7 +322,7 @@ def open_image(
         reason = error
         if isinstance(error, Image.UnidentifiedImageError):
             reason = f"expected {', '.join(FORMATS)}, found another format or a damaged file"
-        raise DataError(f"{where}: no readable image ({reason})") from error
+        raise DataError(f"{where}: not a readable image ({reason})") from error
 
 
 def check_mode(image: Image.Image, *, where: str) -> None:
@@ -357,7 +357,7 @@ def to_rgb(image: Image.Image, *, where: str) -> Image.Image:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
     except Exception as error:  # decodes an opened image; corrupt files raise almost any exception
-        raise DataError(f"{where}: no readable image ({error})") from error
+        raise DataError(f"{where}: not a readable image ({error})") from error
 
 
 def _check_format(image: Image.Image, *, where: str) -> None:
@@ -389,7 +389,7 @@ def _content(source: Any, *, where: str, max_bytes: int) -> io.BytesIO | Path:
     if isinstance(source, Path):
         try:
             if not source.is_file():  # reading a device or a pipe might never end
-                problem = "{} is no regular file" if source.exists() else "there is no image file {}"
+                problem = "{} is not a regular file" if source.exists() else "there is no image file {}"
                 raise DataError(f"{where}: {problem.format(repr(str(source)))}")
             size = source.stat().st_size
         except (OSError, ValueError) as error:
@@ -659,8 +659,8 @@ def _check_special_tokens(text: str, role: str, special_tokens: Iterable[str], *
     found = next((token for token in special_tokens if token in text), None)
     if found is not None:
         raise ValueError(
-            f"{where}: the text holds {found!r}, which the tokenizer reads as a special token and not as words; "
-            f"write it otherwise: {text!r:.200}"
+            f"{where}: the text contains {found!r}, which the tokenizer reads as a special token; "
+            f"remove it from {text!r:.200}"
         )
 
 

@@ -30,24 +30,30 @@ class Provenance(NamedTuple):
 PROVENANCE = {
     "mini": Provenance(
         "PARTONOMY mini",
-        "Drawn by code alone, 128 x 128 pixels, nothing collected or annotated: 12 kinds of object in 4 families with "
+        "Drawn by code, 128 x 128 pixels, without collected or annotated data: 12 kinds of object in 4 families with "
         "51 part names, many of them shared. Every object has one or two parts that are always drawn and six that are "
-        "drawn about every second time. Pose, colours, background and a small occluder are random; masks are exact to "
-        "the pixel. In `mini` a mask covers all instances of a part; in `mini_instances` each instance has a span and "
-        "a mask of its own, in random order, so that only the masks already given tell which one is meant. It says "
-        "nothing about how a model does on photographs.",
+        "drawn in about half of the images. Pose, colours, background and a small occluder are random; masks are "
+        "exact. In `mini` a mask covers all instances of a part. In `mini_instances` each instance has its own span "
+        "and mask, in random order, so that only the earlier masks determine which one is meant. Results on these "
+        "drawings do not predict results on photographs.",
+    ),
+    "mini_hard": Provenance(
+        "PARTONOMY mini_hard",
+        "`mini_hard`: drawn by code, 256 x 256 pixels: 24 kinds of object with 122 part names, a second object in the "
+        "image, hidden and rare parts.",
     ),
     "core": Provenance(
         "Partonomy-Core",
-        "Images, part masks and questions of the authors' release of Partonomy-Core (arXiv 2505.20759), unchanged.",
+        "Images, part masks and questions of the authors' release of Partonomy-Core (arXiv 2505.20759). The choices "
+        "of each question are shuffled, and masks that differ in size from their image are resized.",
     ),
     "own_parts": Provenance(
         "PARTONOMY from own photographs",
-        "Photographs and part masks of whoever put them into the folder, who says more of them here.",
+        "Photographs and part masks of the folder's owner, who may describe them here.",
     ),
     "descriptor": Provenance(
         "PARTONOMY from a descriptor",
-        "Images and part masks of the data set that the descriptor names in `source`, annotated by whoever made it.",
+        "Images and part masks of the data set named in `source`, annotated by its authors.",
     ),
     "pascal_part": Provenance(
         "PARTONOMY Pascal-Part",
@@ -57,8 +63,8 @@ PROVENANCE = {
     "paco_lvis": Provenance(
         "PARTONOMY PACO-LVIS",
         "Photographs of COCO 2017; object and part masks of PACO-LVIS v1 (Ramanathan et al., CVPR 2023, arXiv "
-        "2301.01795), drawn by its annotators. Where several objects of a kind are in an image, a red box is drawn "
-        "around the one that is meant.",
+        "2301.01795), drawn by its annotators. If an image shows several objects of a kind, a red box marks the one "
+        "in question.",
     ),
     "partimagenet": Provenance(
         "PARTONOMY PartImageNet",
@@ -74,39 +80,40 @@ PROVENANCE = {
 """Source -> origin of its images and masks."""
 
 DRAWN = (
-    "About a tenth of the images, each drawn by its path, is for validation and a tenth for the test, or the splits "
-    "are those of the files; all objects of an image are in one split."
+    "About a tenth of the images, drawn by path, is validation and a tenth is test, unless the files define splits; "
+    "all objects of an image are in one split."
 )
 SPLITS = {
-    "mini": "Drawings differ in every split.",
-    "core": "The release has one split, for testing.",
+    "mini": "No drawing is in two splits.",
+    "mini_hard": "No drawing is in two splits.",
+    "core": "The release has one split, `test`.",
     **dict.fromkeys(DRAWN_SPLITS, DRAWN),
     **dict.fromkeys(PUBLISHED_PARTS, "The splits are those of the published files; no image is in two of them."),
-    "partimagenet_pp": "The publishers name no splits: the last tenth of the images of a class is for the test.",
+    "partimagenet_pp": "The publishers define no splits: the last tenth of the images of a class is `test`.",
 }
 """Source -> origin of its splits."""
 PUBLISHED_SPLITS = "The splits are those of the published files."
 
 FIELDS = {
-    "id": "unique in the config",
-    "image": "embedded",
-    "image_id": "the image, or the object of an image that shows several",
+    "id": "unique in the configuration",
+    "image": "embedded; null in a conversation without an image",
+    "image_id": "the image, or the object in an image with several",
     "image_label": "the kind of object",
-    "masks": "run-length encoded as in COCO, in the frame of the upright image; in questions of every visible part, "
-    "in conversations the i-th of the i-th span tag",
-    "source": "the data set that image and masks come from",
-    "licence": "what that data set says of its terms",
-    "messages": "a conversation; phrases of the assistant that name something visible stand in span tags, "
+    "masks": "COCO run lengths of the size of the upright image; in questions one per visible part, in conversations "
+    "the i-th mask of the i-th span tag, or null in chats without tags",
+    "source": "the data set of image and masks",
+    "licence": "the terms stated by that data set",
+    "messages": "a conversation; phrases of the assistant that name something visible are in span tags, "
     "`<p>left wing</p>`. A literal tag is written `\\<p>`",
     "question_type": "one of ten: " + ", ".join(f"`{name}`" for name in QUESTION_TYPES),
     "question": "in the wording of the official release",
-    "choices": "one is right",
-    "correct": "index of the right choice",
+    "choices": "exactly one is correct",
+    "correct": "index of the correct choice",
     "choice_parts": "the parts that each choice names",
-    "object_question": "null but for `whole_to_part` and `part_to_whole`, as are the next three",
-    "object_choices": "one is right",
+    "object_question": "null except for `whole_to_part` and `part_to_whole`, as are the next three",
+    "object_choices": "exactly one is correct",
     "object_classes": "the label that each names",
-    "object_correct": "index of the right one",
+    "object_correct": "index of the correct one",
 }
 
 TEMPLATE = """---
@@ -120,7 +127,7 @@ TEMPLATE = """---
 
 {% endfor -%}
 The tasks are those of *Partonomy: Large Multimodal Models with Part-Level Visual Understanding*
-([arXiv 2505.20759](https://arxiv.org/abs/2505.20759)). This card and the files beside it were written by
+([arXiv 2505.20759](https://arxiv.org/abs/2505.20759)). This command wrote this card and its files:
 
     {{ command }}
 
@@ -147,8 +154,8 @@ rows = load_dataset("{{ folder }}", "{{ configs[0].name }}", split="{{ configs[0
 {% for name, split, counts in statistics -%}
 | `{{ name }}` | {{ split }} | {{ counts.values() | join(" | ") }} |
 {% endfor %}
-Objects, parts and pairs are labels that a mask shows. An image of objects of two kinds counts once for each; a mask is
-one of a part of an object in an image.
+Objects, parts and pairs are counted by the labels of masks. An image with objects of two kinds counts twice. A mask is
+one part of one object in one image.
 {% if by_type %}
 | questions by type | {{ by_type.columns | join(" | ") }} |
 |---|{{ "---:|" * (by_type.columns | length) }}
@@ -157,12 +164,11 @@ one of a part of an object in an image.
 {% endfor %}
 {%- endif %}
 {%- if leaks %}
-## What can be told without the image
+## Accuracy without the image
 
-How often blind heuristics choose right, by the scheme that the wrong choices are made with: the longest and the
-shortest list of parts, the one whose parts are most often right in a training half of the questions, the one most like
-the others, and a linear classifier of its parts fitted to that half. A model that does no better has read nothing from
-the image.
+Accuracy of heuristics that do not see the image, by distractor scheme: the longest and the shortest list of parts, the
+list whose parts are most often correct in a training half of the questions, the list most similar to the others, and a
+linear classifier of the parts, fitted to that half. A model with no higher accuracy has read nothing from the image.
 {% for name, made, table in leaks %}
 `{{ name }}`, {{ made }}:
 
@@ -194,13 +200,13 @@ Questions, conversations and choices are made by code from the masks and may be 
 keep the terms of their source.
 {%- if left_out %}
 
-{{ left_out }} records of the source could not be used and were left out; `errors.jsonl` names each.
+{{ left_out }} records of the source could not be used and were skipped; `errors.jsonl` lists them.
 {%- endif %}
 
 ## Files
 
 Parquet with embedded images in CONFIG/SPLIT-*.parquet.
-{%- if graphs %} `graphs/` holds the part graph and the instance graph of each source.{% endif %}
+{%- if graphs %} `graphs/` contains the part graph and the instance graph of each source.{% endif %}
 `sha256sum --check {{ checksums }}` checks them.
 
 ## Cite

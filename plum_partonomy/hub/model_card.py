@@ -34,7 +34,7 @@ FIGURES = {
     "choice_accuracy": "choice accuracy",
     "generated_part_precision": "parts of the generated answer, precision",
     "generated_part_recall": "parts of the generated answer, recall",
-    "generated_exact": "generated sets of parts that are exactly right",
+    "generated_exact": "generated part sets exactly correct",
     "end_to_end_giou": "gIoU of the generated answer",
 }
 
@@ -44,8 +44,8 @@ MODEL_TEMPLATE = """---
 
 # {{ name }}
 
-A PLUM: a multimodal language model that answers in plain text, tags the words of its own answer that name something
-visible, and turns each tagged span into a pixel mask. From *Partonomy: Large Multimodal Models with Part-Level Visual
+A PLUM: a multimodal language model that answers in plain text, tags the words of its answer that name visible parts,
+and returns a pixel mask for each tagged span. From *Partonomy: Large Multimodal Models with Part-Level Visual
 Understanding* ([arXiv 2505.20759]({{ paper }})), in an independent, Hugging Face-native release.
 
 {{ architecture }}
@@ -59,7 +59,7 @@ Understanding* ([arXiv 2505.20759]({{ paper }})), in an independent, Hugging Fac
 ```python
 from transformers import AutoModel, AutoProcessor
 
-pinned = {"trust_remote_code": True, "revision": "{{ revision }}"}  # the code that was read is the code that runs
+pinned = {"trust_remote_code": True, "revision": "{{ revision }}"}  # runs the code of this revision only
 model = AutoModel.from_pretrained("{{ repo_id }}", **pinned)
 processor = AutoProcessor.from_pretrained("{{ repo_id }}", **pinned)
 question = {"type": "text", "text": "What visible parts does the object in the image have?"}
@@ -74,12 +74,12 @@ print(answer.text, *[(span.text, span.score, span.box, span.mask.shape) for span
 {% if figures -%}
 `{{ run.name }}`, split `{{ run.split }}`, {{ overall.n }} questions
 {%- if overall.photographs %} about {{ overall.photographs }} images{% endif %}
-{%- if overall.objects %} of {{ overall.objects }} objects{% endif %}; beside each metric its 95 % bootstrap
-interval, its value with the image of another record, and what guessing gets.
+{%- if overall.objects %} of {{ overall.objects }} objects{% endif %}; each metric with its 95 % bootstrap
+interval, its value with the image of another record, and its value for guessing.
 {%- if run.protocol %} Protocol: {{ run.protocol.name }}.{% endif %}
-{%- if selected %} This split also selected the checkpoint during training, so that the figures flatter it.{% endif %}
+{%- if selected %} This split also selected the checkpoint during training, so the results are optimistic.{% endif %}
 
-| metric | model | 95 % interval | wrong image | by chance |
+| metric | model | 95 % interval | wrong image | random |
 |---|---:|---:|---:|---:|
 {%- for row in figures %}
 | {{ row | join(" | ") }} |
@@ -103,7 +103,7 @@ Not measured on a benchmark.
 {%- endfor %}
 {%- if known %}
 
-Confidence: `answer.confidence` is the probability that an image is of the kinds that the model has learnt
+Confidence: `answer.confidence` is the probability that an image is of a kind in the training data
 {%- if known.kinds %} ({{ known.kinds }}){% endif %}. On test images its AUROC against images of other kinds is
 {{ "%.3f" | format(known.auroc) }}; the threshold accepts {{ "%.3f" | format(known.known_accepted) }} of
 {{ known.images.known }} known images and rejects {{ "%.3f" | format(known.other_rejected) }} of
@@ -116,22 +116,23 @@ Confidence: `answer.confidence` is the probability that an image is of the kinds
 {{ training }}
 
 {% if curves -%}
-![Losses and validation figures by step](training_curves.png)
+![Losses and validation metrics by step](training_curves.png)
 
 {% endif -%}
 ```yaml
 {{ recipe }}
 ```
 {%- else -%}
-The folder that this card was made from says nothing about its training.
+The folder of this card contains no information about its training.
 {%- endif %}
 
 ## Intended use and limits
 
-Research on grounded, part-level answers. Answers and masks can be wrong together and convincingly; a mask shows where
-the model looks for the words it wrote, not that the part is there. Not for decisions about people, nor for measuring.
+For research on grounded, part-level answers. Answers and masks can be plausible and wrong at the same time: a mask
+shows where the model locates the words that it wrote, not that the part is there. Not for decisions about people or
+for measurements.
 {%- if drawn %}
-Trained on drawings made by code and on nothing else: it says nothing useful about photographs.
+Trained only on drawings made by code: its answers about photographs are meaningless.
 {%- endif %}
 
 ## Cite
@@ -303,7 +304,7 @@ def _as_table(metrics: dict) -> dict:
     command = {"command": _without_places(run.get("command", ""))}
     if run.get("task") != "correction":
         title = f"{place}, {overall['n']} questions:"
-        columns = ("model", "95 % interval", "wrong image", "by chance")
+        columns = ("model", "95 % interval", "wrong image", "random")
         return run | {"title": title, "columns": columns, "rows": _as_rows(overall, _intervals(metrics))} | command
     intervals, rows = _intervals(metrics), []
     for name, meaning in CORRECTION_METRICS.items():

@@ -185,7 +185,7 @@ def read_json(path: Path) -> dict:
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a JSON {type(content).__name__}, where an object is expected.")
+        raise ValueError(f"{path} contains a JSON {type(content).__name__}, expected an object.")
     return content
 
 

@@ -137,7 +137,7 @@ def check_config_fields(given: dict, config: PreTrainedConfig, where: str = "mod
     known = {*type(config)().to_dict(), *config.attribute_map}
     unknown = sorted(set(given) - known)
     if unknown:
-        raise ValueError(f"{where} has fields {unknown}, which {type(config).__name__} does not know.")
+        raise ValueError(f"{where} has fields {unknown}, which {type(config).__name__} does not have.")
     for name, value in given.items():
         if isinstance(getattr(config, name), PreTrainedConfig):
             check_config_fields(value, getattr(config, name), f"{where}.{name}")
@@ -187,7 +187,7 @@ def check_checkpoint(folder: str | Path) -> None:
     folder = Path(folder)
     settings = _read_json(folder / "config.json", SETTINGS_BYTES_LIMIT)
     if settings.get("model_type") != "plum":
-        raise ModelError(f"{folder} holds a {settings.get('model_type')!r} model, expected 'plum'.")
+        raise ModelError(f"{folder} contains a {settings.get('model_type')!r} model, expected 'plum'.")
     for path in sorted(folder.glob("adapter_*")):
         raise ModelError(f"{path} belongs to an adapter, which is not used here: merge it into the weights first.")
     for path in sorted(folder.glob("*.json")):
@@ -205,7 +205,9 @@ def check_checkpoint(folder: str | Path) -> None:
         outline = _build_outline(folder)
     needed = sum(parameter.numel() for parameter in outline.parameters())
     if needed > elements:
-        raise ModelError(f"{folder / 'config.json'} asks for {needed:,} parameters, the weights hold {elements:,}.")
+        raise ModelError(
+            f"{folder / 'config.json'} needs {needed:,} parameters, but the weights contain {elements:,}."
+        )
 
 
 def _read_json(path: Path, bytes_limit: int) -> dict:
@@ -283,7 +285,7 @@ def weight_files(folder: Path) -> list[Path]:
         raise ModelError(f"{folder / INDEX_FILE} has no weight_map of tensor names to file names.")
     for name in sorted(names):
         if not re.fullmatch(r"[\w.-]+\.safetensors", name) or not (folder / name).is_file():
-            raise ModelError(f"{folder / INDEX_FILE} names {name!r}, which is no safetensors file of this folder.")
+            raise ModelError(f"{folder / INDEX_FILE} names {name!r}, which is not a safetensors file in this folder.")
     return sorted(folder / name for name in names)
 
 
@@ -297,7 +299,7 @@ def count_stored(files: list[Path]) -> tuple[int, int]:
                     elements += torch.Size(weights.get_slice(name).get_shape()).numel()
                     tensors += 1
         except (SafetensorError, OSError) as error:
-            raise ModelError(f"{path} is no whole safetensors file: {error}") from error
+            raise ModelError(f"{path} is not a complete safetensors file: {error}") from error
     return tensors, elements
 
 

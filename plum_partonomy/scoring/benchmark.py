@@ -67,7 +67,7 @@ def load_questions(
     columns = [item.name for item in fields(Question)]
     missing = sorted(set(columns) - set(rows.column_names))
     if missing:
-        raise DataError(f"The {asked} holds no questions, its records lack {missing}: give another name.")
+        raise DataError(f"The {asked} has no questions, its records lack {missing}: give another name.")
     questions, ids = [], set()
     for index, record in enumerate(rows.select_columns(columns).remove_columns("image")):
         where = f"{asked}, record {index}"

@@ -217,16 +217,16 @@ def check_run(folder: Path, settings: dict[str, Any]) -> None:
     path = folder / "run.json"
     if not path.exists():
         if any(folder.glob("predictions*.jsonl")):
-            raise DataError(f"{folder} holds predictions but no run.json to tell whose: give another folder.")
+            raise DataError(f"{folder} contains predictions but no run.json: give another folder.")
         return
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise DataError(f"{path} is no valid JSON ({error}): give another folder.") from error
+        raise DataError(f"{path} is not valid JSON ({error}): give another folder.") from error
     differing = [name for name in {**found, **settings} if found.get(name) != settings.get(name)]
     if differing:
         listed = ", ".join(f"{name} {found.get(name)!r} (now {settings.get(name)!r})" for name in differing)
-        raise DataError(f"{folder} holds another run, with {listed}: give another folder.")
+        raise DataError(f"{folder} contains another run, with {listed}: give another folder.")
 
 
 def merge_predictions(folder: Path, question_ids: Sequence[str]) -> None:
@@ -244,7 +244,7 @@ def merge_predictions(folder: Path, question_ids: Sequence[str]) -> None:
     }
     unknown = by_id.keys() - set(question_ids)
     if unknown:
-        raise DataError(f"{folder} holds predictions for questions that were not asked, such as {min(unknown)!r}.")
+        raise DataError(f"{folder} contains predictions for questions that were not asked, such as {min(unknown)!r}.")
     write_predictions(merged, (by_id[question_id] for question_id in question_ids if question_id in by_id))
     for path in paths:
         path.unlink()

@@ -302,7 +302,7 @@ class CocoParts:
 
 def _claim(owners: dict[int, int], id: int, number: int, *, where: str) -> None:
     if owners.setdefault(id, number) != number:
-        raise DataError(f"{where}, field 'id': {id} is the id of record {owners[id]} too")
+        raise DataError(f"{where}, field 'id': {id} is also the id of record {owners[id]}")
 
 
 def _id(record: Any, field: str) -> int | None:

@@ -46,7 +46,7 @@ class ConversationFile:
                 id = typed(record, "id", str, where=where)
                 typed(record, "image", (str, type(None)), where=where)
                 if places.setdefault(id, where) != where:
-                    raise DataError(f"{where}, field 'id': {id!r} is the id of {places[id]} too")
+                    raise DataError(f"{where}, field 'id': {id!r} is also the id of {places[id]}")
                 self._records.append((where, record))
             except DataError as error:
                 on_error(error)

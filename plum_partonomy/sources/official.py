@@ -244,7 +244,7 @@ def _write_image(question: Question, folder: Path) -> str:
         image_path = f"images/{image_path}.{file_format.lower()}"
     target = folder / image_path
     if not target.resolve().is_relative_to(folder.resolve()):
-        raise DataError(f"question {question.id}, field 'image_id': {question.image_id!r} leads out of the folder")
+        raise DataError(f"question {question.id}, field 'image_id': {question.image_id!r} is outside the folder")
     if target.exists() and target.read_bytes() != content:
         raise DataError(f"question {question.id}, field 'image_id': {question.image_id!r} names two different images")
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -336,4 +336,4 @@ class OwnParts:
 def _claim(records: dict[int, Any], record: Any, value: Any, *, where: str) -> None:
     id = typed(record, "id", int, where=where)
     if records.setdefault(id, value) is not value:
-        raise DataError(f"{where}, field 'id': {id} is the id of an earlier record too")
+        raise DataError(f"{where}, field 'id': {id} is also the id of an earlier record")

@@ -123,7 +123,7 @@ def survey(name: str, folder: Path, *, seed: int, on_error: OnError = refuse) ->
             try:
                 image_path = source.image_path(index)
                 if owners.setdefault(image_path, split) != split:
-                    raise DataError(f"{source.path}: {image_path!r} is in the split {owners[image_path]} too")
+                    raise DataError(f"{source.path}: {image_path!r} is also in the split {owners[image_path]}")
                 example = source.annotation(index) if on_error is refuse else source.example(index)
             except DataError as error:
                 on_error(error)

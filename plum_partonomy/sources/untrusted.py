@@ -146,7 +146,7 @@ class ImageFiles:
         except (OSError, ValueError):  # invalid file name
             path = self.folder
         if Path(image_path).is_absolute() or not path.is_relative_to(self.folder):
-            raise DataError(f"{place}: {image_path!r:.200} leads out of {self.folder}")
+            raise DataError(f"{place}: {image_path!r:.200} is outside {self.folder}")
         if found is None:
             raise DataError(f"{place}: there is no image {image_path!r:.200} in {self.folder}")
         return path
@@ -260,5 +260,5 @@ def read_polygons(polygons: list[list[float]], *, size: Size, where: str) -> RLE
     for polygon in polygons:
         columns, rows = polygon[::2], polygon[1::2]
         if max(columns) < 0 or min(columns) > width or max(rows) < 0 or min(rows) > height:
-            raise DataError(f"{where}: a polygon lies outside the image of size {list(size)}: {polygon!r:.80}")
+            raise DataError(f"{where}: a polygon is outside the image of size {list(size)}: {polygon!r:.80}")
     return rle

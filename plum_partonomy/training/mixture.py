@@ -50,7 +50,7 @@ def parse_source(entry: dict, defaults: dict) -> Source:
     known = [field.name for field in dataclasses.fields(Source)]
     unknown = sorted(set(entry) - set(known))
     if unknown:
-        raise DataError(f"mixture has an entry with fields {unknown}; those of an entry are {known}.")
+        raise DataError(f"mixture has an entry with fields {unknown}; known are {known}.")
     source = Source(**{**defaults, **entry})
     if not isinstance(source.rate, int | float) or isinstance(source.rate, bool) or not source.rate > 0:
         raise DataError(f"mixture has the rate {source.rate!r} for {source}; a rate is a number above 0.")
@@ -68,7 +68,7 @@ def load_records(source: Source, split: str, streaming: bool = False) -> Dataset
     """
     records = load_split(source.dataset, source.name, split=split, data_dir=source.data_dir, streaming=streaming)
     if streaming and next(iter(records.take(1)), None) is None:
-        raise DataError(f"Split {split!r} of {source} holds no records.")
+        raise DataError(f"Split {split!r} of {source} has no records.")
     missing = sorted(set(COLUMNS) - set(records.column_names or COLUMNS))
     if missing:
         raise DataError(f"{source} has no columns {missing}; training needs grounded conversations.")

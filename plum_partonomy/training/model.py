@@ -123,7 +123,7 @@ def freeze(model: PlumForConditionalGeneration, names: list[str]):
         try:
             model.get_submodule(name).requires_grad_(False)
         except AttributeError as error:
-            raise DataError(f"frozen_modules has {name!r}, which is no module of the model: {error}") from error
+            raise DataError(f"frozen_modules has {name!r}, which is not a module of the model: {error}") from error
 
 
 def span_token_rows(model: PlumForConditionalGeneration, trained_whole: list[str]) -> dict[str, list[int]] | None:
@@ -138,7 +138,7 @@ def span_token_rows(model: PlumForConditionalGeneration, trained_whole: list[str
         return None
     if model.get_output_embeddings().weight is model.get_input_embeddings().weight:
         raise DataError(
-            "LoRA on a model with a span token needs embeddings of its own for input and output; build it with "
+            "LoRA on a model with a span token needs separate input and output embeddings; build it with "
             "tie_word_embeddings: false in its vlm_config."
         )
     names = [name for name in ("embed_tokens", "lm_head") if name not in trained_whole]

@@ -103,7 +103,7 @@ def check_output_folder(args: TrainingArguments) -> None:
     finished = (folder / RECIPE_FILE).is_file() and any(folder.glob("model*.safetensors"))
     if finished and not args.overwrite_output_dir and (args.resume_from_checkpoint or "false").lower() == "false":
         raise DataError(
-            f"{folder} holds a finished run: give another output_dir=FOLDER, resume_from_checkpoint=true, or "
+            f"{folder} contains a finished run: give another output_dir=FOLDER, resume_from_checkpoint=true, or "
             "overwrite_output_dir=true."
         )
 
@@ -136,7 +136,7 @@ def find_checkpoint(args: TrainingArguments, run: dict) -> str | None:
             return str(folder)
         problems.append(f"{folder.name} {problem}")
     if not problems:
-        raise DataError(f"resume_from_checkpoint is true but {args.output_dir} holds no checkpoint.")
+        raise DataError(f"resume_from_checkpoint is true but {args.output_dir} contains no checkpoint.")
     raise DataError(f"No checkpoint to resume from in {folders[0].parent}: {'; '.join(problems)}.")
 
 

@@ -60,7 +60,7 @@ def test_an_answering_and_a_segmenting_model_make_a_complete_row_that_resumes(fo
     path.write_text("".join(lines.splitlines(keepends=True)[:3])[:-40])
     assert evaluate(tmp_path / "run", *options)["run"]["predictions_found"] == 2
     assert path.read_text() == lines
-    with pytest.raises(DataError, match="holds another run, with .*sam3"):
+    with pytest.raises(DataError, match="contains another run, with .*sam3"):
         evaluate(tmp_path / "run", *options, "--sam3_threshold", "0.5")
 
 

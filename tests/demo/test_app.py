@@ -329,7 +329,7 @@ def test_the_server_refuses_what_is_too_large_or_no_image(server, tmp_path):
     with pytest.raises(gradio_client.exceptions.AppError, match="more than 40 megapixels"):
         client.predict(MODEL, gradio_client.handle_file(tmp_path / "wide.png"), "Which?", 0, 0.5, api_name="/ask")
     (tmp_path / "text.png").write_text("no image")
-    with pytest.raises(gradio_client.exceptions.AppError, match="no readable image"):
+    with pytest.raises(gradio_client.exceptions.AppError, match="not a readable image"):
         client.predict(MODEL, gradio_client.handle_file(tmp_path / "text.png"), "Which?", 0, 0.5, api_name="/ask")
     (tmp_path / "large.png").write_bytes(bytes(10_000_001))
     with pytest.raises(Exception, match="413|size"):
@@ -425,7 +425,7 @@ def test_a_painted_mask_is_an_image_of_the_size_of_the_page(server):
     for mask, message in (
         (address(random_image()), f"Expected a mask of {size[0]} x {size[1]} pixels"),
         (address(Image.new("1", (5000, 5000))), "pixels, more than"),
-        (address(random_image())[:82], "no readable image"),
+        (address(random_image())[:82], "not a readable image"),
         ("data:image/png;base64,?", "cannot be read"),
         ("/etc/passwd", "Paint on a mask first"),
         (None, "Paint on a mask first"),

@@ -474,7 +474,7 @@ def save_other_processor(folder):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (save_other_model, "holds a 'llava' model, expected 'plum'"),
+        (save_other_model, "contains a 'llava' model, expected 'plum'"),
         (save_no_model, "config.json cannot be read"),
         (save_other_processor, "image token '<picture>' has id \\d+, the model expects 3"),
     ],

@@ -117,16 +117,16 @@ def test_a_model_answers_each_question_once_and_goes_on_where_it_was_interrupted
     evaluate_task(run)
     assert answers.read_bytes() == expected
     assert json.loads(metrics.read_text())["overall"] == figures
-    with pytest.raises(DataError, match="holds another run, with max_new_tokens 4"):
+    with pytest.raises(DataError, match="contains another run, with max_new_tokens 4"):
         evaluate_task(replace(run, max_new_tokens=5))
-    with pytest.raises(DataError, match=r"holds another run, with dtype 'float32' \(now 'bfloat16'\)"):
+    with pytest.raises(DataError, match=r"contains another run, with dtype 'float32' \(now 'bfloat16'\)"):
         evaluate_task(replace(run, dtype="bfloat16"))
-    with pytest.raises(DataError, match=rf"holds another run, with data_dir None \(now '{tmp_path}'\)"):
+    with pytest.raises(DataError, match=rf"contains another run, with data_dir None \(now '{tmp_path}'\)"):
         evaluate_task(replace(run, data_dir=str(tmp_path)))
     rows = datasets.Dataset.from_parquet(f"{conversations}/test.parquet")
     rows = rows.map(lambda row: {"messages": [{**row["messages"][0], "content": "Which?"}, *row["messages"][1:]]})
     rows.to_parquet(f"{conversations}/test.parquet")
-    with pytest.raises(DataError, match="holds another run, with questions_fingerprint"):
+    with pytest.raises(DataError, match="contains another run, with questions_fingerprint"):
         evaluate_task(run)
     assert answers.read_bytes() == expected
 

@@ -123,7 +123,7 @@ def test_the_card_of_an_export_states_what_is_in_it(monkeypatch, tmp_path):
         (
             "own_parts",
             lambda folder: coco_folder(folder, varied_content(10)),
-            "About a tenth of the images, each drawn by",
+            "About a tenth of the images, drawn by path",
         ),
         ("llava_instruct_150k", FOLDERS["llava_instruct_150k"], "The splits are those of the published files."),
     ],

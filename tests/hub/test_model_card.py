@@ -93,7 +93,7 @@ def test_a_mixture_with_photographs_has_no_known_licence(folder):
 def test_a_folder_that_says_nothing_gets_a_card_that_claims_nothing(folder):
     card = ModelCard(str(make_model_card(folder)))
     assert card.data.license is None and card.data.eval_results is None
-    assert "Not measured" in card.text and "says nothing about its training" in card.text
+    assert "Not measured" in card.text and "no information about its training" in card.text
 
 
 def test_a_recipe_holds_the_options_of_a_command_line_but_no_places_or_token(tmp_path):

@@ -145,7 +145,7 @@ def test_a_link_out_of_the_folder_is_refused_and_one_inside_it_is_not(place, tmp
     assert sorted(path.name for path in staging.iterdir()) == ["a.json", "b.json"]
     if place == "file":
         (folder / "c.json").symlink_to(outside / "key.json")
-        with pytest.raises(PushError, match="c.json leads out of the folder"):
+        with pytest.raises(PushError, match="c.json is outside the folder"):
             stage(folder, tmp_path / "again", DATASET_FILES)
     else:
         (folder / "c").symlink_to(outside)
@@ -258,7 +258,7 @@ def _with_an_app_that_fails(folder: Path) -> list[str]:
 @pytest.mark.parametrize(
     "make, message",
     [
-        (_lacking_a_tensor, "asks for .* parameters, the weights hold"),
+        (_lacking_a_tensor, "needs .* parameters, but the weights contain"),
         (_with_figures_of_another_model, "The metrics are not those of .*mine"),
         (_with_a_benchmark_alone, "--benchmark names where the results of --metrics belong"),
         (_without_records, "mine/README.md names no configs"),

@@ -131,14 +131,14 @@ def nested(levels: int) -> dict:
     "damage, message",
     [
         (only_pickles, r"found \['pytorch_model.bin'\], which are pickles"),
-        (outside_weights, r"names '\.\./outside\.safetensors', which is no safetensors file of this folder"),
+        (outside_weights, r"names '\.\./outside\.safetensors', which is not a safetensors file in this folder"),
         (lambda folder: change_index(folder, "/etc/passwd"), "names '/etc/passwd'"),
-        (lambda folder: change_index(folder, ["a", "list"]), "names .* which is no safetensors file"),
+        (lambda folder: change_index(folder, ["a", "list"]), "names .* which is not a safetensors file"),
         (lambda folder: change_index(folder, "config.json"), "names 'config.json'"),
-        (half_a_file, "is no whole safetensors file"),
-        (a_header_of_exabytes, "is no whole safetensors file"),
+        (half_a_file, "is not a complete safetensors file"),
+        (a_header_of_exabytes, "is not a complete safetensors file"),
         (a_picture_of_kilometres, "config.json has image_size = 8000000, more than 1,000,000"),
-        (lambda folder: change_config(folder, vlm_config__text_config__vocab_size=10**6), "asks for .* parameters"),
+        (lambda folder: change_config(folder, vlm_config__text_config__vocab_size=10**6), "needs .* parameters"),
         (lambda folder: change_config(folder, vlm_config__text_config__num_hidden_layers=10**9), "num_hidden_layers"),
         (lambda folder: change_config(folder, vlm_config__text_config__num_hidden_layers=10**5), "more parameters"),
         (lambda folder: change_config(folder, vlm_config__text_config__hidden_size=7), "no model that can be built"),
@@ -187,7 +187,7 @@ def test_a_hostile_folder_is_refused_before_memory_is_spent(damage, message, fol
 
 @pytest.mark.parametrize(
     ("damage", "message"),
-    [(only_pickles, "which are pickles"), (outside_weights, "no safetensors file of this folder")],
+    [(only_pickles, "which are pickles"), (outside_weights, "not a safetensors file in this folder")],
 )
 def test_the_shell_the_evaluation_and_the_training_refuse_a_hostile_folder(
     damage, message, folder, tmp_path, monkeypatch, capsys

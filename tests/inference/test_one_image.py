@@ -147,10 +147,10 @@ def test_files_that_are_no_usable_image_are_refused(tmp_path):
     random_image().save(tmp_path / "cut.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:3000])
     problems = {
-        "text.png": "no readable image .expected JPEG, PNG",
+        "text.png": "not a readable image .expected JPEG, PNG",
         "large.png": "more than 10 MB",
         "wide.png": "more than 40 megapixels",
-        "cut.png": "no readable image",
+        "cut.png": "not a readable image",
         "absent.png": "there is no image file",
     }
     for name, problem in problems.items():
@@ -168,7 +168,7 @@ def test_an_image_is_turned_upright():
 
 @pytest.mark.parametrize(
     ("question", "message"),
-    [("  ", "found an empty text"), ("What is <image>?", "the text holds '<image>'"), ("a \udcff", "UTF-8")],
+    [("  ", "found an empty text"), ("What is <image>?", "the text contains '<image>'"), ("a \udcff", "UTF-8")],
 )
 def test_questions_without_words_with_special_tokens_or_of_broken_text_are_refused(plum, question, message):
     with pytest.raises(DataError, match=message):

@@ -322,7 +322,7 @@ def test_a_backbone_that_is_no_sam_is_refused(tmp_path, sam_folder):
     CLIPVisionModel(CLIPVisionConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2)).save_pretrained(
         tmp_path / "clip"
     )
-    with pytest.raises(ValueError, match="holds a 'clip_vision_model' model, expected 'sam'"):
+    with pytest.raises(ValueError, match="contains a 'clip_vision_model' model, expected 'sam'"):
         PlumForConditionalGeneration.from_backbones(vlm=vlm, sam=str(tmp_path / "clip"), **PLUM)
 
 

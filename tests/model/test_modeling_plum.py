@@ -596,7 +596,7 @@ def test_spans_given_by_hand_are_checked_before_they_are_segmented():
         ({0: Image.new("1", (70, 50))}, "given mask of span 0 is of type Image, expected an array or tensor"),
         ({0: None}, "given mask of span 0 is of type NoneType"),
         ([np.zeros((50, 70))], "given_masks is a list, expected a dict"),
-        ({0: np.full((50, 70), np.nan)}, "given mask of span 0 has values that are no numbers"),
+        ({0: np.full((50, 70), np.nan)}, "given mask of span 0 has values that are not numbers"),
     ],
 )
 def test_given_masks_are_arrays_of_the_size_of_their_image_for_spans_that_are_there(given, words):

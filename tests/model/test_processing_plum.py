@@ -264,15 +264,15 @@ def test_two_spans_without_a_token_between_them_are_refused_if_they_share_one(by
 def test_a_special_token_in_a_text_is_refused_and_the_place_named(processor, text, token):
     text = text.format(token)
     as_question = [conversation(random_image(), "Yes."), conversation(None, "Yes.", question=text)]
-    with pytest.raises(ValueError, match="Conversation 1, message 0: the text holds '<"):
+    with pytest.raises(ValueError, match="Conversation 1, message 0: the text contains '<"):
         encode(processor, as_question, add_generation_prompt=True)
-    with pytest.raises(ValueError, match="Conversation 1, message 1: the text holds '<"):
+    with pytest.raises(ValueError, match="Conversation 1, message 1: the text contains '<"):
         encode(processor, [conversation(random_image(), "Yes."), conversation(None, text)])
 
 
 def test_a_special_token_that_tags_or_parts_hide_is_refused(byte_level_processor):
     for answer in ("</<p>s></p>", "<p></</p>s>", [{"type": "text", "text": part} for part in ("</", "s>")]):
-        with pytest.raises(ValueError, match="Conversation 0, message 1: the text holds '</s>'"):
+        with pytest.raises(ValueError, match="Conversation 0, message 1: the text contains '</s>'"):
             encode(byte_level_processor, [conversation(None, answer)])
 
 

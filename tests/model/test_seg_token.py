@@ -77,7 +77,7 @@ def test_answers_keep_their_ranges_around_the_tokens_that_are_put_in():
 
 
 def test_the_token_in_a_users_text_is_refused():
-    with pytest.raises(ValueError, match="the text holds '\\[SEG\\]'"):
+    with pytest.raises(ValueError, match="the text contains '\\[SEG\\]'"):
         encode(seg_processor(), [conversation(random_image(), None, question="What is [SEG]?")])
 
 

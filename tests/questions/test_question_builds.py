@@ -143,7 +143,7 @@ def test_published_splits_of_part_annotations_are_the_splits_of_their_questions(
 def test_an_image_that_two_published_splits_share_is_refused(tmp_path):
     folder = pascal_folder(tmp_path, pascal_content())
     (folder / "val.json").write_text((folder / "train.json").read_text())
-    with pytest.raises(DataError, match=r"val.json: '.*2008_000003.jpg' is in the split train too"):
+    with pytest.raises(DataError, match=r"val.json: '.*2008_000003.jpg' is also in the split train"):
         load("pascal_part", folder, cache_dir=tmp_path / "cache")
 
 
@@ -199,7 +199,7 @@ def bad_descriptor(tmp_path: Path) -> tuple[Path, list[str]]:
         "field 'image_path': there is no image 'images/none.png'",
         "the counts decode to more than 192 pixels",
         "turned by its EXIF orientation",
-        "a polygon lies outside the image",
+        "a polygon is outside the image",
         "differ only in case or spaces",
         "does not have ['hull']",
     ]
@@ -243,7 +243,7 @@ def test_bad_coco_records_leave_out_the_whole_image_and_nothing_else(tmp_path):
     content["images"] += [image(3, "train2017/000000000001.jpg"), image(4, "train2017/000000000004.jpg")]
     content["images"] += [image(5, "train2017/000000000004.jpg"), image(5, "train2017/000000000005.jpg")]
     folder = paco_folder(tmp_path / "data", content)
-    with pytest.raises(DataError, match=r"record images\[5\], field 'id': 5 is the id of record 4 too"):
+    with pytest.raises(DataError, match=r"record images\[5\], field 'id': 5 is also the id of record 4"):
         load("paco_lvis", folder, cache_dir=tmp_path / "cache")
     rows = load("paco_lvis", folder, split="train", on_error="report", cache_dir=tmp_path / "cache")
     assert rows["image_id"][:] == ["train-1-car", "train-1-trash can"]

@@ -64,7 +64,7 @@ def test_a_split_without_records_is_an_error(tmp_path):
 
 def test_records_that_are_no_questions_are_an_error_that_lists_what_they_lack(tmp_path):
     datasets.Dataset.from_dict({"image": [None], "id": ["a"]}).to_parquet(tmp_path / "test.parquet")
-    with pytest.raises(DataError, match=r"holds no questions, its records lack \['choice_parts', 'choices'"):
+    with pytest.raises(DataError, match=r"has no questions, its records lack \['choice_parts', 'choices'"):
         load_questions(str(tmp_path), name="default", split="test")
 
 
@@ -87,7 +87,7 @@ def test_an_image_that_is_damaged_or_not_of_its_masks_size_is_named(tmp_path):
     rows, loaded = load_questions(save(questions, tmp_path), name="default", split="test")
     with pytest.raises(DataError, match=r"'q0': its image has \[height, width\] \[6, 8\], its masks \[8, 6\]"):
         load_image(rows, 0, loaded[0])
-    with pytest.raises(DataError, match="'q1', image 'i0': no readable image"):
+    with pytest.raises(DataError, match="'q1', image 'i0': not a readable image"):
         load_image(rows, 1, loaded[1])
 
 

@@ -124,7 +124,7 @@ def test_a_folder_is_accepted_by_the_run_it_belongs_to_and_refused_to_any_other(
     check_run(tmp_path / "new", {"split": "test"})
     write_whole(tmp_path / "run.json", ['{"split": "test", "limit": null}'])
     check_run(tmp_path, {"split": "test", "limit": None})
-    with pytest.raises(DataError, match=r"holds another run, with split 'test' \(now 'train'\)"):
+    with pytest.raises(DataError, match=r"contains another run, with split 'test' \(now 'train'\)"):
         check_run(tmp_path, {"split": "train", "limit": None})
 
 

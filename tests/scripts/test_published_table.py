@@ -42,4 +42,4 @@ def test_a_run_fills_the_last_column_with_its_reference_figures_in_percent(tmp_p
     assert done.stdout.rstrip().endswith("mine: partonomy core, split test, 3 questions, protocol published")
     path.write_text("{}")
     done = subprocess.run([*script, str(path)], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 1 and "is no metrics.json of evaluate_plum.py" in done.stderr
+    assert done.returncode == 1 and "is not a metrics.json of evaluate_plum.py" in done.stderr

@@ -177,8 +177,8 @@ def test_chats_without_an_image_hold_no_placeholder_and_unanswered_or_unasked_me
     ("record", "message"),
     [
         (chat("Hello!", "Hi.", image="none.jpg"), "record 0, field 'image': there is no image"),
-        (chat("Hello!", "Hi.", image="../outside.jpg"), "leads out of"),
-        (chat("Hello!", "Hi.", image="a\0b"), "leads out of|there is no image"),
+        (chat("Hello!", "Hi.", image="../outside.jpg"), "is outside"),
+        (chat("Hello!", "Hi.", image="a\0b"), "is outside|there is no image"),
         (chat("Hello!", "Hi.", image=3), "record 0, field 'image': expected str"),
         (chat("Hello!", 3), r"record 0, record conversations\[1\], field 'value': expected str"),
         ({"conversations": [{"from": "system", "value": ""}]}, r"conversations\[0\], field 'from': expected human"),

@@ -188,9 +188,9 @@ def test_partimagenet_reads_every_split_from_the_layouts_in_use(tmp_path, file, 
 
 BOMB = {"size": [HEIGHT, WIDTH], "counts": encode(np.ones((6000, 6000), dtype=bool))["counts"]}
 BAD_PASCAL = [
-    (("annotations", 1, "id"), 0, r"record annotations\[1\], field 'id': 0 is the id of record 0 too"),
-    (("images", 1, "id"), 1, r"record images\[1\], field 'id': 1 is the id of record 0 too"),
-    (("categories", 1, "id"), 19, r"record categories\[1\], field 'id': 19 is the id of record 0 too"),
+    (("annotations", 1, "id"), 0, r"record annotations\[1\], field 'id': 0 is also the id of record 0"),
+    (("images", 1, "id"), 1, r"record images\[1\], field 'id': 1 is also the id of record 0"),
+    (("categories", 1, "id"), 19, r"record categories\[1\], field 'id': 19 is also the id of record 0"),
     (
         ("categories", 1, "name"),
         "bus:license plate",
@@ -208,14 +208,14 @@ BAD_PASCAL = [
     (("annotations", 0, "segmentation"), BOMB, r"annotations\[0\], field 'segmentation'.*more than 2400 pixels"),
     (("annotations", 0, "segmentation"), {"size": [60_000, 60_000], "counts": [0]}, r"annotations\[0\].*the limit"),
     (("annotations", 0, "segmentation"), encode(LEFT_WHEEL.T), r"annotations\[0\].*mask has size \[60, 40\]"),
-    (("annotations", 0, "segmentation"), [[70, 1, 80, 1, 80, 9]], r"annotations\[0\].*lies outside the image"),
+    (("annotations", 0, "segmentation"), [[70, 1, 80, 1, 80, 9]], r"annotations\[0\].*is outside the image"),
     (("annotations", 0, "segmentation"), "kV]", r"annotations\[0\], field 'segmentation': expected list or dict"),
     (
         ("images", 0, "file_name"),
         "none.jpg",
         r"images\[0\], field 'file_name': there is no image VOCdevkit/.*none.jpg",
     ),
-    (("images", 0, "file_name"), "../../../../outside.jpg", r"images\[0\].*leads out of"),
+    (("images", 0, "file_name"), "../../../../outside.jpg", r"images\[0\].*is outside"),
     (("images", 0, "height"), HEIGHT + 1, r"images\[0\], fields 'height' and 'width'.*size \[41, 60\]"),
     (("annotations",), [], "field 'annotations': expected a non-empty list"),
     (("annotations",), {"0": {}}, "field 'annotations': expected a non-empty list"),

@@ -62,7 +62,7 @@ def test_an_image_may_lie_under_its_own_name_and_an_empty_mask_asks_nothing(tmp_
         ({"instruction": TEXTS[:5]}, r"record 0, part_list\[0\], field 'instruction': expected 6 texts"),
         ({"part": "spout"}, r"record 0, part_list\[0\]: there is no test/images/cup1-coffee_cup-spout.jpg nor"),
         ({"object": None}, "field 'object': expected str, found None"),
-        ({"instruction": ["</s>", *TEXTS[1:]]}, "models take for a token of their own"),
+        ({"instruction": ["</s>", *TEXTS[1:]]}, "a special token of models"),
     ],
 )
 def test_a_bad_entry_is_refused_naming_file_record_and_field(tmp_path, changes, message):

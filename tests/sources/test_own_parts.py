@@ -190,15 +190,15 @@ BAD_COCO = [
     (
         "categories",
         {"name": "<image>"},
-        r"record categories\[0\], field 'name': the text holds '<image>', which models",
+        r"record categories\[0\], field 'name': the text contains '<image>', a special token",
     ),
     (
         "categories",
         {"supercategory": "a </s>"},
-        r"categories\[0\], field 'supercategory': the text holds '</s>'",
+        r"categories\[0\], field 'supercategory': the text contains '</s>'",
     ),
-    ("images", {"image_label": "<|im_end|>"}, r"record images\[0\], field 'image_label': the text holds '<.im_end"),
-    ("images", {"file_name": "../../0.png"}, r"record images\[0\].*leads out of"),
+    ("images", {"image_label": "<|im_end|>"}, r"record images\[0\], field 'image_label': the text contains '<.im_end"),
+    ("images", {"file_name": "../../0.png"}, r"record images\[0\].*is outside"),
     ("images", {"width": WIDTH + 1}, r"record images\[0\].*size \[20, 31\].*\[20, 30\]"),
     ("images", {"id": None}, r"record images\[0\], field 'id': expected int"),
 ]
@@ -283,7 +283,9 @@ def test_a_mask_picture_is_measured_before_it_is_decoded(tmp_path, kind):
     Image.new("L", (4000, 4000)).save(picture, format=kind)
     found = shape("mask", [(2, 2), (7, 7)], mask=base64.b64encode(picture.getvalue()).decode())
     problems = validate("own_parts", labelme_folder(tmp_path / "data", labelme_content(found))).problems
-    expected = "field 'mask': the image has 4000 x 4000 pixels" if kind == "PNG" else "field 'mask': no readable image"
+    expected = (
+        "field 'mask': the image has 4000 x 4000 pixels" if kind == "PNG" else "field 'mask': not a readable image"
+    )
     assert any(expected in problem for problem in problems), problems
 
 
@@ -321,16 +323,16 @@ def test_the_flag_that_is_set_names_the_object_and_empty_files_are_counted(tmp_p
             r"shapes\[0\]'.*expected polygon, rectangle, circle or mask",
         ),
         (labelme_content(shape("rectangle", [(1, 1)])), r"field 'shapes\[0\]', field 'points': expected 2 points"),
-        (labelme_content(shape("mask", [(0, 0), (3, 3)], mask="AAAA")), "field 'mask': no readable image"),
+        (labelme_content(shape("mask", [(0, 0), (3, 3)], mask="AAAA")), "field 'mask': not a readable image"),
         (labelme_content(shape(), flags={"a": True, "b": True}), "field 'flags': the flag that is set names the obj"),
         (labelme_content(shape(), imageHeight=None), "field 'imageHeight': expected int"),
         (labelme_content(shape(), imagePath="none.png"), "field 'imagePath': there is no image 'none.png'"),
-        (labelme_content(shape(label="<image>")), r"'shapes\[0\]', field 'label': the text holds '<image>'"),
+        (labelme_content(shape(label="<image>")), r"'shapes\[0\]', field 'label': the text contains '<image>'"),
         (
             labelme_content(shape("mask", [(2, 2), (1e300, 7)], mask="")),
             r"field 'points': the box .* leaves the image",
         ),
-        (labelme_content(shape(), imagePath="/etc/0.png"), "leads out of"),
+        (labelme_content(shape(), imagePath="/etc/0.png"), "is outside"),
         (labelme_content(shape(label="Wheel"), shape()), "'Wheel' and 'wheel' differ only in case"),
     ],
 )
@@ -367,17 +369,17 @@ BAD_RECORDS = [
     ("[]", "line 2: expected an object"),
     ({"id": "b", "messages": [], "masks": []}, "line 2: field 'image' is missing"),
     (record("b", colour="red"), r"line 2: unknown fields \['colour'\]"),
-    (record("a"), "line 2, field 'id': 'a' is the id of .*line 1 too"),
+    (record("a"), "line 2, field 'id': 'a' is also the id of .*line 1"),
     (record("b", masks=[]), "line 2, field 'masks': 1 span tags, but 0 masks"),
     (record("b", messages=record()["messages"][:1]), "line 2.*(ends with the user|1 masks)"),
-    (record("b", messages=[{"role": "user", "content": "<p>A wheel</p>?"}]), "line 2.*holds the span tag"),
+    (record("b", messages=[{"role": "user", "content": "<p>A wheel</p>?"}]), "line 2.*contains the span tag"),
     (
         record("b", messages=[{"role": "user", "content": "<image>\nWhat?"}, record()["messages"][1]]),
-        r"line 2, field 'messages\[0\]', field 'content': the text holds '<image>'",
+        r"line 2, field 'messages\[0\]', field 'content': the text contains '<image>'",
     ),
     (
         record("b", messages=[record()["messages"][0], {"role": "assistant", "content": "A <p>wheel</p>.</s>"}]),
-        r"line 2, field 'messages\[1\]', field 'content': the text holds '</s>'",
+        r"line 2, field 'messages\[1\]', field 'content': the text contains '</s>'",
     ),
     (
         record(

@@ -64,7 +64,7 @@ def test_every_missing_and_damaged_image_is_a_problem_of_its_own(tmp_path):
     folder = pascal_folder(tmp_path, content)
     (folder / VOC / "2008_000009.jpg").write_bytes((folder / VOC / "2008_000009.jpg").read_bytes()[:200])
     damaged, missing = validate("pascal_part", folder).problems
-    assert "record images[1]" in damaged and "no readable image" in damaged
+    assert "record images[1]" in damaged and "not a readable image" in damaged
     assert "record images[2]" in missing and "there is no image" in missing
 
 

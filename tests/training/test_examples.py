@@ -125,7 +125,7 @@ def changed_record(**changes) -> dict:
         ({"image": None}, "record record-7, field 'image': expected an image for 2 masks, found none"),
         (
             {"image": {"bytes": b"no image", "path": None}},
-            "record record-7, field 'image': no readable image",
+            "record record-7, field 'image': not a readable image",
         ),
         (
             {"masks": [{"label": "wheel", "rle": {"size": [50, 60], "counts": "0"}}] * 2},

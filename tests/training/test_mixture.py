@@ -118,7 +118,7 @@ def test_an_entry_goes_over_the_options_and_its_folder_lies_in_theirs():
 @pytest.mark.parametrize(
     "entry, message",
     [
-        ({"rates": 1}, r"fields \['rates'\]; those of an entry are \['dataset', 'name'"),
+        ({"rates": 1}, r"fields \['rates'\]; known are \['dataset', 'name'"),
         ({"rate": 0}, "has the rate 0 for partonomy mini data; a rate is a number above 0"),
         ({"rate": "9"}, "has the rate '9'"),
         ({"rate": True}, "has the rate True"),
@@ -179,7 +179,7 @@ def test_a_bad_record_of_a_folder_is_named_where_training_stops(tmp_path, monkey
     folder = coco_folder(tmp_path / "data", coco_content(images=12))
     (folder / "3.png").write_bytes(b"no image")
     source = Source(**DEFAULTS | {"name": "own_parts", "data_dir": str(folder)})
-    with pytest.raises(DataError, match=r"record images\[3\], field 'file_name': .*3.png: no readable image"):
+    with pytest.raises(DataError, match=r"record images\[3\], field 'file_name': .*3.png: not a readable image"):
         load_records(source, "train")
 
 
@@ -188,7 +188,7 @@ def test_a_source_without_records_or_conversations_is_named(tmp_path, streaming)
     rows = make_records([record("a")])
     (rows.select([]) if streaming else rows).to_parquet(tmp_path / "empty" / "train.parquet")
     Dataset.from_dict({"id": ["a"], "question": ["b"]}).to_parquet(tmp_path / "questions" / "train.parquet")
-    message = "Split 'train' of .*empty default holds no records" if streaming else r"train\[:0\].* no data"
+    message = "Split 'train' of .*empty default has no records" if streaming else r"train\[:0\].* no data"
     with pytest.raises(ValueError, match=message):
         load_records(Source(str(tmp_path / "empty"), "default"), "train" if streaming else "train[:0]", streaming)
     with pytest.raises(DataError, match=r"questions default has no columns \['image', 'masks', 'messages'\]"):

@@ -133,7 +133,7 @@ def test_frozen_modules_keep_their_weights_and_the_others_learn(trained, data_fo
 
 
 def test_a_frozen_module_that_the_model_does_not_have_is_named():
-    with pytest.raises(ValueError, match="frozen_modules has 'sam.encoder', which is no module of the model"):
+    with pytest.raises(ValueError, match="frozen_modules has 'sam.encoder', which is not a module of the model"):
         freeze(tiny_model(shared_vision=True), ["sam.encoder"])
 
 
@@ -318,7 +318,7 @@ def test_no_token_is_saved_with_a_checkpoint(data_folder, trained, tmp_path):
 
 def test_resuming_without_a_checkpoint_is_an_error(trained, data_folder, tmp_path):
     options = base_options(data_folder, tmp_path / "out") | {"model": trained, "resume_from_checkpoint": True}
-    with pytest.raises(ValueError, match="out holds no checkpoint"):
+    with pytest.raises(ValueError, match="out contains no checkpoint"):
         run_main(options)
     assert not (tmp_path / "out").exists()
 
@@ -442,7 +442,7 @@ def test_an_empty_split_and_a_split_of_other_records_are_errors_before_any_train
 
 def test_a_checkpoint_of_another_architecture_is_refused(tmp_path):
     LlamaConfig().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="holds a 'llama' model, expected 'plum'"):
+    with pytest.raises(ValueError, match="contains a 'llama' model, expected 'plum'"):
         load_checkpoint(tmp_path)
 
 
