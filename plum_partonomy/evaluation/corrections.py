@@ -182,11 +182,11 @@ def answers_of(records: datasets.Dataset, indices: Iterable[int]) -> list[dict[s
                 "image_id": names[index]["image_id"],
                 "row": index,
                 "image": example["image"],
-                "messages": conversation["messages"],
-                "masks": [decode(mask) for mask in conversation["masks"]],
+                "messages": conversation.messages,
+                "masks": [decode(mask) for mask in conversation.masks],
             }
             for number, conversation in enumerate(example["conversations"])
-            if len(conversation["masks"]) > 1
+            if len(conversation.masks) > 1
         ]
     return answers
 

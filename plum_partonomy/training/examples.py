@@ -5,6 +5,7 @@ Training examples of PLUM: grounded conversations with augmentation, and batches
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -20,6 +21,28 @@ from plum_partonomy.training.fresh import FreshRecords
 from processing_plum import PlumProcessor
 
 
+@dataclass
+class Conversation:
+    """
+    A conversation of an example.
+
+    Attributes:
+        messages: Its turns, with span tags.
+        masks: The mask of each span tag as RLE at the size of the image; decoded masks of a photograph would dominate
+            the memory.
+        tagged: Whether the answers give supervision of tags.
+        chosen: Sorted indices of the supervised masks.
+        teacher_forced: Whether the true mask is fed back, bool (masks,).
+    """
+
+    messages: list[dict]
+    masks: list[RLE]
+    tagged: bool
+    chosen: np.ndarray = field(default_factory=lambda: np.zeros(0, int))
+    teacher_forced: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
+
+
+@dataclass(frozen=True)
 class ExampleMaker:
     """
     Converts a record (see `plum_partonomy.records`) to an example.
@@ -35,30 +58,20 @@ class ExampleMaker:
         teacher_forcing_probability: Probability of feeding back the true mask of a span instead of the predicted one.
     """
 
-    def __init__(
-        self,
-        jitter: float = 0.0,
-        crop: float = 0.0,
-        affine: float = 0.0,
-        turns_per_record: int | None = None,
-        follow_up_probability: float = 0.0,
-        max_spans: int | None = None,
-        teacher_forcing_probability: float = 0.0,
-    ):
-        self.jitter, self.crop, self.affine = jitter, crop, affine
-        self.turns_per_record, self.max_spans = turns_per_record, max_spans
-        self.follow_up_probability = follow_up_probability
-        self.teacher_forcing_probability = teacher_forcing_probability
+    jitter: float = 0.0
+    crop: float = 0.0
+    affine: float = 0.0
+    turns_per_record: int | None = None
+    follow_up_probability: float = 0.0
+    max_spans: int | None = None
+    teacher_forcing_probability: float = 0.0
 
     def __call__(self, record: dict, generator: np.random.Generator) -> dict:
         """
         Return the example of a record.
 
         Returns:
-            `id`, `image` (RGB or None) and `conversations`, each with `messages`, `masks` (RLEs at the size of the
-            image, because decoded masks of a photograph dominate the memory), `chosen` (sorted indices of the
-            supervised masks), `teacher_forced` (bool `(masks,)`), and `tagged` (whether the answers give supervision
-            of tags).
+            `id`, `image` (RGB or None) and `conversations`: a dict, because streams of `datasets` have no other rows.
 
         Raises:
             DataError: Turns, tags, masks and image do not match; the message names record and field.
@@ -76,36 +89,35 @@ class ExampleMaker:
                 image, masks = random_affine(image, masks, self.affine, generator)
             if self.crop:
                 image, masks = random_crop(image, masks, self.crop, generator)
-        conversations = [{"messages": record["messages"], "masks": masks}]
+        conversations = [Conversation(record["messages"], masks, tagged=record["masks"] is not None)]
         if self.turns_per_record is not None:
-            conversations = self._draw_turns(split_into_turns(record["messages"], masks), generator)
+            conversations = self._draw_turns(split_into_turns(conversations[0]), generator)
         self._choose_spans(conversations, generator)
         for conversation in conversations:
-            conversation["tagged"] = record["masks"] is not None
-            draws = generator.random(len(conversation["masks"]))
-            conversation["teacher_forced"] = draws < self.teacher_forcing_probability
+            draws = generator.random(len(conversation.masks))
+            conversation.teacher_forced = draws < self.teacher_forcing_probability
         return {"id": record["id"], "image": image, "conversations": conversations}
 
-    def _draw_turns(self, turns: list[dict], generator: np.random.Generator) -> list[dict]:
+    def _draw_turns(self, turns: list[Conversation], generator: np.random.Generator) -> list[Conversation]:
         """Return some of the turns, each alone or as the follow-up of another one."""
         count = min(self.turns_per_record or len(turns), len(turns))
         conversations = []
         for i in generator.permutation(len(turns))[:count].tolist():
-            conversation = turns[i]
+            turn = turns[i]
             if len(turns) > 1 and self.follow_up_probability and generator.random() < self.follow_up_probability:
                 before = turns[(i + generator.integers(1, len(turns))) % len(turns)]
-                conversation = {name: before[name] + conversation[name] for name in ("messages", "masks")}
-            conversations.append(dict(conversation))
+                turn = Conversation(before.messages + turn.messages, before.masks + turn.masks, turn.tagged)
+            conversations.append(turn)
         return conversations
 
-    def _choose_spans(self, conversations: list[dict], generator: np.random.Generator):
+    def _choose_spans(self, conversations: list[Conversation], generator: np.random.Generator):
         """Set the supervised masks of each conversation: those of whole conversations while they fit."""
-        left = sum(len(conversation["masks"]) for conversation in conversations)
+        left = sum(len(conversation.masks) for conversation in conversations)
         left = left if self.max_spans is None else min(left, self.max_spans)
         for i in generator.permutation(len(conversations)):
-            count = len(conversations[i]["masks"])
+            count = len(conversations[i].masks)
             chosen = generator.choice(count, min(count, left), replace=False)
-            conversations[i]["chosen"], left = np.sort(chosen), left - len(chosen)
+            conversations[i].chosen, left = np.sort(chosen), left - len(chosen)
 
 
 def random_crop(
@@ -226,23 +238,17 @@ def check_masks(record: dict, image: Image.Image | None) -> list[RLE]:
     ]
 
 
-def split_into_turns(messages: list[dict], masks: list[RLE]) -> list[dict]:
+def split_into_turns(conversation: Conversation) -> list[Conversation]:
     """Return each question with its answer as a separate conversation, with the masks of its span tags."""
     turns, start = [], 0
-    for question, answer in zip(messages[::2], messages[1::2], strict=True):
+    for question, answer in zip(conversation.messages[::2], conversation.messages[1::2], strict=True):
         end = start + len(tagged_phrases(answer["content"]))
-        turns.append({"messages": [question, answer], "masks": masks[start:end]})
+        turns.append(Conversation([question, answer], conversation.masks[start:end], conversation.tagged))
         start = end
     return turns
 
 
-NOTHING = {
-    "messages": [{"role": "user", "content": "-"}, {"role": "assistant", "content": "-"}],
-    "masks": [],
-    "chosen": np.zeros(0, int),
-    "teacher_forced": np.zeros(0, bool),
-    "tagged": False,
-}
+NOTHING = Conversation([{"role": role, "content": "-"} for role in ("user", "assistant")], masks=[], tagged=False)
 """Placeholder for a batch without conversations; no loss is computed on it."""
 
 
@@ -284,25 +290,25 @@ class Collator:
     def _pad_token_id(self) -> int:
         return self.processor.tokenizer.pad_token_id or 0
 
-    def _encode(self, rows: list[tuple[int, dict]], images: list) -> dict:
+    def _encode(self, rows: list[tuple[int, Conversation]], images: list) -> dict:
         """Return a batch of conversations, each with the index of its image."""
         batch = self.processor.apply_chat_template(
-            [as_chat(conversation["messages"], images[i]) for i, conversation in rows],
-            masks=[conversation["masks"] if conversation["tagged"] else None for _, conversation in rows],
+            [as_chat(conversation.messages, images[i]) for i, conversation in rows],
+            masks=[conversation.masks if conversation.tagged else None for _, conversation in rows],
             tokenize=True,
             return_dict=True,
             padding_side="right",
         )
         chosen, start = [], 0
         for _, conversation in rows:
-            chosen += (start + conversation["chosen"]).tolist()
-            start += len(conversation["masks"])
+            chosen += (start + conversation.chosen).tolist()
+            start += len(conversation.masks)
         batch["spans"] = batch["spans"][chosen]
-        forced = [conversation["teacher_forced"] for _, conversation in rows]
+        forced = [conversation.teacher_forced for _, conversation in rows]
         batch["teacher_forced"] = torch.from_numpy(np.concatenate(forced))[chosen]
         groups = torch.arange(len(batch["mask_labels"]))
         if self.order_free_targets:
-            groups = torch.tensor(group_masks([conversation["messages"] for _, conversation in rows]))
+            groups = torch.tensor(group_masks([conversation.messages for _, conversation in rows]))
         batch["span_groups"] = groups[chosen]
         # Unsupervised masks of an answer stay candidates for its supervised spans with the same words.
         candidates = torch.isin(groups, batch["span_groups"]).nonzero()[:, 0].tolist()

@@ -132,11 +132,11 @@ def write_samples(path: Path, rows: list[dict[str, str]], examples: torch.utils.
 def _drawn(example: dict) -> Iterator[dict]:
     """Yield for each conversation its turns in pieces (as split by `highlight`) and its image with the masks."""
     for conversation in example["conversations"]:
-        rles = [conversation["masks"][i] for i in conversation["chosen"]]
-        chosen = conversation["chosen"].tolist()
+        rles = [conversation.masks[i] for i in conversation.chosen]
+        chosen = conversation.chosen.tolist()
         colours = dict(zip(chosen, pick_colours(len(chosen)), strict=True))
         turns, first = [], 0
-        for message in conversation["messages"]:
+        for message in conversation.messages:
             if message["role"] == "user":
                 turns.append([(message["content"], None)])
                 continue

@@ -86,14 +86,14 @@ def test_how_often_a_span_is_forced_follows_the_probability_and_its_own_record_a
     def draws(probability, epoch=0):
         examples = ConversationDataset(records, seed=1, teacher_forcing_probability=probability)
         examples.set_epoch(epoch)
-        return [examples[i]["conversations"][0]["teacher_forced"].tolist() for i in range(len(records))]
+        return [examples[i]["conversations"][0].teacher_forced.tolist() for i in range(len(records))]
 
     assert not np.any(draws(0)) and np.all(draws(1))
     half = draws(0.5)
     assert half == draws(0.5) and half != draws(0.5, epoch=1)
     assert 60 < np.sum(half) < 120
     alone = ConversationDataset(records, seed=1, teacher_forcing_probability=0.5)[41]
-    assert alone["conversations"][0]["teacher_forced"].tolist() == half[41]
+    assert alone["conversations"][0].teacher_forced.tolist() == half[41]
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_masks_that_are_not_supervised_stay_candidates_for_the_spans_of_their_wo
     row["masks"] = [{"label": "part", "rle": encode(random_mask(height, width, seed=n))} for n in range(4)]
     processor = tiny_processor()
     example = ConversationDataset(make_records([row]), max_spans=1)[0]
-    (chosen,) = example["conversations"][0]["chosen"].tolist()
+    (chosen,) = example["conversations"][0].chosen.tolist()
     batch = Collator(processor, order_free_targets=True)([example])
     assert len(batch["spans"]) == 1
     assert len(batch["mask_labels"]) == (1 if chosen == 1 else 3)

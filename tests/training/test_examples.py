@@ -1,5 +1,7 @@
 """Training examples and batches: what random changes do, and records that are refused."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,7 @@ from tests.tiny import random_image, random_mask, tiny_processor
 
 
 def chosen_masks(example: dict) -> list[list[int]]:
-    return [conversation["chosen"].tolist() for conversation in example["conversations"]]
+    return [conversation.chosen.tolist() for conversation in example["conversations"]]
 
 
 def test_an_example_depends_on_seed_epoch_and_index_alone():
@@ -40,7 +42,7 @@ def test_a_random_crop_cuts_image_and_masks_alike_and_keeps_half_of_each_mask():
     sizes = set()
     for epoch in range(30):
         examples.set_epoch(epoch)
-        image, masks = examples[0]["image"], examples[0]["conversations"][0]["masks"]
+        image, masks = examples[0]["image"], examples[0]["conversations"][0].masks
         sizes.add(image.size)
         for channel, (mask, stripe) in enumerate(zip(masks, stripes, strict=True)):
             assert np.array_equal(np.asarray(image)[..., channel] > 0, decode(mask))
@@ -59,7 +61,7 @@ def test_a_random_affine_map_moves_image_and_masks_alike_and_keeps_them_in_sight
     areas = set()
     for epoch in range(20):
         examples.set_epoch(epoch)
-        image, masks = examples[0]["image"], [decode(mask) for mask in examples[0]["conversations"][0]["masks"]]
+        image, masks = examples[0]["image"], [decode(mask) for mask in examples[0]["conversations"][0].masks]
         assert image.size == (120, 80)
         for channel, mask in enumerate(masks):
             seen = np.asarray(image)[..., channel] > 127
@@ -75,8 +77,8 @@ def test_masks_of_a_photograph_stay_run_lengths_and_give_the_labels_of_their_pix
     row = record(0, 2) | {"image": photograph, "masks": [{"label": "wheel", "rle": encode(mask)} for mask in masks]}
     example, processor = ConversationDataset(make_records([row]), crop=crop)[0], tiny_processor()
     (made,) = example["conversations"]
-    assert all(isinstance(mask["counts"], str) for mask in made["masks"])
-    as_pixels = {**example, "conversations": [{**made, "masks": [decode(mask) for mask in made["masks"]]}]}
+    assert all(isinstance(mask["counts"], str) for mask in made.masks)
+    as_pixels = {**example, "conversations": [replace(made, masks=[decode(mask) for mask in made.masks])]}
     found, expected = (Collator(processor)([each])["mask_labels"] for each in (example, as_pixels))
     assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True)) and len(found) == 2
     assert example["image"].size == (900, 600) or crop

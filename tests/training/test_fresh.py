@@ -91,7 +91,7 @@ def test_a_mixture_of_fresh_records_depends_on_seed_epoch_and_index_alone(photog
     def ids(epoch, indices):
         examples = FreshConversationDataset(mix(places, [1, 1], seed=0), makers, seed=3, turns_per_record=2)
         examples.set_epoch(epoch)
-        return {i: (examples[i]["id"], str(examples[i]["conversations"][0]["messages"])) for i in indices}
+        return {i: (examples[i]["id"], str(examples[i]["conversations"][0].messages)) for i in indices}
 
     indices = range(10)
     first = ids(0, indices)
@@ -108,11 +108,11 @@ def test_a_follow_up_is_a_turn_after_another_one_of_its_record_with_the_masks_of
     lengths = []
     for i in range(30):
         conversations = examples[i]["conversations"]
-        assert len(conversations) == 3 and len({c["messages"][-2]["content"] for c in conversations}) == 3
+        assert len(conversations) == 3 and len({c.messages[-2]["content"] for c in conversations}) == 3
         for conversation in conversations:
-            answers = conversation["messages"][1::2]
+            answers = conversation.messages[1::2]
             tagged = [phrase for answer in answers for phrase in tagged_phrases(answer["content"])]
-            assert len(conversation["masks"]) == len(tagged) == len(conversation["teacher_forced"])
+            assert len(conversation.masks) == len(tagged) == len(conversation.teacher_forced)
             lengths.append(len(answers))
     assert set(lengths) == {1, 2} and 25 < lengths.count(2) < 65
 
