@@ -546,11 +546,11 @@ def test_image_tokens_without_an_image_are_refused_instead_of_being_read_as_word
     for name in ("pixel_values", "sam_pixel_values"):
         batch.pop(name, None)
     for run in (model, model.segment_answers, lambda **inputs: model.score_choices(**inputs, num_choices=2)):
-        with pytest.raises(ValueError, match="hold image tokens, but no image comes with them"):
+        with pytest.raises(ValueError, match="contain image tokens, but no image is passed with them"):
             run(**batch)
     prompts = processor.apply_chat_template([conversation(random_image(), None)], add_generation_prompt=True,
                                             tokenize=True, return_dict=True)  # fmt: skip
-    with pytest.raises(ValueError, match="hold image tokens, but no image comes with them"):
+    with pytest.raises(ValueError, match="contain image tokens, but no image is passed with them"):
         model.generate(input_ids=prompts["input_ids"], attention_mask=prompts["attention_mask"], max_new_tokens=2)
 
 
@@ -572,12 +572,12 @@ def test_spans_given_by_hand_are_checked_before_they_are_segmented():
     answers = batch["labels"] != -100
     start = int(answers[0].int().argmax())
     for span, words in (
-        ([0, start, start], "holds no token"),
-        ([0, start + 1, start], "holds no token"),
+        ([0, start, start], "contains no token"),
+        ([0, start + 1, start], "contains no token"),
         ([0, start, 10_000], "out of range"),
         ([7, start, start + 1], "out of range"),
-        ([0, 0, 2], "is no part of an answer"),
-        ([0, start - 1, start + 1], "is no part of an answer"),
+        ([0, 0, 2], "is not part of an answer"),
+        ([0, start - 1, start + 1], "is not part of an answer"),
     ):
         with pytest.raises(ValueError, match=f"Span 0 is .*{words}"):
             model.segment_spans(**{**batch, "spans": torch.tensor([span])})
