@@ -151,15 +151,16 @@ class Partonomy(datasets.GeneratorBasedBuilder):
     def _split_generators(self, dl_manager: datasets.DownloadManager) -> list[datasets.SplitGenerator]:
         name = self.config.source
         problems: list[DataError] = []
-        on_error: OnError = problems.append if self.config.on_error == "report" else refuse
+        skips = self.config.on_error == "report"
+        on_error: OnError = problems.append if skips else refuse
         self._streaming = dl_manager.is_streaming
         knowledge = None
         if name == "core":
             members = {"test": None}
-            if on_error is not refuse and not sum(1 for _ in self._core_questions(on_error, resized=[])):
+            if skips and not sum(1 for _ in self._core_questions(on_error, resized=[])):
                 raise DataError(f"not one question can be used; the first problem: {problems[0]}")
         elif name in PART_SOURCES:
-            found = survey(name, self._data_dir(), seed=SEED, on_error=on_error)
+            found = survey(name, self._data_dir(), seed=SEED, on_error=on_error, read_all=skips)
             members, knowledge = found.members, found.knowledge()
             if self.config.asks and not found.annotated:
                 raise DataError(
@@ -167,7 +168,7 @@ class Partonomy(datasets.GeneratorBasedBuilder):
                     f'it with the config "{name}"'
                 )
         elif name in SOURCES:
-            members = usable(name, self._data_dir(), on_error=on_error)
+            members = usable(name, self._data_dir(), on_error=on_error, read_all=skips)
         else:
             members = {split: list(range(size)) for split, size in DRAWING_SIZES[self.config.name].items()}
         if problems:

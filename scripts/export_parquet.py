@@ -32,6 +32,7 @@ from plum_partonomy.scoring.blind_baselines import leak_of_copy, leak_of_drawing
 from plum_partonomy.sources.problems import ERRORS_FILE, write_problems
 from plum_partonomy.sources.splits import PART_SOURCES, Survey, survey
 from plum_partonomy.sources.statistics import Statistics
+from plum_partonomy.sources.untrusted import refuse
 
 
 def main() -> None:
@@ -159,9 +160,9 @@ def measure(
 
 
 def look_at(source: str, options: argparse.Namespace) -> Survey:
-    ignored: list[DataError] = []
-    on_error = {"on_error": ignored.append} if options.on_error == "report" else {}
-    return survey(source, Path(options.data_dir).expanduser(), seed=partonomy_dataset.SEED, **on_error)
+    skips, ignored = options.on_error == "report", []
+    place, on_error = Path(options.data_dir).expanduser(), ignored.append if skips else refuse
+    return survey(source, place, seed=partonomy_dataset.SEED, on_error=on_error, read_all=skips)
 
 
 def graphs_of(source: str, found: Survey | None) -> dict[str, Any] | None:

@@ -71,16 +71,16 @@ def open_source(name: str, folder: Path, *, split: str, on_error: OnError = refu
     return kind(folder, split=split)  # the others check records only on access
 
 
-def usable(name: str, folder: Path, *, on_error: OnError = refuse) -> dict[str, list[int]]:
+def usable(name: str, folder: Path, *, on_error: OnError = refuse, read_all: bool = False) -> dict[str, list[int]]:
     """Return split -> indices of the records that can be used. `name` is one of SOURCES.
 
-    With `on_error=refuse` no record is read here; the build stops at the first bad one.
+    Unless `read_all`, no record is read here; the build stops at the first bad one.
     """
     members = {}
     for split in SOURCES[name].splits(folder):
         source = open_source(name, folder, split=split, on_error=on_error)
         members[split] = list(range(len(source)))
-        if on_error is not refuse:
+        if read_all:
             members[split] = [index for index in members[split] if _is_good(source, index, on_error)]
     return members
 
@@ -95,16 +95,17 @@ def _is_good(source: Opened, index: int, on_error: OnError) -> bool:
     return True
 
 
-def survey(name: str, folder: Path, *, seed: int, on_error: OnError = refuse) -> Survey:
-    """Read the annotations of all examples, and all images unless `on_error` is `refuse`.
+def survey(name: str, folder: Path, *, seed: int, on_error: OnError = refuse, read_all: bool = False) -> Survey:
+    """Read the annotations of all examples, and all images with `read_all`.
 
     Conversations of your own have members only, because their parts are unknown.
 
     Args:
         name: One of PART_SOURCES.
         seed: Seed of drawn splits.
-        on_error: Receives a DataError for each bad record; its example is skipped. With `refuse`, images are checked
-            in the build instead, so that each is decoded only once.
+        on_error: Receives a DataError for each bad record; its example is skipped.
+        read_all: Read images and conversations as well, to find all bad records. Otherwise they are checked in the
+            build, so that each image is decoded only once.
 
     Raises:
         DataError: A file cannot be read, an image is in two splits, or no example is left.
@@ -113,7 +114,7 @@ def survey(name: str, folder: Path, *, seed: int, on_error: OnError = refuse) ->
     owners: dict[str, str] = {}
     for split, source, indices in _open_splits(name, folder, seed=seed, on_error=on_error):
         if isinstance(source, ConversationFile):
-            good = indices if on_error is refuse else [i for i in indices if _is_good(source, i, on_error)]
+            good = [i for i in indices if _is_good(source, i, on_error)] if read_all else indices
             found.members |= {split: good} if good else {}
             continue
         _unite(found.part_graph, source.part_graph)
@@ -124,7 +125,7 @@ def survey(name: str, folder: Path, *, seed: int, on_error: OnError = refuse) ->
                 image_path = source.image_path(index)
                 if owners.setdefault(image_path, split) != split:
                     raise DataError(f"{source.path}: {image_path!r} is also in the split {owners[image_path]}")
-                example = source.annotation(index) if on_error is refuse else source.example(index)
+                example = source.example(index) if read_all else source.annotation(index)
             except DataError as error:
                 on_error(error)
                 continue
