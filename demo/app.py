@@ -1,9 +1,9 @@
-"""PLUM in the browser: ask about an image, isolate masks, name words, correct a mask, watch the steps.
+"""The app: ask about an image, isolate masks, segment words, correct a mask, see the steps.
 
     python demo/app.py                          # every checkpoint in checkpoints/; others: --model FOLDER [FOLDER ...]
 
-Needs no network, neither here nor in the browser. One request at a time uses the model, the others wait in line.
-What a person asks and sees is kept in that person's session; uploads and files are deleted within an hour.
+Needs no network, on the server or in the browser. One request at a time uses the model; others wait in a queue.
+Questions and answers are kept in the session of their user; uploads and files are deleted within an hour.
 """
 
 import argparse
@@ -65,19 +65,19 @@ CHECKPOINTS = HERE.parent / "checkpoints"
 NOTHING_YET = "The answer and its masks appear here."
 QUESTION = "What visible parts does the object in the image have?"
 EXAMPLES = (0, 200, 400, 600)
-# A drawing of mini_instances, test split, about which one corrected mask mends the later ones.
+# A drawing of mini_instances, test split, on which one corrected mask improves the later ones.
 CORRECTION_EXAMPLE = 32
-"""Which questions of the benchmark give the example images."""
+"""Indices of the benchmark questions whose images are the examples."""
 WAITING_REQUESTS = 64
 SECONDS_BETWEEN_UPDATES = 0.1
-"""While an answer is written; sending every token would take longer than making it."""
+"""Interval of updates during generation; sending every token takes longer than generating it."""
 MAX_TEXT_CHARACTERS = 500
-"""Of a question, and of a list of words to segment."""
+"""Maximum length of a question, and of a list of words to segment."""
 MAX_ANSWER_CHARACTERS = 1500
-"""Of an answer with the words that a person adds."""
+"""Maximum length of an answer with added words."""
 KEPT_SECONDS = 3600
 KEPT_SESSIONS = 256
-"""Pages that are remembered; the oldest go first."""
+"""Maximum number of sessions; the oldest are dropped first."""
 USES_MODEL = {"concurrency_id": "model", "concurrency_limit": 1}
 THEME = gr.themes.Default(
     primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
@@ -88,7 +88,7 @@ THEME = gr.themes.Default(
 
 @contextmanager
 def problems_shown():
-    """Bad input becomes a message on the page instead of a traceback in the log."""
+    """Context that shows expected errors on the page instead of a traceback in the log."""
     try:
         yield
     except DataError as error:
@@ -97,10 +97,10 @@ def problems_shown():
 
 class Demo:
     """
-    What the page's events do. Every argument comes from one person's page or session, and all results go there.
+    The handlers of the page's events. All arguments and results belong to the session of one user.
 
     Args:
-        uploads: Folder that gradio puts uploads into; no other file is read for anybody.
+        uploads: gradio's folder of uploads; no other file is read.
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class Demo:
         return pages.draw_checkpoint(self.checkpoints[model])
 
     def find_upload(self, upload: gr.FileData | None) -> Path | None:
-        """In the place of gradio's own reading of an image, which opens any file that a request names."""
+        """Return an uploaded file; replaces gradio's own reading of images, which opens any file of a request."""
         with problems_shown():
             return None if upload is None else own_file(upload.path, self.uploads)
 
@@ -135,14 +135,14 @@ class Demo:
         return finish(self.plum(shown.model), shown.reply, **thresholds)
 
     def keep(self, model: str, reply: Reply, written: int, last: Ticket | None = None, **change: Any) -> Ticket:
-        """A ticket for an answer, whose spans have the colours that they had in the last one."""
+        """Return a ticket for an answer, with the span colours of the last one."""
         ranges = [(span.start, span.end) for span in finish(self.plum(model), reply).spans]
         before = {} if last is None else self.replies.get(last).colours
         colours = add_colours(before, ranges)
         return self.replies.keep(Shown(model, reply, written, colours, before=last, **change))
 
     def present(self, ticket: Ticket, *thresholds: float) -> tuple:
-        """The answer for the page: picture and answer, ticket; words, what is picked, steps and files are emptied."""
+        """Return the answer for the page: image, answer and ticket; words, selection, steps and files are cleared."""
         shown = self.replies.get(ticket)
         answer = self.finish(shown, *thresholds)
         last = self.replies.find(shown.before)
@@ -162,7 +162,7 @@ class Demo:
         return page, ticket, "", None, "", None
 
     def clear(self) -> tuple:
-        """The page without an answer."""
+        """Return the page without an answer."""
         return pages.draw_note(NOTHING_YET), None, "", None, "", None
 
     def ask(self, model: str, path: Path | None, question: str, *thresholds: float) -> Iterator[tuple]:
@@ -193,7 +193,7 @@ class Demo:
             return page, ticket, gr.skip(), gr.skip(), "", None
 
     def pick_words(self, ticket: Ticket | None, event: gr.EventData) -> tuple[str, Range]:
-        """Words selected in the answer, widened to whole words."""
+        """Return the words selected in the answer, extended to whole words."""
         with problems_shown():
             text = self.replies.get(ticket).reply.text
         start, end = sorted(min(max(int(place), 0), len(text)) for place in (event.start, event.end))
@@ -217,8 +217,8 @@ class Demo:
         *thresholds: float,
     ) -> tuple:
         """
-        Segments words of the person: the selected ones of the answer, or typed ones, which join the answer where they
-        do not stand in it. Without an answer they are segmented on the image alone.
+        Segment words of the user: selected words of the answer, or typed ones, which are added to the answer if it
+        does not contain them. Without an answer they are segmented on the image only.
         """
         with problems_shown():
             words = check_text(words or "", what="words to segment", max_characters=MAX_TEXT_CHARACTERS)
@@ -248,8 +248,8 @@ class Demo:
         self, ticket: Ticket | None, span_threshold: float, mask_threshold: float, event: gr.EventData
     ) -> tuple:
         """
-        Takes what was painted as the mask of a span, and decodes the spans after it from that. Where nothing was
-        painted the mask stays as it was, in the detail that the page does not show.
+        Use the painted mask for a span, and decode the later spans from it. Unpainted areas of the mask keep their
+        full resolution, which the page does not show.
         """
         thresholds = span_threshold, mask_threshold
         with problems_shown():
@@ -269,7 +269,7 @@ class Demo:
             return self.present(kept, *thresholds)
 
     def undo(self, ticket: Ticket | None, *thresholds: float) -> tuple:
-        """The answer before the last correction or the last added words."""
+        """Return the answer before the last correction or the last added words."""
         with problems_shown():
             last = self.replies.get(ticket).before
             if last is None:
@@ -292,11 +292,11 @@ class Demo:
             shown = self.replies.get(ticket)
             answer, image = self.finish(shown, *thresholds), shown.reply.image
             paths = save(answer, image, Path(folder), file_name="image", colours=colours_of(shown, answer))
-            # gradio copies the files to its cache before it comes back here and the folder goes
+            # gradio copies the files to its cache before this generator resumes and the folder is deleted
             yield [str(path) for path in paths]
 
     def benchmark(self, model: str, number: float) -> str:
-        """The question of this number, from 1, with what the model says to it."""
+        """Return the question of this number, from 1, with the model's prediction."""
         with problems_shown():
             index = min(max(int(number or 1), 1), len(self.questions)) - 1
             question, plum = self.questions[index], self.plum(model)
@@ -313,13 +313,13 @@ class Demo:
 
 
 def colours_of(shown: Shown, answer: PlumAnswer) -> list[str]:
-    """The colour of each span of an answer at some thresholds."""
+    """Return the colour of each span of an answer at the given thresholds."""
     colours = pick_colours(1 + max(shown.colours.values(), default=0))
     return [colours[shown.colours[span.start, span.end]] for span in answer.spans]
 
 
 def chosen(items: Sequence, index: int) -> Any:
-    """The item that a request has chosen; DataError if there is none of that number."""
+    """Return the item that a request selects. Raises DataError if it does not exist."""
     if not 0 <= index < len(items):
         raise DataError("This mask is not there any more: choose another.")
     return items[index]
@@ -329,7 +329,7 @@ def chosen(items: Sequence, index: int) -> Any:
 
 
 def make_app(demo: Demo) -> gr.Blocks:
-    """The page; the example images are put into the folder of uploads."""
+    """Return the page; the example images are copied to the folder of uploads."""
     with gr.Blocks(title="PLUM", analytics_enabled=False, delete_cache=(KEPT_SECONDS // 4, KEPT_SECONDS // 2)) as app:
         gr.Markdown("# PLUM\nAsk what an image shows. Words of the answer that name something visible have masks.")
         model = add_model(demo)
@@ -341,7 +341,7 @@ def make_app(demo: Demo) -> gr.Blocks:
 
 
 def save_examples(demo: Demo) -> list[list[str]]:
-    """Images of the benchmark, each with the question of the page, and one whose parts have the same name."""
+    """Return benchmark images with the question of the page, and one image whose parts have the same name."""
     indices = sorted({min(index, len(demo.questions) - 1) for index in EXAMPLES})
     paths = [demo.uploads / f"{index}.png" for index in indices]
     for index, path in zip(indices, paths, strict=True):
@@ -354,17 +354,17 @@ def save_examples(demo: Demo) -> list[list[str]]:
 
 
 class OwnComponent(ComponentMeta):
-    """Makes a component like one of gradio's, without the .pyi file that gradio writes beside its source."""
+    """Creates a subclass of a gradio component without the .pyi file that gradio writes beside its source."""
 
     def __new__(cls, name: str, bases: tuple, attributes: dict) -> type:
         return ABCMeta.__new__(cls, name, bases, attributes)
 
 
 def make_upload(demo: Demo) -> type[gr.Image]:
-    """Gradio's component for an image, with reading of its file of our own in every session."""
+    """Return gradio's image component with our own reading of its file."""
 
     class Upload(gr.Image, metaclass=OwnComponent):
-        is_template = True  # to the page it is the component that it is derived from
+        is_template = True  # the page uses the component that it is derived from
 
         def preprocess(self, payload: Any) -> Path | None:
             return demo.find_upload(payload)
@@ -373,7 +373,7 @@ def make_upload(demo: Demo) -> type[gr.Image]:
 
 
 def add_model(demo: Demo) -> gr.Dropdown:
-    """What the page says of its model, with a choice if there are several."""
+    """Add the description of the model, with a choice if there are several."""
     names = list(demo.checkpoints)
     model = gr.Dropdown(names, value=names[0], label="Model", visible=len(names) > 1)
     about = gr.HTML(demo.describe(names[0]))
@@ -382,7 +382,7 @@ def add_model(demo: Demo) -> gr.Dropdown:
 
 
 def add_question(demo: Demo, examples: list[list[str]]) -> tuple[gr.Component, ...]:
-    """The image, the question, the button that asks, and the gallery of examples."""
+    """Add the image, the question, the button and the gallery of examples."""
     image = make_upload(demo)(
         label=f"Image, at most {MAX_IMAGE_BYTES // 10**6} MB",
         type="filepath",
@@ -425,14 +425,14 @@ def add_ask_tab(demo: Demo, model: gr.Dropdown, examples: list[list[str]]) -> No
             )
             words = gr.Textbox(
                 label="Segment your own words",
-                info="Any words, with commas between; or select words in the answer.",
+                info="Any words, separated by commas; or select words in the answer.",
                 max_length=MAX_TEXT_CHARACTERS,
             )
             segment = gr.Button("Segment")
             with gr.Accordion("Thresholds", open=False):
-                span_threshold = gr.Slider(0, 1, 0, step=0.01, label="Least score", info="of a mask to be shown")
+                span_threshold = gr.Slider(0, 1, 0, step=0.01, label="Minimum score", info="of a shown mask")
                 mask_threshold = gr.Slider(
-                    0.05, 0.95, 0.5, step=0.05, label="Least probability", info="of a pixel to be in a mask"
+                    0.05, 0.95, 0.5, step=0.05, label="Minimum probability", info="of a pixel of a mask"
                 )
             with gr.Accordion("How each mask follows from the earlier ones", open=False):
                 show_steps = gr.Button("Show the steps")
@@ -443,7 +443,7 @@ def add_ask_tab(demo: Demo, model: gr.Dropdown, examples: list[list[str]]) -> No
 
     thresholds = [span_threshold, mask_threshold]
     shown = [view, reply, words, picked, steps, files]
-    # Messages are shown by themselves: gradio's own display of progress and errors covers what stands in the outputs.
+    # Messages have their own place: gradio's display of progress and errors would cover the outputs.
     options = {"show_progress": "hidden", **USES_MODEL}
     gallery.click(lambda index: examples[index], gallery, [image, question], show_progress="hidden")
     ask.click(demo.ask, [model, image, question, *thresholds], shown, api_name="ask", **options)
@@ -473,7 +473,7 @@ def add_benchmark_tab(demo: Demo, model: gr.Dropdown, tab: gr.Tab) -> None:
 
 
 def serve(demo: Demo, **options: Any) -> gr.Blocks:
-    """Starts the server on the page; `options` are further ones of `launch`."""
+    """Start the server of the page; `options` are further ones of `launch`."""
     app = make_app(demo)
     app.launch(
         theme=THEME,
@@ -492,7 +492,7 @@ def serve(demo: Demo, **options: Any) -> gr.Blocks:
 
 
 def shipped_checkpoints() -> list[Path]:
-    """The folders of checkpoints/, plum-tiny first."""
+    """Return the folders of checkpoints/, plum-tiny first."""
     folders = [path.parent for path in CHECKPOINTS.glob("*/config.json")]
     return sorted(folders, key=lambda folder: (folder.name != "plum-tiny", folder.name))
 
@@ -506,9 +506,9 @@ def main() -> None:
     arguments = parser.parse_args()
     datasets.utils.logging.disable_progress_bar()
     disable_progress_bar()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the folder goes as well when a service is stopped
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # deletes the folder also when a service is stopped
     with tempfile.TemporaryDirectory(prefix="plum-demo-") as folder:
-        os.environ["GRADIO_TEMP_DIR"] = folder  # uploads and files; nothing of it stays
+        os.environ["GRADIO_TEMP_DIR"] = folder  # uploads and files, deleted at the end
         try:
             checkpoints = load_checkpoints(arguments.model, device=arguments.device)
             rows, questions = load_questions("partonomy", name="mini_questions", split="test")

@@ -1,4 +1,4 @@
-"""The checkpoints that the demonstration holds, and what is known of each: from its config and its card."""
+"""The checkpoints of the app, with descriptions from their configs and cards."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,13 +15,13 @@ FIGURES = {"choice_accuracy": "choice accuracy", "end_to_end_giou": "gIoU of its
 @dataclass(frozen=True)
 class Checkpoint:
     """
-    A model with what the page says of it.
+    A model with its description on the page.
 
     Args:
-        name: Shown on the page, different for each checkpoint.
-        parameters: Number of its parameters.
-        kinds: Images that it has learnt, in words; None if its config does not say.
-        figures: By data set the values of the main metrics in its card.
+        name: Unique name on the page.
+        parameters: Number of parameters.
+        kinds: Kinds of its training images in words; None if its config does not have them.
+        figures: Data set -> values of the main metrics in its card.
     """
 
     name: str
@@ -32,10 +32,10 @@ class Checkpoint:
 
 
 def load_checkpoints(names: Sequence[str | Path], *, device: str = "cpu") -> list[Checkpoint]:
-    """Loads checkpoints, folders or names on the Hub.
+    """Load checkpoints, given as folders or names on the Hub.
 
     Raises:
-        DataError: one cannot be loaded, or two have the same name.
+        DataError: One cannot be loaded, or two have the same name.
     """
     found: list[Checkpoint] = []
     for name in names:
@@ -48,7 +48,7 @@ def load_checkpoints(names: Sequence[str | Path], *, device: str = "cpu") -> lis
 
 
 def describe(name: str, plum: Plum, folder: Path | None = None) -> Checkpoint:
-    """The checkpoint with what its config and, if there is one, the card in its folder say of it."""
+    """Return the checkpoint with its description from the config and, if there is one, the card in its folder."""
     statistics = plum.model.config.image_statistics or {}
     parameters = sum(tensor.numel() for tensor in plum.model.parameters())
     card = None if folder is None else folder / "README.md"
@@ -57,7 +57,7 @@ def describe(name: str, plum: Plum, folder: Path | None = None) -> Checkpoint:
 
 
 def read_figures(card: Path) -> dict[str, dict[str, float]]:
-    """By data set the main metrics in a card; none if its head is not what the Hub expects."""
+    """Return the main metrics in a card by data set; empty if its metadata is not as the Hub expects."""
     try:
         results = ModelCard.load(card, ignore_metadata_errors=True).data.eval_results or []
     except (ValueError, OSError):

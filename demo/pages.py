@@ -1,7 +1,7 @@
-"""The parts of the demonstration that are pictures and coloured words: pure functions from answers to HTML.
+"""Render images and coloured words of the app: pure functions from answers to HTML.
 
-Pictures are part of the HTML (data: addresses), so that a page needs nothing from elsewhere and leaves no files
-behind. All text is escaped by the template engine.
+Images are embedded in the HTML (data URLs), so a page loads nothing else and leaves no files. The template engine
+escapes all text.
 """
 
 import base64
@@ -23,17 +23,17 @@ from plum_partonomy.scoring.predictions import Prediction
 from processing_plum import PlumAnswer, PlumSpan
 
 LONGEST_SIDE = 640
-"""Of the pictures of an answer, in pixels; those of steps and questions have the size of the reports' panels."""
+"""Longest side of the images of an answer, in pixels; steps and questions use the size of the reports' panels."""
 
 
 def shown_size(image: Image.Image) -> tuple[int, int]:
-    """(width, height) in pixels of an image on the page."""
+    """Return (width, height) in pixels of an image on the page."""
     scale = LONGEST_SIDE / max(image.size)
     return max(1, round(image.width * scale)), max(1, round(image.height * scale))
 
 
 def draw_mask(mask: np.ndarray, colour: str, size: tuple[int, int]) -> Image.Image:
-    """A boolean mask as a translucent, outlined area of an RGBA image of (width, height) `size`."""
+    """Return a boolean mask as a translucent, outlined area of an RGBA image of (width, height) `size`."""
     smooth = Image.fromarray(mask).convert("L").resize(size, Image.Resampling.BILINEAR)
     drawn = Image.new("RGBA", size, ImageColor.getrgb(colour))
     drawn.putalpha(Image.fromarray(mask_opacity(np.asarray(smooth) > 127)))
@@ -55,7 +55,7 @@ def _render(template: str, **values) -> str:
 
 
 def draw_checkpoint(checkpoint: Checkpoint) -> str:
-    """Name and size of a model, the images that it knows, and its metrics."""
+    """Return name and size of a model, the kinds of its training images, and its metrics."""
     return _render(CHECKPOINT, checkpoint=checkpoint, size=f"{checkpoint.parameters / 1e6:,.1f}")
 
 
@@ -76,10 +76,10 @@ CHECKPOINT = """
 @dataclass(frozen=True)
 class Change:
     """
-    What a person did to an answer.
+    A change of an answer by the user.
 
     Args:
-        masks: The masks before, by the characters of their spans.
+        masks: The masks before the change, by the characters of their spans.
         corrected: Characters of the span whose mask was painted; None if words were added.
     """
 
@@ -88,13 +88,13 @@ class Change:
 
 
 def draw_text(text: str, *, begun: bool = False) -> str:
-    """An answer that is still being written; `begun` brings it into view on a narrow page."""
+    """Return an answer during generation; `begun` scrolls it into view on a narrow page."""
     page = '<p class="plum-answer{% if begun %} plum-begun{% endif %}" aria-busy="true">{{ text }}</p>'
     return _render(page, text=text, begun=begun)
 
 
 def draw_note(text: str) -> str:
-    """A sentence in the place of an answer."""
+    """Return a message instead of an answer."""
     return _render('<p class="plum-note" role="status">{{ text }}</p>', text=text)
 
 
@@ -109,14 +109,14 @@ def draw_answer(
     change: Change | None = None,
 ) -> str:
     """
-    The image with its masks, and the answer whose spans isolate them and can be corrected (view.js).
+    Return the image with its masks, and the answer whose spans isolate and correct them (view.js).
 
     Args:
         colours: "#rrggbb" per span.
-        written: Number of characters that the model wrote, the others are the person's; default: all.
+        written: Number of characters written by the model; the others are the user's; default: all.
         warning: Shown above the image.
-        least_score: Score that spans must have to be shown.
-        change: What a person did last.
+        least_score: Minimum score of shown spans.
+        change: The last change by the user.
     """
     size = shown_size(image)
     colours = colours or pick_colours(len(answer.spans))
@@ -148,7 +148,7 @@ def draw_answer(
 
 
 def _cut(text: str, spans: Sequence[PlumSpan], written: int) -> list[tuple[str, int | None, bool]]:
-    """A text as (piece, index of its span or None, whether the person wrote it)."""
+    """Return a text as (piece, index of its span or None, whether the user wrote it)."""
     pieces: list[tuple[str, int | None, bool]] = []
     numbers = [str(index) for index in range(len(spans))]
     start = 0
@@ -214,7 +214,7 @@ style="--colour: {{ spans[index].colour }}">{{ piece }}</span>
 <span class="plum-note">The white line is the edge that the mask had.</span>
 </div>
 {% elif least_score > 0 %}
-<p class="plum-note">No mask has a score of at least {{ "%.2f" | format(least_score) }}: move the slider "Least score"
+<p class="plum-note">No mask has a score of at least {{ "%.2f" | format(least_score) }}: move the slider "Minimum score"
 to the left.</p>
 {% else %}
 <p class="plum-note">The answer names no part that has a mask. Type words below to segment them.</p>
@@ -228,7 +228,7 @@ to the left.</p>
 def draw_steps(
     image: Image.Image, spans: Sequence[PlumSpan], apart: Sequence[PlumSpan], colours: Sequence[str]
 ) -> str:
-    """Each mask, the earlier masks that it is conditioned on, and the mask of the same span without them."""
+    """Return each mask, the earlier masks that it is conditioned on, and the mask of the same span without them."""
     rles = [encode(span.mask) for span in spans]
     steps = []
     for t, (span, alone) in enumerate(zip(spans, apart, strict=True)):
@@ -270,7 +270,7 @@ STEPS = """
 
 
 def draw_question(image: Image.Image, question: Question, prediction: Prediction) -> str:
-    """A benchmark question: its image and masks, the choices with the model's, and the model's own answer."""
+    """Return a benchmark question: image and masks, choices with the model's, and the generated answer."""
     generated, truth = prediction.generated_spans, true_masks(question)
     names = list(dict.fromkeys(normalise(name) for name in [*(m.label for m in truth), *(s.text for s in generated)]))
     colours = dict(zip(names, pick_colours(len(names)), strict=True))
@@ -285,10 +285,10 @@ def draw_question(image: Image.Image, question: Question, prediction: Prediction
         ],
         panels=[
             (
-                "parts of the right choice",
+                "parts of the correct choice",
                 panel(image, [m.rle for m in truth], [colours[normalise(m.label)] for m in truth]),
             ),
-            ("the model's own answer", panel(image, [span.rle for span in generated], own_colours)),
+            ("generated answer", panel(image, [span.rle for span in generated], own_colours)),
         ],
         pieces=highlight(prediction.generated_text, generated, colours=own_colours),
     )

@@ -1,4 +1,4 @@
-"""Reads one image and writes its width, its height and its RGB pixels; demo/uploads.py runs it, and ends it if needed.
+"""Read one image and write its width, height and RGB pixels; demo/uploads.py runs it with limits.
 
 python demo/read_upload.py IMAGE MAX_PIXELS MAX_BYTES
 """

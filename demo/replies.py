@@ -1,4 +1,4 @@
-"""What the demonstration keeps of each person's last answers, within bounds: the least recently used go first."""
+"""Bounded storage of the last answers of all users; the least recently used are dropped first."""
 
 import threading
 import weakref
@@ -16,7 +16,7 @@ KEPT_BYTES = 10**9
 
 
 class Ticket:
-    """Stands for an answer in a person's session. When the session drops it, the answer goes."""
+    """Represents an answer in a session. When the session drops it, the answer is deleted."""
 
     def __deepcopy__(self, memo: dict) -> "Ticket":
         return self
@@ -25,14 +25,14 @@ class Ticket:
 @dataclass(frozen=True)
 class Shown:
     """
-    An answer on a person's page.
+    An answer on a user's page.
 
     Args:
-        model: Name of the checkpoint that gave it.
-        reply: The answer; its text is the model's, and after that words of the person.
-        written: Number of characters that the model wrote.
-        colours: Number of the colour of each span, by its characters. They stay when spans are added.
-        before: The answer that "undo" goes back to.
+        model: Name of the checkpoint that generated it.
+        reply: The answer; its text is the model's, followed by words of the user.
+        written: Number of characters written by the model.
+        colours: Colour number of each span, by its characters; unchanged when spans are added.
+        before: The answer restored by "undo".
         corrected: Characters of the span whose mask was painted last.
     """
 
@@ -45,7 +45,7 @@ class Shown:
 
 
 def add_colours(colours: dict[Range, int], ranges: Sequence[Range]) -> dict[Range, int]:
-    """The colours of the ranges: those that they had, and for new ones the first that no other range has.
+    """Return the colours of the ranges: unchanged for known ranges, the first free colour for new ones.
 
     >>> add_colours({(0, 5): 0, (9, 12): 1}, [(0, 5), (20, 24)])
     {(0, 5): 0, (20, 24): 1}
@@ -56,12 +56,12 @@ def add_colours(colours: dict[Range, int], ranges: Sequence[Range]) -> dict[Rang
 
 
 class Replies:
-    """Answers by their tickets, no more than so many and so many bytes, apart from the newest."""
+    """Answers by their tickets, bounded in number and bytes except for the newest."""
 
     def __init__(self, limit: int = KEPT_REPLIES, bytes_limit: int = KEPT_BYTES):
         self.limit, self.bytes_limit = limit, bytes_limit
         self._kept: OrderedDict[int, Shown] = OrderedDict()
-        self._lock = threading.RLock()  # tickets are dropped wherever garbage is collected
+        self._lock = threading.RLock()  # garbage collection may drop tickets in any thread
 
     def keep(self, shown: Shown) -> Ticket:
         ticket = Ticket()
@@ -73,9 +73,9 @@ class Replies:
         return ticket
 
     def get(self, ticket: Ticket | None) -> Shown:
-        """The answer; DataError before the first question, or once it has made room for others."""
+        """Return the answer. Raises DataError before the first question, or after it was dropped for others."""
         if ticket is None:
-            raise DataError("Ask a question first: this page has no answer, or one of more than an hour ago.")
+            raise DataError("Ask a question first: this page has no answer, or its answer is older than an hour.")
         with self._lock:
             if id(ticket) not in self._kept:
                 raise DataError("This answer was removed because many people are using the app: ask again.")
@@ -83,14 +83,14 @@ class Replies:
             return self._kept[id(ticket)]
 
     def find(self, ticket: Ticket | None) -> Shown | None:
-        """The answer, None if it is not kept."""
+        """Return the answer, or None if it was dropped."""
         return None if ticket is None else self._kept.get(id(ticket))
 
     def __len__(self) -> int:
         return len(self._kept)
 
     def size(self) -> int:
-        """Bytes of all answers."""
+        """Return the bytes of all answers."""
         return sum(size_of(shown.reply) for shown in list(self._kept.values()))
 
     def _drop(self, key: int) -> None:
@@ -99,7 +99,7 @@ class Replies:
 
 
 def size_of(reply: Reply) -> int:
-    """Bytes of a reply's image, given masks and tensors."""
+    """Return the bytes of a reply's image, given masks and tensors."""
     tensors = (value for value in reply.outputs.values() if isinstance(value, torch.Tensor))
     size = reply.image.width * reply.image.height * 3 + sum(mask.nbytes for mask in reply.given_masks.values())
     return size + sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -1,9 +1,9 @@
-"""What the demonstration takes from a request: files that were uploaded to it, read within bounds of time and memory.
+"""Read uploaded files of requests with limits on time and memory.
 
     POST /upload ──BoundedRequests──> folder ──own_file──> a regular file of that folder ──read_upload──> RGB image
 
-A request may name any path. Of those outside the folder it learns nothing, not even whether there is a file. The name
-of an upload has a keyed hash in it, which only the page that uploaded the file was told.
+A request may name any path. It learns nothing about paths outside the folder, not even whether they exist. The name of
+an upload contains a keyed hash that only the uploading page receives.
 """
 
 import base64
@@ -21,20 +21,20 @@ from plum_partonomy.inference.inputs import MAX_IMAGE_BYTES, MAX_IMAGE_PIXELS
 from plum_partonomy.masks import DataError
 
 READ_SECONDS = 20
-"""Longest time that an image may take to be decoded."""
+"""Maximum time for decoding an image."""
 UPLOADED_BYTES = 10**9
-"""Largest size of all uploads together; the oldest go first."""
+"""Maximum size of all uploads; the oldest are deleted first."""
 LARGEST_REQUEST = 2 * MAX_IMAGE_BYTES
 READER = Path(__file__).with_name("read_upload.py")
 
 
 def own_file(path: str | None, folder: Path) -> Path:
-    """The regular file of the folder that a request names; else DataError, the same for all other paths."""
+    """Return the regular file of the folder that a request names. Raises the same DataError for all other paths."""
     refused = DataError("Expected an image that was uploaded here, found none: upload it again.")
     try:
         found = Path(path or "")
         inside = found.resolve(strict=True).is_relative_to(folder.resolve())
-    except (OSError, ValueError, RuntimeError) as error:  # ends of links, null characters, links in a circle
+    except (OSError, ValueError, RuntimeError) as error:  # dangling links, null characters, circular links
         raise refused from error
     if not inside or not found.is_file():
         raise refused
@@ -42,9 +42,9 @@ def own_file(path: str | None, folder: Path) -> Path:
 
 
 def read_upload(path: Path, *, seconds: float = READ_SECONDS) -> Image.Image:
-    """An uploaded image as RGB, upright, read by a process of its own that ends after some seconds; else DataError."""
+    """Return an uploaded image as upright RGB, read by a separate process with a time limit. Raises DataError."""
     if not path.is_file():
-        raise DataError("The image is not here any more: upload it again.")
+        raise DataError("The image was deleted: upload it again.")
     command = [sys.executable, str(READER), str(path), str(MAX_IMAGE_PIXELS), str(MAX_IMAGE_BYTES)]
     try:
         run = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=seconds)
@@ -58,13 +58,13 @@ def read_upload(path: Path, *, seconds: float = READ_SECONDS) -> Image.Image:
 
 def read_painted(address: Any, size: tuple[int, int]) -> np.ndarray:
     """
-    What a person painted, bool (height, width), from the address (data:) of a PNG that the page sends.
+    Return the painted mask, bool (height, width), from the data URL of a PNG sent by the page.
 
     Args:
-        size: (width, height) that it must have.
+        size: Its required (width, height).
 
     Raises:
-        DataError: it is no such image.
+        DataError: It is not such an image.
     """
     head = "data:image/png;base64,"
     if not isinstance(address, str) or not address.startswith(head):
@@ -82,8 +82,8 @@ def read_painted(address: Any, size: tuple[int, int]) -> np.ndarray:
 
 class BoundedRequests:
     """
-    Refuses requests larger than LARGEST_REQUEST before they are read, and deletes the oldest uploads beyond
-    UPLOADED_BYTES before a further one comes in (ASGI).
+    Rejects requests larger than LARGEST_REQUEST before reading them, and deletes the oldest uploads beyond
+    UPLOADED_BYTES before accepting another one (ASGI).
     """
 
     def __init__(self, app: Any, folder: Path, limit: int = UPLOADED_BYTES):
@@ -93,14 +93,14 @@ class BoundedRequests:
         if scope["type"] == "http" and scope["method"] in ("POST", "PUT", "PATCH"):
             length = dict(scope["headers"]).get(b"content-length", b"")
             if not length.isdigit() or int(length[:20]) > LARGEST_REQUEST:
-                response = PlainTextResponse(f"At most {LARGEST_REQUEST} bytes, whose number is said.", 413)
+                response = PlainTextResponse(f"Expected at most {LARGEST_REQUEST} bytes with a stated length.", 413)
                 return await response(scope, receive, send)
             if scope["path"].rstrip("/").endswith("/upload"):
                 self.make_room()
         await self.app(scope, receive, send)
 
     def make_room(self) -> None:
-        # files of the folder itself are the examples
+        # files directly in the folder are the examples
         files = [(path.stat(), path) for path in self.folder.glob("*/*") if path.is_file()]
         total = sum(stat.st_size for stat, _ in files)
         for stat, path in sorted(files, key=lambda file: file[0].st_mtime_ns):

@@ -214,16 +214,16 @@ def test_sliders_change_spans_and_masks_and_their_last_position_counts(page):
         page.wait_for_function(CHANGED, arg=before)
         return addresses_of(page)
 
-    strictest = move("Least probability", "End")
+    strictest = move("Minimum probability", "End")
     strict = masks_of(page)
-    move("Least probability", "Home")
+    move("Minimum probability", "Home")
     assert (strict <= masks).all() and (masks <= masks_of(page)).all() and strict.sum() < masks_of(page).sum()
     for _ in range(18):
         page.keyboard.press("ArrowRight")
     for index, source in enumerate(strictest):
         sync_api.expect(page.locator(".plum-mask").nth(index)).to_have_attribute("src", source)
 
-    span_threshold = page.get_by_label("range slider for Least score")
+    span_threshold = page.get_by_label("range slider for Minimum score")
     span_threshold.press("End")
     sync_api.expect(spans).to_have_count(0)
     page.get_by_text("No mask has a score of at least 1.00").wait_for()
