@@ -370,7 +370,7 @@ def convert(
     tower = None
     if vision_tower is not None:
         if any(original.VISION_TOWER in name for name in reader.shapes):
-            raise ValueError(f"{checkpoint} holds a vision tower of its own; leave --vision_tower out.")
+            raise ValueError(f"{checkpoint} contains a vision tower; remove --vision_tower.")
         reader.add(vision_tower, prefix=original.VISION_TOWER, beginning="vision_model.")
         tower = CLIPVisionConfig.from_pretrained(vision_tower)
     source = OriginalCheckpoint(reader, lora_alpha, lora_r)

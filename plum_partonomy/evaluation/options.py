@@ -49,7 +49,7 @@ GENERATED = Group(
     lambda run: run.asks_vlm or (run.asks_plum and run.task != "correction"),
 )
 LOADED = Group(
-    "--model, --sam3 and a --vlm that is no URL", lambda run: run.asks_plum or run.asks_sam3 or run.loads_vlm
+    "--model, --sam3 and a --vlm that is not a URL", lambda run: run.asks_plum or run.asks_sam3 or run.loads_vlm
 )
 PLUM = Group("--task partonomy with --model", lambda run: run.is_partonomy and run.asks_plum)
 VLM = Group("--baseline vlm or vlm+sam3", lambda run: run.asks_vlm)

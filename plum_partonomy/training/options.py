@@ -166,7 +166,7 @@ class DataArguments:
         if self.follow_up_probability and self.turns_per_record is None:
             raise DataError("follow_up_probability needs turns_per_record: without it all turns follow each other.")
         if self.mirror and not self.fresh_records:
-            raise DataError("mirror needs fresh_records: true, which words its conversations anew.")
+            raise DataError("mirror needs fresh_records: true, which makes new conversations.")
         if self.fresh_records and self.streaming:
             raise DataError("fresh_records makes records by their number, which a stream has not; leave one out.")
         defaults = {name: getattr(self, name) for name in ("dataset", "name", "data_dir", "train_split", "eval_split")}
