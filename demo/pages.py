@@ -214,8 +214,8 @@ style="--colour: {{ spans[index].colour }}">{{ piece }}</span>
 <span class="plum-note">The white line is the edge that the mask had.</span>
 </div>
 {% elif least_score > 0 %}
-<p class="plum-note">No mask has a score of at least {{ "%.2f" | format(least_score) }}: move the slider "Minimum score"
-to the left.</p>
+<p class="plum-note">No mask has a score of at least {{ "%.2f" | format(least_score) }}: move the slider
+"Minimum score" to the left.</p>
 {% else %}
 <p class="plum-note">The answer names no part that has a mask. Type words below to segment them.</p>
 {% endif %}
