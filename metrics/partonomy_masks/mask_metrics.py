@@ -9,6 +9,9 @@ background, two of foreground, two of background.
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from math import fsum
+from statistics import fmean
 from typing import Any, Literal
 
 import numpy as np
@@ -19,6 +22,55 @@ RLE = dict[str, Any]
 Matching = Literal["paired", "greedy", "hungarian", "union"]
 
 MATCHINGS: tuple[Matching, ...] = ("paired", "greedy", "hungarian", "union")
+AP_THRESHOLD = 0.5
+"""IoU from which a mask counts as found."""
+
+
+@dataclass(frozen=True)
+class MaskCounts:
+    """The contribution of one image to the mask metrics.
+
+    Attributes:
+        ratios: (numerator, denominator) by metric, each to be summed over images; without metrics that do not apply.
+        detections: Score of each predicted part and whether it is found, for average precision.
+        true_masks: Number of true parts.
+    """
+
+    ratios: dict[str, tuple[float, float]]
+    detections: list[tuple[float, bool]]
+    true_masks: int
+
+
+def count_masks(predicted: Sequence[tuple[str, RLE, float]], true: Sequence[tuple[str, RLE]]) -> MaskCounts:
+    """Return the contribution of one image with the (part name, RLE, score) of its predicted masks and the (part name,
+    RLE) of its true ones.
+    """
+    overlaps = strict_overlaps([(name, rle) for name, rle, _ in predicted], true)
+    ious = {name: both / united if united else 0.0 for name, (both, united) in overlaps.items()}
+    ratios: dict[str, tuple[float, float]] = {}
+    if ious:
+        ratios["strict_macro_giou"] = (fmean(ious.values()), 1)
+        ratios["strict_micro_giou"] = (fsum(ious.values()), len(ious))
+        ratios["strict_ciou"] = tuple(map(sum, zip(*overlaps.values(), strict=True)))
+    scores: dict[str, float] = {}
+    for label, _, score in predicted:
+        name = normalise(label)
+        scores[name] = max(score, scores.get(name, score))
+    if predicted and true:
+        ratios |= reference_ratios([rle for _, rle, _ in predicted], [rle for _, rle in true])
+    detections = [(scores[name], ious[name] >= AP_THRESHOLD) for name in scores if name in ious]
+    return MaskCounts(ratios, detections, len({normalise(name) for name, _ in true} & ious.keys()))
+
+
+def reference_ratios(predicted: Sequence[RLE], true: Sequence[RLE]) -> dict[str, tuple[float, float]]:
+    """Return the contribution of one image to the metrics of the authors' evaluator under each matching."""
+    ratios: dict[str, tuple[float, float]] = {}
+    for matching in MATCHINGS:
+        matched = matched_ious(predicted, true, matching=matching)
+        name = "reference" if matching == "paired" else f"reference_{matching}"
+        ratios[f"{name}_macro_giou"] = (fmean(matched), 1)
+        ratios[f"{name}_micro_giou"] = (fsum(matched), len(matched))
+    return ratios
 
 
 def normalise(name: str) -> str:

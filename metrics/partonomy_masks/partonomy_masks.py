@@ -4,14 +4,13 @@ It needs only `mask_metrics.py` and `inputs_plum.py` beside it, which are copies
 """
 
 from math import fsum, isfinite
-from statistics import fmean
 
 import datasets
 import evaluate
 import numpy as np
 
 from .inputs_plum import DataError, validate_rle
-from .mask_metrics import MATCHINGS, average_precision, matched_ious, normalise, strict_overlaps
+from .mask_metrics import average_precision, count_masks
 
 _DESCRIPTION = """Compares the part masks of one image, given as COCO run lengths, with the true ones. Strict: by part
 name, a missing or surplus part scores 0. Reference: the evaluator of the PARTONOMY authors, by position or by the
@@ -40,6 +39,11 @@ Examples:
     0.5
 """
 
+_RATIOS = ("strict_macro_giou", "strict_micro_giou", "strict_ciou") + tuple(
+    f"reference{matching}_{mean}_giou"
+    for matching in ("", "_greedy", "_hungarian", "_union")
+    for mean in ("macro", "micro")
+)
 _RLE = {"size": [datasets.Value("int32")], "counts": datasets.Value("string")}
 
 
@@ -57,32 +61,21 @@ class PartonomyMasks(evaluate.Metric):
         )
 
     def _compute(self, predictions, references):
-        strict, overlaps, detections, true_masks = [], [], [], 0
-        reference = {matching: [] for matching in MATCHINGS}
+        ratios, detections, true_masks = {name: [] for name in _RATIOS}, [], 0
         for image, (predicted, true) in enumerate(zip(predictions, references, strict=True)):
             predicted, true = _checked(predicted, true, image)
-            found = strict_overlaps(_named(predicted), _named(true))
-            ious = {name: both / united if united else 0.0 for name, (both, united) in found.items()}
-            strict.append(list(ious.values()))
-            overlaps += found.values()
-            true_masks += len({normalise(mask["label"]) for mask in true} & ious.keys())
-            scores = {}
-            for mask in predicted:
-                name = normalise(mask["label"])
-                scores[name] = max(mask["score"], scores.get(name, mask["score"]))
-            detections += [(scores[name], ious[name] >= 0.5) for name in scores if name in ious]
-            if predicted and true:
-                rles = [mask["rle"] for mask in predicted], [mask["rle"] for mask in true]
-                for matching in MATCHINGS:
-                    reference[matching].append(matched_ious(*rles, matching=matching))
-        both, united = (sum(column) for column in zip((0, 0), *overlaps, strict=True))
+            found = [(mask["label"], mask["rle"], mask["score"]) for mask in predicted]
+            counts = count_masks(found, [(mask["label"], mask["rle"]) for mask in true])
+            for name, ratio in counts.ratios.items():
+                ratios[name].append(ratio)
+            detections += counts.detections
+            true_masks += counts.true_masks
+        figures = {}
+        for name, pairs in ratios.items():
+            total, count = (fsum(column) for column in zip((0, 0), *pairs, strict=True))
+            figures[name] = total / count if count else None
         scores, hits = np.array(detections, dtype=float).reshape(-1, 2).T
-        figures = _means("strict", strict)
-        figures["strict_ciou"] = both / united if united else None
-        figures["ap50"] = average_precision(scores, hits.astype(bool), true=true_masks)
-        for matching, ious in reference.items():
-            figures |= _means("reference" if matching == "paired" else f"reference_{matching}", ious)
-        return figures
+        return figures | {"ap50": average_precision(scores, hits.astype(bool), true=true_masks)}
 
 
 def _checked(predicted, true, image):
@@ -103,17 +96,3 @@ def _checked(predicted, true, image):
             checked.append({**mask, "rle": rle})
         sides.append(checked)
     return sides[::-1]
-
-
-def _named(masks):
-    return [(mask["label"], mask["rle"]) for mask in masks]
-
-
-def _means(prefix, per_image):
-    """Return the mean over images of the mean in each, and the mean over all pairs."""
-    scored = [ious for ious in per_image if ious]
-    count = sum(map(len, scored))
-    return {
-        f"{prefix}_macro_giou": fmean(map(fmean, scored)) if scored else None,
-        f"{prefix}_micro_giou": fsum(map(fsum, scored)) / count if count else None,
-    }

@@ -21,13 +21,12 @@ from typing import Any, Literal, NamedTuple
 from plum_partonomy.masks import DataError
 from plum_partonomy.records import PartMask, Question
 from plum_partonomy.scoring.bootstrap import Figures, Ratio, Tally, confidence_intervals, summarise
-from plum_partonomy.scoring.mask_metrics import MATCHINGS, RLE, matched_ious, normalise, strict_ious, strict_overlaps
+from plum_partonomy.scoring.mask_metrics import RLE, count_masks, normalise, strict_ious
 from plum_partonomy.scoring.predictions import Prediction, SpanMask
 
 Pair = tuple[Question, Prediction]
 MaskSource = Literal["gt_answer", "predicted_answer", "generated"]
 
-AP_THRESHOLD = 0.5  # IoU from which a mask counts as found
 
 __all__ = [
     "Counts",
@@ -150,41 +149,14 @@ def tally(question: Question, prediction: Prediction, *, mask_source: MaskSource
     result = Tally(ratios=_text_ratios(question, prediction))
     spans = scored_spans(prediction, mask_source)
     if spans is not None:
-        _add_masks(result, question, spans)
+        counts = count_masks([(span.text, span.rle, span.score) for span in spans], _named_truth(question))
+        result.ratios |= counts.ratios
+        result.detections, result.true_masks = counts.detections, counts.true_masks
     if prediction.generated_spans is not None:
         ious = question_ious(question, prediction.generated_spans)
         if ious:
             result.ratios["end_to_end_giou"] = (fmean(ious.values()), 1)
     return result
-
-
-def _add_masks(result: Tally, question: Question, spans: Sequence[SpanMask]) -> None:
-    overlaps = strict_overlaps(_named_masks(spans), _named_truth(question))
-    ious = {name: both / united if united else 0.0 for name, (both, united) in overlaps.items()}
-    if ious:
-        result.ratios["strict_macro_giou"] = (fmean(ious.values()), 1)
-        result.ratios["strict_micro_giou"] = (fsum(ious.values()), len(ious))
-        result.ratios["strict_ciou"] = tuple(map(sum, zip(*overlaps.values(), strict=True)))
-    true = {normalise(mask.label) for mask in true_masks(question)}
-    scores: dict[str, float] = {}
-    for span in spans:
-        name = normalise(span.text)
-        scores[name] = max(span.score, scores.get(name, span.score))
-    result.detections = [(scores[name], ious[name] >= AP_THRESHOLD) for name in scores if name in ious]
-    result.true_masks = len(true & ious.keys())
-    if spans:
-        result.ratios |= reference_ratios([span.rle for span in spans], [mask.rle for mask in true_masks(question)])
-
-
-def reference_ratios(predicted: Sequence[RLE], true: Sequence[RLE]) -> dict[str, Ratio]:
-    """Return the contribution of one image to the metrics of the authors' evaluator under each matching."""
-    ratios: dict[str, Ratio] = {}
-    for matching in MATCHINGS:
-        matched = matched_ious(predicted, true, matching=matching)
-        name = "reference" if matching == "paired" else f"reference_{matching}"
-        ratios[f"{name}_macro_giou"] = (fmean(matched), 1)
-        ratios[f"{name}_micro_giou"] = (fsum(matched), len(matched))
-    return ratios
 
 
 def _text_ratios(question: Question, prediction: Prediction) -> dict[str, Ratio]:

@@ -118,7 +118,7 @@ def test_reference_ious_equal_the_recorded_original_case_by_case(recorded, match
 @pytest.mark.parametrize("matching", MATCHINGS)
 def test_reference_macro_and_micro_means_equal_the_recorded_original(recorded, matching):
     cases = recorded["iou"]["cases"]
-    figures = summarise([Tally(metrics.reference_ratios(case["predictions"], case["targets"])) for case in cases])
+    figures = summarise([Tally(mask_metrics.reference_ratios(case["predictions"], case["targets"])) for case in cases])
     name = "reference" if matching == "paired" else f"reference_{matching}"
     macro, micro = figures[f"{name}_macro_giou"], figures[f"{name}_micro_giou"]
     summaries = recorded["iou"]["summaries"]
