@@ -14,7 +14,7 @@ from PIL import Image
 
 from modules_plum import IGNORE_INDEX, TAG_INSIDE
 from plum_partonomy.images import read_image, undecoded
-from plum_partonomy.masks import RLE, area, decode, encode, validate_rle
+from plum_partonomy.masks import RLE, decode, encode, validate_rle
 from plum_partonomy.records import DataError, as_chat, check_turns, tagged_phrases
 from plum_partonomy.seeding import seeded_generator
 from plum_partonomy.training.fresh import FreshRecords
@@ -85,10 +85,13 @@ class ExampleMaker:
                 gain, offset = generator.uniform(-self.jitter, self.jitter, (2, 3))
                 pixels = np.asarray(image, dtype=np.float32) * (1 + gain) + 128 * offset
                 image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-            if self.affine:
-                image, masks = random_affine(image, masks, self.affine, generator)
-            if self.crop:
-                image, masks = random_crop(image, masks, self.crop, generator)
+            if self.affine or self.crop:
+                decoded = [decode(rle) for rle in masks]
+                if self.affine:
+                    image, decoded = random_affine(image, decoded, self.affine, generator)
+                if self.crop:
+                    image, decoded = random_crop(image, decoded, self.crop, generator)
+                masks = [encode(mask) for mask in decoded]
         conversations = [Conversation(record["messages"], masks, tagged=record["masks"] is not None)]
         if self.turns_per_record is not None:
             conversations = self._draw_turns(split_into_turns(conversations[0]), generator)
@@ -121,16 +124,15 @@ class ExampleMaker:
 
 
 def random_crop(
-    image: Image.Image, rles: list[RLE], largest: float, generator: np.random.Generator, attempts: int = 10
-) -> tuple[Image.Image, list[RLE]]:
+    image: Image.Image, masks: list[np.ndarray], largest: float, generator: np.random.Generator, attempts: int = 10
+) -> tuple[Image.Image, list[np.ndarray]]:
     """
-    Return a random box of the image, and the masks in it.
+    Return a random box of the image, and the masks in it, bool arrays (height, width).
 
     At most `largest` of each side is cut off, and each mask keeps half of its area, so that parts that the
     conversation calls visible stay visible. After `attempts` failed boxes the image is unchanged.
     """
-    frame, areas = np.array([image.height, image.width]), [area(rle) for rle in rles]
-    masks = [decode(rle) for rle in rles]
+    frame, areas = np.array([image.height, image.width]), [mask.sum() for mask in masks]
     for _ in range(attempts):
         share, place = 1 - generator.uniform(0, largest, 2), generator.uniform(0, 1, 2)
         size = np.maximum(1, (share * frame).astype(int))
@@ -138,32 +140,33 @@ def random_crop(
         bottom, right = (size + (top, left)).tolist()
         cropped = [mask[top:bottom, left:right] for mask in masks]
         if all(2 * inside.sum() >= whole for inside, whole in zip(cropped, areas, strict=True)):
-            return image.crop((left, top, right, bottom)), [encode(mask) for mask in cropped]
-    return image, rles
+            return image.crop((left, top, right, bottom)), cropped
+    return image, masks
 
 
 def random_affine(
-    image: Image.Image, rles: list[RLE], largest: float, generator: np.random.Generator, attempts: int = 10
-) -> tuple[Image.Image, list[RLE]]:
+    image: Image.Image, masks: list[np.ndarray], largest: float, generator: np.random.Generator, attempts: int = 10
+) -> tuple[Image.Image, list[np.ndarray]]:
     """
     Return the image and its masks, stretched, rotated and sheared about the centre.
 
     The map from new pixels to old ones is the identity plus a number within `largest` in each of its four entries. As
     in [`random_crop`], each mask keeps half of its area, and after `attempts` failed maps the image is unchanged.
     """
-    masks, centre = [Image.fromarray(decode(rle)) for rle in rles], np.array(image.size) / 2
+    areas, centre = [mask.sum() for mask in masks], np.array(image.size) / 2
+    pictures = [Image.fromarray(mask) for mask in masks]
     for _ in range(attempts):
         matrix = np.eye(2) + generator.uniform(-largest, largest, (2, 2))
         shift = centre - matrix @ centre
         move = {"size": image.size, "method": Image.Transform.AFFINE}
         move["data"] = (*matrix[0], shift[0], *matrix[1], shift[1])
-        moved = [np.asarray(mask.transform(**move)) for mask in masks]
+        moved = [np.asarray(picture.transform(**move)) for picture in pictures]
         scale = np.linalg.det(matrix)  # ratio of old to new areas
-        if all(2 * scale * mask.sum() >= area(rle) for mask, rle in zip(moved, rles, strict=True)):
+        if all(2 * scale * mask.sum() >= whole for mask, whole in zip(moved, areas, strict=True)):
             mean_colour = tuple(np.asarray(image).mean((0, 1)).astype(int).tolist())
             image = image.transform(**move, resample=Image.Resampling.BILINEAR, fillcolor=mean_colour)
-            return image, [encode(mask) for mask in moved]
-    return image, rles
+            return image, moved
+    return image, masks
 
 
 class ConversationDataset(torch.utils.data.Dataset):
