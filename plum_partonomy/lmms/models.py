@@ -6,6 +6,7 @@ which lmms-eval requests from simple models only.
 """
 
 import json
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -93,6 +94,15 @@ class _Plum(lmms):
         inputs = self.plum.processor.apply_chat_template(chat, tokenize=True, return_dict=True)
         return dict(inputs.to(self.plum.model.device))
 
+    @abstractmethod
+    def _read(self, args: tuple) -> tuple[Image.Image, list[dict[str, str]], dict]:
+        """Return image, messages and options of the arguments of a request, whose order depends on the interface."""
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        """Return a reply to each request."""
+        asked = tqdm(requests, desc="answering", unit="question")
+        return [self._reply(*self._read(request.args)) for request in asked]
+
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         raise NotImplementedError("lmms-eval requests no likelihoods from chat models: pass --force_simple.")
 
@@ -103,27 +113,18 @@ class _Plum(lmms):
 class PlumChat(_Plum):
     is_simple = False
 
-    def generate_until(self, requests: list[Instance]) -> list[str]:
-        """Return a reply to each request of (context, doc_to_messages, options, document, task, split)."""
-        replies = []
-        for request in tqdm(requests, desc="answering", unit="question"):
-            _, doc_to_messages, options, doc_id, task, split = request.args
-            image, messages = _plain(doc_to_messages(self.task_dict[task][split][doc_id]))
-            replies.append(self._reply(image, messages, options))
-        return replies
+    def _read(self, args: tuple) -> tuple[Image.Image, list[dict[str, str]], dict]:
+        _, doc_to_messages, options, doc_id, task, split = args
+        return *_plain(doc_to_messages(self.task_dict[task][split][doc_id])), options
 
 
 class PlumSimple(_Plum):
     is_simple = True
 
-    def generate_until(self, requests: list[Instance]) -> list[str]:
-        """Return a reply to each request of (context, options, doc_to_visual, document, task, split)."""
-        replies = []
-        for request in tqdm(requests, desc="answering", unit="question"):
-            context, options, doc_to_visual, doc_id, task, split = request.args
-            (image,) = doc_to_visual(self.task_dict[task][split][doc_id])
-            replies.append(self._reply(image, [{"role": "user", "content": context}], options))
-        return replies
+    def _read(self, args: tuple) -> tuple[Image.Image, list[dict[str, str]], dict]:
+        context, options, doc_to_visual, doc_id, task, split = args
+        (image,) = doc_to_visual(self.task_dict[task][split][doc_id])
+        return image, [{"role": "user", "content": context}], options
 
     @torch.no_grad()
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
