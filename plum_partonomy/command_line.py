@@ -4,12 +4,13 @@ sentence without a traceback. Imports neither torch nor transformers, so that er
 """
 
 import argparse
+import contextlib
 import difflib
 import os
 import re
+import select
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -133,17 +134,9 @@ def _repeat_after_launcher(line: str) -> None:
     try:
         os.setsid()
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        deadline = time.monotonic() + LAUNCHER_SECONDS
-        while _lives(launcher) and time.monotonic() < deadline:
-            time.sleep(0.05)
+        if hasattr(os, "pidfd_open"):
+            with contextlib.suppress(OSError):  # the launcher has ended
+                select.select([os.pidfd_open(launcher)], [], [], LAUNCHER_SECONDS)
         os.write(2, line.encode(errors="backslashreplace"))
     finally:
         os._exit(0)
-
-
-def _lives(process: int) -> bool:
-    """Return whether a process is running; a zombie has ended."""
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
