@@ -36,6 +36,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 try:
     from .inputs_plum import (
         PlainChat,
+        encode_for_sam,
         find_image,
         parse_span_tags,
         read_image,
@@ -58,6 +59,7 @@ except ImportError:
         raise
     from inputs_plum import (
         PlainChat,
+        encode_for_sam,
         find_image,
         parse_span_tags,
         read_image,
@@ -548,9 +550,8 @@ class PlumProcessor(ProcessorMixin):
         return encoded | vlm_inputs, [None if image is None else next(remaining) for image in images]
 
     def _encode_for_sam(self, images) -> dict[str, torch.Tensor]:
-        sam = self.sam_image_processor(images, return_tensors="pt")
-        sizes = {name: torch.as_tensor(sam[name]) for name in ("original_sizes", "reshaped_input_sizes")}
-        return {"sam_pixel_values": sam["pixel_values"], **sizes}
+        encoded = encode_for_sam(images, self.sam_image_processor)
+        return {name: torch.from_numpy(values) for name, values in encoded.items()}
 
     def _encode_for_vlm(self, images) -> tuple[dict, list[dict[str, list[int]]]]:
         if self._vlm_processor is not None:

@@ -253,6 +253,17 @@ def test_one_image_in_several_conversations_is_encoded_once(byte_level_processor
     assert len(own_tower["sam_pixel_values"]) == 2 and len(own_tower["pixel_values"]) == 3
 
 
+@pytest.mark.parametrize("size", [(24, 18), (18, 24), (64, 21), (64, 64), (3, 64), (100, 41)])
+def test_sam_pixels_are_bit_by_bit_those_of_transformers_image_processor(byte_level_processor, size):
+    images = [random_image(seed).resize(size) for seed in (0, 1)]
+    _, found, _ = byte_level_processor.prepare_images(images)
+    expected = byte_level_processor.sam_image_processor(images, return_tensors="pt")
+    torch.testing.assert_close(found.pop("sam_pixel_values"), expected["pixel_values"], rtol=0, atol=0)
+    assert {name: value.tolist() for name, value in found.items()} == {
+        name: torch.as_tensor(expected[name]).tolist() for name in ("original_sizes", "reshaped_input_sizes")
+    }
+
+
 def test_two_spans_without_a_token_between_them_are_refused_if_they_share_one(byte_level_processor):
     chats = [conversation(random_image(), "A <p>whe</p><p>el</p>.")]
     with pytest.raises(ValueError, match="The span 'el' of conversation 0 has no tokens of its own"):
