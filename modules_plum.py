@@ -1,5 +1,5 @@
 """
-Modules that PLUM adds to its two backbones: span tagger, mask feedback, decoding of spans to masks, and losses.
+Span tagger, spans, losses, and what PLUM adds to generation.
 
 A *low-res mask* has 4G x 4G logits in the frame of SAM's padded square input. Each loss is a sum over its items
 divided by `count`, a scalar tensor: the number of items of the batch, or of the global batch (gradient accumulation,
@@ -11,8 +11,6 @@ G grid side, H/W pixels.
 
 import copy
 import json
-import math
-from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 
 import torch
@@ -24,23 +22,20 @@ from transformers.utils import GENERATION_CONFIG_NAME, cached_file, logging
 
 try:
     from .configuration_plum import PlumConfig
+    from .segmentation_plum import label_frame, label_in_frame, mean_over_spans, upscale_masks
 except ImportError:
     if __package__:
         raise
     from configuration_plum import PlumConfig
+    from segmentation_plum import label_frame, label_in_frame, mean_over_spans, upscale_masks
 
 # Labels of a token: the classes of the span tagger, and the ignored label.
 TAG_OUTSIDE, TAG_BEGIN, TAG_INSIDE = 0, 1, 2
 IGNORE_INDEX = -100
-# Logit for certainty, for binary masks given by the caller.
-GIVEN_MASK_LOGIT = 10.0
 MASK_LOSSES = ("mask_overlap", "mask_bce", "mask_iou")
 # Number of mask pixels whose losses are computed at once. For more masks, intermediate results are recomputed in the
 # backward pass.
 MASK_PIXELS_AT_ONCE = 2**22
-# Mask prompts decoded at once: on a CPU limited by the total number of image cells, elsewhere a fixed number.
-CPU_CELLS_AT_ONCE = 16 * 16 * 16
-PROMPTS_AT_ONCE = 64
 # Default maximum number of answer tokens; saved with every checkpoint.
 DEFAULT_MAX_NEW_TOKENS = 256
 # Decoding options that only save time or memory, and embed several tokens by their ids only: without the embeddings of
@@ -126,67 +121,6 @@ class PlumSegTokenTagger(nn.Module):
 SPAN_TAGGERS = {"tagger": PlumSpanTagger, "seg_token": PlumSegTokenTagger}
 
 
-class PlumMaskFeedback(nn.Module):
-    """
-    The dense prompt of a span, computed from the masks of the earlier spans of its conversation.
-
-    Each earlier mask runs through SAM's own mask embedding (passed in, so the weights exist once), modulated by that
-    span's query before each activation (FiLM, arXiv 1709.07871); then, per grid cell, a learned query attends over
-    the earlier masks.
-    """
-
-    def __init__(self, config: PlumConfig):
-        super().__init__()
-        width = config.sam_config.vision_config.output_channels
-        channels = config.sam_config.prompt_encoder_config.mask_input_channels
-        self.num_heads = config.mask_feedback_num_heads
-        self.film = nn.ModuleList([nn.Linear(width, 2 * channels // 4), nn.Linear(width, 2 * channels)])
-        self.queries = nn.Parameter(torch.empty(config.sam_grid_size**2, width))
-        self.q_proj = nn.Linear(width, width)
-        self.k_proj = nn.Linear(width, width)
-        self.v_proj = nn.Linear(width, width)
-        self.out_proj = nn.Linear(width, width)
-
-    def embed(
-        self, masks: torch.Tensor, span_queries: torch.Tensor, positions: torch.Tensor, mask_embed: nn.Module
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """
-        Return keys and values of masks, computed once per span and used by all later ones.
-
-        Args:
-            masks: `(n, 4G, 4G)` low-res logits.
-            span_queries: `(n, C)` queries of their spans.
-            positions: `(1, C, G, G)` SAM's dense positional embedding.
-            mask_embed: SAM's `prompt_encoder.mask_embed`.
-
-        Returns:
-            Keys and values, each `(n, G*G, C)`.
-        """
-        hidden_states = mask_embed.layer_norm1(mask_embed.conv1(masks[:, None]))
-        hidden_states = mask_embed.activation(self._modulate(hidden_states, self.film[0](span_queries)))
-        hidden_states = mask_embed.layer_norm2(mask_embed.conv2(hidden_states))
-        hidden_states = mask_embed.activation(self._modulate(hidden_states, self.film[1](span_queries)))
-        hidden_states = mask_embed.conv3(hidden_states) + positions  # (n, C, G, G)
-        hidden_states = hidden_states.flatten(2).transpose(1, 2)  # (n, G*G, C)
-        return self.k_proj(hidden_states), self.v_proj(hidden_states)
-
-    @staticmethod
-    def _modulate(hidden_states: torch.Tensor, film: torch.Tensor) -> torch.Tensor:
-        scale, shift = film[..., None, None].chunk(2, dim=1)
-        return hidden_states * (1 + scale) + shift
-
-    def forward(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """Return dense prompts `(n, C, G, G)` from keys and values `(n, T, G*G, C)` of T earlier masks each."""
-        rows, earlier, cells, width = keys.shape
-        by_head = (rows, earlier, cells, self.num_heads, width // self.num_heads)
-        queries = self.q_proj(self.queries).view(by_head[2:])  # (G*G, heads, C/heads)
-        scores = (queries * keys.view(by_head)).sum(-1) / math.sqrt(by_head[-1])  # (n, T, G*G, heads)
-        attended = (scores.softmax(dim=1)[..., None] * values.view(by_head)).sum(dim=1)
-        dense = self.out_proj(attended.flatten(2))  # (n, G*G, C)
-        grid = math.isqrt(cells)
-        return dense.transpose(1, 2).unflatten(2, (grid, grid))
-
-
 def decode_spans(tags: torch.LongTensor, answer_mask: torch.BoolTensor | None = None) -> torch.LongTensor:
     """
     Return the spans of BIO tags: a B and the I's directly after it; an I without an open span is ignored.
@@ -235,269 +169,6 @@ def keep_last_answer(labels: torch.LongTensor) -> torch.LongTensor:
     return labels.masked_fill(number < number[:, -1:], IGNORE_INDEX)
 
 
-def mean_over_spans(states: torch.Tensor, spans: torch.LongTensor) -> torch.Tensor:
-    """Return the means `(S, D)` of token states `(B, L, D)` over the tokens of each span `[row, start, end)`."""
-    rows, starts, ends = spans.unbind(dim=1)
-    position = torch.arange(states.shape[1], device=states.device)
-    inside = (position >= starts[:, None]) & (position < ends[:, None])  # (S, L)
-    weights = inside / (ends - starts)[:, None]
-    return torch.einsum("sl,sld->sd", weights.to(states.dtype), states[rows])
-
-
-def upscale_masks(
-    low_res_masks: torch.Tensor, sam_image_size: int, reshaped_size: tuple[int, int], original_size: tuple[int, int]
-) -> torch.Tensor:
-    """
-    Resize mask logits from SAM's low-res frame to the original image: upscale to the padded square, crop, resize.
-
-    Args:
-        low_res_masks: `(S, 4G, 4G)` logits of one image.
-        sam_image_size: Side of SAM's padded square input in pixels.
-        reshaped_size: (height, width) of the resized image inside that square.
-        original_size: (height, width) of the image as given.
-
-    Returns:
-        `(S, height, width)` logits.
-    """
-    masks = F.interpolate(low_res_masks[:, None], (sam_image_size,) * 2, mode="bilinear", align_corners=False)
-    masks = masks[..., : reshaped_size[0], : reshaped_size[1]]
-    if tuple(original_size) != tuple(reshaped_size):
-        masks = F.interpolate(masks, tuple(original_size), mode="bilinear", align_corners=False)
-    return masks[:, 0]
-
-
-def label_frame(original_size: tuple[int, int], reshaped_size: tuple[int, int]) -> tuple[int, int]:
-    """
-    Return the (height, width) at which mask labels are compared with predictions: the size of the image, or its size
-    in SAM's input if the image is larger. A photograph of 12 megapixels would take 300 MB per span without added
-    detail.
-
-    >>> label_frame((48, 64), (768, 1024)), label_frame((3000, 4000), (768, 1024))
-    ((48, 64), (768, 1024))
-    """
-    return tuple(reshaped_size if max(original_size) > max(reshaped_size) else original_size)
-
-
-def shrink_mask(mask: torch.Tensor, size: tuple[int, int]) -> torch.BoolTensor:
-    """
-    Return a mask `(H, W)` at a smaller size. A pixel is inside if half of its area is; in a mask too thin for that,
-    the pixels with the largest area are inside.
-    """
-    share = F.interpolate(mask[None, None].float(), tuple(size), mode="area")[0, 0]
-    return (share > 0) & (share >= share.max().clamp(max=0.5))
-
-
-def downscale_masks(
-    masks: torch.Tensor, sam_image_size: int, reshaped_size: tuple[int, int], low_res_size: int
-) -> torch.Tensor:
-    """
-    Return binary masks of an original image as low-res logits, the inverse of [`upscale_masks`].
-
-    Args:
-        masks: `(S, height, width)` bool or 0/1.
-        sam_image_size, reshaped_size: As in [`upscale_masks`].
-        low_res_size: Side 4G of the result.
-
-    Returns:
-        `(S, 4G, 4G)` logits between -10 and 10.
-    """
-    masks = F.interpolate(masks[:, None].float(), tuple(reshaped_size), mode="bilinear", antialias=True)
-    masks = F.pad(masks, (0, sam_image_size - reshaped_size[1], 0, sam_image_size - reshaped_size[0]))
-    masks = F.interpolate(masks, (low_res_size,) * 2, mode="area")[:, 0]
-    return (2 * masks - 1) * GIVEN_MASK_LOGIT
-
-
-class MaskTargets:
-    """
-    Assigns true masks to spans during decoding, and selects the masks that are fed back.
-
-    Spans of one answer with the same words are interchangeable: they form a group with the masks of these words. Each
-    span takes, in decoding order, the remaining mask of its group that its prediction overlaps most (soft dice).
-    Usually a group has one span and one mask.
-
-    Args:
-        low_res_masks: `(M, 4G, 4G)` true masks as low-res logits; M is at least S.
-        span_groups, mask_groups: `(S,)` and `(M,)` group of each span and of each mask.
-        forced: `(S,)` bool, the spans whose true mask is fed back instead of the predicted one (teacher forcing).
-
-    Raises:
-        ValueError: A group has more spans than masks.
-    """
-
-    def __init__(
-        self,
-        low_res_masks: torch.Tensor,
-        span_groups: torch.LongTensor,
-        mask_groups: torch.LongTensor,
-        forced: torch.BoolTensor,
-    ):
-        self.low_res_masks, self.forced = low_res_masks, forced
-        self.span_groups, self.mask_groups = span_groups, mask_groups
-        self.free = torch.ones_like(mask_groups, dtype=torch.bool)
-        self.of_span = torch.full_like(span_groups, -1)  # (S,) index of the mask that each span took
-        groups = int(torch.cat([span_groups, mask_groups]).max()) + 1
-        lacking = span_groups.bincount(minlength=groups) - mask_groups.bincount(minlength=groups)
-        if (lacking > 0).any():
-            group = int(lacking.argmax())
-            raise ValueError(f"Group {group} has {int(lacking.max())} spans more than mask_labels; give each a mask.")
-
-    @torch.no_grad()
-    def assign(self, members: torch.LongTensor, logits: torch.Tensor):
-        """Assign masks to the spans `members` `(n,)`, no two of one group, from their logits `(n, 4G, 4G)`."""
-        candidates = (self.span_groups[members, None] == self.mask_groups) & self.free  # (n, M)
-        place, mask = candidates.nonzero(as_tuple=True)
-        predicted = logits.float().sigmoid().flatten(1)[place]
-        target = self.low_res_masks.sigmoid().flatten(1)[mask]
-        overlap = 2 * (predicted * target).sum(1) / (predicted.sum(1) + target.sum(1)).clamp(min=1e-6)
-        scores = torch.full(candidates.shape, -1.0, device=logits.device)
-        scores[place, mask] = overlap
-        taken = scores.argmax(dim=1)
-        self.of_span[members], self.free[taken] = taken, False
-
-    def feed_back(self, members: torch.LongTensor, logits: torch.Tensor) -> torch.Tensor:
-        """Return the masks `(n, 4G, 4G)` of the spans `members`, which have their targets, for the later spans."""
-        true = self.low_res_masks[self.of_span[members]].to(logits)
-        return torch.where(self.forced[members, None, None], true, logits)
-
-
-@contextmanager
-def weights_in_place(*modules: nn.Module):
-    """Context in which offloaded weights are loaded for code that reads weights without calling their modules."""
-    with ExitStack() as stack:
-        for module in modules:
-            if hasattr(module, "_hf_hook"):
-                from accelerate.utils import align_module_device
-
-                stack.enter_context(align_module_device(module))
-        yield
-
-
-class PlumMaskDecoding:
-    """The part of [`PlumForConditionalGeneration`] that decodes the masks of spans."""
-
-    def decode_masks(
-        self,
-        hidden_states: torch.Tensor,
-        spans: torch.LongTensor,
-        sam_image_embeddings: torch.Tensor,
-        sam_image_index: torch.LongTensor,
-        given_masks: dict[int, torch.Tensor] | None = None,
-        targets: MaskTargets | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """
-        Decode the masks of spans, conversations in lock-step: step t decodes the t-th span of every row that has one.
-
-        Args:
-            hidden_states: `(B, L, D)`.
-            spans: `(S, 3)` rows `[row, start, end)`, rows ascending.
-            sam_image_embeddings, sam_image_index: As in [`forward`].
-            given_masks: Low-res logits `(4G, 4G)` by span index, which replace the prediction of that span.
-            targets: In training, receives the prediction of each span and selects the mask that is fed back.
-
-        Returns:
-            Low-res logits `(S, 4G, 4G)` and predicted IoUs `(S,)`.
-        """
-        rows = spans[:, 0].contiguous()
-        images = sam_image_index[rows]
-        self._check_images_of_spans(rows, images, sam_image_embeddings)
-        # The mask branch stays in the precision of its weights: bfloat16 autocast costs it visible accuracy.
-        with torch.autocast(hidden_states.device.type, enabled=False):
-            dtype = self.sam.mask_decoder.iou_token.weight.dtype
-            projected = self.span_projector(hidden_states.to(next(self.span_projector.parameters()).dtype))
-            queries = mean_over_spans(projected.to(hidden_states.device), spans).to(dtype)  # (S, C)
-            embeddings = sam_image_embeddings.to(queries)
-            positions = self._grid_positions(queries)
-            if self.mask_feedback is None and not given_masks and targets is None:
-                return self._decode_step(queries, images, embeddings, positions, self._no_mask_prompt(queries))
-            return self._decode_in_lock_step(queries, rows, images, embeddings, positions, given_masks or {}, targets)
-
-    @staticmethod
-    def _check_images_of_spans(rows, images, sam_image_embeddings):
-        if sam_image_embeddings is None or (images < 0).any():
-            missing = rows.tolist() if sam_image_embeddings is None else rows[images < 0].tolist()
-            raise ValueError(f"Rows {sorted(set(missing))} have spans to segment but no image.")
-
-    # Weights are read only by calling their module, because the call loads offloaded ones.
-
-    def _grid_positions(self, like: torch.Tensor) -> torch.Tensor:
-        """Return SAM's positions `(1, C, G, G)` of its grid cells, on the device and in the precision of `like`."""
-        grid = self.config.sam_grid_size
-        embedding = self.sam.shared_image_embedding
-        centres = (torch.arange(grid, device=like.device, dtype=embedding.positional_embedding.dtype) + 0.5) / grid
-        rows, columns = torch.meshgrid(centres, centres, indexing="ij")
-        return embedding(torch.stack([columns, rows], dim=-1)).permute(2, 0, 1)[None].to(like)
-
-    def _no_mask_prompt(self, like: torch.Tensor) -> torch.Tensor:
-        """Return SAM's dense prompt "no mask" for each of n queries `(n, C)`, as a view `(n, C, G, G)`."""
-        grid = self.config.sam_grid_size
-        first = torch.zeros(1, dtype=torch.long, device=like.device)
-        embedding = self.sam.prompt_encoder.no_mask_embed(first).to(like)  # (1, C)
-        return embedding[..., None, None].expand(len(like), -1, grid, grid)
-
-    def _decode_step(self, queries, images, embeddings, positions, dense) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run SAM's mask decoder with one sparse and one dense prompt each: `(n, 4G, 4G)` logits, `(n,)` IoUs."""
-        # A batch saves time while its images fit into CPU caches; 16 prompts at once on a grid of 64 x 64 take
-        # twice as long as one by one.
-        on_cpu = queries.device.type == "cpu"
-        chunk = max(1, CPU_CELLS_AT_ONCE // self.config.sam_grid_size**2) if on_cpu else PROMPTS_AT_ONCE
-        masks, iou_scores = [], []
-        for start in range(0, len(queries), chunk):
-            members = slice(start, start + chunk)
-            with weights_in_place(self.sam.mask_decoder.iou_token, self.sam.mask_decoder.mask_tokens):
-                decoded, scores = self.sam.mask_decoder(
-                    embeddings[images[members]],
-                    image_positional_embeddings=positions.expand(len(queries[members]), -1, -1, -1),
-                    sparse_prompt_embeddings=queries[members, None, None],  # (n, 1, 1, C): one point prompt each
-                    dense_prompt_embeddings=dense[members],
-                    multimask_output=False,
-                )
-            masks.append(decoded[:, 0, 0].to(queries.device))
-            iou_scores.append(scores[:, 0, 0].to(queries.device))
-        return torch.cat(masks), torch.cat(iou_scores)
-
-    def _decode_in_lock_step(self, queries, rows, images, embeddings, positions, given_masks, targets):
-        first = torch.searchsorted(rows, rows)  # index of the first span of the same row
-        step = torch.arange(len(rows), device=rows.device) - first
-        last_step = step[torch.searchsorted(rows, rows, right=True) - 1]
-        masks, iou_scores, members_of_step = [], [], []
-        keys, values = None, None  # (n, t, G*G, C) of the earlier masks of the remaining rows
-        for t in range(int(step.max()) + 1):
-            members = (step == t).nonzero()[:, 0]
-            dense = self._no_mask_prompt(queries[members])
-            if keys is not None:
-                dense = self.mask_feedback(keys, values)
-            decoded, scores = self._decode_step(queries[members], images[members], embeddings, positions, dense)
-            decoded, scores = self._replace_given(members, decoded, scores, given_masks)
-            fed_back = decoded
-            if targets is not None:
-                targets.assign(members, decoded)
-                fed_back = targets.feed_back(members, decoded)
-            masks.append(decoded)
-            iou_scores.append(scores)
-            members_of_step.append(members)
-            goes_on = last_step[members] > t
-            if self.mask_feedback is not None and goes_on.any():
-                new_keys, new_values = self.mask_feedback.embed(
-                    fed_back[goes_on], queries[members[goes_on]], positions, self.sam.prompt_encoder.mask_embed
-                )
-                keys, values = (
-                    new[:, None] if earlier is None else torch.cat([earlier[goes_on], new[:, None]], dim=1)
-                    for earlier, new in ((keys, new_keys), (values, new_values))
-                )
-        order = torch.cat(members_of_step).argsort()
-        return torch.cat(masks)[order], torch.cat(iou_scores)[order]
-
-    @staticmethod
-    def _replace_given(members, masks, iou_scores, given_masks):
-        """Return the masks and scores of one step with given masks, and a score of 1, in their places."""
-        for place, span in enumerate(members.tolist() if given_masks else []):
-            if span in given_masks:
-                chosen = torch.arange(len(masks), device=masks.device) == place
-                masks = torch.where(chosen[:, None, None], given_masks[span].to(masks), masks)
-                iou_scores = torch.where(chosen, torch.ones_like(iou_scores), iou_scores)
-        return masks, iou_scores
-
-
 def count_loss_items(
     config: PlumConfig, labels=None, span_labels=None, spans=None, mask_labels=None
 ) -> dict[str, torch.Tensor]:
@@ -524,26 +195,6 @@ def span_targets(span_labels: torch.Tensor, scope: str) -> torch.Tensor:
         return span_labels.clamp(min=-1)
     has_span = (span_labels > TAG_OUTSIDE).any(dim=1, keepdim=True)
     return torch.where(has_span, span_labels.clamp(min=TAG_OUTSIDE), -1)
-
-
-def shrink_mask_labels(
-    mask_labels: list[torch.Tensor], sizes: torch.LongTensor, sam_image_size: int, low_res_size: int
-) -> torch.Tensor:
-    """
-    Return true masks as low-res logits `(M, 4G, 4G)`.
-
-    Args:
-        mask_labels: M masks `(H, W)`, 0/1, at the size of their image or of `label_frame`.
-        sizes: `(M, 4)`, (height, width) in pixels of each mask's image as given and as resized for SAM.
-    """
-    shrunk = torch.empty(len(mask_labels), low_res_size, low_res_size, device=sizes.device)
-    for size in sizes.unique(dim=0):
-        members = (sizes == size).all(dim=1).nonzero()[:, 0]
-        original, reshaped = tuple(size[:2].tolist()), tuple(size[2:].tolist())
-        frame = label_frame(original, reshaped)
-        masks = torch.stack([_label_in_frame(mask_labels[i], original, frame) for i in members.tolist()])
-        shrunk[members] = downscale_masks(masks.to(sizes.device), sam_image_size, reshaped, low_res_size)
-    return shrunk
 
 
 def language_modeling_loss(logits: torch.Tensor, labels: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
@@ -600,7 +251,7 @@ def mask_losses(
         frame = label_frame(original, reshaped)
         parts = members.split(max(1, MASK_PIXELS_AT_ONCE // (frame[0] * frame[1])))
         for part in parts:
-            targets = torch.stack([_label_in_frame(mask_labels[i], original, frame) for i in part.tolist()])
+            targets = torch.stack([label_in_frame(mask_labels[i], original, frame) for i in part.tolist()])
             inputs = (config, pred_masks[part], iou_scores[part], targets.to(pred_masks.device), reshaped)
             if len(parts) == 1:
                 totals = totals + _sum_mask_losses(*inputs)
@@ -609,16 +260,9 @@ def mask_losses(
     return dict(zip(MASK_LOSSES, totals / count.to(totals).clamp(min=1), strict=True))
 
 
-def _label_in_frame(mask: torch.Tensor, original: tuple[int, int], frame: tuple[int, int]) -> torch.Tensor:
-    found = tuple(mask.shape)
-    if found not in (original, frame):
-        raise ValueError(f"A mask label is {found} pixels but its image is {original}; resize the mask.")
-    return mask if found == frame else shrink_mask(mask, frame)
-
-
 def _sum_mask_losses(config: PlumConfig, pred_masks, iou_scores, targets, reshaped) -> torch.Tensor:
     """Return the losses of MASK_LOSSES, each summed over masks whose labels `(n, H, W)` have one size."""
-    side = config.sam_config.vision_config.image_size
+    side = config.sam_image_size
     logits = upscale_masks(pred_masks.float(), side, reshaped, tuple(targets.shape[1:]))
     targets = targets.to(logits)
     bce = F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(dim=(1, 2))

@@ -80,7 +80,7 @@ def draw_rows(config: PlumConfig, images: int, rows_per_image: int, device: str)
     ids[:, :tokens] = config.vlm_config.image_token_id
     questions = torch.arange(rows) // min(CHOICES, rows_per_image) * min(CHOICES, rows_per_image)
     ids[:, :-ANSWER_TOKENS] = ids[questions, :-ANSWER_TOKENS]
-    side = config.sam_config.vision_config.image_size
+    side = config.sam_image_size
     batch = {
         "input_ids": ids,
         "labels": ids.clone(),

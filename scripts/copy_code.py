@@ -14,6 +14,7 @@ CHECKPOINT_CODE = (
     "modeling_plum.py",
     "modules_plum.py",
     "processing_plum.py",
+    "segmentation_plum.py",
 )
 METRIC_CODE = ("inputs_plum.py", "plum_partonomy/scoring/mask_metrics.py")
 

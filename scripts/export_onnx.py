@@ -103,8 +103,8 @@ def export(model: PlumForConditionalGeneration, folder: Path) -> None:
     if model.mask_feedback is None:
         raise ValueError("The model has no mask feedback; export its sam alone.")
     model = model.float().eval()
-    side, grid = model.config.sam_config.vision_config.image_size, model.config.sam_grid_size
-    width = model.config.sam_config.vision_config.output_channels
+    side, grid = model.config.sam_image_size, model.config.sam_grid_size
+    width = model.config.sam_width
     embedding, query = torch.rand(1, width, grid, grid), torch.rand(1, width)
     # Two tensors: the same tensor twice would be exported as one input.
     keys, values = torch.rand(2, grid**2, width), torch.rand(2, grid**2, width)
@@ -140,7 +140,7 @@ def export(model: PlumForConditionalGeneration, folder: Path) -> None:
 def largest_difference(model: PlumForConditionalGeneration, folder: Path, spans: int = 4) -> float:
     """Return the largest difference of mask logits of random spans on a random image of torch and the files."""
     generator = torch.Generator().manual_seed(0)
-    side = model.config.sam_config.vision_config.image_size
+    side = model.config.sam_image_size
     pixels = torch.randn(1, 3, side, side, generator=generator)
     states = torch.randn(1, spans, model.config.get_text_config().hidden_size, generator=generator)
     tokens = torch.tensor([[0, i, i + 1] for i in range(spans)])

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-MODULES = {f"{name}_plum" for name in ("configuration", "inputs", "modeling", "modules", "processing")}
+MODULES = {f"{name}_plum" for name in ("configuration", "inputs", "modeling", "modules", "processing", "segmentation")}
 MODULES |= {"partonomy_dataset"}
 
 

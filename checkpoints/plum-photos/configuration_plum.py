@@ -3,7 +3,36 @@
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig, PreTrainedConfig, SamConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+
+# Types of segmenters, and of video models with the segmenter that is part of them.
+SEGMENTER_TYPES = ("sam", "sam_hq", "sam2", "sam3_tracker")
+SEGMENTER_IN_VIDEO_MODEL = {"sam2_video": "sam2", "sam3_tracker_video": "sam3_tracker", "sam3_video": "sam3_tracker"}
+
+
+def as_segmenter_config(config: PreTrainedConfig, *, where: str = "sam_config") -> PreTrainedConfig:
+    """
+    Return the config of a segmenter: `config` itself, or that of the segmenter in a video model, as which SAM 2.1 and
+    SAM 3 are released.
+
+    Raises:
+        ValueError: The model is no segmenter.
+    """
+    segmenter_type = SEGMENTER_IN_VIDEO_MODEL.get(config.model_type, config.model_type)
+    if segmenter_type not in SEGMENTER_TYPES:
+        hint = (
+            "SAM 3's detector takes words, not prompts; pass its tracker" if "sam3" in segmenter_type else "pass one"
+        )
+        raise ValueError(
+            f"{where} is a {config.model_type!r} model, expected a segmenter ({', '.join(SEGMENTER_TYPES)}); {hint}."
+        )
+    if segmenter_type == config.model_type:
+        return config
+    config = getattr(config, "tracker_config", config)
+    parts = {name: getattr(config, name).to_dict() for name in ("prompt_encoder_config", "mask_decoder_config")}
+    for part in parts.values():
+        del part["model_type"]
+    return CONFIG_MAPPING[segmenter_type](vision_config=config.vision_config.to_dict(), **parts)
 
 
 @strict
@@ -15,7 +44,7 @@ class PlumConfig(PreTrainedConfig):
         vlm_config (`PreTrainedConfig` or `dict`, *optional*, defaults to `LlavaConfig()`):
             The image-text-to-text model that generates the answers.
         sam_config (`PreTrainedConfig` or `dict`, *optional*, defaults to `SamConfig()`):
-            The segmentation model that decodes spans of the answer to masks.
+            The segmenter that decodes spans of the answer to masks: SAM, SAM-HQ, SAM 2.1 or the tracker of SAM 3.
         vlm_image_input (`str`, *optional*, defaults to `"pixel_values"`):
             Input of the vision tower of the vision-language model: `"pixel_values"`, the image from its own image
             processor, or `"sam_image_embeddings"`, the output of SAM's encoder (then both sides share one vision
@@ -62,7 +91,7 @@ class PlumConfig(PreTrainedConfig):
     """
 
     model_type = "plum"
-    sub_configs = {"vlm_config": AutoConfig, "sam_config": SamConfig}
+    sub_configs = {"vlm_config": AutoConfig, "sam_config": AutoConfig}
 
     # The two backbones
     vlm_config: dict | PreTrainedConfig | None = None
@@ -104,7 +133,11 @@ class PlumConfig(PreTrainedConfig):
         if not isinstance(self.vlm_config, PreTrainedConfig):
             self.vlm_config = AutoConfig.for_model(**{"model_type": "llava", **(self.vlm_config or {})})
         if not isinstance(self.sam_config, PreTrainedConfig):
-            self.sam_config = SamConfig(**(self.sam_config or {}))
+            self.sam_config = AutoConfig.for_model(**{"model_type": "sam", **(self.sam_config or {})})
+        self.sam_config = as_segmenter_config(self.sam_config)
+        # In evaluation, SAM 2 replaces an unstable mask by one of three others, which PLUM does not train.
+        if hasattr(self.sam_config.mask_decoder_config, "dynamic_multimask_via_stability"):
+            self.sam_config.mask_decoder_config.dynamic_multimask_via_stability = False
         super().__post_init__(**kwargs)
 
     def get_text_config(self, decoder=None, encoder=None) -> PreTrainedConfig:
@@ -112,9 +145,19 @@ class PlumConfig(PreTrainedConfig):
         return self.vlm_config.get_text_config(decoder=decoder, encoder=encoder)
 
     @property
+    def sam_image_size(self) -> int:
+        """Side, in pixels, of SAM's square input."""
+        return self.sam_config.prompt_encoder_config.image_size
+
+    @property
     def sam_grid_size(self) -> int:
         """Side, in cells, of SAM's square image embedding."""
-        return self.sam_config.vision_config.image_size // self.sam_config.vision_config.patch_size
+        return self.sam_image_size // self.sam_config.prompt_encoder_config.patch_size
+
+    @property
+    def sam_width(self) -> int:
+        """Channels of SAM's image embedding, prompts and mask decoder."""
+        return self.sam_config.prompt_encoder_config.hidden_size
 
     @property
     def low_res_mask_size(self) -> int:
@@ -123,27 +166,10 @@ class PlumConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         """Check fields against each other; raises `ValueError` that names both values."""
-        sam = self.sam_config
         self._check_vlm_family()
-        embedding_width = sam.vision_config.output_channels
+        self._check_segmenter()
+        embedding_width = self.sam_width
         text_width = self.vlm_config.get_text_config().hidden_size
-        for name, value in (
-            ("sam_config.prompt_encoder_config.hidden_size", sam.prompt_encoder_config.hidden_size),
-            ("sam_config.mask_decoder_config.hidden_size", sam.mask_decoder_config.hidden_size),
-            ("2 * sam_config.vision_config.num_pos_feats", 2 * sam.vision_config.num_pos_feats),
-        ):
-            if value != embedding_width:
-                raise ValueError(
-                    f"{name} is {value} but sam_config.vision_config.output_channels is {embedding_width}; "
-                    "SAM's encoder, prompts and mask decoder share one width."
-                )
-        for side in ("image_size", "patch_size"):
-            vision, prompt = getattr(sam.vision_config, side), getattr(sam.prompt_encoder_config, side)
-            if vision != prompt:
-                raise ValueError(
-                    f"sam_config.vision_config.{side} is {vision} but sam_config.prompt_encoder_config.{side} is "
-                    f"{prompt}; set both to the same value."
-                )
         self._check_span_source()
         self._check_image_statistics(embedding_width)
         if self.span_tagger_num_layers and text_width % self.span_tagger_num_heads:
@@ -168,6 +194,41 @@ class PlumConfig(PreTrainedConfig):
                 raise ValueError(
                     "vlm_image_input is 'sam_image_embeddings', so vlm_config.vision_config must have (num_channels, "
                     f"image_size) = SAM's (embedding width, grid size) = {expected}, found {found}."
+                )
+
+    def _check_segmenter(self):
+        sam = self.sam_config
+        vision, width, grid = sam.vision_config, self.sam_width, self.sam_grid_size
+        widths = [("sam_config.mask_decoder_config.hidden_size", sam.mask_decoder_config.hidden_size)]
+        sides = []
+        if hasattr(vision, "backbone_feature_sizes"):
+            widths.append(("sam_config.vision_config.fpn_hidden_size", vision.fpn_hidden_size))
+            found, expected = (
+                [list(size) for size in vision.backbone_feature_sizes],
+                [[side, side] for side in (4 * grid, 2 * grid, grid)],
+            )
+            if found != expected:
+                patch = sam.prompt_encoder_config.patch_size
+                raise ValueError(
+                    f"sam_config.vision_config.backbone_feature_sizes is {found}, but images of {self.sam_image_size} "
+                    f"pixels and patches of {patch} in sam_config.prompt_encoder_config give {expected}."
+                )
+        else:
+            widths.append(("sam_config.vision_config.output_channels", vision.output_channels))
+            widths.append(("2 * sam_config.vision_config.num_pos_feats", 2 * vision.num_pos_feats))
+            sides = ["image_size", "patch_size"]
+        for name, value in widths:
+            if value != width:
+                raise ValueError(
+                    f"{name} is {value} but sam_config.prompt_encoder_config.hidden_size is {width}; SAM's encoder, "
+                    "prompts and mask decoder share one width."
+                )
+        for side in sides:
+            found, prompt = getattr(vision, side), getattr(sam.prompt_encoder_config, side)
+            if found != prompt:
+                raise ValueError(
+                    f"sam_config.vision_config.{side} is {found} but sam_config.prompt_encoder_config.{side} is "
+                    f"{prompt}; set both to the same value."
                 )
 
     def _check_image_statistics(self, embedding_width: int):

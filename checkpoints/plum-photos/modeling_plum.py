@@ -19,7 +19,8 @@ Terms. A *tag* is the class O, B or I of one token. A *span* is a B token and th
 after it, written `[row, start, end)` in token positions. A *row* is one conversation of the batch. *Grid* is SAM's
 image embedding (G x G cells), a *low-res mask* has 4G x 4G logits in the frame of SAM's padded square input.
 
-Shapes. B rows, L tokens, S spans of the whole batch, N images, D language width, C SAM width, G grid side, H/W pixels.
+Shapes. B rows, L tokens, S spans of the whole batch, N images, D language width, C SAM width, E channels of an image
+embedding (C for SAM itself), G grid side, H/W pixels.
 
 Deliberate differences from the authors' research code: conversations of one batch are decoded in lock-step; rows may
 share an image or have none; FiLM's unused third projection is removed; the focal Tversky loss has finite gradients on
@@ -27,20 +28,19 @@ perfect predictions; each loss can be normalised by counts of the global batch.
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForImageTextToText,
     GenerationConfig,
     GenerationMixin,
     PreTrainedModel,
-    SamModel,
 )
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -48,15 +48,17 @@ from transformers.utils import ModelOutput
 
 try:
     from . import modules_plum as modules
-    from .configuration_plum import PlumConfig
-    from .modules_plum import IGNORE_INDEX, PlumMaskDecoding
+    from . import segmentation_plum as segmentation
+    from .configuration_plum import PlumConfig, as_segmenter_config
+    from .modules_plum import IGNORE_INDEX
     from .processing_plum import CUSTOM_PIPELINES
 except ImportError:
     if __package__:
         raise
     import modules_plum as modules
-    from configuration_plum import PlumConfig
-    from modules_plum import IGNORE_INDEX, PlumMaskDecoding
+    import segmentation_plum as segmentation
+    from configuration_plum import PlumConfig, as_segmenter_config
+    from modules_plum import IGNORE_INDEX
     from processing_plum import CUSTOM_PIPELINES
 
 # Image inputs from the processor, or features computed from them.
@@ -136,7 +138,7 @@ class PlumImages:
 
     Args:
         vlm_inputs: Image inputs of the vision-language model.
-        sam_embeddings: `(N, C, G, G)`, or None without images.
+        sam_embeddings: `(N, E, G, G)`, or None without images.
         index: `(B,)` image of each row, -1 for none.
         original_sizes, reshaped_sizes: `(N, 2)` (height, width) in pixels as given, and as resized for SAM.
     """
@@ -176,7 +178,7 @@ class PlumPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
-        if isinstance(module, modules.PlumMaskFeedback):
+        if isinstance(module, segmentation.PlumMaskFeedback):
             init.normal_(module.queries, std=self.config.initializer_range)
 
 
@@ -184,8 +186,11 @@ class PlumVision:
     """The part of [`PlumForConditionalGeneration`] that encodes images for its language model and for SAM."""
 
     def get_image_embeddings(self, sam_pixel_values: torch.Tensor) -> torch.Tensor:
-        """Return SAM's embeddings `(N, C, G, G)` of pixels `(N, 3, image_size, image_size)`."""
-        return self.sam.vision_encoder(sam_pixel_values.to(self.sam.vision_encoder.dtype)).last_hidden_state
+        """
+        Return SAM's embeddings `(N, E, G, G)` of pixels `(N, 3, image_size, image_size)`. The first C channels are the
+        grid that prompts attend to.
+        """
+        return self.segmenter.encode(self.sam, sam_pixel_values.to(self.sam.vision_encoder.dtype))
 
     def get_vlm_image_features(self, image_token_counts: list[int], **image_inputs) -> list[torch.Tensor] | None:
         """
@@ -201,8 +206,8 @@ class PlumVision:
             Features `(image tokens, D)` of each image; `None` for a family that takes more from an image than these.
         """
         if self.config.vlm_image_input == "sam_image_embeddings":
-            embeddings = image_inputs["sam_image_embeddings"].to(self.vlm.dtype)
-            outputs = self.vlm.model.get_image_features(embeddings, return_dict=True)
+            grid = image_inputs["sam_image_embeddings"][:, : self.config.sam_width].to(self.vlm.dtype)
+            outputs = self.vlm.model.get_image_features(grid, return_dict=True)
         else:
             if "mm_encoder_outputs" not in inspect.signature(self.vlm.model.forward).parameters:
                 return None
@@ -220,7 +225,7 @@ class PlumVision:
 
     def rate_images(self, sam_image_embeddings: torch.Tensor) -> torch.Tensor | None:
         """
-        Return the probability `(N,)` that an image is of a kind in the training data, from embeddings `(N, C, G, G)`;
+        Return the probability `(N,)` that an image is of a kind in the training data, from embeddings `(N, E, G, G)`;
         None for a model without `config.image_statistics`.
 
         The distance of an image from a kind is the mean over channels of its squared deviation from the kind's mean
@@ -229,7 +234,7 @@ class PlumVision:
         known = self.config.image_statistics
         if known is None:
             return None
-        pooled = sam_image_embeddings.float().mean(dim=(2, 3))  # (N, C)
+        pooled = sam_image_embeddings[:, : self.config.sam_width].float().mean(dim=(2, 3))  # (N, C)
         mean, std = (torch.tensor(known[name], device=pooled.device) for name in ("mean", "std"))  # (kinds, C)
         distance = ((pooled[:, None] - mean) / std).square().mean(dim=2).amin(dim=1)
         return torch.sigmoid(known["intercept"] - known["slope"] * distance.log())
@@ -277,7 +282,8 @@ class PlumVision:
         """
         placeholders = input_ids == self.config.vlm_config.image_token_id
         if features is None:
-            outputs = self.vlm.model.get_image_features(sam_image_embeddings.to(self.vlm.dtype), return_dict=True)
+            grid = sam_image_embeddings[:, : self.config.sam_width].to(self.vlm.dtype)
+            outputs = self.vlm.model.get_image_features(grid, return_dict=True)
             features = list(outputs.pooler_output)
         features = torch.stack(features)[sam_image_index[sam_image_index >= 0]]
         if placeholders.sum() != features.shape[:2].numel():
@@ -304,7 +310,7 @@ def _load_whole(auto_class, folder: str, config, dtype) -> PreTrainedModel:
     return model
 
 
-class PlumForConditionalGeneration(PlumVision, PlumMaskDecoding, PlumPreTrainedModel, GenerationMixin):
+class PlumForConditionalGeneration(PlumVision, segmentation.PlumMaskDecoding, PlumPreTrainedModel, GenerationMixin):
     """A vision-language model with a span tagger, a span projector, mask feedback and a SAM."""
 
     # Each loss is normalised by its own count, so the Trainer must not divide again.
@@ -315,7 +321,7 @@ class PlumForConditionalGeneration(PlumVision, PlumMaskDecoding, PlumPreTrainedM
     def __init__(self, config: PlumConfig):
         super().__init__(config)
         text_width = config.vlm_config.get_text_config().hidden_size
-        sam_width = config.sam_config.vision_config.output_channels
+        sam_width = config.sam_width
         self.vlm = AutoModelForImageTextToText.from_config(config.vlm_config, trust_remote_code=False)
         if not isinstance(getattr(self.vlm, "model", None), PreTrainedModel):
             raise ValueError(
@@ -323,12 +329,13 @@ class PlumForConditionalGeneration(PlumVision, PlumMaskDecoding, PlumPreTrainedM
                 "without language-modeling head, whose hidden states PLUM tags; choose another family."
             )
         modules.let_observe(self.vlm.get_decoder())
-        self.sam = SamModel(config.sam_config)
+        self.sam = AutoModel.from_config(config.sam_config)
+        self.segmenter = segmentation.SEGMENTERS[config.sam_config.model_type]
         self.span_tagger = modules.SPAN_TAGGERS[config.span_source](config)
         self.span_projector = nn.Sequential(
             nn.Linear(text_width, text_width), nn.ReLU(), nn.Linear(text_width, sam_width)
         )
-        self.mask_feedback = modules.PlumMaskFeedback(config) if config.mask_feedback else None
+        self.mask_feedback = segmentation.PlumMaskFeedback(config) if config.mask_feedback else None
         self.post_init()
 
     @classmethod
@@ -341,7 +348,7 @@ class PlumForConditionalGeneration(PlumVision, PlumMaskDecoding, PlumPreTrainedM
 
         Args:
             vlm: Folder or Hub name of an image-text-to-text model, such as `llava-hf/llava-1.5-7b-hf`.
-            sam: Folder or Hub name of a SAM, such as `facebook/sam-vit-huge`.
+            sam: Folder or Hub name of a SAM, such as `facebook/sam-vit-huge` or `facebook/sam2.1-hiera-large`.
             dtype: Precision of all weights; `"auto"` uses that of the vision-language model.
             plum_options: Further fields of [`PlumConfig`].
 
@@ -349,14 +356,13 @@ class PlumForConditionalGeneration(PlumVision, PlumMaskDecoding, PlumPreTrainedM
             ValueError: A backbone is of another kind or does not fit (before any weight is read), or lacks weights.
         """
         vlm_config, sam_config = (AutoConfig.from_pretrained(name, trust_remote_code=False) for name in (vlm, sam))
-        if sam_config.model_type != "sam":
-            raise ValueError(f"{sam} contains a {sam_config.model_type!r} model, expected 'sam'.")
+        sam_config = as_segmenter_config(sam_config, where=sam)
         with torch.device("meta"):
             model = cls(cls.config_class(vlm_config=vlm_config, sam_config=sam_config, **plum_options))
         config = model.config
         model.vlm = _load_whole(AutoModelForImageTextToText, vlm, config.vlm_config, dtype)
         modules.let_observe(model.vlm.get_decoder())
-        model.sam = _load_whole(SamModel, sam, config.sam_config, model.vlm.dtype)
+        model.sam = _load_whole(type(model.sam), sam, config.sam_config, model.vlm.dtype)
         model.generation_config = model.vlm.generation_config
         for module in (model.span_tagger, model.span_projector, model.mask_feedback):
             if module is not None:
@@ -372,9 +378,9 @@ class PlumForConditionalGeneration(PlumVision, PlumMaskDecoding, PlumPreTrainedM
         with torch.no_grad():
             for embedding in (self.sam.shared_image_embedding, self.sam.prompt_encoder.shared_embedding):
                 init.normal_(embedding.positional_embedding, std=1.0)
-            encoder = self.sam.vision_encoder
-            if encoder.pos_embed is not None:
-                init.copy_(encoder.pos_embed, sincos_position_embedding(*encoder.pos_embed.shape[2:]))
+            positions = getattr(self.sam.vision_encoder, "pos_embed", None)
+            if positions is not None:
+                init.copy_(positions, sincos_position_embedding(*positions.shape[2:]))
 
     def get_input_embeddings(self) -> nn.Module:
         return self.vlm.get_input_embeddings()
@@ -470,7 +476,7 @@ class PlumForConditionalGeneration(PlumVision, PlumMaskDecoding, PlumPreTrainedM
             inputs: The image inputs, and further inputs of the vision-language model:
                 `pixel_values`, images for the vision-language model, in order of their placeholders;
                 `sam_pixel_values (N, 3, image_size, image_size)`, images for SAM, or instead
-                `sam_image_embeddings (N, C, G, G)`; `sam_image_index (B,)`, the image of each row, -1 for none
+                `sam_image_embeddings (N, E, G, G)`; `sam_image_index (B,)`, the image of each row, -1 for none
                 (default: image i belongs to row i); `original_sizes` and `reshaped_input_sizes (N, 2)`, (height,
                 width) in pixels, from the processor.
         """
@@ -534,13 +540,13 @@ class PlumForConditionalGeneration(PlumVision, PlumMaskDecoding, PlumPreTrainedM
             teacher_forced = torch.zeros_like(span_groups, dtype=torch.bool)
         # All masks of a group are about one image, that of its first span.
         first_span = (span_groups == mask_groups[:, None]).int().argmax(dim=1)
-        low_res_masks = modules.shrink_mask_labels(
+        low_res_masks = segmentation.shrink_mask_labels(
             mask_labels,
             sizes[first_span],
-            self.config.sam_config.vision_config.image_size,
+            self.config.sam_image_size,
             self.config.low_res_mask_size,
         )
-        return modules.MaskTargets(low_res_masks, span_groups, mask_groups, teacher_forced)
+        return segmentation.MaskTargets(low_res_masks, span_groups, mask_groups, teacher_forced)
 
     @property
     def loss_weights(self) -> dict[str, float]:
@@ -720,7 +726,7 @@ class PlumForConditionalGeneration(PlumVision, PlumMaskDecoding, PlumPreTrainedM
         visible = answer_mask & (images.index >= 0)[:, None]
         spans = modules.decode_spans(span_logits.argmax(dim=-1), visible)
         tag_scores = 1 - span_logits.float().softmax(dim=-1)[..., modules.TAG_OUTSIDE, None]
-        tag_scores = modules.mean_over_spans(tag_scores, spans)[:, 0]
+        tag_scores = segmentation.mean_over_spans(tag_scores, spans)[:, 0]
         return self._segment(
             sequences, answer_mask, hidden_states, span_logits, spans, tag_scores, images, truncated=is_truncated
         )
@@ -796,35 +802,6 @@ class PlumForConditionalGeneration(PlumVision, PlumMaskDecoding, PlumPreTrainedM
             elif isinstance(value, torch.Tensor) and value.shape == prompt.shape:
                 extended[name] = F.pad(value, (0, answers.shape[1]))
         return extended
-
-    def _downscale_given_masks(self, given_masks, spans, images):
-        """Return low-res logits by span index of the given masks, each checked."""
-        given = {}
-        if not isinstance(given_masks or {}, Mapping):
-            raise ValueError(f"given_masks is a {type(given_masks).__name__}, expected a dict: span index -> mask.")
-        for i, mask in (given_masks or {}).items():
-            if isinstance(i, bool) or not isinstance(i, (int, np.integer)) or not 0 <= i < len(spans):
-                raise ValueError(f"given_masks has key {i!r}, expected the index of one of {len(spans)} spans.")
-            if not isinstance(mask, (np.ndarray, torch.Tensor)):
-                raise ValueError(
-                    f"The given mask of span {i} is of type {type(mask).__name__}, expected an array or tensor "
-                    "(height, width)."
-                )
-            if images.original_sizes is None or images.reshaped_sizes is None:
-                raise ValueError("given_masks need original_sizes and reshaped_input_sizes; pass them as well.")
-            image = images.index[spans[i, 0]]
-            original, mask = tuple(images.original_sizes[image].tolist()), torch.as_tensor(mask, device=spans.device)
-            if tuple(mask.shape) != original:
-                raise ValueError(f"The given mask of span {i} is {tuple(mask.shape)} but its image is {original}.")
-            if not mask.isfinite().all():
-                raise ValueError(f"The given mask of span {i} has values that are not numbers; give 0 or 1.")
-            (given[i],) = modules.downscale_masks(
-                (mask != 0)[None],
-                self.config.sam_config.vision_config.image_size,
-                images.reshaped_sizes[image].tolist(),
-                self.config.low_res_mask_size,
-            )
-        return given
 
     @torch.no_grad()
     def encode_conversations(

@@ -45,15 +45,8 @@ try:
         to_binary_mask,
         without_images,
     )
-    from .modules_plum import (
-        IGNORE_INDEX,
-        TAG_BEGIN,
-        TAG_INSIDE,
-        TAG_OUTSIDE,
-        label_frame,
-        shrink_mask,
-        upscale_masks,
-    )
+    from .modules_plum import IGNORE_INDEX, TAG_BEGIN, TAG_INSIDE, TAG_OUTSIDE
+    from .segmentation_plum import label_frame, shrink_mask, upscale_masks
 except ImportError:
     if __package__:
         raise
@@ -68,15 +61,8 @@ except ImportError:
         to_binary_mask,
         without_images,
     )
-    from modules_plum import (
-        IGNORE_INDEX,
-        TAG_BEGIN,
-        TAG_INSIDE,
-        TAG_OUTSIDE,
-        label_frame,
-        shrink_mask,
-        upscale_masks,
-    )
+    from modules_plum import IGNORE_INDEX, TAG_BEGIN, TAG_INSIDE, TAG_OUTSIDE
+    from segmentation_plum import label_frame, shrink_mask, upscale_masks
 
 DEFAULT_CHAT_TEMPLATE = """\
 {%- for message in messages -%}

@@ -104,7 +104,7 @@ def load_processor(name: str | Path) -> PlumProcessor:
 def _load_processor(folder: Path, config: PlumConfig) -> PlumProcessor:
     with problems_named(f"The processor of {folder} cannot be loaded"):
         processor = PlumProcessor.from_pretrained(folder, trust_remote_code=False)
-        found, side = processor.image_token_id, config.sam_config.vision_config.image_size
+        found, side = processor.image_token_id, config.sam_image_size
         sizes = dict(processor.sam_image_processor.size), dict(processor.sam_image_processor.pad_size)
     expected = config.vlm_config.image_token_id
     if found != expected:

@@ -46,7 +46,7 @@ class EmbeddingCache:
     @torch.no_grad()
     def embed(self, sam_pixel_values: torch.Tensor) -> torch.Tensor:
         """
-        Return embeddings `(N, C, G, G)` of pixels `(N, 3, image_size, image_size)`, on their device and in the
+        Return embeddings `(N, E, G, G)` of pixels `(N, 3, image_size, image_size)`, on their device and in the
         precision of the image encoder; replaces `get_image_embeddings`. With sharded weights, nothing else moves the
         encoder to the device.
 
@@ -83,8 +83,9 @@ class EmbeddingCache:
 
     @property
     def _shape(self) -> torch.Size:
-        grid = self.model.config.sam_grid_size
-        return torch.Size([self.model.config.sam_config.vision_config.output_channels, grid, grid])
+        config = self.model.config
+        width = self.model.segmenter.embedding_width(config.sam_config)
+        return torch.Size([width, config.sam_grid_size, config.sam_grid_size])
 
     def _path(self, precision: str, digest: str) -> Path:
         return self.folder / precision.removeprefix("torch.") / digest[:2] / f"{digest}.safetensors"
@@ -124,11 +125,14 @@ def _digest(tensor: torch.Tensor) -> str:
 
 def fingerprint_encoder(model: PlumForConditionalGeneration) -> str:
     """Return a hash of the weights and the configuration of the image encoder, including its image size."""
-    encoder = model.sam.vision_encoder
     config = model.config.sam_config.vision_config.to_dict()
     settings = {name: config[name] for name in sorted(config) if name not in ("dtype", "transformers_version")}
     digest = hashlib.sha256(json.dumps(settings).encode())
-    for name, tensor in sorted(encoder.state_dict().items()):
+    tensors = {}
+    for name, part in model.segmenter.image_encoder(model.sam).items():
+        own = {"": part} if isinstance(part, torch.nn.Parameter) else part.state_dict()
+        tensors |= {f"{name}.{key}": tensor for key, tensor in own.items()}
+    for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()

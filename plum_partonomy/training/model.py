@@ -68,10 +68,10 @@ def build_processor(
 ) -> PlumProcessor:
     """Return the processor of a model that looks through SAM's encoder; `options` are passed to [`PlumProcessor`]."""
     config = model.config
-    side, grid = config.sam_config.vision_config.image_size, config.sam_grid_size
+    side, grid = config.sam_image_size, config.sam_grid_size
     square = {"height": side, "width": side}
     sam_image_processor = image_processor_class("SamImageProcessor")(size={"longest_edge": side}, pad_size=square)
-    blank = torch.zeros(1, config.sam_config.vision_config.output_channels, grid, grid)
+    blank = torch.zeros(1, config.sam_width, grid, grid)
     return PlumProcessor(
         sam_image_processor,
         sam_image_processor,

@@ -121,11 +121,13 @@ def open_embedding_cache(model: nn.Module, arguments: DataArguments) -> Embeddin
     """Return the cache if the options request one. Raises `DataError` if embeddings change during the training."""
     if arguments.cache_image_embeddings is None:
         return None
-    if any(parameter.requires_grad for parameter in model.sam.vision_encoder.parameters()):
-        raise DataError(
-            "cache_image_embeddings needs a frozen image encoder; add sam.vision_encoder to frozen_modules, or remove "
-            "it from lora_trained_whole."
-        )
+    for name, part in model.segmenter.image_encoder(model.sam).items():
+        weights = [part] if isinstance(part, nn.Parameter) else part.parameters()
+        if any(weight.requires_grad for weight in weights):
+            raise DataError(
+                f"cache_image_embeddings needs a frozen image encoder; add sam.{name} to frozen_modules, or remove "
+                "it from lora_trained_whole."
+            )
     changes = {name: getattr(arguments, name) for name in ("color_jitter", "random_crop", "random_affine")}
     if any(changes.values()):
         raise DataError(

@@ -18,10 +18,11 @@ from transformers import Trainer, TrainerCallback
 from transformers.utils import ModelOutput
 
 from configuration_plum import PlumConfig
-from modules_plum import IGNORE_INDEX, count_loss_items, decode_spans, upscale_masks
+from modules_plum import IGNORE_INDEX, count_loss_items, decode_spans
 from plum_partonomy.inference.embedding_cache import EmbeddingCache
 from plum_partonomy.masks import DataError
 from plum_partonomy.training.resume import seal
+from segmentation_plum import upscale_masks
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
@@ -275,7 +276,7 @@ def _use_every_parameter(model: nn.Module, _, inputs: dict, outputs: ModelOutput
 
 def _count_record_results(inputs: dict, outputs: dict, config: PlumConfig) -> torch.Tensor:
     """Return `(records, 7)`: summed IoU, masks; correct, predicted, true spans; summed NLL, answer tokens."""
-    size = config.sam_config.vision_config.image_size
+    size = config.sam_image_size
     record_of_row = inputs["record_index"].tolist()
     counts = torch.zeros(record_of_row[-1] + 1, 7, device=inputs["input_ids"].device)
     targets = outputs.get("mask_targets")  # absent without spans

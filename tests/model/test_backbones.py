@@ -322,7 +322,7 @@ def test_a_backbone_that_is_no_sam_is_refused(tmp_path, sam_folder):
     CLIPVisionModel(CLIPVisionConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2)).save_pretrained(
         tmp_path / "clip"
     )
-    with pytest.raises(ValueError, match="contains a 'clip_vision_model' model, expected 'sam'"):
+    with pytest.raises(ValueError, match="clip is a 'clip_vision_model' model, expected a segmenter"):
         PlumForConditionalGeneration.from_backbones(vlm=vlm, sam=str(tmp_path / "clip"), **PLUM)
 
 
@@ -335,7 +335,7 @@ def test_a_sam_of_another_embedding_width_is_refused(tmp_path, sam_folder):
     config.mask_decoder_config.hidden_size = 64
     SamModel(tiny_config().sam_config).save_pretrained(tmp_path / "sam")
     config.save_pretrained(tmp_path / "sam")
-    words = "mask_decoder_config.hidden_size is 64 but .*output_channels is 32"
+    words = "mask_decoder_config.hidden_size is 64 but .*prompt_encoder_config.hidden_size is 32"
     with pytest.raises(StrictDataclassClassValidationError, match=words):
         PlumForConditionalGeneration.from_backbones(vlm=vlm, sam=str(tmp_path / "sam"), **PLUM)
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from modules_plum import MaskTargets, downscale_masks
 from plum_partonomy.masks import encode
 from plum_partonomy.training.examples import Collator, ConversationDataset, group_masks
+from segmentation_plum import MaskTargets, downscale_masks
 from tests.runs import make_records, record
 from tests.tiny import (
     IMAGE_SIZE,

@@ -13,7 +13,8 @@ from transformers import SamImageProcessor
 from transformers.utils import ModelOutput
 
 from modeling_plum import PlumForConditionalGeneration
-from modules_plum import decode_spans, dice_loss, focal_tversky_loss, mean_over_spans, upscale_masks
+from modules_plum import decode_spans, dice_loss, focal_tversky_loss
+from segmentation_plum import mean_over_spans, upscale_masks
 from tests.recording import original_gradients
 
 CLOSE = {"atol": 2e-4, "rtol": 1e-4}

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from inputs_plum import PlainChat, find_last_phrase, insert_seg_tokens
 from modeling_plum import PlumForConditionalGeneration
-from modules_plum import dice_loss, upscale_masks
+from modules_plum import dice_loss
 from plum_partonomy.evaluation.partonomy import evaluate
 from plum_partonomy.inference.checkpoint import load_checkpoint
 from plum_partonomy.scoring.predictions import read_predictions
@@ -19,6 +19,7 @@ from plum_partonomy.training.model import SEG_TOKEN, add_lora, check_span_source
 from plum_partonomy.training.options import ModelArguments
 from plum_partonomy.training.run import main as train
 from processing_plum import PlumProcessor
+from segmentation_plum import upscale_masks
 from tests.evaluation.test_evaluate_plum import arguments, question_set  # noqa: F401
 from tests.runs import base_options
 from tests.tiny import conversation, random_image, random_mask, tiny_config, tiny_model, tiny_processor
