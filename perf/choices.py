@@ -136,7 +136,9 @@ def segment_span_by_span(model, states, spans, embeddings) -> list[torch.Tensor]
 
 def score_and_segment(model, batch, pixels, sam_pixels, *, masks: bool = True):
     """Score image, question and choices as one tree; decode the true answers' masks from the same states."""
-    (features,) = model.get_vlm_image_features([IMAGE_TOKENS], pixel_values=pixels)
+    (features,) = model.get_vlm_image_features(
+        [{"input_ids": IMAGE_TOKENS * [model.config.vlm_config.image_token_id]}], pixel_values=pixels
+    )
     embeddings = model.get_image_embeddings(sam_pixels) if masks else None
     scores, decoded, choices = [], [], batch["choices"]
     for start in range(0, len(batch["input_ids"]) // choices, QUESTIONS_AT_ONCE):

@@ -145,7 +145,7 @@ def centre(scores: torch.Tensor) -> torch.Tensor:
 
 
 def score_at_once(model, batch: dict) -> torch.Tensor:
-    tokens = int((batch["input_ids"][0] == model.config.vlm_config.image_token_id).sum())
+    tokens = {"input_ids": batch["input_ids"][0].tolist()}
     states = encode_conversations(
         model,
         batch["input_ids"],

@@ -39,10 +39,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, CLIPVisionConfig
 
+from backbones_plum import image_processor_class
 from configuration_plum import PlumConfig
 from modeling_plum import PlumForConditionalGeneration
 from plum_partonomy.hub import original_plum as original
-from processing_plum import PlumProcessor, image_processor_class
+from processing_plum import PlumProcessor
 
 PROJECTOR = "vlm.model.multi_modal_projector."
 WITH_PLACEHOLDER = ("vlm.lm_head.weight", "vlm.model.language_model.embed_tokens.weight")

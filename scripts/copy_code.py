@@ -9,6 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 CHECKPOINT_CODE = (
+    "backbones_plum.py",
     "configuration_plum.py",
     "inputs_plum.py",
     "modeling_plum.py",

@@ -14,7 +14,15 @@ LIBRARY = ROOT / "plum_partonomy"
 WITHOUT_TORCH = ("records", "masks", "images", "seeding", "files", "sources", "drawn", "questions", "scoring")
 # Each imports those before it, and none after it.
 ORDER = (
-    ("inputs_plum", "configuration_plum", "segmentation_plum", "modules_plum", "processing_plum", "modeling_plum"),
+    (
+        "inputs_plum",
+        "configuration_plum",
+        "segmentation_plum",
+        "modules_plum",
+        "backbones_plum",
+        "processing_plum",
+        "modeling_plum",
+    ),
     ("masks", "images", "files", "seeding", "records", "features", "command_line"),
     ("questions", "drawn"),
     ("sources",),

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from scripts.copy_code import CHECKPOINT_CODE
+
 ROOT = Path(__file__).parents[1]
-MODULES = {f"{name}_plum" for name in ("configuration", "inputs", "modeling", "modules", "processing", "segmentation")}
-MODULES |= {"partonomy_dataset"}
+MODULES = {Path(name).stem for name in CHECKPOINT_CODE} | {"partonomy_dataset"}
 
 
 @pytest.fixture(scope="module")

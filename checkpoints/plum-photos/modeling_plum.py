@@ -43,10 +43,10 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers import initialization as init
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
 try:
+    from . import backbones_plum as backbones
     from . import modules_plum as modules
     from . import segmentation_plum as segmentation
     from .configuration_plum import PlumConfig, as_segmenter_config
@@ -55,6 +55,7 @@ try:
 except ImportError:
     if __package__:
         raise
+    import backbones_plum as backbones
     import modules_plum as modules
     import segmentation_plum as segmentation
     from configuration_plum import PlumConfig, as_segmenter_config
@@ -192,18 +193,20 @@ class PlumVision:
         """
         return self.segmenter.encode(self.sam, sam_pixel_values.to(self.sam.vision_encoder.dtype))
 
-    def get_vlm_image_features(self, image_token_counts: list[int], **image_inputs) -> list[torch.Tensor] | None:
+    def get_vlm_image_features(
+        self, image_tokens: list[dict[str, list[int]]], **image_inputs
+    ) -> list[ModelOutput] | None:
         """
         Return the features of images in the vision-language model, to be passed as `vlm_image_features` for every
         question about them.
 
         Args:
-            image_token_counts: Placeholder tokens of each image.
+            image_tokens: `tokens` of each [`PreparedImage`], whose `input_ids` have the image's placeholders.
             image_inputs: `sam_image_embeddings` if the model looks through SAM, else the image inputs of the
                 vision-language model.
 
         Returns:
-            Features `(image tokens, D)` of each image; `None` for a family that takes more from an image than these.
+            Features of each image (see `backbones_plum.py`); `None` for a family that does not accept them.
         """
         if self.config.vlm_image_input == "sam_image_embeddings":
             grid = image_inputs["sam_image_embeddings"][:, : self.config.sam_width].to(self.vlm.dtype)
@@ -213,15 +216,8 @@ class PlumVision:
                 return None
             image_inputs["pixel_values"] = image_inputs["pixel_values"].to(self.vlm.dtype)
             outputs = self.vlm.model.get_image_features(**image_inputs, return_dict=True)
-            if set(outputs) - {"last_hidden_state", "pooler_output", "hidden_states", "attentions"}:
-                return None
-        features = torch.cat([feature.flatten(0, -2) for feature in outputs.pooler_output])
-        if len(features) != sum(image_token_counts):
-            raise ValueError(
-                f"Image features and image tokens do not match: {len(image_token_counts)} images have {len(features)} "
-                f"features and {sum(image_token_counts)} image tokens; set the processor's num_image_tokens right."
-            )
-        return list(features.split(image_token_counts))
+        placeholder = self.config.vlm_config.image_token_id
+        return backbones.split_features(outputs, [tokens["input_ids"].count(placeholder) for tokens in image_tokens])
 
     def rate_images(self, sam_image_embeddings: torch.Tensor) -> torch.Tensor | None:
         """
@@ -260,7 +256,8 @@ class PlumVision:
                 vlm_inputs["inputs_embeds"] = self._embed_with_images(input_ids, embeddings, index, features)
         elif features is not None:
             of_rows = [features[image] for image in index.tolist() if image >= 0]
-            vlm_inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=of_rows)}
+            if of_rows:
+                vlm_inputs["mm_encoder_outputs"] = {"image": backbones.join_features(of_rows)}
         elif pixels is not None and len(pixels):
             vlm_inputs["pixel_values"] = pixels.to(self.vlm.dtype)
         sizes = (inputs.pop("original_sizes", None), inputs.pop("reshaped_input_sizes", None))
@@ -285,6 +282,8 @@ class PlumVision:
             grid = sam_image_embeddings[:, : self.config.sam_width].to(self.vlm.dtype)
             outputs = self.vlm.model.get_image_features(grid, return_dict=True)
             features = list(outputs.pooler_output)
+        else:
+            features = [backbones.rows_of(image.pooler_output) for image in features]
         features = torch.stack(features)[sam_image_index[sam_image_index >= 0]]
         if placeholders.sum() != features.shape[:2].numel():
             raise ValueError(
@@ -294,20 +293,6 @@ class PlumVision:
             )
         embeddings = self.get_input_embeddings()(input_ids)
         return embeddings.masked_scatter(placeholders[..., None], features.to(embeddings))
-
-
-def _load_whole(auto_class, folder: str, config, dtype) -> PreTrainedModel:
-    """Return a pretrained model. Raises `ValueError` if any of its weights is missing from the checkpoint."""
-    model, report = auto_class.from_pretrained(
-        folder, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
-    )
-    absent = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
-    if absent:
-        raise ValueError(
-            f"{folder} lacks {len(absent)} tensors of a {config.model_type!r} model or holds them in another shape: "
-            f"{', '.join(absent[:5])}{' ...' if len(absent) > 5 else ''}."
-        )
-    return model
 
 
 class PlumForConditionalGeneration(PlumVision, segmentation.PlumMaskDecoding, PlumPreTrainedModel, GenerationMixin):
@@ -360,9 +345,9 @@ class PlumForConditionalGeneration(PlumVision, segmentation.PlumMaskDecoding, Pl
         with torch.device("meta"):
             model = cls(cls.config_class(vlm_config=vlm_config, sam_config=sam_config, **plum_options))
         config = model.config
-        model.vlm = _load_whole(AutoModelForImageTextToText, vlm, config.vlm_config, dtype)
+        model.vlm = backbones.load_whole(AutoModelForImageTextToText, vlm, config.vlm_config, dtype)
         modules.let_observe(model.vlm.get_decoder())
-        model.sam = _load_whole(type(model.sam), sam, config.sam_config, model.vlm.dtype)
+        model.sam = backbones.load_whole(type(model.sam), sam, config.sam_config, model.vlm.dtype)
         model.generation_config = model.vlm.generation_config
         for module in (model.span_tagger, model.span_projector, model.mask_feedback):
             if module is not None:
@@ -485,7 +470,7 @@ class PlumForConditionalGeneration(PlumVision, segmentation.PlumMaskDecoding, Pl
         images, vlm_inputs = self._take_images(input_ids, inputs)
         with modules.RecordedInputs(self.vlm.get_decoder()) as recorded:
             hidden_states = self._run_language_model(input_ids, attention_mask, **images.vlm_inputs, **vlm_inputs)
-        logits = self.get_output_embeddings()(hidden_states)
+        logits = backbones.next_token_logits(self.vlm, hidden_states)
         span_logits = self.tag_tokens(input_ids, hidden_states, attention_mask)
         pred_masks = iou_scores = targets = sizes = None
         if spans is not None and len(spans):
@@ -861,8 +846,8 @@ class PlumForConditionalGeneration(PlumVision, segmentation.PlumMaskDecoding, Pl
         states = hidden_states[:, :-1][counted]
         losses = []
         for some, their_targets in zip(states.split(LOGIT_ROWS), targets[counted].split(LOGIT_ROWS), strict=True):
-            logits = self.get_output_embeddings()(some).float()
-            losses.append(F.cross_entropy(logits, their_targets, reduction="none"))
+            logits = backbones.next_token_logits(self.vlm, some[None])[0]
+            losses.append(F.cross_entropy(logits.float(), their_targets, reduction="none"))
         rows = counted.nonzero()[:, 0]
         scores = torch.zeros(len(input_ids), device=states.device).index_add(0, rows, torch.cat(losses))
         if reduction != "answer_sum":

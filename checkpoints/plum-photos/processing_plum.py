@@ -23,17 +23,16 @@ from pathlib import PurePath
 
 import numpy as np
 import torch
-import transformers
 from jinja2 import TemplateError
 from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoTokenizer, BatchFeature, Pipeline, ProcessorMixin
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
-from transformers.utils import is_torchvision_available
 from transformers.utils.chat_template_utils import render_jinja_template
 
 try:
+    from .backbones_plum import find_processor_class, image_processor_class, images_only_processor
     from .inputs_plum import (
         PlainChat,
         encode_for_sam,
@@ -50,6 +49,7 @@ try:
 except ImportError:
     if __package__:
         raise
+    from backbones_plum import find_processor_class, image_processor_class, images_only_processor
     from inputs_plum import (
         PlainChat,
         encode_for_sam,
@@ -154,13 +154,11 @@ class PreparedImage:
 
     Args:
         tokens: The tokens of the image's placeholder by name: `input_ids` and further type ids.
-        num_image_tokens: Number of image tokens among them.
         vlm_inputs: Inputs of the vision-language model for each row with this image, without pixels, `(1, ...)`.
         original_size, reshaped_size: (height, width) in pixels as given, and as resized for SAM before padding.
     """
 
     tokens: dict[str, list[int]]
-    num_image_tokens: int
     vlm_inputs: dict[str, torch.Tensor]
     original_size: torch.LongTensor
     reshaped_size: torch.LongTensor
@@ -222,7 +220,7 @@ class PlumProcessor(ProcessorMixin):
         self._vlm_processor = None
         if vlm_processor_class is not None:
             options = vlm_processor_options or {}
-            self._vlm_processor = _images_only_processor(vlm_processor_class, image_processor, tokenizer, options)
+            self._vlm_processor = images_only_processor(vlm_processor_class, image_processor, tokenizer, options)
 
     @staticmethod
     def get_possibly_dynamic_module(module_name: str) -> type:
@@ -252,13 +250,14 @@ class PlumProcessor(ProcessorMixin):
         if getattr(image_processor, "do_center_crop", False):
             padding = image_processor_class("LlavaImageProcessor")
             image_processor = padding.from_dict({**image_processor.to_dict(), "do_pad": True})
-        names = inspect.signature(_find_processor_class(name)).parameters.keys() - {"chat_template"}
-        options = {key: value for key, value in settings.items() if key in names and "processor" not in key}
+        family = find_processor_class(name)
+        names = inspect.signature(family).parameters.keys() - {"chat_template", *family.get_attributes()}
+        options = {key: value for key, value in settings.items() if key in names}
         processor = cls(
             image_processor,
             AutoImageProcessor.from_pretrained(sam, **own_code),
             tokenizer,
-            image_token=_images_only_processor(name, image_processor, tokenizer, options).image_token,
+            image_token=images_only_processor(name, image_processor, tokenizer, options).image_token,
             vlm_processor_class=name,
             vlm_processor_options=options,
         )
@@ -566,7 +565,6 @@ class PlumProcessor(ProcessorMixin):
         prepared = [
             PreparedImage(
                 tokens=tokens[i],
-                num_image_tokens=tokens[i]["input_ids"].count(self.image_token_id),
                 vlm_inputs={name: value[i : i + 1] for name, value in of_rows.items()},
                 original_size=sam_inputs["original_sizes"][i],
                 reshaped_size=sam_inputs["reshaped_input_sizes"][i],
@@ -662,35 +660,6 @@ def _read_images(sources: list) -> list:
             kept = source is None or isinstance(source, PreparedImage)
             images[key] = source if kept else read_image(source, where=f"Image {i}")
     return [images[source if isinstance(source, (str, PurePath)) else id(source)] for source in sources]
-
-
-def image_processor_class(name: str) -> type:
-    """
-    Return an image processor class of transformers by its name: the one that needs torchvision if that is installed,
-    otherwise its counterpart, which transformers would also choose, but with a warning at every start.
-    """
-    twin = f"{name}Pil"
-    use_twin = not is_torchvision_available() and hasattr(transformers, twin)
-    return ProcessorMixin.get_possibly_dynamic_module(twin if use_twin else name)
-
-
-def _find_processor_class(name: str | None) -> type[ProcessorMixin]:
-    family = getattr(transformers, name or "", None)
-    if not (isinstance(family, type) and issubclass(family, ProcessorMixin)):
-        raise ValueError(f"vlm_processor_class is {name!r}, which is not a processor class of transformers.")
-    return family
-
-
-def _images_only_processor(name: str, image_processor, tokenizer, options: dict) -> ProcessorMixin:
-    """Return transformers' processor `name` without its video and audio parts, which need further libraries."""
-    family = _find_processor_class(name)
-    images_only = type(name, (family,), {"get_attributes": classmethod(lambda cls: ["image_processor", "tokenizer"])})
-    absent = [key for key in inspect.signature(family).parameters if key.endswith("_processor")]
-    parts = {**dict.fromkeys(absent), "image_processor": image_processor, "tokenizer": tokenizer}
-    try:
-        return images_only(**parts, **options)
-    except (ImportError, TypeError, ValueError) as error:
-        raise ValueError(f"{name} cannot be built from an image processor and a tokenizer: {error}") from error
 
 
 def _overlap(offsets: torch.Tensor, ranges: list[tuple[int, int]]) -> torch.BoolTensor:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from transformers.utils import ModelOutput
 
 from modules_plum import decode_spans, keep_last_answer
 from plum_partonomy.inference.embedding_cache import EmbeddingCache
@@ -32,7 +33,7 @@ class ImageFeatures:
 
     shown: PreparedImage | Image.Image
     sam_embedding: torch.Tensor
-    vlm_features: torch.Tensor | None  # None if the vision-language model needs the pixels each time
+    vlm_features: ModelOutput | None  # None if the vision-language model needs the pixels each time
 
 
 class ImageCache:
@@ -74,9 +75,7 @@ class ImageCache:
         (prepared,), sam_inputs, vlm_inputs = self.processor.prepare_images([image])
         embeddings = self.embed(sam_inputs["sam_pixel_values"].to(device))
         vlm_inputs = {name: value.to(device) for name, value in vlm_inputs.items() if isinstance(value, torch.Tensor)}
-        features = self.model.get_vlm_image_features(
-            [prepared.num_image_tokens], sam_image_embeddings=embeddings, **vlm_inputs
-        )
+        features = self.model.get_vlm_image_features([prepared.tokens], sam_image_embeddings=embeddings, **vlm_inputs)
         if features is None:
             return ImageFeatures(image, embeddings[0], None)
         return ImageFeatures(prepared, embeddings[0], features[0])
