@@ -227,7 +227,10 @@ class Sam2Segmenter(SamSegmenter):
         return {**super().image_encoder(sam), **finer, "no_memory_embedding": sam.no_memory_embedding}
 
     def encode(self, sam, pixel_values):
-        levels = list(sam.get_image_features(pixel_values, return_dict=True).fpn_hidden_states)  # (cells, N, channels)
+        levels = sam.get_image_features(pixel_values, return_dict=True).fpn_hidden_states  # (cells, N, channels) each
+        # SAM 3 has a fourth, coarser level, which is for its detector. transformers' Sam3TrackerModel adds the
+        # embedding to that one, without effect; its video model, as the original, adds it to the grid.
+        levels = list(levels[:3])
         with weights_in_place(sam):
             levels[-1] = levels[-1] + sam.no_memory_embedding
         finest, finer, grid = (level.permute(1, 2, 0).unflatten(2, (math.isqrt(len(level)),) * 2) for level in levels)

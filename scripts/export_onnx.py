@@ -58,10 +58,10 @@ class MaskSession:
 class _Encoder(nn.Module):
     def __init__(self, model: PlumForConditionalGeneration):
         super().__init__()
-        self.vision_encoder = model.sam.vision_encoder
+        self.sam, self.segmenter = model.sam, model.segmenter
 
     def forward(self, pixels):
-        return self.vision_encoder(pixels).last_hidden_state
+        return self.segmenter.encode(self.sam, pixels)
 
 
 class _MaskStep(nn.Module):
@@ -69,7 +69,8 @@ class _MaskStep(nn.Module):
 
     def __init__(self, model: PlumForConditionalGeneration):
         super().__init__()
-        self.sam, self.mask_feedback, self.grid = model.sam, model.mask_feedback, model.config.sam_grid_size
+        self.sam, self.segmenter, self.mask_feedback = model.sam, model.segmenter, model.mask_feedback
+        self.grid = model.config.sam_grid_size
 
     def forward(self, embedding, query, keys=None, values=None):
         if keys is None:
@@ -77,17 +78,10 @@ class _MaskStep(nn.Module):
         else:
             dense = self.mask_feedback(keys[None], values[None])
         positions = self.sam.get_image_wide_positional_embeddings()
-        masks, iou_scores = self.sam.mask_decoder(
-            embedding,
-            image_positional_embeddings=positions,
-            sparse_prompt_embeddings=query[:, None, None],
-            dense_prompt_embeddings=dense,
-            multimask_output=False,
-        )
-        mask = masks[:, 0, 0]
+        mask, iou_score = self.segmenter.decode(self.sam, embedding, positions, query[:, None], dense)
         return (
             mask,
-            iou_scores[:, 0, 0],
+            iou_score,
             *self.mask_feedback.embed(mask, query, positions, self.sam.prompt_encoder.mask_embed),
         )
 
@@ -105,7 +99,8 @@ def export(model: PlumForConditionalGeneration, folder: Path) -> None:
     model = model.float().eval()
     side, grid = model.config.sam_image_size, model.config.sam_grid_size
     width = model.config.sam_width
-    embedding, query = torch.rand(1, width, grid, grid), torch.rand(1, width)
+    channels = model.segmenter.embedding_width(model.config.sam_config)
+    embedding, query = torch.rand(1, channels, grid, grid), torch.rand(1, width)
     # Two tensors: the same tensor twice would be exported as one input.
     keys, values = torch.rand(2, grid**2, width), torch.rand(2, grid**2, width)
     earlier = {0: torch.export.Dim("earlier", min=1)}

@@ -364,7 +364,8 @@ def to_rgb(image: Image.Image, *, where: str) -> Image.Image:
 
 def encode_for_sam(images: list[Image.Image], image_processor: Any) -> dict[str, np.ndarray]:
     """
-    Return RGB images as SAM's image processor of transformers does, bit by bit, in less time.
+    Return RGB images as SAM's image processor of transformers does, bit by bit, in less time: the longest side resized
+    to `size["longest_edge"]` and padded, or, for SAM 2 and 3, both sides resized to a square `size`.
 
     A resized pixel is one byte per channel, so rescaling and normalising are a table of 256 values per channel, which
     the processor itself computes. Its own passes over whole images in float64 take most of its time.
@@ -376,11 +377,12 @@ def encode_for_sam(images: list[Image.Image], image_processor: Any) -> dict[str,
     ramp = Image.fromarray(np.repeat(np.arange(256, dtype=np.uint8).reshape(16, 16, 1), 3, axis=2))
     table = image_processor([ramp], return_tensors="pt", do_resize=False, do_pad=False)["pixel_values"]
     table = np.asarray(table, dtype=np.float32).reshape(3, 256)
-    longest, pad, shapes = image_processor.size["longest_edge"], image_processor.pad_size, []
-    pixels = np.zeros((len(images), 3, pad["height"], pad["width"]), np.float32)
+    side, shapes = side_for_sam(image_processor), []
+    longest = dict(image_processor.size).get("longest_edge")
+    pixels = np.zeros((len(images), 3, side, side), np.float32)
     for image, filled in zip(images, pixels, strict=True):
-        scale = longest / max(image.size)
-        width, height = size = tuple(int(side * scale + 0.5) for side in image.size)
+        scales = [side / edge if longest is None else longest / max(image.size) for edge in image.size]
+        width, height = size = tuple(int(edge * scale + 0.5) for edge, scale in zip(image.size, scales, strict=True))
         resized = np.asarray(image if image.size == size else image.resize(size, image_processor.resample))
         for channel, values in enumerate(table):
             # "clip" writes without a buffer; no byte is out of range
@@ -388,6 +390,24 @@ def encode_for_sam(images: list[Image.Image], image_processor: Any) -> dict[str,
         shapes.append((height, width))
     sizes = {"original_sizes": [image.size[::-1] for image in images], "reshaped_input_sizes": shapes}
     return {"sam_pixel_values": pixels, **{name: np.array(values) for name, values in sizes.items()}}
+
+
+def side_for_sam(image_processor: Any) -> int:
+    """
+    Return the side, in pixels, of the square that an image processor makes of images for SAM.
+
+    Raises:
+        ValueError: It makes no square.
+    """
+    size, pad = (dict(getattr(image_processor, name, None) or {}) for name in ("size", "pad_size"))
+    square = pad if size.get("longest_edge") else size
+    side = square.get("height")
+    if side is None or square.get("width") != side or size.get("longest_edge", side) != side:
+        raise ValueError(
+            f"The image processor for SAM has size {size} and pad_size {pad}, expected a longest edge padded to a "
+            "square, or a square size; take the one that SAM was published with."
+        )
+    return side
 
 
 def _check_format(image: Image.Image, *, where: str) -> None:

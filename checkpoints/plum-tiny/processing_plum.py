@@ -26,7 +26,7 @@ import torch
 from jinja2 import TemplateError
 from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoConfig, AutoTokenizer, BatchFeature, Pipeline, ProcessorMixin
+from transformers import AutoConfig, AutoTokenizer, BatchFeature, ImageProcessingMixin, Pipeline, ProcessorMixin
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -39,6 +39,7 @@ try:
         find_image,
         parse_span_tags,
         read_image,
+        side_for_sam,
         span_marks,
         strip_span_tags,
         to_binary_mask,
@@ -56,6 +57,7 @@ except ImportError:
         find_image,
         parse_span_tags,
         read_image,
+        side_for_sam,
         span_marks,
         strip_span_tags,
         to_binary_mask,
@@ -170,7 +172,8 @@ class PlumProcessor(ProcessorMixin):
 
     Args:
         image_processor: Prepares images for the vision-language model.
-        sam_image_processor: Prepares images for SAM: longest side resized, padded to a square.
+        sam_image_processor: Prepares images for SAM: longest side resized and padded to a square, or, for SAM 2 and 3,
+            both sides resized to a square.
         tokenizer: A fast tokenizer with `image_token` as one token.
         num_image_tokens (`int`): Number of tokens of one image in the language model's input, if every image has the
             same number and no tokens around them.
@@ -255,7 +258,7 @@ class PlumProcessor(ProcessorMixin):
         options = {key: value for key, value in settings.items() if key in names}
         processor = cls(
             image_processor,
-            AutoImageProcessor.from_pretrained(sam, **own_code),
+            _sam_image_processor(sam),
             tokenizer,
             image_token=images_only_processor(name, image_processor, tokenizer, options).image_token,
             vlm_processor_class=name,
@@ -645,9 +648,7 @@ class PlumProcessor(ProcessorMixin):
         """Return one boolean mask at the size of its image; only one span's logits are in memory at that size."""
         image = int(outputs.sam_image_index[row])
         sizes = (getattr(outputs, f"{name}_sizes")[image].tolist() for name in ("reshaped_input", "original"))
-        logits = upscale_masks(
-            outputs.pred_masks[index, None].float(), self.sam_image_processor.pad_size["height"], *sizes
-        )
+        logits = upscale_masks(outputs.pred_masks[index, None].float(), side_for_sam(self.sam_image_processor), *sizes)
         return (logits[0] > mask_threshold).cpu().numpy()
 
 
@@ -660,6 +661,18 @@ def _read_images(sources: list) -> list:
             kept = source is None or isinstance(source, PreparedImage)
             images[key] = source if kept else read_image(source, where=f"Image {i}")
     return [images[source if isinstance(source, (str, PurePath)) else id(source)] for source in sources]
+
+
+def _sam_image_processor(name: str):
+    """
+    Return the image processor of a SAM. Those of SAM 2 and 3 need torchvision, to no purpose here: they resize to a
+    square and normalise, as that of ViT does with the same settings.
+    """
+    settings, _ = ImageProcessingMixin.get_image_processor_dict(name)
+    if "longest_edge" in settings["size"]:
+        return AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
+    used = ("size", "resample", "rescale_factor", "image_mean", "image_std")
+    return image_processor_class("ViTImageProcessor")(**{key: settings[key] for key in used if key in settings})
 
 
 def _overlap(offsets: torch.Tensor, ranges: list[tuple[int, int]]) -> torch.BoolTensor:

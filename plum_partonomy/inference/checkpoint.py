@@ -26,6 +26,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PreTraine
 from transformers.generation import GenerationMode
 
 from configuration_plum import PlumConfig
+from inputs_plum import side_for_sam
 from modeling_plum import PlumForConditionalGeneration
 from plum_partonomy.inference.inputs import ModelError
 from processing_plum import PlumProcessor
@@ -104,18 +105,17 @@ def load_processor(name: str | Path) -> PlumProcessor:
 def _load_processor(folder: Path, config: PlumConfig) -> PlumProcessor:
     with problems_named(f"The processor of {folder} cannot be loaded"):
         processor = PlumProcessor.from_pretrained(folder, trust_remote_code=False)
-        found, side = processor.image_token_id, config.sam_image_size
-        sizes = dict(processor.sam_image_processor.size), dict(processor.sam_image_processor.pad_size)
+        found, side = processor.image_token_id, side_for_sam(processor.sam_image_processor)
     expected = config.vlm_config.image_token_id
     if found != expected:
         raise ModelError(
             f"{folder}: the processor's image token {processor.image_token!r} has id {found}, the model expects "
             f"{expected}; save the processor that the model was trained with."
         )
-    if sizes != ({"longest_edge": side}, {"height": side, "width": side}):
+    if side != config.sam_image_size:
         raise ModelError(
-            f"{folder}: the processor makes images of {sizes} for SAM, the model expects {side} x {side}; save the "
-            "processor that the model was trained with."
+            f"{folder}: the processor makes images of {side} x {side} for SAM, the model expects "
+            f"{config.sam_image_size} x {config.sam_image_size}; save the processor that the model was trained with."
         )
     return processor
 

@@ -303,10 +303,15 @@ def test_a_damaged_processor_is_one_sentence_and_the_exit_code_of_models(
 def test_a_processor_for_images_of_another_size_is_refused(folder):
     tiny_processor().save_pretrained(folder)
     settings = json.loads((folder / "processor_config.json").read_text())
-    settings["sam_image_processor"]["size"] = {"longest_edge": 10**5}
-    (folder / "processor_config.json").write_text(json.dumps(settings))
-    with pytest.raises(ModelError, match="makes images of .* for SAM, the model expects"):
-        load_checkpoint(folder)
+    for size, side, words in (
+        (10**5, 64, "SAM has size {'longest_edge': 100000} and pad_size {'height': 64, 'width': 64}, expected"),
+        (32, 32, "makes images of 32 x 32 for SAM, the model expects 64 x 64"),
+    ):
+        changed = {"size": {"longest_edge": size}, "pad_size": {"height": side, "width": side}}
+        settings["sam_image_processor"] |= changed
+        (folder / "processor_config.json").write_text(json.dumps(settings))
+        with pytest.raises(ModelError, match=re.escape(words)):
+            load_checkpoint(folder)
 
 
 def test_a_sound_folder_passes_in_one_file_and_in_several(sound, tmp_path):
