@@ -1,17 +1,19 @@
 """
-From the queries of spans to their masks: frames of masks, segmenters, mask feedback, and decoding in lock-step.
+From the queries of spans to their masks: frames of masks, segmenters, mask feedback, prompts, decoding in lock-step.
 
 A *segmenter* is a model of the SAM kind: it encodes an image once, and decodes masks from prompts. All families of
 `SEGMENTERS` are used through one interface, [`SamSegmenter`]: encode images, decode one step. "No mask" and the
-embeddings of masks and of cell positions are modules of the same names in every family.
+embeddings of masks and of cell positions are modules of the same names in every family. The *prompts* of a span are
+points, a box and a present mask beside its query, embedded by the segmenter's own prompt encoder.
 
 Shapes. B rows, L tokens, S spans of the whole batch, n of them at a time, N images, D language width, C SAM width,
 G grid side, H/W pixels. A *low-res mask* has 4G x 4G logits in the frame of SAM's square input.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -27,6 +29,8 @@ except ImportError:
 
 # Logit for certainty, for binary masks given by the caller.
 GIVEN_MASK_LOGIT = 10.0
+# Inputs with the prompts of spans, in transformers' names.
+PROMPTS = ("input_points", "input_labels", "input_boxes", "input_masks")
 # Mask prompts decoded at once: on a CPU limited by the total number of image cells, elsewhere a fixed number.
 CPU_CELLS_AT_ONCE = 16 * 16 * 16
 PROMPTS_AT_ONCE = 64
@@ -134,6 +138,29 @@ def weights_in_place(*modules: nn.Module):
         yield
 
 
+@dataclass(frozen=True, kw_only=True)
+class SpanPrompt:
+    """
+    The prompts of one span beside its query, in pixels of SAM's square input; None for those absent.
+
+    Args:
+        points: `(K, 2)` x, y.
+        labels: `(K,)` 1 for a point inside the mask, 0 for one outside.
+        box: `(4,)` x0, y0, x1, y1.
+        mask: `(4G, 4G)` low-res logits of the present mask, embedded as the dense prompt.
+    """
+
+    points: torch.Tensor | None = None
+    labels: torch.Tensor | None = None
+    box: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+
+    @property
+    def form(self) -> tuple[int, bool, bool]:
+        """Number of points, and whether there is a box and a mask. Prompts of one form are decoded together."""
+        return 0 if self.points is None else len(self.points), self.box is not None, self.mask is not None
+
+
 class SamSegmenter:
     """
     SAM (arXiv 2304.02643), and the interface of all segmenters. Objects have no state: `sam` is transformers' model.
@@ -154,6 +181,24 @@ class SamSegmenter:
     def encode(self, sam: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
         """Return embeddings `(N, E, G, G)` of pixels `(N, 3, image_size, image_size)`."""
         return sam.vision_encoder(pixel_values).last_hidden_state
+
+    def embed_prompts(
+        self, sam: nn.Module, prompts: Sequence[SpanPrompt], like: torch.Tensor
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """
+        Return the sparse prompts `(n, P, C)` and dense prompts `(n, C, G, G)` of n prompts of one form, each None
+        without any, on the device and in the precision of `like`.
+        """
+
+        def stack(name: str) -> torch.Tensor | None:
+            values = [getattr(prompt, name) for prompt in prompts]
+            return None if values[0] is None else torch.stack(values)[:, None].to(like.device)  # (n, 1, ...)
+
+        points, labels, boxes, masks = map(stack, ("points", "labels", "box", "mask"))
+        encoder = sam.prompt_encoder
+        with weights_in_place(*[module for module in encoder.modules() if isinstance(module, nn.Embedding)]):
+            sparse, dense = encoder(points, labels, boxes, None if masks is None else masks.to(like))
+        return None if sparse is None else sparse[:, 0].to(like), None if masks is None else dense.to(like)
 
     def decode(
         self,
@@ -377,6 +422,70 @@ class MaskTargets:
         return torch.where(self.forced[members, None, None], true, logits)
 
 
+def check_by_span(name: str, values, count: int) -> dict:
+    """Return an input by index of the span. Raises `ValueError` unless all keys are indices of `count` spans."""
+    if not isinstance(values or {}, Mapping):
+        raise ValueError(f"{name} is a {type(values).__name__}, expected a dict by index of the span in spans.")
+    for i in values or {}:
+        if isinstance(i, bool) or not isinstance(i, (int, np.integer)) or not 0 <= i < count:
+            raise ValueError(f"{name} has key {i!r}, expected the index of one of {count} spans.")
+    return {int(i): value for i, value in (values or {}).items()}
+
+
+def _as_tensor(values, name: str, where: str) -> torch.Tensor:
+    try:
+        values = torch.as_tensor(values).cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"The {name} of {where} are not numbers ({error}); give an array or tensor.") from error
+    if not values.isfinite().all():
+        raise ValueError(f"The {name} of {where} contain NaN or infinity; give finite numbers.")
+    return values
+
+
+def read_points(points, labels, size: tuple[int, int], *, where: str) -> tuple[torch.Tensor, torch.LongTensor]:
+    """
+    Return points `(K, 2)`, x and y in pixels of an image of `size` (height, width), and their labels `(K,)`.
+
+    Raises:
+        ValueError: A point is outside the image, a label is not 0 or 1, or their numbers differ.
+    """
+    points = _as_tensor([] if points is None else points, "input_points", where).float()
+    labels = _as_tensor([] if labels is None else labels, "input_labels", where)
+    if points.numel() and (points.ndim != 2 or points.shape[1] != 2):
+        raise ValueError(f"The input_points of {where} have shape {tuple(points.shape)}; give x, y each, (K, 2).")
+    if labels.ndim != 1 or not len(points) or len(labels) != len(points):
+        raise ValueError(
+            f"Found {len(points)} input_points and input_labels of shape {tuple(labels.shape)} for {where}; give at "
+            "least one point, and one label each."
+        )
+    if not ((labels == 0) | (labels == 1)).all():
+        raise ValueError(f"The input_labels of {where} are {labels.tolist()}; give 1 inside the mask, 0 outside it.")
+    height, width = size
+    outside = (points < 0).any(dim=1) | (points >= torch.tensor([width, height])).any(dim=1)
+    for x, y in points[outside].tolist()[:1]:
+        raise ValueError(f"The point ({x:g}, {y:g}) of {where} is outside its image of {width} x {height} pixels.")
+    return points, labels.long()
+
+
+def read_box(box, size: tuple[int, int], *, where: str) -> torch.Tensor:
+    """
+    Return a box `(4,)`, x0, y0, x1, y1 in pixels of an image of `size` (height, width).
+
+    Raises:
+        ValueError: The box is empty or extends beyond the image.
+    """
+    box = _as_tensor(box, "input_boxes", where).float()
+    if tuple(box.shape) != (4,):
+        raise ValueError(f"The input_boxes of {where} have shape {tuple(box.shape)}; give x0, y0, x1, y1.")
+    x0, y0, x1, y1 = box.tolist()
+    if not (x0 < x1 and y0 < y1):
+        raise ValueError(f"The box {box.tolist()} of {where} is empty; give x0 < x1 and y0 < y1.")
+    height, width = size
+    if x0 < 0 or y0 < 0 or x1 > width or y1 > height:
+        raise ValueError(f"The box {box.tolist()} of {where} is outside its image of {width} x {height} pixels.")
+    return box
+
+
 class PlumMaskDecoding:
     """The part of [`PlumForConditionalGeneration`] that decodes the masks of spans."""
 
@@ -387,6 +496,7 @@ class PlumMaskDecoding:
         sam_image_embeddings: torch.Tensor,
         sam_image_index: torch.LongTensor,
         given_masks: dict[int, torch.Tensor] | None = None,
+        prompts: dict[int, SpanPrompt] | None = None,
         targets: MaskTargets | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
@@ -397,6 +507,7 @@ class PlumMaskDecoding:
             spans: `(S, 3)` rows `[row, start, end)`, rows ascending.
             sam_image_embeddings, sam_image_index: As in [`forward`].
             given_masks: Low-res logits `(4G, 4G)` by span index, which replace the prediction of that span.
+            prompts: Prompts by span index.
             targets: In training, receives the prediction of each span and selects the mask that is fed back.
 
         Returns:
@@ -412,9 +523,40 @@ class PlumMaskDecoding:
             queries = mean_over_spans(projected.to(hidden_states.device), spans).to(dtype)  # (S, C)
             embeddings = sam_image_embeddings.to(queries)
             positions = self._grid_positions(queries)
+
+            def decode(members: torch.LongTensor, dense: torch.Tensor, prompts: dict[int, SpanPrompt]):
+                return self._decode_prompted(members, queries, images, embeddings, positions, dense, prompts)
+
             if self.mask_feedback is None and not given_masks and targets is None:
-                return self._decode_step(queries, images, embeddings, positions, self._no_mask_prompt(queries))
-            return self._decode_in_lock_step(queries, rows, images, embeddings, positions, given_masks or {}, targets)
+                every = torch.arange(len(spans), device=spans.device)
+                return decode(every, self._no_mask_prompt(queries), prompts or {})
+            return self._decode_in_lock_step(
+                decode, queries, rows, positions, given_masks or {}, prompts or {}, targets
+            )
+
+    def _mask_targets(self, mask_labels, sizes, span_groups, mask_groups, teacher_forced):
+        """Return targets assigned during decoding, from `(S, 4)` sizes of each span's image; None if not needed."""
+        if span_groups is None and teacher_forced is None:
+            return None
+        if not mask_labels or sizes is None:
+            raise ValueError(
+                "teacher_forced, span_groups and mask_groups need the true masks: pass mask_labels, original_sizes "
+                "and reshaped_input_sizes as well."
+            )
+        if span_groups is None:
+            span_groups = mask_groups = torch.arange(len(sizes), device=sizes.device)
+        if len(mask_groups) != len(mask_labels):
+            raise ValueError(
+                f"Found {len(mask_groups)} mask_groups for {len(mask_labels)} mask_labels; give one each."
+            )
+        if teacher_forced is None:
+            teacher_forced = torch.zeros_like(span_groups, dtype=torch.bool)
+        # All masks of a group are about one image, that of its first span.
+        first_span = (span_groups == mask_groups[:, None]).int().argmax(dim=1)
+        low_res_masks = shrink_mask_labels(
+            mask_labels, sizes[first_span], self.config.sam_image_size, self.config.low_res_mask_size
+        )
+        return MaskTargets(low_res_masks, span_groups, mask_groups, teacher_forced)
 
     @staticmethod
     def _check_images_of_spans(rows, images, sam_image_embeddings):
@@ -439,56 +581,121 @@ class PlumMaskDecoding:
         embedding = self.sam.prompt_encoder.no_mask_embed(first).to(like)  # (1, C)
         return embedding[..., None, None].expand(len(like), -1, grid, grid)
 
-    def _decode_step(self, queries, images, embeddings, positions, dense) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run SAM's mask decoder with one sparse and one dense prompt each: `(n, 4G, 4G)` logits, `(n,)` IoUs."""
+    def _decode_prompted(self, members, queries, images, embeddings, positions, dense, prompts):
+        """
+        Decode the masks of spans `members` `(n,)`, with prompts by span index: `(n, 4G, 4G)` logits, `(n,)` IoUs. A
+        mask among the prompts replaces the span's dense prompt in `dense` `(n, C, G, G)`.
+        """
+        sparse, images, forms = queries[members, None], images[members], {}
+        for place, span in enumerate(members.tolist() if prompts else []):
+            if span in prompts:
+                forms.setdefault(prompts[span].form, []).append(place)
+        if not forms:
+            return self._decode_step(sparse, images, embeddings, positions, dense)
+        if sum(map(len, forms.values())) < len(members):
+            # All spans, so that those without prompts are computed in the same batch as in a call without any.
+            masks, scores = self._decode_step(sparse, images, embeddings, positions, dense)
+        else:
+            size = self.config.low_res_mask_size
+            masks, scores = dense.new_empty(len(members), size, size), dense.new_empty(len(members))
+        for places in forms.values():
+            some = [prompts[span] for span in members[places].tolist()]
+            further, of_masks = self.segmenter.embed_prompts(self.sam, some, like=queries)
+            tokens = sparse[places] if further is None else torch.cat([sparse[places], further], dim=1)
+            masks[places], scores[places] = self._decode_step(
+                tokens, images[places], embeddings, positions, dense[places] if of_masks is None else of_masks
+            )
+        return masks, scores
+
+    def _decode_step(self, sparse, images, embeddings, positions, dense) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Run SAM's mask decoder with sparse prompts `(n, P, C)` and a dense prompt each: `(n, 4G, 4G)` logits, `(n,)`
+        IoUs.
+        """
         # A batch saves time while its images fit into CPU caches; 16 prompts at once on a grid of 64 x 64 take
         # twice as long as one by one.
-        on_cpu = queries.device.type == "cpu"
+        on_cpu = sparse.device.type == "cpu"
         chunk = max(1, CPU_CELLS_AT_ONCE // self.config.sam_grid_size**2) if on_cpu else PROMPTS_AT_ONCE
         masks, iou_scores = [], []
-        for start in range(0, len(queries), chunk):
+        for start in range(0, len(sparse), chunk):
             members = slice(start, start + chunk)
             decoded, scores = self.segmenter.decode(
                 self.sam,
                 embeddings[images[members]],
-                positions.expand(len(queries[members]), -1, -1, -1),
-                queries[members, None],
+                positions.expand(len(sparse[members]), -1, -1, -1),
+                sparse[members],
                 dense[members],
             )
-            masks.append(decoded.to(queries.device))
-            iou_scores.append(scores.to(queries.device))
+            masks.append(decoded.to(sparse.device))
+            iou_scores.append(scores.to(sparse.device))
         return torch.cat(masks), torch.cat(iou_scores)
+
+    def _sizes_of_image(self, name: str, i: int, spans, images) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Return (height, width) of the image of span i as given and as resized; `name` is the input that needs it."""
+        if images.original_sizes is None or images.reshaped_sizes is None:
+            raise ValueError(f"{name} need original_sizes and reshaped_input_sizes; pass them as well.")
+        row = spans[i : i + 1, 0]
+        self._check_images_of_spans(row, images.index[row], images.sam_embeddings)
+        image = images.index[row[0]]
+        return tuple(images.original_sizes[image].tolist()), tuple(images.reshaped_sizes[image].tolist())
 
     def _downscale_given_masks(self, given_masks, spans, images):
         """Return low-res logits by span index of the given masks, each checked."""
         given = {}
-        if not isinstance(given_masks or {}, Mapping):
-            raise ValueError(f"given_masks is a {type(given_masks).__name__}, expected a dict: span index -> mask.")
-        for i, mask in (given_masks or {}).items():
-            if isinstance(i, bool) or not isinstance(i, (int, np.integer)) or not 0 <= i < len(spans):
-                raise ValueError(f"given_masks has key {i!r}, expected the index of one of {len(spans)} spans.")
+        for i, mask in check_by_span("given_masks", given_masks, len(spans)).items():
             if not isinstance(mask, (np.ndarray, torch.Tensor)):
                 raise ValueError(
                     f"The given mask of span {i} is of type {type(mask).__name__}, expected an array or tensor "
                     "(height, width)."
                 )
-            if images.original_sizes is None or images.reshaped_sizes is None:
-                raise ValueError("given_masks need original_sizes and reshaped_input_sizes; pass them as well.")
-            image = images.index[spans[i, 0]]
-            original, mask = tuple(images.original_sizes[image].tolist()), torch.as_tensor(mask, device=spans.device)
+            original, reshaped = self._sizes_of_image("given_masks", i, spans, images)
+            mask = torch.as_tensor(mask, device=spans.device)
             if tuple(mask.shape) != original:
                 raise ValueError(f"The given mask of span {i} is {tuple(mask.shape)} but its image is {original}.")
             if not mask.isfinite().all():
                 raise ValueError(f"The given mask of span {i} has values that are not numbers; give 0 or 1.")
             (given[i],) = downscale_masks(
-                (mask != 0)[None],
-                self.config.sam_image_size,
-                images.reshaped_sizes[image].tolist(),
-                self.config.low_res_mask_size,
+                (mask != 0)[None], self.config.sam_image_size, reshaped, self.config.low_res_mask_size
             )
         return given
 
-    def _decode_in_lock_step(self, queries, rows, images, embeddings, positions, given_masks, targets):
+    def _read_given_spans(self, spans, images, given_masks, prompts) -> dict[str, dict]:
+        """Return the inputs `given_masks` and `prompts` of [`decode_masks`] from given masks and inputs of PROMPTS."""
+        given_masks = self._downscale_given_masks(given_masks, spans, images)
+        inputs = zip(PROMPTS, prompts, strict=True)
+        prompts = [check_by_span(name, values, len(spans)) for name, values in inputs]
+        read = {}
+        for i in sorted({i for values in prompts for i in values}):
+            if i in given_masks:
+                raise ValueError(f"Span {i} has a given mask, which replaces its prediction, and prompts; give one.")
+            points, labels, box, mask = (values.get(i) for values in prompts)
+            original, reshaped = self._sizes_of_image("Prompts", i, spans, images)
+            scale = torch.tensor([reshaped[1] / original[1], reshaped[0] / original[0]], device=spans.device)
+            if points is not None or labels is not None:
+                points, labels = read_points(points, labels, original, where=f"span {i}")
+                points, labels = points.to(spans.device) * scale, labels.to(spans.device)
+            if box is not None:
+                box = read_box(box, original, where=f"span {i}").to(spans.device) * scale.repeat(2)
+            if mask is not None:
+                mask = self._read_present_mask(mask, original, reshaped, where=f"span {i}").to(spans.device)
+            read[i] = SpanPrompt(points=points, labels=labels, box=box, mask=mask)
+        return {"given_masks": given_masks, "prompts": read}
+
+    def _read_present_mask(self, mask, original, reshaped, *, where: str) -> torch.Tensor:
+        """Return low-res logits of a mask: binary at the size of the image, or such logits themselves."""
+        side = self.config.low_res_mask_size
+        mask = _as_tensor(mask, "input_masks", where)
+        expected = (side, side) if mask.is_floating_point() else original
+        if tuple(mask.shape) != expected:
+            raise ValueError(
+                f"The input_masks of {where} are {mask.dtype} of shape {tuple(mask.shape)}; give booleans or integers "
+                f"of the size of its image, {original}, or low-res logits in floats, {(side, side)}."
+            )
+        if mask.is_floating_point():
+            return mask
+        return downscale_masks((mask != 0)[None], self.config.sam_image_size, reshaped, side)[0]
+
+    def _decode_in_lock_step(self, decode, queries, rows, positions, given_masks, prompts, targets):
         first = torch.searchsorted(rows, rows)  # index of the first span of the same row
         step = torch.arange(len(rows), device=rows.device) - first
         last_step = step[torch.searchsorted(rows, rows, right=True) - 1]
@@ -499,7 +706,7 @@ class PlumMaskDecoding:
             dense = self._no_mask_prompt(queries[members])
             if keys is not None:
                 dense = self.mask_feedback(keys, values)
-            decoded, scores = self._decode_step(queries[members], images[members], embeddings, positions, dense)
+            decoded, scores = decode(members, dense, prompts)
             decoded, scores = self._replace_given(members, decoded, scores, given_masks)
             fed_back = decoded
             if targets is not None:

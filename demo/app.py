@@ -238,7 +238,8 @@ class Demo:
                 raise DataError("The answer is too long for more words: ask again, then segment these.")
             ranges = [place for place in known if not overlaps(place, new)] + new
             reply = replace(shown.reply, text=text)
-            reply = segment_again(self.plum(shown.model), reply, ranges, given_masks=reply.given_masks)
+            corrections = {"given_masks": reply.given_masks, "prompts": reply.prompts}
+            reply = segment_again(self.plum(shown.model), reply, ranges, **corrections)
             return self.present(self.keep(shown.model, reply, shown.written, ticket), *thresholds)
 
     def ranges(self, shown: Shown, *thresholds: float) -> list[Range]:

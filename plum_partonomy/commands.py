@@ -62,6 +62,7 @@ def make_parser() -> Options:
     command.add_argument(
         "--spans", required=True, metavar='"PART, PART"', help="names of the parts, separated by commas"
     )
+    command.add_argument("--boxes", metavar='"X0 Y0 X1 Y1, ..."', help="a box around each of the parts, in pixels")
     command.set_defaults(run=segment)
     command = commands.add_parser("eval", add_help=False, help="score a model or its answers (evaluate_plum.py)")
     command.set_defaults(run=evaluate)
@@ -124,10 +125,23 @@ def ask(options: argparse.Namespace, rest: Sequence[str]) -> None:
 
 def segment(options: argparse.Namespace, rest: Sequence[str]) -> None:
     phrases = check_phrases(options.spans.split(","))
+    boxes = read_boxes(options.boxes)
     plum, image = open_both(options)
-    from plum_partonomy.inference.one_image import segment_phrases
+    from plum_partonomy.inference.one_image import Prompt, segment_phrases
 
-    show(plum, segment_phrases(plum, image, phrases), options)
+    prompts = [Prompt(box=box) for box in boxes]
+    show(plum, segment_phrases(plum, image, phrases, prompts=prompts), options)
+
+
+def read_boxes(text: str | None) -> list[tuple[float, ...]]:
+    """Return the boxes of an option. Raises DataError if one is not four numbers."""
+    try:
+        boxes = [tuple(map(float, box.split())) for box in (text.split(",") if text is not None else [])]
+    except ValueError as error:
+        raise DataError(f"--boxes needs four numbers of each box, found {text!r} ({error}).") from error
+    if any(len(box) != 4 for box in boxes):
+        raise DataError(f"--boxes needs x0 y0 x1 y1 of each box, separated by commas, found {text!r}.")
+    return boxes
 
 
 def chat(options: argparse.Namespace, rest: Sequence[str]) -> int:

@@ -120,6 +120,8 @@ def test_a_chat_goes_on_after_a_bad_line_and_has_failed_in_the_end(checkpoint, i
         (["chat", "-"], 1, "pass the image as a file"),
         (["ask", "IMAGE"], 2, "required: question"),
         (["segment", "IMAGE", "--spans", "tail", "--jsno"], 2, "there is no option --jsno; did you mean --json?"),
+        (["segment", "IMAGE", "--spans", "tail", "--boxes", "1 2 3"], 1, "--boxes needs x0 y0 x1 y1 of each box"),
+        (["segment", "IMAGE", "--spans", "tail", "--boxes", "1 2 a 4"], 1, "--boxes needs four numbers of each box"),
         (["segment", "IMAGE", "--spans", "tail", "--save", "IMAGE"], 1, "image.png: File exists"),
         (["data", "preview", "mini", "--save", "absent", "--count", "0"], 2, "expected a number from 1, found '0'"),
         (["data", "validate", "descriptor", "absent"], 1, ""),

@@ -65,7 +65,9 @@ except ImportError:
 # Image inputs from the processor, or features computed from them.
 IMAGE_INPUTS = ("pixel_values", "sam_pixel_values", "sam_image_embeddings", "sam_image_index", "vlm_image_features")
 # Inputs from the processor for given answers.
-GIVEN_ANSWERS = ("labels", "spans", "span_labels", "mask_labels", "given_masks", "hidden_states")
+GIVEN_ANSWERS = ("labels", "spans", "span_labels", "mask_labels", "hidden_states")
+# Inputs of single spans.
+GIVEN_SPANS = ("given_masks", *segmentation.PROMPTS)
 # Number of positions whose vocabulary logits are in memory at once if only their loss is needed.
 LOGIT_ROWS = 64
 
@@ -506,33 +508,6 @@ class PlumForConditionalGeneration(PlumVision, segmentation.PlumMaskDecoding, Pl
             last_hidden_state=hidden_states,
         )
 
-    def _mask_targets(self, mask_labels, sizes, span_groups, mask_groups, teacher_forced):
-        """Return targets assigned during decoding, from `(S, 4)` sizes of each span's image; None if not needed."""
-        if span_groups is None and teacher_forced is None:
-            return None
-        if not mask_labels or sizes is None:
-            raise ValueError(
-                "teacher_forced, span_groups and mask_groups need the true masks: pass mask_labels, original_sizes "
-                "and reshaped_input_sizes as well."
-            )
-        if span_groups is None:
-            span_groups = mask_groups = torch.arange(len(sizes), device=sizes.device)
-        if len(mask_groups) != len(mask_labels):
-            raise ValueError(
-                f"Found {len(mask_groups)} mask_groups for {len(mask_labels)} mask_labels; give one each."
-            )
-        if teacher_forced is None:
-            teacher_forced = torch.zeros_like(span_groups, dtype=torch.bool)
-        # All masks of a group are about one image, that of its first span.
-        first_span = (span_groups == mask_groups[:, None]).int().argmax(dim=1)
-        low_res_masks = segmentation.shrink_mask_labels(
-            mask_labels,
-            sizes[first_span],
-            self.config.sam_image_size,
-            self.config.low_res_mask_size,
-        )
-        return segmentation.MaskTargets(low_res_masks, span_groups, mask_groups, teacher_forced)
-
     @property
     def loss_weights(self) -> dict[str, float]:
         """Weight of each named loss in the total."""
@@ -619,7 +594,7 @@ class PlumForConditionalGeneration(PlumVision, segmentation.PlumMaskDecoding, Pl
         Raises:
             ValueError: Spans, masks or hidden states of answers without `labels`, or several sequences per prompt.
         """
-        given = [name for name in GIVEN_ANSWERS if inputs_and_options.get(name) is not None]
+        given = [name for name in GIVEN_ANSWERS + GIVEN_SPANS if inputs_and_options.get(name) is not None]
         if "labels" in given:
             given_method = self.segment_spans if "spans" in given else self.segment_answers
             return given_method(input_ids, attention_mask=attention_mask, **inputs_and_options)
@@ -653,8 +628,11 @@ class PlumForConditionalGeneration(PlumVision, segmentation.PlumMaskDecoding, Pl
                 a training batch are unused.
 
         Raises:
-            ValueError: A row has no answer.
+            ValueError: A row has no answer, or a mask or prompt is given, which belongs to a span.
         """
+        for name in GIVEN_SPANS:
+            if inputs.get(name) is not None:
+                raise ValueError(f"{name} belong to spans; pass spans as well, which segment_spans segments.")
         images, hidden_states = self._read_given(input_ids, attention_mask, hidden_states, inputs)
         answer_mask = self._mask_given_answers(labels)
         return self._segment_tagged(input_ids, attention_mask, answer_mask, hidden_states, images)
@@ -667,6 +645,10 @@ class PlumForConditionalGeneration(PlumVision, segmentation.PlumMaskDecoding, Pl
         spans: torch.LongTensor,
         attention_mask: torch.Tensor | None = None,
         given_masks: dict[int, torch.Tensor] | None = None,
+        input_points: dict[int, torch.Tensor] | None = None,
+        input_labels: dict[int, torch.Tensor] | None = None,
+        input_boxes: dict[int, torch.Tensor] | None = None,
+        input_masks: dict[int, torch.Tensor] | None = None,
         hidden_states: torch.FloatTensor | None = None,
         **inputs,
     ) -> PlumSegmentationOutput:
@@ -679,10 +661,15 @@ class PlumForConditionalGeneration(PlumVision, segmentation.PlumMaskDecoding, Pl
             spans (`(S, 3)`): Spans of the answers, `[row, start, end)`, in order and not empty.
             given_masks: Binary masks (original height, original width), arrays or tensors, by index of the span in
                 `spans`. A given mask replaces the predicted one and guides the later spans of its row.
+            input_points, input_labels: Points `(K, 2)`, x and y in pixels of the image as given, and their labels
+                `(K,)`, 1 inside the mask and 0 outside, by index of the span. Prompts follow the span's query.
+            input_boxes: Box `(4,)` around a mask, x0, y0, x1, y1 in pixels of the image, by index of the span.
+            input_masks: Present mask by index of the span: booleans or integers (original height, original width), or
+                low-res logits in floats `(4G, 4G)`. As the dense prompt it replaces the earlier masks of the row.
 
         Raises:
-            ValueError: Spans are out of range, out of order, empty or without an image; a given mask matches no span
-                or differs in form or size from its image; a row has no answer.
+            ValueError: Spans are out of range, out of order, empty or without an image; a given mask or prompt
+                matches no span or does not fit its image; a row has no answer.
         """
         images, hidden_states = self._read_given(input_ids, attention_mask, hidden_states, inputs)
         answer_mask = self._mask_given_answers(labels)
@@ -692,15 +679,16 @@ class PlumForConditionalGeneration(PlumVision, segmentation.PlumMaskDecoding, Pl
         for i in outside.nonzero()[:1, 0].tolist():
             raise ValueError(f"Span {i} is {spans[i].tolist()}, which is not part of an answer in labels.")
         span_logits = self.tag_tokens(input_ids, hidden_states, attention_mask)
-        masks = self._downscale_given_masks(given_masks, spans, images)
+        prompts = (input_points, input_labels, input_boxes, input_masks)
+        given = self._read_given_spans(spans, images, given_masks, prompts)
         tag_scores = torch.ones(len(spans), dtype=span_logits.dtype, device=span_logits.device)
-        return self._segment(input_ids, answer_mask, hidden_states, span_logits, spans, tag_scores, images, masks)
+        return self._segment(input_ids, answer_mask, hidden_states, span_logits, spans, tag_scores, images, given)
 
     def _read_given(self, input_ids, attention_mask, hidden_states, inputs):
         """Return the images of conversations with answers, and their hidden states, computed unless given."""
         images, inputs = self._take_images(input_ids, inputs)
         if hidden_states is None:
-            vlm_inputs = {name: value for name, value in inputs.items() if name not in GIVEN_ANSWERS}
+            vlm_inputs = {name: value for name, value in inputs.items() if name not in GIVEN_ANSWERS + GIVEN_SPANS}
             hidden_states = self._run_language_model(input_ids, attention_mask, **images.vlm_inputs, **vlm_inputs)
         return images, hidden_states
 
@@ -723,7 +711,7 @@ class PlumForConditionalGeneration(PlumVision, segmentation.PlumMaskDecoding, Pl
         pred_masks, iou_scores = hidden_states.new_zeros((0, size, size)), hidden_states.new_zeros(0)
         if len(spans):
             pred_masks, iou_scores = self.decode_masks(
-                hidden_states, spans, images.sam_embeddings, images.index, given
+                hidden_states, spans, images.sam_embeddings, images.index, **(given or {})
             )
         if truncated is None:
             truncated = torch.zeros(len(sequences), dtype=torch.bool, device=sequences.device)

@@ -1,6 +1,7 @@
 """Use a PLUM checkpoint on one image: ask, segment words, correct a mask, save the result.
 
-    load_model ──> Plum ──ask, segment_words, correct_mask──> Reply ──finish, thresholds──> PlumAnswer ──save──> files
+    load_model ──> Plum ──ask, segment_words, correct_mask, correct_with_prompts──> Reply
+    Reply ──finish, thresholds──> PlumAnswer ──save──> files
 
 A [`Reply`] keeps the output of the model, so that a threshold can change without another call. The shell
 (plum_partonomy/cli.py) and the demo (demo/app.py) use these functions; predictor.py works in batches.
@@ -47,6 +48,24 @@ class Plum:
 
 
 @dataclass(frozen=True)
+class Prompt:
+    """
+    Points, a box and a present mask given for a span, which guide its mask.
+
+    Args:
+        points: x, y of each point, in pixels of the image.
+        labels: 1 for a point inside the mask, 0 for one outside.
+        box: x0, y0, x1, y1 in pixels of the image.
+        mask: The present mask: bool (height, width), or low-res logits of the model.
+    """
+
+    points: tuple[tuple[float, float], ...] = ()
+    labels: tuple[int, ...] = ()
+    box: tuple[float, float, float, float] | None = None
+    mask: np.ndarray | torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Reply:
     """
     An answer with the output of the model.
@@ -57,6 +76,7 @@ class Reply:
         text: The words of the answer.
         outputs: Output of `segment`.
         given_masks: Boolean masks (height, width) drawn by the user, by the range of their words.
+        prompts: Points and boxes of the user, by the range of their words.
         is_truncated: Whether the text reached the token limit.
     """
 
@@ -65,6 +85,7 @@ class Reply:
     text: str
     outputs: Any
     given_masks: dict[Range, np.ndarray] = field(default_factory=dict)
+    prompts: dict[Range, Prompt] = field(default_factory=dict)
     is_truncated: bool = False
 
 
@@ -171,6 +192,7 @@ def segment_words(
     ranges: Sequence[Range],
     *,
     given_masks: Mapping[Range, np.ndarray] | None = None,
+    prompts: Mapping[Range, Prompt] | None = None,
 ) -> Reply:
     """Segment the words of an answer at the given ranges, in text order, as if the model had tagged them.
 
@@ -179,9 +201,11 @@ def segment_words(
         text: The answer.
         ranges: Character ranges of the words in it.
         given_masks: Boolean masks (height, width) of some ranges; later spans are decoded from them.
+        prompts: Points, boxes and present masks of other ranges.
 
     Raises:
-        DataError: There are no ranges, or ranges overlap, touch or contain no word.
+        DataError: There are no ranges, or ranges overlap, touch or contain no word; a point or box is outside the
+            image.
     """
     ranges = sorted(ranges)
     if not ranges or any(start < end for (_, end), (start, _) in pairwise(ranges)):
@@ -192,36 +216,98 @@ def segment_words(
         last = end
     answer = {"role": "assistant", "content": tagged + escape_tags(text[last:])}
     given = {place: mask for place, mask in (given_masks or {}).items() if place in ranges}
+    kept = {place: prompt for place, prompt in (prompts or {}).items() if place in ranges}
     inputs = _encode(plum, image, [*messages, answer])
-    outputs = plum.model.segment_spans(
-        **inputs, given_masks={ranges.index(place): torch.tensor(mask) for place, mask in given.items()}
-    )
-    return Reply(image, list(messages), text, outputs, given)
+    inputs["given_masks"] = {ranges.index(place): torch.tensor(mask) for place, mask in given.items()}
+    try:
+        outputs = plum.model.segment_spans(**inputs, **_prompt_inputs(kept, ranges))
+    except ValueError as error:
+        raise DataError(str(error)) from error
+    return Reply(image, list(messages), text, outputs, given, kept)
 
 
-def segment_phrases(plum: Plum, image: Image.Image, phrases: Sequence[str]) -> Reply:
+def _prompt_inputs(prompts: Mapping[Range, Prompt], ranges: Sequence[Range]) -> dict[str, dict[int, Any]]:
+    """Return prompts as arguments of `segment_spans`."""
+    names = {"input_points": "points", "input_labels": "labels", "input_boxes": "box", "input_masks": "mask"}
+    inputs: dict[str, dict[int, Any]] = {name: {} for name in names}
+    for place, prompt in prompts.items():
+        for name, field_name in names.items():
+            value = getattr(prompt, field_name)
+            if value is not None and len(value):
+                inputs[name][ranges.index(place)] = value
+    return inputs
+
+
+def segment_phrases(
+    plum: Plum, image: Image.Image, phrases: Sequence[str], *, prompts: Sequence[Prompt | None] = ()
+) -> Reply:
     """Segment the named parts, as if the model had answered with a list of them.
 
+    Args:
+        prompts: Points and boxes of each phrase, None for none; empty for no prompts.
+
     Raises:
-        DataError: There are no phrases, or one is empty.
+        DataError: There are no phrases, or one is empty; prompts are of another number or outside the image.
     """
     parts = join_parts([f"<p>{escape_tags(phrase)}</p>" for phrase in check_phrases(phrases)])
     text, ranges = parse_span_tags(official_answer("identification", parts, image_label="object"))
     question = official_question("identification", image_label="object")
-    return segment_words(plum, image, [{"role": "user", "content": question}], text, ranges)
+    if len(prompts) not in (0, len(ranges)):
+        raise DataError(
+            f"Expected prompts for each of {len(ranges)} phrases, found {len(prompts)}; give None for none."
+        )
+    prompted = {place: prompt for place, prompt in zip(ranges, prompts, strict=False) if prompt is not None}
+    return segment_words(plum, image, [{"role": "user", "content": question}], text, ranges, prompts=prompted)
 
 
-def segment_again(
-    plum: Plum, reply: Reply, ranges: Sequence[Range], *, given_masks: Mapping[Range, np.ndarray] | None = None
-) -> Reply:
-    """Segment other spans of a reply's answer; arguments and errors as in [`segment_words`]."""
-    again = segment_words(plum, reply.image, reply.messages, reply.text, ranges, given_masks=given_masks)
+def segment_again(plum: Plum, reply: Reply, ranges: Sequence[Range], **corrections) -> Reply:
+    """Segment other spans of a reply's answer; `corrections` and errors as in [`segment_words`]."""
+    again = segment_words(plum, reply.image, reply.messages, reply.text, ranges, **corrections)
     return replace(again, is_truncated=reply.is_truncated)
 
 
 def correct_mask(plum: Plum, reply: Reply, ranges: Sequence[Range], place: Range, mask: np.ndarray) -> Reply:
     """Replace the mask of one span of a reply by the user's mask (height, width) and decode the later spans again."""
-    return segment_again(plum, reply, ranges, given_masks={**reply.given_masks, place: mask})
+    prompts = {other: prompt for other, prompt in reply.prompts.items() if other != place}
+    return segment_again(plum, reply, ranges, given_masks={**reply.given_masks, place: mask}, prompts=prompts)
+
+
+def correct_with_prompts(
+    plum: Plum,
+    reply: Reply,
+    ranges: Sequence[Range],
+    place: Range,
+    *,
+    points: Sequence[tuple[float, float]] = (),
+    labels: Sequence[int] = (),
+    box: Sequence[float] | None = None,
+) -> Reply:
+    """
+    Correct the mask of one span of a reply with further points or a box, and decode the later spans again. Other
+    corrections of the reply stay. The prompts are added to the span's earlier ones; its present mask, predicted or
+    drawn, becomes its dense prompt.
+
+    Args:
+        ranges: The ranges to segment, with `place` among them.
+        points, labels, box: As in [`Prompt`].
+
+    Raises:
+        DataError: `place` is not one of the ranges, or a point or box is outside the image or has no label.
+    """
+    if place not in ranges:
+        raise DataError(f"Expected one of the ranges {list(ranges)} to correct, found {place}.")
+    given_masks, earlier = dict(reply.given_masks), reply.prompts.get(place, Prompt())
+    prompt = Prompt(
+        points=(*earlier.points, *map(tuple, points)),
+        labels=(*earlier.labels, *labels),
+        box=earlier.box if box is None else tuple(box),
+        mask=given_masks.pop(place, None),
+    )
+    if prompt.mask is None:
+        spans = [(span.start, span.end) for span in finish(plum, reply).spans]
+        if place in spans:
+            prompt = replace(prompt, mask=reply.outputs.pred_masks[spans.index(place)])
+    return segment_again(plum, reply, ranges, given_masks=given_masks, prompts={**reply.prompts, place: prompt})
 
 
 def add_words(text: str, phrases: Sequence[str], *, taken: Sequence[Range] = ()) -> tuple[str, list[Range]]:
@@ -355,12 +441,14 @@ def _saved_before(folder: Path) -> list[Path]:
 
 __all__ = [
     "Plum",
+    "Prompt",
     "Reply",
     "add_words",
     "as_coco",
     "as_json",
     "ask",
     "correct_mask",
+    "correct_with_prompts",
     "find_ranges",
     "finish",
     "load_model",

@@ -10,10 +10,12 @@ from pycocotools.coco import COCO
 from plum_partonomy.inference.inputs import MAX_IMAGE_BYTES, check_text, read_image
 from plum_partonomy.inference.one_image import (
     Plum,
+    Prompt,
     as_coco,
     as_json,
     ask,
     correct_mask,
+    correct_with_prompts,
     find_ranges,
     finish,
     remember,
@@ -112,6 +114,52 @@ def test_a_corrected_mask_changes_the_later_masks_only_and_stays_when_words_are_
     assert torch.equal(after, expected.pred_masks)
     fewer = segment_words(plum, image, MESSAGES, TEXT, RANGES[1:], given_masks=corrected.given_masks)
     assert torch.equal(fewer.outputs.pred_masks[0], after[1])
+
+
+def test_points_and_boxes_correct_the_present_mask_and_other_corrections_stay(plum):
+    image, drawn = random_image(), random_mask(seed=5)
+    reply = segment_words(plum, image, MESSAGES, TEXT, RANGES)
+    reply = correct_mask(plum, reply, RANGES, RANGES[0], drawn)
+    before = reply.outputs.pred_masks
+    clicked = correct_with_prompts(plum, reply, RANGES, RANGES[1], points=[(60, 12)], labels=[1])
+    chat = conversation(image, "A <p>wheel</p>, another <p>wheel</p> and a <p>left wing</p>.")
+    inputs = plum.processor.apply_chat_template(chat, tokenize=True, return_dict=True)
+    given = {"given_masks": {0: torch.from_numpy(drawn)}, "input_points": {1: [[60, 12]]}, "input_labels": {1: [1]}}
+    expected = plum.model.segment_spans(**inputs, **given, input_masks={1: before[1]}).pred_masks
+    assert torch.equal(clicked.outputs.pred_masks, expected)
+    assert torch.equal(expected[0], before[0]) and not torch.equal(expected[1], before[1])
+    # A second click adds to the first, from the mask after it.
+    again = correct_with_prompts(plum, clicked, RANGES, RANGES[1], points=[(3, 40)], labels=[0], box=(2, 3, 66, 44))
+    given |= {
+        "input_points": {1: [[60, 12], [3, 40]]},
+        "input_labels": {1: [1, 0]},
+        "input_boxes": {1: [2, 3, 66, 44]},
+    }
+    expected = plum.model.segment_spans(**inputs, **given, input_masks={1: expected[1]}).pred_masks
+    assert torch.equal(again.outputs.pred_masks, expected)
+    # Later corrections keep it: of another span with a drawing, and of a drawn mask with a click.
+    third = correct_mask(plum, again, RANGES, RANGES[2], drawn)
+    assert torch.equal(third.outputs.pred_masks[:2], expected[:2])
+    on_drawn = correct_with_prompts(plum, third, RANGES, RANGES[0], points=[(9, 9)], labels=[0])
+    assert list(on_drawn.given_masks) == [RANGES[2]] and on_drawn.prompts[RANGES[0]].mask is drawn
+    assert on_drawn.prompts[RANGES[1]] == again.prompts[RANGES[1]]
+    # A drawn mask replaces the points of its span.
+    assert list(correct_mask(plum, on_drawn, RANGES, RANGES[1], drawn).prompts) == [RANGES[0]]
+
+
+def test_words_of_ones_own_take_prompts_before_there_is_a_mask(plum):
+    image, box = random_image(), (2.0, 3.0, 66.0, 44.0)
+    reply = segment_phrases(plum, image, ["left wing", "tail"])
+    prompted = segment_phrases(plum, image, ["left wing", "tail"], prompts=[Prompt(box=box), None])
+    (place,) = prompted.prompts
+    assert prompted.text[slice(*place)] == "left wing" and prompted.prompts[place].mask is None
+    assert not torch.equal(prompted.outputs.pred_masks[0], reply.outputs.pred_masks[0])
+    with pytest.raises(DataError, match="Expected prompts for each of 2 phrases, found 1"):
+        segment_phrases(plum, image, ["left wing", "tail"], prompts=[None])
+    with pytest.raises(DataError, match=r"The point \(70, 0\) of span 0 is outside its image"):
+        correct_with_prompts(plum, reply, [place], place, points=[(70, 0)], labels=[1])
+    with pytest.raises(DataError, match="Expected one of the ranges"):
+        correct_with_prompts(plum, reply, [place], (0, 3), box=box)
 
 
 def test_a_span_apart_from_the_others_has_the_mask_of_a_first_span(plum):

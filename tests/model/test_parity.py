@@ -118,7 +118,7 @@ def test_the_mask_decoder_equals_the_recorded_one(model, pieces, multimask):
 @torch.no_grad()
 def test_a_mask_conditioned_on_two_earlier_masks_equals_the_recorded_one(model, pieces):
     masks, scores = model._decode_step(
-        pieces["prompt_encoder.sparse"][0],
+        pieces["prompt_encoder.sparse"][0][:, None],
         torch.zeros(1, dtype=torch.long),
         pieces["sam_image_encoder.out"],
         pieces["prompt_encoder.dense_pe"],
