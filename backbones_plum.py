@@ -140,7 +140,10 @@ def image_processor_class(name: str) -> type:
 
 
 def find_processor_class(name: str | None) -> type[ProcessorMixin]:
-    family = getattr(transformers, name or "", None)
+    try:
+        family = getattr(transformers, name or "", None)
+    except ImportError as error:
+        raise ValueError(f"{name} needs a library that is not installed: {error.__cause__ or error}") from error
     if not (isinstance(family, type) and issubclass(family, ProcessorMixin)):
         raise ValueError(f"vlm_processor_class is {name!r}, which is not a processor class of transformers.")
     return family

@@ -281,6 +281,8 @@ LAYERS = ["sliding_attention", "full_attention"]
 
 def gemma4(folder: Path) -> Path:
     """With what sets the family apart: embeddings of every layer, shared keys and values, a cap on the logits."""
+    from transformers import Gemma4Processor  # needs torchvision in older releases of transformers
+
     names = {"boi_token": "<|image>", "eoi_token": "<image|>", "image_token": "<|image|>"}
     audio = {"boa_token": "<|audio>", "eoa_token": "<audio|>", "audio_token": "<|audio|>"}
     template = gemma_template("<|turn>", "<turn|>", "<|image|>")
@@ -314,7 +316,7 @@ def gemma4(folder: Path) -> Path:
         },
     )
     image_processor = Gemma4ImageProcessor(patch_size=4, max_soft_tokens=70)
-    return _save(folder, config, image_processor, tokenizer, processor_class="Gemma4Processor")
+    return _save(folder, config, image_processor, tokenizer, processor_class=Gemma4Processor.__name__)
 
 
 @dataclass(frozen=True)
@@ -325,7 +327,7 @@ class Family:
     Args:
         build: Writes a tiny model of the family with its own processor into a folder.
         name: Title in the documentation.
-        example: A pretrained checkpoint on the Hub.
+        example: A pretrained checkpoint on the Hub, if there is a well-known one.
         needs: Library that its processor imports; without it, tests of the family are skipped.
         keeps_template: Whether PLUM is trained with the family's own chat template.
         shares_images: Whether an image is encoded once for all its questions.
@@ -356,8 +358,8 @@ class Family:
 
 NO_END = "its chat template does not end answers with a special token"
 FAMILIES = [
-    Family(llava_clip, "LLaVA (CLIP)", "llava-hf/llava-1.5-7b-hf", keeps_template=False, why=NO_END),
-    Family(llava_siglip, "LLaVA (SigLIP)", "llava-hf/llava-interleave-qwen-0.5b-hf", keeps_template=False, why=NO_END),
+    Family(llava_clip, "LLaVA", "llava-hf/llava-1.5-7b-hf", keeps_template=False, why=NO_END),
+    Family(llava_siglip, "LLaVA with a SigLIP", "", keeps_template=False, why=NO_END),
     Family(
         llava_onevision,
         "LLaVA-OneVision",
@@ -393,10 +395,8 @@ FAMILIES = [
         why="attention differs by layer, and every layer has embeddings of its own",
     ),
 ]
-# Configurations that PLUM refuses: what they are called, and why in words of the error.
-ENCODER_DECODER = (
-    "an encoder-decoder: its decoder sees the answer only, so hidden states are not aligned with input_ids"
-)
+# Configurations that PLUM refuses: what they are called, and why in the words of the error.
+ENCODER_DECODER = "encoder-decoder: its decoder sees the answer only"
 NO_IMAGE_TOKENS = "images are not placeholder tokens in input_ids"
 NO_MODEL = "has no model without language-modeling head"
 REFUSED = [

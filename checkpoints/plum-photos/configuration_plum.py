@@ -188,12 +188,14 @@ class PlumConfig(PreTrainedConfig):
             )
         if self.vlm_image_input == "sam_image_embeddings":
             tower = self.vlm_config.vision_config
-            side = tower.image_size if isinstance(tower.image_size, int) else max(tower.image_size)
-            found, expected = (tower.num_channels, side), (embedding_width, self.sam_grid_size)
+            channels, side = (getattr(tower, name, None) for name in ("num_channels", "image_size"))
+            side = max(side) if isinstance(side, (list, tuple)) else side
+            found, expected = (channels, side), (embedding_width, self.sam_grid_size)
             if found != expected:
                 raise ValueError(
                     "vlm_image_input is 'sam_image_embeddings', so vlm_config.vision_config must have (num_channels, "
-                    f"image_size) = SAM's (embedding width, grid size) = {expected}, found {found}."
+                    f"image_size) = SAM's (embedding width, grid size) = {expected}, found {found}; "
+                    "build a vision tower of these sizes, of a family that has a fixed image size (CLIP, InternVL)."
                 )
 
     def _check_segmenter(self):

@@ -367,6 +367,13 @@ def test_a_family_that_does_not_fit_is_refused_by_the_config_or_by_the_model(vlm
         PlumForConditionalGeneration(PlumConfig(vlm_config=vlm_config))
 
 
+def test_a_vision_tower_that_cannot_look_through_sam_is_refused_by_the_config(family, vlm_folder, sam_folder):
+    vlm, sam = (AutoConfig.from_pretrained(folder) for folder in (vlm_folder, sam_folder))
+    words = r"\(num_channels, image_size\) = SAM's \(embedding width, grid size\) = \(32, 8\), found \("
+    with pytest.raises(StrictDataclassClassValidationError, match=words):
+        PlumConfig(vlm_config=vlm, sam_config=sam, vlm_image_input="sam_image_embeddings", **PLUM)
+
+
 def test_hidden_states_of_another_length_are_refused(plum):
     model, processor = copy.deepcopy(plum[0]), plum[1]
     batch = encode(processor, CHATS[3:])
