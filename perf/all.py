@@ -14,6 +14,7 @@ SCRIPTS = [
     "choices",
     "masks",
     "segmentation",
+    "segmenters",
     "training",
     "training_step",
     "photographs",

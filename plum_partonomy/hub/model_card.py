@@ -16,6 +16,7 @@ from plum_partonomy.inference.checkpoint import count_stored, weight_files
 from plum_partonomy.scoring.corrections import METRICS as CORRECTION_METRICS
 
 RECIPE_FILE, TRAINER_STATE_FILE, CURVES_FILE = "recipe.yaml", "trainer_state.json", "training_curves.png"
+SEGMENTER_NAMES = {"sam": "SAM", "sam_hq": "SAM-HQ", "sam2": "SAM 2.1", "sam3_tracker": "SAM 3's tracker"}
 PRIVATE_OPTIONS = (
     "output_dir",
     "overwrite_output_dir",
@@ -247,15 +248,14 @@ def _read_recipe(folder: Path) -> dict:
 def _describe_architecture(folder: Path) -> str:
     config = json.loads((folder / "config.json").read_text())
     _, parameters = count_stored(weight_files(folder))
-    vlm, vision = config["vlm_config"], config["sam_config"]["vision_config"]
+    vlm, sam = config["vlm_config"], config["sam_config"]
     language = vlm["text_config"].get("model_type")
     spans = "a span tagger" if config.get("span_source", "tagger") == "tagger" else "a special token"
     return (
         f"{parameters / 1e6:,.1f} M parameters in {config.get('dtype')}.\n"
         f"Vision-language model: `{vlm['model_type']}` with language model `{language}`.\n"
-        f"Masks: SAM with an encoder of {vision['num_hidden_layers']} layers at {vision['image_size']} px, spans from "
-        f"{spans}, "
-        f"{'with' if config.get('mask_feedback', True) else 'without'} mask feedback."
+        f"Masks: {SEGMENTER_NAMES[sam.get('model_type', 'sam')]} at {sam['prompt_encoder_config']['image_size']} px, "
+        f"spans from {spans}, {'with' if config.get('mask_feedback', True) else 'without'} mask feedback."
     )
 
 

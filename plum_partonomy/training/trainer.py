@@ -15,6 +15,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
 from configuration_plum import PlumConfig
@@ -139,7 +140,8 @@ class PlumTrainer(Trainer):
         the whole model, which would recompile for each number of spans and image size.
         """
         self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
-        for layer in [*self.model.sam.vision_encoder.layers, *self.model.vlm.get_decoder().layers]:
+        encoder = [m for m in self.model.sam.vision_encoder.modules() if isinstance(m, GradientCheckpointingLayer)]
+        for layer in [*encoder, *self.model.vlm.get_decoder().layers]:
             layer.compile(backend=self.args.torch_compile_backend, mode=self.args.torch_compile_mode)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
