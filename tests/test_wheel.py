@@ -3,7 +3,8 @@
 import os
 import subprocess
 import sys
-import zipfile
+import sysconfig
+import venv
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,8 @@ MODULES = {Path(name).stem for name in CHECKPOINT_CODE} | {"partonomy_dataset"}
 
 
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory) -> Path:
-    """A folder with the unpacked wheel, which Python is told to look in first."""
+def environment(tmp_path_factory) -> Path:
+    """The folder of a new environment with the wheel; the libraries it needs are those of the environment of tests."""
     folder = tmp_path_factory.mktemp("wheel")
     # built from a copy: setuptools leaves folders beside what it builds
     copied = ["*.py", "*/tasks/*", "setup.cfg", "pyproject.toml", "README.md", "LICENSE"]
@@ -26,41 +27,53 @@ def installed(tmp_path_factory) -> Path:
         copy = folder / "source" / name
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_bytes((ROOT / name).read_bytes())
-    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
-    subprocess.run([*build, "--wheel-dir", folder, folder / "source"], check=True)
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    build = ["wheel", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", folder]
+    subprocess.run([*pip, *build, folder / "source"], check=True)
     (wheel,) = folder.glob("*.whl")
-    zipfile.ZipFile(wheel).extractall(folder / "installed")
-    return folder / "installed"
+    venv.create(folder / "environment", with_pip=False)
+    python = folder / "environment" / "bin" / "python"
+    subprocess.run([*pip, "--python", python, "install", "--no-deps", "--no-index", wheel], check=True)
+    # A folder named in a .pth file is searched, but the .pth files in it, such as an editable install's, are not read.
+    (site_packages(folder / "environment") / "libraries.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return folder / "environment"
 
 
-def run(installed: Path, cwd: Path, *words: str) -> subprocess.CompletedProcess:
-    environment = os.environ | {"PYTHONPATH": str(installed)}
-    return subprocess.run([sys.executable, "-P", *words], cwd=cwd, env=environment, capture_output=True, text=True)
+def site_packages(environment: Path) -> Path:
+    (folder,) = environment.glob("lib/python*/site-packages")
+    return folder
 
 
-def test_the_wheel_holds_the_tasks_of_lmms_eval_and_the_entry_point_of_its_model(installed):
-    tasks = Path("plum_partonomy", "lmms", "tasks")
+def run(environment: Path, cwd: Path, *words: str) -> subprocess.CompletedProcess:
+    variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [environment / "bin" / words[0], *words[1:]]
+    return subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True)
+
+
+def test_the_wheel_holds_the_tasks_of_lmms_eval_and_the_entry_point_of_its_model(environment):
+    tasks, installed = Path("plum_partonomy", "lmms", "tasks"), site_packages(environment)
     names = {path.name for path in (installed / tasks).iterdir()}
     assert names == {path.name for path in (ROOT / tasks).iterdir()}
     (entry_points,) = installed.glob("*.dist-info/entry_points.txt")
     assert "[lmms_eval.models]\nplum = plum_partonomy.lmms.models:manifest" in entry_points.read_text()
 
 
-def test_the_wheel_holds_the_library_and_modules_of_names_of_its_own(installed):
-    found = {path.name.removesuffix(".py") for path in installed.iterdir() if ".dist-info" not in path.name}
+def test_the_wheel_installs_the_library_and_modules_of_names_of_its_own(environment):
+    names = {path.name for path in site_packages(environment).iterdir() if ".dist-info" not in path.name}
+    found = {name.removesuffix(".py") for name in names - {"__pycache__", "libraries.pth"}}
     assert found == MODULES | {"plum_partonomy"}
 
 
-def test_the_commands_run_from_another_folder(installed, tmp_path):
+def test_the_commands_run_from_another_folder(environment, tmp_path):
     for words in (["--help"], ["train", "--help"], ["eval", "--help"]):
-        done = run(installed, tmp_path, "-m", "plum_partonomy.cli", *words)
+        done = run(environment, tmp_path, "plum", *words)
         assert done.returncode == 0 and "usage:" in done.stdout, done.stderr
     image = ROOT / "examples" / "sailboat.png"
-    done = run(installed, tmp_path, "-m", "plum_partonomy.cli", "ask", str(image), "Which parts does it have?")
+    question = ["ask", str(image), "Which parts does it have?"]
+    done = run(environment, tmp_path, "plum", *question)
     (sentence,) = done.stderr.splitlines()
     assert done.returncode == 3 and "pass --model with a folder or a name on the Hub" in sentence
-    model = ["--model", str(ROOT / "checkpoints" / "plum-tiny")]
-    done = run(installed, tmp_path, "-m", "plum_partonomy.cli", "ask", str(image), "Which parts does it have?", *model)
+    done = run(environment, tmp_path, "plum", *question, "--model", str(ROOT / "checkpoints" / "plum-tiny"))
     assert done.returncode == 0 and done.stdout, done.stderr
     code = "import plum_partonomy, partonomy_dataset; print(plum_partonomy.__file__, partonomy_dataset.__file__)"
-    assert run(installed, tmp_path, "-c", code).stdout.count(str(installed)) == 2
+    assert run(environment, tmp_path, "python", "-c", code).stdout.count(str(environment)) == 2

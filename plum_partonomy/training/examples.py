@@ -340,7 +340,7 @@ def cut_answers(batch: dict, max_length: int, *, pad_token_id: int) -> tuple[lis
     Returns:
         The indices of the rows that were cut, and of those to leave out because no answer starts within the limit.
     """
-    shape, answered = batch["labels"].shape, batch["labels"] != IGNORE_INDEX
+    answered = batch["labels"] != IGNORE_INDEX
     inside_span = batch["span_labels"] == TAG_INSIDE
     kept, cut_rows, left_out = batch["attention_mask"].sum(1), [], []
     for row in (kept > max_length).nonzero()[:, 0].tolist():
@@ -350,11 +350,11 @@ def cut_answers(batch: dict, max_length: int, *, pad_token_id: int) -> tuple[lis
         ends = answered[row, :end].nonzero()[:, 0] + 1
         (cut_rows if len(ends) else left_out).append(row)
         kept[row] = ends[-1] if len(ends) else end
-    cut = torch.arange(shape[1]) >= kept[:, None]  # (B, L)
-    fills = {"input_ids": pad_token_id, "labels": IGNORE_INDEX, "span_labels": IGNORE_INDEX}
-    for name, value in batch.items():
-        if isinstance(value, torch.Tensor) and value.shape == shape:
-            batch[name] = value.masked_fill(cut, fills.get(name, 0))[:, : kept.max()]
+    cut = torch.arange(answered.shape[1]) >= kept[:, None]  # (B, L)
+    fills = {"input_ids": pad_token_id, "attention_mask": 0, "labels": IGNORE_INDEX, "span_labels": IGNORE_INDEX}
+    fills |= {name: 0 for name in batch if name.endswith("token_type_ids")}
+    for name, fill in fills.items():
+        batch[name] = batch[name].masked_fill(cut, fill)[:, : kept.max()]
     inside = batch["spans"][:, 2] <= kept[batch["spans"][:, 0]]
     for name in ("spans", "span_groups", "teacher_forced"):
         batch[name] = batch[name][inside]
