@@ -231,7 +231,7 @@ class PlumProcessor(ProcessorMixin):
         return image_processor_class(module_name)
 
     @classmethod
-    def from_backbones(cls, vlm: str, sam: str) -> "PlumProcessor":
+    def from_backbones(cls, vlm: str, sam: str, *, vlm_image_options: dict | None = None) -> "PlumProcessor":
         """
         Return the processor for [`PlumForConditionalGeneration.from_backbones`] with the same arguments.
 
@@ -243,16 +243,17 @@ class PlumProcessor(ProcessorMixin):
         Args:
             vlm: Folder or Hub name of an image-text-to-text model with its processor.
             sam: Folder or Hub name of a SAM with its image processor.
+            vlm_image_options: Changed settings of the vision-language model's image processor, such as its `size`.
+
+        Raises:
+            ValueError: The image processor does not have such a setting, or PLUM cannot use the model's processor.
         """
         settings, _ = ProcessorMixin.get_processor_dict(vlm)
         own_code = {"trust_remote_code": False}
         model_type = AutoConfig.from_pretrained(vlm, **own_code).model_type
         name = settings.get("processor_class") or PROCESSOR_MAPPING_NAMES.get(model_type)
         tokenizer = AutoTokenizer.from_pretrained(vlm, **own_code)
-        image_processor = AutoImageProcessor.from_pretrained(vlm, **own_code)
-        if getattr(image_processor, "do_center_crop", False):
-            padding = image_processor_class("LlavaImageProcessor")
-            image_processor = padding.from_dict({**image_processor.to_dict(), "do_pad": True})
+        image_processor = _load_image_processor(vlm, vlm_image_options or {})
         family = find_processor_class(name)
         names = inspect.signature(family).parameters.keys() - {"chat_template", *family.get_attributes()}
         options = {key: value for key, value in settings.items() if key in names}
@@ -673,6 +674,21 @@ def _sam_image_processor(name: str):
         return AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
     used = ("size", "resample", "rescale_factor", "image_mean", "image_std")
     return image_processor_class("ViTImageProcessor")(**{key: settings[key] for key in used if key in settings})
+
+
+def _load_image_processor(vlm: str, options: dict):
+    """Return the image processor of a vision-language model with changed settings, and padding instead of a crop."""
+    image_processor = AutoImageProcessor.from_pretrained(vlm, trust_remote_code=False)
+    settings, family = image_processor.to_dict(), type(image_processor)
+    unknown = sorted(options.keys() - settings.keys())
+    if unknown:
+        raise ValueError(
+            f"vlm_image_options has {unknown}, which the image processor of {vlm} does not have; its settings are "
+            f"{', '.join(sorted(settings))}."
+        )
+    if settings.get("do_center_crop"):
+        family, options = image_processor_class("LlavaImageProcessor"), {**options, "do_pad": True}
+    return family.from_dict({**settings, **options}) if options else image_processor
 
 
 def _overlap(offsets: torch.Tensor, ranges: list[tuple[int, int]]) -> torch.BoolTensor:

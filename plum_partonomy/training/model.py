@@ -23,17 +23,19 @@ SEG_TOKEN = "[SEG]"
 LORA_TARGETS = ("q_proj", "v_proj")
 
 
-def compose_backbones(vlm: str, sam: str, options: dict) -> tuple[PlumForConditionalGeneration, PlumProcessor]:
+def compose_backbones(
+    vlm: str, sam: str, options: dict, image_options: dict | None = None
+) -> tuple[PlumForConditionalGeneration, PlumProcessor]:
     """Return pretrained backbones with fresh PLUM modules in float32, and their processor.
 
-    `options` are config fields.
+    `options` are config fields, `image_options` changed settings of the image processor of `vlm`.
     """
     backbones = sorted({"vlm_config", "sam_config"} & set(options))
     if backbones:
         raise DataError(f"model_config gives {backbones}, which come with vlm and sam; leave them out.")
     check_config_fields(options, PlumConfig())
     model = PlumForConditionalGeneration.from_backbones(vlm=vlm, sam=sam, dtype=torch.float32, **options)
-    return model, PlumProcessor.from_backbones(vlm=vlm, sam=sam)
+    return model, PlumProcessor.from_backbones(vlm=vlm, sam=sam, vlm_image_options=image_options)
 
 
 def build_from_scratch(
@@ -182,7 +184,8 @@ def load_processor_alone(arguments: ModelArguments) -> PlumProcessor | None:
     if arguments.model is not None:
         return load_processor(arguments.model)
     if arguments.vlm is not None:
-        return PlumProcessor.from_backbones(vlm=arguments.vlm, sam=arguments.sam)
+        image_options = arguments.vlm_image_options
+        return PlumProcessor.from_backbones(vlm=arguments.vlm, sam=arguments.sam, vlm_image_options=image_options)
     return None
 
 
@@ -194,7 +197,8 @@ def load_model(
         # a checkpoint saved in bf16 has 8 bits, in which small updates would be lost
         model, processor = load_checkpoint(arguments.model, arguments.model_config, dtype=torch.float32)
     elif arguments.vlm is not None:
-        model, processor = compose_backbones(arguments.vlm, arguments.sam, arguments.model_config or {})
+        options = (arguments.model_config or {}, arguments.vlm_image_options)
+        model, processor = compose_backbones(arguments.vlm, arguments.sam, *options)
     else:
         texts = conversation_texts(train_records)
         model, processor = build_from_scratch(arguments.model_config, arguments.tokenizer_vocab_size, texts)

@@ -55,6 +55,10 @@ class ModelArguments:
         default=None, metadata={"help": "Folder or Hub name of a vision-language model to start from."}
     )
     sam: str | None = field(default=None, metadata={"help": "Folder or Hub name of a SAM to start from."})
+    vlm_image_options: dict | str | None = field(
+        default=None,
+        metadata={"help": "Changes to the settings of the image processor that comes with vlm, such as its size."},
+    )
     model_config: dict | str | None = field(
         default=None,
         metadata={
@@ -77,6 +81,10 @@ class ModelArguments:
     def __post_init__(self):
         if self.model_config is not None:
             self.model_config = with_floats(_parse_mapping(self.model_config, "model_config"), PlumConfig())
+        if self.vlm_image_options is not None:
+            self.vlm_image_options = _parse_mapping(self.vlm_image_options, "vlm_image_options")
+            if self.vlm is None:
+                raise DataError("vlm_image_options change the image processor that comes with vlm; give vlm as well.")
         if (self.vlm is None) != (self.sam is None):
             raise DataError(f"Give vlm and sam together, found vlm={self.vlm!r} and sam={self.sam!r}.")
         if self.model is not None and self.vlm is not None:

@@ -7,30 +7,41 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from PIL import Image
+from transformers import Qwen2VLImageProcessor
 
 from configuration_plum import PlumConfig
 from partonomy_dataset import Partonomy
 from plum_partonomy.inference.checkpoint import load_checkpoint
-from plum_partonomy.training.model import compose_backbones
+from plum_partonomy.training.model import compose_backbones, load_processor_alone
 from plum_partonomy.training.options import parse_arguments
 from plum_partonomy.training.run import main as train
 from scripts.count_parameters import count_parameters, format_table
-from tests.tiny_backbones import llava_clip, tiny_sam
+from tests.tiny_backbones import llava_clip, qwen3_vl, tiny_sam
 
 ROOT = Path(__file__).parents[2]
 BACKBONES = ROOT / "tests" / "fixtures" / "backbones"
 
 
+PUBLISHED = ["7b", "13b"]
+# The configurations of the two backbones of each pair of recipes.
+SIZES = {
+    "7b": ("llava-1.5-7b-hf", "sam-vit-huge"),
+    "13b": ("llava-1.5-13b-hf", "sam-vit-huge"),
+    "qwen3vl_4b_sam2": ("qwen3-vl-4b-instruct", "sam2.1-hiera-large"),
+}
+
+
 def options_of(size: str) -> list[str]:
-    folders = ["--vlm", str(BACKBONES / f"llava-1.5-{size}-hf"), "--sam", str(BACKBONES / "sam-vit-huge")]
-    return [str(ROOT / "recipes" / f"stage1_plum_{size}.yaml"), *folders]
+    vlm, sam = (str(BACKBONES / name) for name in SIZES[size])
+    return [str(ROOT / "recipes" / f"stage1_plum_{size}.yaml"), "--vlm", vlm, "--sam", sam]
 
 
 def parse_recipe(name: str):
     return parse_arguments([str(ROOT / "recipes" / f"{name}.yaml"), "--use_cpu", "true", "--data_dir", "data"])
 
 
-@pytest.mark.parametrize("size", ["7b", "13b"])
+@pytest.mark.parametrize("size", SIZES)
 def test_stage_1_mixes_semantic_referring_question_and_reasoning_data_as_9_5_5_1(size):
     sources = parse_recipe(f"stage1_plum_{size}")[1].sources
     known = {config.name for config in Partonomy.BUILDER_CONFIGS}
@@ -44,19 +55,21 @@ def test_stage_1_mixes_semantic_referring_question_and_reasoning_data_as_9_5_5_1
     assert all(source.data_dir.startswith("data/") for source in sources)
 
 
-@pytest.mark.parametrize("size", ["7b", "13b"])
+@pytest.mark.parametrize("size", SIZES)
 def test_stage_2_goes_on_from_stage_1_with_one_question_for_each_image(size):
-    (model, data, args), (_, _, before) = (
+    (model, data, args), (model_before, data_before, before) = (
         parse_recipe(f"{name}_{size}") for name in ("stage2_partonomy", "stage1_plum")
     )
-    assert model.model == before.output_dir and (model.lora_r, model.lora_alpha) == (8, 16)
+    assert model.model == before.output_dir and data.max_length == data_before.max_length
+    for name in ("lora_r", "lora_alpha", "lora_trained_whole"):
+        assert getattr(model, name) == getattr(model_before, name)
     assert [(source.name, source.data_dir, source.eval_split) for source in data.sources] == [
         ("core_stage2", "data", None)
     ]
     assert (args.learning_rate, args.max_steps) == (before.learning_rate, before.max_steps)
 
 
-@pytest.mark.parametrize("size", ["7b", "13b"])
+@pytest.mark.parametrize("size", PUBLISHED)
 def test_the_published_hyper_parameters_are_those_of_the_recipe(size):
     model, data, args = parse_recipe(f"stage1_plum_{size}")
     assert (model.vlm, model.sam) == (f"llava-hf/llava-1.5-{size}-hf", "facebook/sam-vit-huge")
@@ -76,7 +89,7 @@ def test_the_published_hyper_parameters_are_those_of_the_recipe(size):
     assert (config.tversky_focal_exponent, config.mask_iou_loss_weight) == (0.75, 0.0)
 
 
-@pytest.mark.parametrize("size", ["7b", "13b"])
+@pytest.mark.parametrize("size", SIZES)
 def test_the_documented_parameter_counts_are_those_of_the_recipes_model(size):
     table = format_table(count_parameters(options_of(size)))
     assert table in (ROOT / "docs" / "model.md").read_text()
@@ -93,6 +106,44 @@ def test_the_7b_model_has_the_sizes_of_its_published_backbones():
     assert counts["vlm.vision_tower"][1] == counts["sam.vision_encoder"][1] == counts["sam.prompt_encoder"][1] == 0
     for name in ("sam.mask_decoder", "span_tagger", "span_projector", "mask_feedback"):
         assert counts[name][0] == counts[name][1]
+
+
+def test_the_model_with_qwen3_vl_and_sam_2_has_the_sizes_of_its_published_backbones():
+    counts = {name: (total, trained) for name, total, trained in count_parameters(options_of("qwen3vl_4b_sam2"))}
+    assert sum(total for name, (total, _) in counts.items() if name.startswith("vlm.")) == 4_437_815_808
+    assert round(counts["sam.vision_encoder"][0] / 1e6) == 213
+    query, value = 2560 + 32 * 128, 2560 + 8 * 128  # inputs and outputs of both projections, rank 16
+    assert counts["vlm.language_model"][1] == 36 * 16 * (query + value)
+    assert counts["vlm.visual"][1] == counts["sam.vision_encoder"][1] == counts["sam.prompt_encoder"][1] == 0
+
+
+def test_the_largest_image_and_a_text_as_in_the_published_run_fit_into_the_rows_for_qwen3_vl():
+    model, data, args = parse_recipe("stage1_plum_qwen3vl_4b_sam2")
+    size = model.vlm_image_options["size"]
+    processor = Qwen2VLImageProcessor(patch_size=16, merge_size=2, size=size)
+    tokens = [
+        int(processor(Image.new("RGB", sides), return_tensors="pt")["image_grid_thw"].prod()) // 4
+        for sides in ((640, 480), (4032, 3024))
+    ]
+    assert tokens[0] == 300 and 900 < tokens[1] <= 1024 == data.max_length - (512 - 256)
+    assert args.per_device_train_batch_size * args.gradient_accumulation_steps == 20
+
+
+def test_image_options_change_the_image_processor_of_the_backbone(tmp_path, capsys):
+    vlm, sam = qwen3_vl(tmp_path / "vlm"), tiny_sam(tmp_path / "sam")
+    folders = ["--vlm", str(vlm), "--sam", str(sam), "--output_dir", "unused", "--use_cpu", "true"]
+    changed = '{"size": {"shortest_edge": 64, "longest_edge": 256}}'
+    arguments, _, _ = parse_arguments([*folders, "--vlm_image_options", changed])
+    processor = load_processor_alone(arguments)
+    assert len(processor.prepare_images([Image.new("RGB", (50, 50))])[0][0].tokens["input_ids"]) == 4
+    arguments, _, _ = parse_arguments([*folders, "--vlm_image_options", '{"width": 3}'])
+    with pytest.raises(
+        ValueError, match=r"vlm_image_options has \['width'\], which the image processor of .* not have"
+    ):
+        load_processor_alone(arguments)
+    with pytest.raises(SystemExit):
+        parse_arguments(["--model", "a", "--vlm_image_options", changed, "--output_dir", "unused"])
+    assert "vlm_image_options change the image processor that comes with vlm" in capsys.readouterr().err
 
 
 def test_training_starts_from_pretrained_backbones_and_leaves_the_frozen_ones_alone(tmp_path):
