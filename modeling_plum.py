@@ -30,6 +30,7 @@ perfect predictions; each loss can be normalised by counts of the global batch.
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -80,7 +81,7 @@ class PlumOutput(ModelOutput):
     Args:
         loss (`torch.FloatTensor` of shape `(1,)`): Weighted sum of `losses`.
         losses (`dict[str, torch.FloatTensor]`): The unweighted losses by name, each a scalar.
-        logits (`torch.FloatTensor` of shape `(B, L, vocab_size)`): Next-token logits.
+        logits (`torch.FloatTensor` of shape `(B, L, vocab_size)`): Next-token logits; None in training with labels.
         span_logits (`torch.FloatTensor` of shape `(B, L, 3)`): Logits of O, B and I (see `tag_tokens`).
         pred_masks (`torch.FloatTensor` of shape `(S, 4G, 4G)`): Low-res mask logits, one per span of `spans`.
         iou_scores (`torch.FloatTensor` of shape `(S,)`): SAM's predicted IoU of each mask.
@@ -472,7 +473,7 @@ class PlumForConditionalGeneration(PlumVision, segmentation.PlumMaskDecoding, Pl
         images, vlm_inputs = self._take_images(input_ids, inputs)
         with modules.RecordedInputs(self.vlm.get_decoder()) as recorded:
             hidden_states = self._run_language_model(input_ids, attention_mask, **images.vlm_inputs, **vlm_inputs)
-        logits = backbones.next_token_logits(self.vlm, hidden_states)
+        logits_of = partial(backbones.next_token_logits, self.vlm)
         span_logits = self.tag_tokens(input_ids, hidden_states, attention_mask)
         pred_masks = iou_scores = targets = sizes = None
         if spans is not None and len(spans):
@@ -485,7 +486,9 @@ class PlumForConditionalGeneration(PlumVision, segmentation.PlumMaskDecoding, Pl
         config, losses = self.config, {}
         counts = loss_counts or modules.count_loss_items(config, labels, span_labels, spans, mask_labels)
         if labels is not None:
-            losses["language_modeling"] = modules.language_modeling_loss(logits, labels, counts["tokens"])
+            losses["language_modeling"] = modules.language_modeling_loss(
+                logits_of, hidden_states, labels, counts["tokens"]
+            )
         if span_labels is not None and self.span_tagger.has_loss:
             losses["span_tagging"] = modules.span_tagging_loss(config, span_logits, span_labels, counts["tag_weight"])
         if mask_labels:
@@ -493,14 +496,14 @@ class PlumForConditionalGeneration(PlumVision, segmentation.PlumMaskDecoding, Pl
                 mask_labels = [mask_labels[i] for i in targets.of_span.tolist()]
             losses |= modules.mask_losses(config, pred_masks, iou_scores, mask_labels, sizes, counts["masks"])
         elif mask_labels is not None:
-            losses |= dict.fromkeys(modules.MASK_LOSSES, torch.zeros((), device=logits.device))
+            losses |= dict.fromkeys(modules.MASK_LOSSES, torch.zeros((), device=hidden_states.device))
         if teacher is not None:
             losses["teacher_kl"] = self._teacher_loss(hidden_states, teacher, recorded.inputs, spans, counts["spans"])
         weights = self.loss_weights
         return PlumOutput(
             loss=sum(weights[name] * value for name, value in losses.items()) if losses else None,
             losses=losses or None,
-            logits=logits,
+            logits=None if self.training and labels is not None else logits_of(hidden_states),
             span_logits=span_logits,
             pred_masks=pred_masks,
             iou_scores=iou_scores,

@@ -274,7 +274,7 @@ def train_on(model, optimizer, breakdown: Breakdown, counts: dict, batches: list
 
 def save_checkpoint(model, config: PlumConfig, folder: Path) -> None:
     """Save the model with a processor, so that train.py can start from it."""
-    vision, side = config.vlm_config.vision_config, config.sam_config.vision_config.image_size
+    vision, side = config.vlm_config.vision_config, config.sam_image_size
     texts = [text for row in draw_records(20, 128) for text in (turn["content"] for turn in row["messages"])]
     tokenizer = train_tokenizer(texts, 1000)
     model.config.vlm_config.image_token_id = tokenizer.convert_tokens_to_ids("<image>")
@@ -322,8 +322,10 @@ class Waits:
 
 def measure_recipe(folder: Path, config: PlumConfig, card: Card, steps: int) -> None:
     """Train plum-7b's recipe on drawings, with train.py's own function, from the checkpoint `folder / "model"`."""
-    side, waits = config.sam_config.vision_config.image_size, Waits()
+    side, waits = config.sam_image_size, Waits()
     recipe = yaml.safe_load((ROOT / "recipes" / "stage2_partonomy_7b.yaml").read_text())
+    if card.device == "cpu":
+        recipe |= {"gradient_accumulation_steps": 1, "dataloader_num_workers": 1}
     samples = recipe["per_device_train_batch_size"] * recipe["gradient_accumulation_steps"]
     records = Dataset.from_list(draw_records(5 * samples, side), features=GROUNDED_CONVERSATION_FEATURES)
     (folder / "data").mkdir()

@@ -11,6 +11,7 @@ G grid side, H/W pixels.
 
 import copy
 import json
+from collections.abc import Callable
 from contextvars import ContextVar
 
 import torch
@@ -36,6 +37,8 @@ MASK_LOSSES = ("mask_overlap", "mask_bce", "mask_iou")
 # Number of mask pixels whose losses are computed at once. For more masks, intermediate results are recomputed in the
 # backward pass.
 MASK_PIXELS_AT_ONCE = 2**22
+# The same for logits over the vocabulary.
+LOGITS_AT_ONCE = 2**22
 # Default maximum number of answer tokens; saved with every checkpoint.
 DEFAULT_MAX_NEW_TOKENS = 256
 # Decoding options that only save time or memory, and embed several tokens by their ids only: without the embeddings of
@@ -197,15 +200,35 @@ def span_targets(span_labels: torch.Tensor, scope: str) -> torch.Tensor:
     return torch.where(has_span, span_labels.clamp(min=TAG_OUTSIDE), -1)
 
 
-def language_modeling_loss(logits: torch.Tensor, labels: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
-    """Return the cross-entropy of `logits` `(B, L, vocab_size)` with the next token of `labels` `(B, L)`."""
-    loss = F.cross_entropy(
-        logits[:, :-1].flatten(0, 1).float(),
-        labels[:, 1:].flatten(),
-        ignore_index=IGNORE_INDEX,
-        reduction="sum",
-    )
+def language_modeling_loss(
+    logits_of: Callable[[torch.Tensor], torch.Tensor],
+    hidden_states: torch.Tensor,
+    labels: torch.Tensor,
+    count: torch.Tensor,
+) -> torch.Tensor:
+    """
+    Return the cross-entropy with the next token of `labels` `(B, L)`, from `hidden_states` `(B, L, D)`. Logits are
+    computed only where there is a label, and their probabilities a few rows at a time.
+
+    Args:
+        logits_of: Returns the logits `(1, T, vocab_size)` of hidden states `(1, T, D)`.
+    """
+    labelled = labels[:, 1:] != IGNORE_INDEX
+    targets = labels[:, 1:][labelled]  # (T,)
+    # One call for all, because sharded weights need the same number of calls on every process.
+    logits = logits_of(hidden_states[:, :-1][labelled][None])[0]  # (T, vocab_size)
+    rows = max(1, LOGITS_AT_ONCE // logits.shape[1])
+    if len(targets) <= rows:
+        loss = _sum_token_losses(logits, targets)
+    else:
+        parts = zip(logits.split(rows), targets.split(rows), strict=True)
+        options = {"use_reentrant": False, "preserve_rng_state": False}
+        loss = sum(checkpoint(_sum_token_losses, *part, **options) for part in parts)
     return loss / count.to(loss).clamp(min=1)
+
+
+def _sum_token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(logits.float(), targets, reduction="sum")
 
 
 def span_tagging_loss(

@@ -367,6 +367,26 @@ def test_generated_spans_have_the_masks_of_the_same_answer_given(model_and_proce
     assert_close(tagged.pred_masks, generated.pred_masks, **EXACT)
 
 
+@pytest.mark.parametrize("rows", [1, 5, 1000])
+def test_the_language_loss_in_parts_has_the_gradients_of_all_logits_at_once(monkeypatch, rows):
+    model, processor = tiny_model().train(), tiny_processor()
+    batch = mixed_batch(processor)
+    targets = batch["labels"][:, 1:].flatten()
+    outputs = model(**{**batch, "labels": None})
+    expected = nn.functional.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), targets)
+    expected.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad(set_to_none=True)
+    monkeypatch.setattr(modules_plum, "LOGITS_AT_ONCE", rows * outputs.logits.shape[-1])
+    outputs = model(**batch)
+    assert outputs.logits is None
+    assert_close(outputs.losses["language_modeling"], expected)
+    outputs.losses["language_modeling"].backward()
+    for name, p in model.named_parameters():
+        if gradients[name] is not None:
+            assert_close(p.grad, gradients[name], rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+
+
 def test_choice_scores_equal_log_probabilities_summed_token_by_token(model_and_processor):
     model, processor = model_and_processor
     image = random_image(seed=1)
