@@ -441,6 +441,8 @@ class PlumForConditionalGeneration(PlumVision, segmentation.PlumMaskDecoding, Pl
         span_groups: torch.LongTensor | None = None,
         mask_groups: torch.LongTensor | None = None,
         teacher_forced: torch.BoolTensor | None = None,
+        prompt_rounds: torch.LongTensor | None = None,
+        prompt_draws: torch.Tensor | None = None,
         teacher: Callable[..., ModelOutput] | None = None,
         loss_counts: dict[str, torch.Tensor] | None = None,
         **inputs,
@@ -457,6 +459,9 @@ class PlumForConditionalGeneration(PlumVision, segmentation.PlumMaskDecoding, Pl
             span_groups, mask_groups (`(S,)`, `(M,)`): Group of each span and of each of then M `mask_labels`; spans of
                 a group may take its masks in any order (see [`MaskTargets`]). Default: mask i belongs to span i.
             teacher_forced (`(S,)` bool): Spans whose true mask, not the predicted one, is fed back to later spans.
+            prompt_rounds (`(S,)`), prompt_draws (`(S, PROMPT_DRAWS)`): Number of further decodes of each span with
+                prompts by chance, and the random numbers for them (see [`SampledPrompts`]). Their losses are averaged
+                with those of the spans' own masks.
             teacher: The frozen language model of the KL loss on span tokens. Called without gradients with the inputs
                 of this model's language model, including input embeddings.
             loss_counts: Divisors of the losses (see [`count_loss_items`]) for batches that are part of a larger one
@@ -475,16 +480,22 @@ class PlumForConditionalGeneration(PlumVision, segmentation.PlumMaskDecoding, Pl
             hidden_states = self._run_language_model(input_ids, attention_mask, **images.vlm_inputs, **vlm_inputs)
         logits_of = partial(backbones.next_token_logits, self.vlm)
         span_logits = self.tag_tokens(input_ids, hidden_states, attention_mask)
-        pred_masks = iou_scores = targets = sizes = None
+        pred_masks = iou_scores = targets = sampled = sizes = None
         if spans is not None and len(spans):
             sizes = images.sizes_of(spans)
-            targets = self._mask_targets(mask_labels, sizes, span_groups, mask_groups, teacher_forced)
-            pred_masks, iou_scores = self.decode_masks(
-                hidden_states, spans, images.sam_embeddings, images.index, targets=targets
+            given = hidden_states, spans, images.sam_embeddings, images.index
+            targets = self._mask_targets(
+                mask_labels, sizes, span_groups, mask_groups, teacher_forced, needed=prompt_rounds is not None
             )
+            if prompt_rounds is not None:
+                frames, side = sizes[:, 2:], self.config.sam_image_size
+                sampled = segmentation.SampledPrompts(targets, prompt_rounds, prompt_draws, frames, side)
+            pred_masks, iou_scores = self.decode_masks(*given, targets=targets, sampled=sampled)
 
         config, losses = self.config, {}
-        counts = loss_counts or modules.count_loss_items(config, labels, span_labels, spans, mask_labels)
+        counts = loss_counts or modules.count_loss_items(
+            config, labels, span_labels, spans, mask_labels, prompt_rounds
+        )
         if labels is not None:
             losses["language_modeling"] = modules.language_modeling_loss(
                 logits_of, hidden_states, labels, counts["tokens"]
@@ -492,9 +503,13 @@ class PlumForConditionalGeneration(PlumVision, segmentation.PlumMaskDecoding, Pl
         if span_labels is not None and self.span_tagger.has_loss:
             losses["span_tagging"] = modules.span_tagging_loss(config, span_logits, span_labels, counts["tag_weight"])
         if mask_labels:
+            decoded = pred_masks, iou_scores
             if targets is not None:
                 mask_labels = [mask_labels[i] for i in targets.of_span.tolist()]
-            losses |= modules.mask_losses(config, pred_masks, iou_scores, mask_labels, sizes, counts["masks"])
+            if sampled is not None:
+                of_spans, *decoded = sampled.with_own(*decoded)
+                mask_labels, sizes = [mask_labels[i] for i in of_spans.tolist()], sizes[of_spans]
+            losses |= modules.mask_losses(config, *decoded, mask_labels, sizes, counts["masks"])
         elif mask_labels is not None:
             losses |= dict.fromkeys(modules.MASK_LOSSES, torch.zeros((), device=hidden_states.device))
         if teacher is not None:

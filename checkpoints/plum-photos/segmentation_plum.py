@@ -11,7 +11,7 @@ G grid side, H/W pixels. A *low-res mask* has 4G x 4G logits in the frame of SAM
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -31,6 +31,10 @@ except ImportError:
 GIVEN_MASK_LOGIT = 10.0
 # Inputs with the prompts of spans, in transformers' names.
 PROMPTS = ("input_points", "input_labels", "input_boxes", "input_masks")
+# Random numbers that determine the prompts of one span in training, and the largest number of its prompted decodes.
+PROMPT_DRAWS, MAX_PROMPT_ROUNDS = 8, 3
+# Standard deviation of a box in training as a share of its sides, and the largest displacement in pixels, as in SAM.
+BOX_NOISE, MAX_BOX_NOISE = 0.1, 20.0
 # Mask prompts decoded at once: on a CPU limited by the total number of image cells, elsewhere a fixed number.
 CPU_CELLS_AT_ONCE = 16 * 16 * 16
 PROMPTS_AT_ONCE = 64
@@ -422,6 +426,116 @@ class MaskTargets:
         return torch.where(self.forced[members, None, None], true, logits)
 
 
+class SampledPrompts:
+    """
+    Further decodes of spans in training with prompts by chance, as SAM was trained (arXiv 2304.02643, appendix A).
+
+    The first decode of a span has a click in the error region of its own mask, with this mask, in one half of all
+    cases, and a click inside the true mask or a box around it in a quarter each. Each further decode adds a click in
+    the error region of the decode before, whose mask it gets. A click is a uniformly drawn pixel of the larger of the
+    two error regions, missed and excess pixels.
+
+    Args:
+        targets: Receives the true mask of each span during decoding.
+        rounds: `(S,)` number of prompted decodes of each span, 0 for none.
+        draws: `(S, PROMPT_DRAWS)` numbers in [0, 1): the kind of the first prompt, the pixel of each click, the
+            displacement of the box's sides.
+        frames: `(S, 2)` (height, width) in pixels of each span's image within SAM's input.
+        image_size: Side of SAM's input in pixels.
+    """
+
+    def __init__(
+        self,
+        targets: MaskTargets,
+        rounds: torch.LongTensor,
+        draws: torch.Tensor,
+        frames: torch.LongTensor,
+        image_size: int,
+    ):
+        self.targets, self.rounds, self.draws = targets, rounds, draws
+        self.frames, self.image_size = frames, image_size
+        self.decoded: list[tuple[torch.LongTensor, torch.Tensor, torch.Tensor]] = []  # spans, masks, scores
+
+    def decode(self, own_masks: torch.Tensor, decode: Callable[..., tuple[torch.Tensor, torch.Tensor]]):
+        """Run all rounds with `decode(spans, prompts)`, after spans `(S, 4G, 4G)` have their own masks and targets."""
+        corrects, boxed = self.draws[:, 0] < 0.5, self.draws[:, 0] >= 0.75
+        present = torch.where(corrects[:, None, None], own_masks.detach().float(), -GIVEN_MASK_LOGIT)
+        prompts: dict[int, SpanPrompt] = {}
+        for number in range(int(self.rounds.max())):
+            members = (self.rounds > number).nonzero()[:, 0]
+            points, labels = self._click(members, present, self.draws[members, 1 + number])
+            boxes = self._boxes(members) if number == 0 else None
+            for place, span in enumerate(members.tolist()):
+                point, label, before = points[place, None], labels[place, None], prompts.get(span)
+                if before is None and boxed[span]:
+                    prompts[span] = SpanPrompt(box=boxes[place])
+                elif before is None:
+                    prompts[span] = SpanPrompt(
+                        points=point, labels=label, mask=present[span] if corrects[span] else None
+                    )
+                else:
+                    if before.points is not None:
+                        point, label = torch.cat([before.points, point]), torch.cat([before.labels, label])
+                    prompts[span] = SpanPrompt(points=point, labels=label, box=before.box, mask=present[span])
+            masks, scores = decode(members, prompts)
+            self.decoded.append((members, masks, scores))
+            present = present.index_put((members,), masks.detach().float())
+
+    def with_own(self, masks: torch.Tensor, scores: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return the spans `(S + R,)`, masks and scores of own decodes `(S,)` followed by the R prompted ones."""
+        own = torch.arange(len(masks), device=masks.device), masks, scores
+        return tuple(map(torch.cat, zip(own, *self.decoded, strict=True)))
+
+    @property
+    def true_masks(self) -> torch.Tensor:
+        return self.targets.low_res_masks[self.targets.of_span]
+
+    def _regions(self, members: torch.LongTensor) -> tuple[torch.BoolTensor, torch.BoolTensor]:
+        """Return the true masks `(n, 4G, 4G)`, never empty unless the mask is, and the cells of the images."""
+        low_res = self.true_masks[members]
+        largest = low_res.amax(dim=(1, 2), keepdim=True)  # a part thinner than half a cell has no logit above 0
+        true = (low_res > 0) | ((low_res == largest) & (low_res > -GIVEN_MASK_LOGIT))
+        side = low_res.shape[-1]
+        centres = (torch.arange(side, device=low_res.device) + 0.5) * (self.image_size / side)
+        rows, columns = (centres < self.frames[members, axis, None] for axis in (0, 1))
+        return true, rows[:, :, None] & columns[:, None]
+
+    def _click(self, members, present, draws) -> tuple[torch.Tensor, torch.LongTensor]:
+        """Return a point `(n, 2)` in pixels of SAM's input and a label `(n,)` for each of the spans `members`."""
+        true, visible = self._regions(members)
+        found = present[members] > 0
+        missed, excess = true & ~found & visible, found & ~true & visible
+        adds = missed.sum(dim=(1, 2)) >= excess.sum(dim=(1, 2))
+        region = torch.where(adds[:, None, None], missed, excess)
+        for other in (true & visible, visible):  # without an error, inside the mask; without a mask, anywhere
+            region = torch.where(region.any(dim=(1, 2))[:, None, None], region, other)
+        cells = region.flatten(1)
+        count = cells.sum(dim=1)
+        number = torch.minimum((draws * count).long(), count - 1)
+        index = (cells.cumsum(dim=1) > number[:, None]).int().argmax(dim=1)
+        side = true.shape[-1]
+        points = torch.stack([index % side, index // side], dim=1)
+        # SAM's prompt encoder adds half a pixel.
+        points = (points + 0.5) * (self.image_size / side) - 0.5
+        return points, (adds & true.any(dim=2).any(dim=1)).long()
+
+    def _boxes(self, members) -> torch.Tensor:
+        """Return displaced boxes `(n, 4)` around the true masks of spans, in pixels of SAM's input."""
+        true, visible = self._regions(members)
+        region = torch.where(true.any(dim=2).any(dim=1)[:, None, None], true, visible)
+        ends = []
+        for axis in (1, 2):  # columns, rows
+            inside = region.any(dim=axis).int()  # (n, 4G)
+            ends += [inside.argmax(dim=1), inside.shape[1] - inside.flip(1).argmax(dim=1)]
+        x0, x1, y0, y1 = (end * (self.image_size / true.shape[-1]) for end in ends)
+        sides = torch.stack([x1 - x0, y1 - y0], dim=1).repeat(1, 2)
+        # Up to 4.75 standard deviations, so that the corners stay in their order.
+        normal = torch.special.ndtri(self.draws[members, -4:].double().clamp(1e-6, 1 - 1e-6)).float()
+        noise = (normal * BOX_NOISE * sides).clamp(-MAX_BOX_NOISE, MAX_BOX_NOISE)
+        limits = self.frames[members].flip(1).repeat(1, 2)
+        return (torch.stack([x0, y0, x1, y1], dim=1) + noise).clamp(min=0).minimum(limits)
+
+
 def check_by_span(name: str, values, count: int) -> dict:
     """Return an input by index of the span. Raises `ValueError` unless all keys are indices of `count` spans."""
     if not isinstance(values or {}, Mapping):
@@ -498,6 +612,7 @@ class PlumMaskDecoding:
         given_masks: dict[int, torch.Tensor] | None = None,
         prompts: dict[int, SpanPrompt] | None = None,
         targets: MaskTargets | None = None,
+        sampled: SampledPrompts | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Decode the masks of spans, conversations in lock-step: step t decodes the t-th span of every row that has one.
@@ -509,6 +624,7 @@ class PlumMaskDecoding:
             given_masks: Low-res logits `(4G, 4G)` by span index, which replace the prediction of that span.
             prompts: Prompts by span index.
             targets: In training, receives the prediction of each span and selects the mask that is fed back.
+            sampled: In training, decodes some spans again, with prompts.
 
         Returns:
             Low-res logits `(S, 4G, 4G)` and predicted IoUs `(S,)`.
@@ -530,18 +646,20 @@ class PlumMaskDecoding:
             if self.mask_feedback is None and not given_masks and targets is None:
                 every = torch.arange(len(spans), device=spans.device)
                 return decode(every, self._no_mask_prompt(queries), prompts or {})
-            return self._decode_in_lock_step(
-                decode, queries, rows, positions, given_masks or {}, prompts or {}, targets
-            )
+            given = given_masks or {}, prompts or {}
+            masks, scores, dense = self._decode_in_lock_step(decode, queries, rows, positions, *given, targets)
+            if sampled is not None:
+                sampled.decode(masks, lambda members, prompts: decode(members, dense[members], prompts))
+            return masks, scores
 
-    def _mask_targets(self, mask_labels, sizes, span_groups, mask_groups, teacher_forced):
+    def _mask_targets(self, mask_labels, sizes, span_groups, mask_groups, teacher_forced, *, needed):
         """Return targets assigned during decoding, from `(S, 4)` sizes of each span's image; None if not needed."""
-        if span_groups is None and teacher_forced is None:
+        if span_groups is None and teacher_forced is None and not needed:
             return None
         if not mask_labels or sizes is None:
             raise ValueError(
-                "teacher_forced, span_groups and mask_groups need the true masks: pass mask_labels, original_sizes "
-                "and reshaped_input_sizes as well."
+                "teacher_forced, span_groups, mask_groups and prompt_rounds need the true masks: pass mask_labels, "
+                "original_sizes and reshaped_input_sizes as well."
             )
         if span_groups is None:
             span_groups = mask_groups = torch.arange(len(sizes), device=sizes.device)
@@ -699,7 +817,7 @@ class PlumMaskDecoding:
         first = torch.searchsorted(rows, rows)  # index of the first span of the same row
         step = torch.arange(len(rows), device=rows.device) - first
         last_step = step[torch.searchsorted(rows, rows, right=True) - 1]
-        masks, iou_scores, members_of_step = [], [], []
+        decoded_by_step, members_of_step = [], []  # masks, scores and dense prompts; spans
         keys, values = None, None  # (n, t, G*G, C) of the earlier masks of the remaining rows
         for t in range(int(step.max()) + 1):
             members = (step == t).nonzero()[:, 0]
@@ -712,8 +830,7 @@ class PlumMaskDecoding:
             if targets is not None:
                 targets.assign(members, decoded)
                 fed_back = targets.feed_back(members, decoded)
-            masks.append(decoded)
-            iou_scores.append(scores)
+            decoded_by_step.append((decoded, scores, dense))
             members_of_step.append(members)
             goes_on = last_step[members] > t
             if self.mask_feedback is not None and goes_on.any():
@@ -725,7 +842,7 @@ class PlumMaskDecoding:
                     for earlier, new in ((keys, new_keys), (values, new_values))
                 )
         order = torch.cat(members_of_step).argsort()
-        return torch.cat(masks)[order], torch.cat(iou_scores)[order]
+        return tuple(torch.cat(values)[order] for values in zip(*decoded_by_step, strict=True))
 
     @staticmethod
     def _replace_given(members, masks, iou_scores, given_masks):

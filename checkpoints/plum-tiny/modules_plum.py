@@ -173,11 +173,11 @@ def keep_last_answer(labels: torch.LongTensor) -> torch.LongTensor:
 
 
 def count_loss_items(
-    config: PlumConfig, labels=None, span_labels=None, spans=None, mask_labels=None
+    config: PlumConfig, labels=None, span_labels=None, spans=None, mask_labels=None, prompt_rounds=None
 ) -> dict[str, torch.Tensor]:
     """
-    Return the divisor of each loss: target tokens, summed class weight of the supervised tags, masks, spans. Arguments
-    as in `PlumForConditionalGeneration.forward`; the counts of several batches may be added.
+    Return the divisor of each loss: target tokens, summed class weight of the supervised tags, masks (own and
+    prompted), spans. Arguments as in `PlumForConditionalGeneration.forward`; counts of several batches may be added.
     """
     counts = {
         "tokens": torch.zeros(()) if labels is None else (labels[:, 1:] != IGNORE_INDEX).sum(),
@@ -185,6 +185,8 @@ def count_loss_items(
         "masks": torch.tensor(float(len(spans)) if mask_labels else 0.0),
         "spans": torch.tensor(0.0 if spans is None else float(len(spans))),
     }
+    if prompt_rounds is not None:
+        counts["masks"] = counts["masks"].to(prompt_rounds.device) + prompt_rounds.sum()
     if span_labels is not None:
         targets = span_targets(span_labels, config.span_loss_scope)
         class_weights = torch.tensor([*config.span_class_weights, 0.0], device=targets.device)

@@ -19,6 +19,10 @@ from plum_partonomy.records import DataError, as_chat, check_turns, tagged_phras
 from plum_partonomy.seeding import seeded_generator
 from plum_partonomy.training.fresh import FreshRecords
 from processing_plum import PlumProcessor
+from segmentation_plum import MAX_PROMPT_ROUNDS, PROMPT_DRAWS
+
+OF_SPANS = ("teacher_forced", "prompt_rounds", "prompt_draws")
+"""Fields of a conversation with an entry for each mask; inputs of the model for the supervised ones."""
 
 
 @dataclass
@@ -33,6 +37,8 @@ class Conversation:
         tagged: Whether the answers give supervision of tags.
         chosen: Sorted indices of the supervised masks.
         teacher_forced: Whether the true mask is fed back, bool (masks,).
+        prompt_rounds: Number of decodes with prompts, (masks,).
+        prompt_draws: Random numbers of their prompts, (masks, PROMPT_DRAWS).
     """
 
     messages: list[dict]
@@ -40,6 +46,8 @@ class Conversation:
     tagged: bool
     chosen: np.ndarray = field(default_factory=lambda: np.zeros(0, int))
     teacher_forced: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
+    prompt_rounds: np.ndarray = field(default_factory=lambda: np.zeros(0, int))
+    prompt_draws: np.ndarray = field(default_factory=lambda: np.zeros((0, PROMPT_DRAWS), np.float32))
 
 
 @dataclass(frozen=True)
@@ -56,6 +64,7 @@ class ExampleMaker:
             turn.
         max_spans: Maximum number of supervised masks of a record, chosen at random.
         teacher_forcing_probability: Probability of feeding back the true mask of a span instead of the predicted one.
+        prompt_probability: Probability of decoding the mask of a span again with random prompts.
     """
 
     jitter: float = 0.0
@@ -65,6 +74,7 @@ class ExampleMaker:
     follow_up_probability: float = 0.0
     max_spans: int | None = None
     teacher_forcing_probability: float = 0.0
+    prompt_probability: float = 0.0
 
     def __call__(self, record: dict, generator: np.random.Generator) -> dict:
         """
@@ -99,6 +109,11 @@ class ExampleMaker:
         for conversation in conversations:
             draws = generator.random(len(conversation.masks))
             conversation.teacher_forced = draws < self.teacher_forcing_probability
+        for conversation in conversations:
+            chance, length, *draws = generator.random((2 + PROMPT_DRAWS, len(conversation.masks)))
+            rounds = 1 + (MAX_PROMPT_ROUNDS * length).astype(int)
+            conversation.prompt_rounds = np.where(chance < self.prompt_probability, rounds, 0)
+            conversation.prompt_draws = np.stack(draws, axis=1).astype(np.float32)
         return {"id": record["id"], "image": image, "conversations": conversations}
 
     def _draw_turns(self, turns: list[Conversation], generator: np.random.Generator) -> list[Conversation]:
@@ -307,8 +322,9 @@ class Collator:
             chosen += (start + conversation.chosen).tolist()
             start += len(conversation.masks)
         batch["spans"] = batch["spans"][chosen]
-        forced = [conversation.teacher_forced for _, conversation in rows]
-        batch["teacher_forced"] = torch.from_numpy(np.concatenate(forced))[chosen]
+        for name in OF_SPANS:
+            drawn = np.concatenate([getattr(conversation, name) for _, conversation in rows])
+            batch[name] = torch.from_numpy(drawn)[chosen]
         groups = torch.arange(len(batch["mask_labels"]))
         if self.order_free_targets:
             groups = torch.tensor(group_masks([conversation.messages for _, conversation in rows]))
@@ -356,7 +372,7 @@ def cut_answers(batch: dict, max_length: int, *, pad_token_id: int) -> tuple[lis
     for name, fill in fills.items():
         batch[name] = batch[name].masked_fill(cut, fill)[:, : kept.max()]
     inside = batch["spans"][:, 2] <= kept[batch["spans"][:, 0]]
-    for name in ("spans", "span_groups", "teacher_forced"):
+    for name in ("spans", "span_groups", *OF_SPANS):
         batch[name] = batch[name][inside]
     kept_masks = torch.isin(batch["mask_groups"], batch["span_groups"])
     batch["mask_groups"] = batch["mask_groups"][kept_masks]

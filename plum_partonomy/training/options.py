@@ -147,6 +147,10 @@ class DataArguments:
         default=0.0,
         metadata={"help": "Probability of feeding back the true mask of a span instead of the predicted one."},
     )
+    prompt_probability: float = field(
+        default=0.0,
+        metadata={"help": "Probability of decoding the mask of a span again with random clicks or a random box."},
+    )
     order_free_targets: bool = field(
         default=False,
         metadata={"help": "Spans of one answer with the same words may take their masks in any order."},
@@ -168,7 +172,7 @@ class DataArguments:
             raise DataError(f"random_crop must be at least 0 and below 1, found {self.random_crop}.")
         if not 0 <= self.random_affine <= 0.5:
             raise DataError(f"random_affine must be between 0 and 0.5, found {self.random_affine}.")
-        for name in ("teacher_forcing_probability", "follow_up_probability"):
+        for name in ("teacher_forcing_probability", "prompt_probability", "follow_up_probability"):
             if not 0 <= getattr(self, name) <= 1:
                 raise DataError(f"{name} must be between 0 and 1, found {getattr(self, name)}.")
         if self.follow_up_probability and self.turns_per_record is None:

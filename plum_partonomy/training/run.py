@@ -103,6 +103,7 @@ def make_train_dataset(
         "follow_up_probability": arguments.follow_up_probability,
         "max_spans": arguments.max_spans,
         "teacher_forcing_probability": arguments.teacher_forcing_probability,
+        "prompt_probability": arguments.prompt_probability,
     }
     if arguments.streaming:
         return stream_examples(records, **options)

@@ -150,7 +150,7 @@ class PlumTrainer(Trainer):
         for batch in batches:
             self._rows = {name: self._rows[name] + count for name, count in batch["record_counts"].items()}
         config = self.accelerator.unwrap_model(self.model).config
-        names = ("labels", "span_labels", "spans", "mask_labels")
+        names = ("labels", "span_labels", "spans", "mask_labels", "prompt_rounds")
         counts = [count_loss_items(config, **{name: batch[name] for name in names}) for batch in batches]
         total = {name: sum(count[name] for count in counts).to(device) for name in counts[0]} if counts else None
         return batches, self.accelerator.reduce(total, "sum")

@@ -99,7 +99,10 @@ def test_how_often_a_span_is_forced_follows_the_probability_and_its_own_record_a
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"mask_labels": None}, "teacher_forced, span_groups and mask_groups need the true masks: pass mask_labels"),
+        (
+            {"mask_labels": None},
+            "teacher_forced, span_groups, mask_groups and prompt_rounds need the true masks: pass mask_labels",
+        ),
         ({"mask_groups": torch.zeros(2, dtype=torch.long)}, "Found 2 mask_groups for 4 mask_labels; give one each."),
         (
             {"mask_groups": torch.tensor([0, 0, 0, 1]), "span_groups": torch.tensor([0, 0, 0, 0])},

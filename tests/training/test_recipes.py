@@ -13,10 +13,11 @@ from transformers import Qwen2VLImageProcessor
 from configuration_plum import PlumConfig
 from partonomy_dataset import Partonomy
 from plum_partonomy.inference.checkpoint import load_checkpoint
-from plum_partonomy.training.model import compose_backbones, load_processor_alone
+from plum_partonomy.training.model import compose_backbones, freeze, load_processor_alone
 from plum_partonomy.training.options import parse_arguments
 from plum_partonomy.training.run import main as train
 from scripts.count_parameters import count_parameters, format_table
+from tests.tiny import mixed_conversations, tiny_model, tiny_processor
 from tests.tiny_backbones import llava_clip, qwen3_vl, tiny_sam
 
 ROOT = Path(__file__).parents[2]
@@ -67,6 +68,24 @@ def test_stage_2_goes_on_from_stage_1_with_one_question_for_each_image(size):
         ("core_stage2", "data", None)
     ]
     assert (args.learning_rate, args.max_steps) == (before.learning_rate, before.max_steps)
+
+
+@pytest.mark.parametrize("name", ["plum_tiny", "plum_photos"])
+def test_recipes_of_clicks_change_no_answer_and_store_nothing_of_encoder_and_language_model(name):
+    arguments, data, _ = parse_recipe(f"clicks_{name}")
+    assert arguments.model == f"checkpoints/{name.replace('_', '-')}" and data.prompt_probability == 1
+    model = tiny_model().train()
+    freeze(model, arguments.frozen_modules)
+    conversations, masks = mixed_conversations()
+    batch = tiny_processor().apply_chat_template(conversations, masks=masks, tokenize=True, return_dict=True)
+    draws = torch.tensor([[kind, *[0.5] * 7] for kind in (0.1, 0.6, 0.9, 0.1)])
+    outputs = model(**batch, prompt_rounds=torch.tensor([3, 2, 1, 3]), prompt_draws=draws)
+    assert not outputs.last_hidden_state.requires_grad and not outputs.span_logits.requires_grad
+    outputs.loss.backward()
+    learning = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert all(name.startswith(("sam.mask_decoder.", "sam.prompt_encoder.")) for name in learning)
+    for part in ("mask_decoder.iou_token", "prompt_encoder.point_embed.3", "prompt_encoder.mask_embed.conv1"):
+        assert any(part in name for name in learning), part
 
 
 @pytest.mark.parametrize("size", PUBLISHED)

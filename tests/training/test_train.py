@@ -152,7 +152,7 @@ def test_a_checkpoint_in_bfloat16_is_trained_in_float32(tmp_path):
     [
         {},
         {"muon_learning_rate": 0.01, "turns_per_record": 2, "follow_up_probability": 0.5},
-        {"teacher_forcing_probability": 0.5, "order_free_targets": True},
+        {"teacher_forcing_probability": 0.5, "order_free_targets": True, "prompt_probability": 0.7},
         {"lora_r": 2, "lora_dropout": 0.2},
         {"streaming": True, "dataloader_num_workers": 1},
     ],

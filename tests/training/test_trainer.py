@@ -61,6 +61,7 @@ def run_trainer(
     }
     args = PlumTrainingArguments(str(output_dir), **{**settings, **options})
     changes = {"jitter": 0.2, "max_spans": 2, "teacher_forcing_probability": 0.5} if augmented else {}
+    changes["prompt_probability"] = 0.7
     dataset = ConversationDataset(uneven_records(), seed=3, **changes)
     recorder, model = GradientRecorder(), tiny_model()
     # At its small initial weights the feedback would have gradients that vanish in rounding.

@@ -1,0 +1,248 @@
+"""Prompts by chance in training: which clicks and boxes the numbers give, and what is decoded from them."""
+
+import numpy as np
+import pytest
+import torch
+from torch.testing import assert_close
+
+from modules_plum import MASK_LOSSES, count_loss_items, mask_losses
+from plum_partonomy.training.examples import Collator, ConversationDataset
+from segmentation_plum import GIVEN_MASK_LOGIT, MaskTargets, SampledPrompts, SpanPrompt
+from tests.runs import make_records, record
+from tests.tiny import IMAGE_SIZE, mixed_conversations, tiny_model, tiny_processor
+
+SIDE = IMAGE_SIZE // 2
+EXACT = {"rtol": 1e-5, "atol": 1e-5}
+FRAMES = torch.tensor([[46, 64], [64, 28]])  # (height, width) of a wide and a tall image in SAM's input
+CORRECTION, CLICK, BOX = 0.1, 0.6, 0.9
+
+
+@pytest.fixture(scope="module")
+def batch():
+    conversations, masks = mixed_conversations()
+    return dict(tiny_processor().apply_chat_template(conversations, masks=masks, tokenize=True, return_dict=True))
+
+
+def rectangle(top, bottom, left, right) -> torch.Tensor:
+    logits = torch.full((SIDE, SIDE), -GIVEN_MASK_LOGIT)
+    logits[top:bottom, left:right] = GIVEN_MASK_LOGIT
+    return logits
+
+
+def sample(true: list[torch.Tensor], own: list[torch.Tensor], draws: list[list[float]], rounds=None, frames=None):
+    """The prompts of every round, of spans whose decodes return half of the mask before."""
+    count = torch.arange(len(true))
+    targets = MaskTargets(torch.stack(true), count, count, torch.zeros(len(true), dtype=torch.bool))
+    targets.of_span = count
+    frames = torch.full((len(true), 2), IMAGE_SIZE) if frames is None else frames
+    rounds = torch.tensor([3] * len(true) if rounds is None else rounds)
+    sampled, prompted = SampledPrompts(targets, rounds, torch.tensor(draws), frames, IMAGE_SIZE), []
+
+    def decode(members, prompts):
+        prompted.append({span: prompts[span] for span in members.tolist()})
+        decoded = torch.stack([own[span] for span in members.tolist()])
+        decoded[:, :, SIDE // 2 :] = -GIVEN_MASK_LOGIT
+        return decoded, torch.zeros(len(members))
+
+    sampled.decode(torch.stack(own), decode)
+    return prompted, sampled
+
+
+def pixel_of(prompt: SpanPrompt, number: int = -1) -> tuple[int, int]:
+    """Row and column of a point in the low-res frame."""
+    x, y = ((prompt.points[number] + 0.5) / 2).tolist()
+    assert x % 1 == y % 1 == 0.5  # the centre of a low-res pixel, after SAM's half pixel
+    return int(y), int(x)
+
+
+def test_clicks_are_the_nth_pixel_of_the_larger_error_region_with_its_label():
+    generator = np.random.default_rng(0)
+    true = [torch.from_numpy(generator.normal(size=(SIDE, SIDE)).astype(np.float32)) for _ in range(8)]
+    own = [torch.from_numpy(generator.normal(size=(SIDE, SIDE)).astype(np.float32) + i / 4 - 1) for i in range(8)]
+    draws = generator.random((8, 8)).astype(np.float32)
+    draws[:, 0] = CORRECTION
+    (first, *_), _ = sample(true, own, draws.tolist())
+    labels = set()
+    for span, prompt in first.items():
+        missed, excess = (true[span] > 0) & (own[span] <= 0), (own[span] > 0) & (true[span] <= 0)
+        inside = bool(missed.sum() >= excess.sum())
+        pixels = (missed if inside else excess).nonzero().tolist()
+        assert pixel_of(prompt) == tuple(pixels[int(draws[span, 1] * len(pixels))])
+        assert prompt.labels.tolist() == [int(inside)]
+        assert torch.equal(prompt.mask, own[span]) and prompt.box is None
+        labels.add(inside)
+    assert labels == {True, False}
+
+
+def test_clicks_are_uniform_over_the_region():
+    draws = [[CLICK, (i + 0.5) / 12, *[0.0] * 6] for i in range(12)]
+    (first, *_), _ = sample([rectangle(4, 7, 10, 14)] * 12, [rectangle(0, 9, 0, 9)] * 12, draws)
+    assert sorted(map(pixel_of, first.values())) == [(row, column) for row in (4, 5, 6) for column in range(10, 14)]
+    assert all(prompt.labels.tolist() == [1] and prompt.mask is None for prompt in first.values())
+
+
+def test_later_rounds_add_clicks_to_the_first_prompt_and_take_the_mask_before():
+    true, own = [rectangle(8, 24, 8, 24)] * 3, [rectangle(8, 20, 4, 24)] * 3
+    draws = [[kind, 0.0, 0.0, 0.999, 0.5, 0.5, 0.5, 0.5] for kind in (CORRECTION, CLICK, BOX)]
+    prompted, sampled = sample(true, own, draws, rounds=[3, 1, 2])
+    assert [sorted(prompts) for prompts in prompted] == [[0, 1, 2], [0, 2], [0]]
+    correction, click, box = prompted[0].values()
+    assert correction.form == (1, False, True) and click.form == (1, False, False) and box.form == (0, True, False)
+    assert box.box.tolist() == [16.0, 16.0, 48.0, 48.0]  # a draw of 0.5 displaces nothing
+    after = rectangle(8, 20, 4, 16)  # left half of the own mask
+    for number, prompts in enumerate(prompted[1:], 1):
+        assert torch.equal(prompts[0].mask, after) and prompts[0].form == (1 + number, False, True)
+        assert torch.equal(prompts[0].points[:number], prompted[number - 1][0].points)
+    assert prompted[1][2].form == (1, True, True) and torch.equal(prompted[1][2].box, box.box)
+    assert pixel_of(prompted[0][0]) == (20, 8)  # the first missed pixel: 64 of them, and 48 in excess
+    assert pixel_of(prompted[2][0]) == (23, 23)  # the last
+    spans, masks, scores = sampled.with_own(torch.stack(own), torch.ones(3))
+    assert spans.tolist() == [0, 1, 2, 0, 1, 2, 0, 2, 0]
+    assert torch.equal(masks[:3], torch.stack(own)) and torch.equal(masks[3:], after.expand(6, -1, -1))
+    assert scores.tolist() == [1] * 3 + [0] * 6
+
+
+def test_boxes_are_displaced_by_a_tenth_of_their_sides_and_stay_in_the_image():
+    generator = np.random.default_rng(1)
+    draws = generator.random((4000, 8)).astype(np.float32)
+    draws[:, 0] = BOX
+    count = len(draws)
+    prompted, _ = sample(
+        [rectangle(8, 24, 8, 24)] * count, [rectangle(0, 1, 0, 1)] * count, draws.tolist(), [1] * count
+    )
+    boxes = torch.stack([prompt.box for prompt in prompted[0].values()])
+    noise = boxes - torch.tensor([16.0, 16.0, 48.0, 48.0])
+    assert_close(noise.mean(dim=0), torch.zeros(4), rtol=0, atol=0.2)
+    assert_close(noise.std(dim=0), torch.full((4,), 3.2), rtol=0.05, atol=0)
+    extremes = [[BOX, 0, 0, 0, low, low, high, high] for low, high in ((0.0, 1.0), (1.0, 0.0))]
+    true = [rectangle(0, 23, 0, 32), rectangle(0, 32, 0, 14)]
+    for frame, mask in zip(FRAMES, true, strict=True):
+        prompted, _ = sample([mask] * 2, [mask] * 2, extremes, [1, 1], frame.expand(2, 2))
+        for prompt in prompted[0].values():
+            x0, y0, x1, y1 = prompt.box.tolist()
+            assert 0 <= x0 < x1 <= frame[1] and 0 <= y0 < y1 <= frame[0]
+
+
+def test_clicks_stay_inside_the_image_and_masks_thin_or_absent_have_one():
+    everywhere, thin, nothing = rectangle(0, SIDE, 0, SIDE), torch.full((SIDE, SIDE), -10.0), rectangle(0, 0, 0, 0)
+    thin[5, 3:9] = -4.0  # thinner than half a low-res pixel
+    true = [rectangle(0, 2, 0, 2), thin, nothing, nothing, rectangle(3, 5, 3, 5)]
+    own = [everywhere, nothing, nothing, rectangle(4, 6, 4, 6), rectangle(3, 5, 3, 5)]
+    for draw in (0.0, 0.5, 1.0):
+        draws = [[CORRECTION, draw, 0, 0, 0.5, 0.5, 0.5, 0.5]] * 5
+        prompted, _ = sample(true, own, draws, [1] * 5, FRAMES[0].expand(5, 2))
+        places = [pixel_of(prompt) for prompt in prompted[0].values()]
+        assert [prompt.labels.item() for prompt in prompted[0].values()] == [0, 1, 0, 0, 1]
+        assert all(row < 23 for row, _ in places)  # 46 of 64 pixels are the image
+        assert places[1][0] == 5 and 3 <= places[1][1] < 9
+        assert {4, 5} >= set(places[3]) and {3, 4} >= set(places[4])
+    prompted, _ = sample([nothing], [nothing], [[BOX, *[0.5] * 7]], [1], FRAMES[:1])
+    assert prompted[0][0].box.tolist() == [0.0, 0.0, 64.0, 46.0]
+
+
+@torch.no_grad()
+def test_prompted_decodes_are_those_of_the_same_prompts_given_and_their_losses_are_averaged_in(batch):
+    model, count = tiny_model(), len(batch["spans"])
+    draws = torch.rand(count, 8, generator=torch.Generator().manual_seed(3))
+    draws[:, 0] = torch.tensor([CORRECTION, CLICK, BOX, CORRECTION])
+    rounds = torch.tensor([1, 3, 2, 0])
+    inputs = {name: value for name, value in batch.items() if name not in ("mask_labels", "span_labels")}
+    own = model.segment_spans(**inputs)
+    images, _ = model._take_images(batch["input_ids"], batch)
+    sizes = images.sizes_of(batch["spans"])
+    targets = model._mask_targets(batch["mask_labels"], sizes, None, None, None, needed=True)
+    sampled = SampledPrompts(targets, rounds, draws, sizes[:, 2:], IMAGE_SIZE)
+    given = model.encode_conversations(**batch), batch["spans"], images.sam_embeddings, images.index
+    masks, scores = model.decode_masks(*given, targets=targets, sampled=sampled)
+    assert_close(masks, own.pred_masks, **EXACT)
+    spans, masks, scores = sampled.with_own(masks, scores)
+    assert spans.tolist() == [0, 1, 2, 3, 0, 1, 2, 1, 2, 1]
+
+    def decode_alone(members, prompts):
+        """Each span as inference decodes it, with the same prompts in pixels of its image."""
+        found = []
+        for span in members.tolist():
+            prompt, scale = prompts[span], sizes[span, [1, 0]] / sizes[span, [3, 2]]
+            given = {"input_labels": prompt.labels, "input_masks": prompt.mask}
+            given["input_points"] = None if prompt.points is None else prompt.points * scale
+            given["input_boxes"] = None if prompt.box is None else prompt.box * scale.repeat(2)
+            given = {name: {span: value} for name, value in given.items() if value is not None}
+            outputs = model.segment_spans(**inputs, **given)
+            found.append((outputs.pred_masks[span], outputs.iou_scores[span]))
+        return tuple(map(torch.stack, zip(*found, strict=True)))
+
+    alone = SampledPrompts(targets, rounds, draws, sizes[:, 2:], IMAGE_SIZE)
+    alone.decode(own.pred_masks, decode_alone)
+    expected = alone.with_own(own.pred_masks, own.iou_scores)
+    assert_close((masks, scores), expected[1:], **EXACT)
+    assert not torch.allclose(masks[4:7], masks[:3], atol=1e-3)
+
+    outputs = model(**batch, prompt_rounds=rounds, prompt_draws=draws)
+    labels = [batch["mask_labels"][i] for i in spans.tolist()]
+    expected = mask_losses(model.config, masks, scores, labels, sizes[spans], torch.tensor(float(len(spans))))
+    assert_close({name: outputs.losses[name] for name in MASK_LOSSES}, expected, **EXACT)
+    names = ("labels", "span_labels", "spans", "mask_labels")
+    counts = count_loss_items(model.config, *(batch[name] for name in names), rounds)
+    assert counts["masks"] == len(spans) and counts["spans"] == count
+    assert_close(outputs.pred_masks, own.pred_masks, **EXACT)
+
+
+def test_without_rounds_nothing_changes(batch):
+    model = tiny_model()
+    count = len(batch["spans"])
+    forced = torch.zeros(count, dtype=torch.bool)
+    none = {"prompt_rounds": torch.zeros(count, dtype=torch.long), "prompt_draws": torch.rand(count, 8)}
+    expected, found = model(**batch, teacher_forced=forced), model(**batch, teacher_forced=forced, **none)
+    assert_close(found.losses, expected.losses, rtol=0, atol=0)
+    found.loss.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    expected.loss.backward()
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            assert torch.equal(gradients[name], parameter.grad), name
+    with pytest.raises(ValueError, match="prompt_rounds need the true masks"):
+        model(**{**batch, "mask_labels": None}, **none)
+
+
+def test_prompts_depend_on_the_record_alone_and_come_with_the_probability():
+    records = make_records([record(number, 3) for number in range(60)])
+
+    def examples(probability, epoch=0, **options):
+        made = ConversationDataset(records, seed=1, prompt_probability=probability, **options)
+        made.set_epoch(epoch)
+        return [made[i]["conversations"][0] for i in range(len(records))]
+
+    half, other = examples(0.5), examples(0.5, epoch=1)
+    rounds = np.concatenate([conversation.prompt_rounds for conversation in half])
+    assert not any(conversation.prompt_rounds.any() for conversation in examples(0))
+    assert all(conversation.prompt_rounds.all() for conversation in examples(1))
+    assert 60 < (rounds > 0).sum() < 120 and set(rounds.tolist()) == {0, 1, 2, 3}
+    assert rounds.tolist() != np.concatenate([conversation.prompt_rounds for conversation in other]).tolist()
+    alone = ConversationDataset(records, seed=1, prompt_probability=0.5)[41]["conversations"][0]
+    assert np.array_equal(alone.prompt_draws, half[41].prompt_draws)
+    draws = np.concatenate([conversation.prompt_draws for conversation in half])
+    assert draws.shape == (180, 8) and draws.min() >= 0 and len(np.unique(draws)) > 1400
+    # All else of an example is as without the option.
+    options = {"jitter": 0.1, "crop": 0.2, "max_spans": 2, "teacher_forcing_probability": 0.5}
+    for on, off in zip(examples(0.5, **options), examples(0, **options), strict=True):
+        assert np.array_equal(on.chosen, off.chosen) and np.array_equal(on.teacher_forced, off.teacher_forced)
+
+
+def test_a_batch_has_the_numbers_of_its_supervised_spans():
+    rows = [record(number, 3) for number in range(4)]
+    dataset = ConversationDataset(make_records(rows), seed=1, prompt_probability=0.5, max_spans=2)
+    examples = [dataset[i] for i in range(4)]
+    batch = Collator(tiny_processor())(examples)
+    for row, example in enumerate(examples):
+        (conversation,), mine = example["conversations"], batch["spans"][:, 0] == row
+        chosen = conversation.chosen.tolist()
+        assert batch["prompt_rounds"][mine].tolist() == conversation.prompt_rounds[chosen].tolist()
+        assert batch["prompt_draws"][mine].tolist() == conversation.prompt_draws[chosen].tolist()
+    spans = batch["spans"]
+    most = int(spans[:, 2].max()) - 1
+    cut = Collator(tiny_processor(), max_length=most)(examples)
+    kept = spans[:, 2] <= most
+    assert kept.sum() < len(spans)
+    assert torch.equal(cut["prompt_rounds"], batch["prompt_rounds"][kept])
+    assert torch.equal(cut["prompt_draws"], batch["prompt_draws"][kept])
