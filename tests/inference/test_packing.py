@@ -8,8 +8,12 @@ from torch.testing import assert_close
 
 from modeling_plum import PlumForConditionalGeneration
 from plum_partonomy.inference.packing import can_pack, encode_conversations, pack_rows
+from plum_partonomy.inference.predictor import Predictor
+from plum_partonomy.masks import encode as encode_mask
+from plum_partonomy.records import PartMask, Question
+from plum_partonomy.scoring.benchmark import Asked
 from processing_plum import PlumProcessor
-from tests.tiny import conversation, random_image, tiny_config, tiny_model, tiny_processor
+from tests.tiny import conversation, random_image, random_mask, tiny_config, tiny_model, tiny_processor
 from tests.tiny_backbones import FAMILIES, tiny_sam
 
 EXACT = {"rtol": 1e-5, "atol": 3e-5}
@@ -105,6 +109,24 @@ def test_a_generated_answer_is_segmented_without_reading_it_again(plum, family):
     assert_close(found.pred_masks, read_again.pred_masks, rtol=1e-4, atol=1e-4)
     beams = model.segment(**prompts, **options, num_beams=2)
     assert beams.span_logits.shape[:2] == beams.sequences.shape
+
+
+def test_questions_of_the_benchmark_are_answered_together_as_alone(plum):
+    model, processor = plum
+    asked = []
+    for name, image in (("0", WIDE), ("1", TALL)):
+        parts = [PartMask("left wing", encode_mask(random_mask(image.height, image.width)))]
+        choices = {"choices": ["left wing", "wheel"], "choice_parts": [["left wing"], ["wheel"]], "correct": 0}
+        labels = {"image_label": "bird", "question_type": "identification", "question": "Which parts can you see?"}
+        question = Question(id=name, image=None, image_id=name, masks=parts, **choices, **labels)
+        asked.append(Asked(question, image, name))
+    options = {"max_new_tokens": 4, "choice_reduction": "answer_mean", "mask_source": "generated"}
+    together = Predictor(model, processor, **options).predict(asked)
+    for found, question in zip(together, asked, strict=True):
+        (alone,) = Predictor(model, processor, **options).predict([question])
+        assert found.choice_scores == pytest.approx(alone.choice_scores, rel=1e-4)
+        assert found.generated_text == alone.generated_text
+        assert found.predicted_tags == alone.predicted_tags
 
 
 def test_a_call_in_one_thread_sees_and_changes_nothing_of_another(plum):

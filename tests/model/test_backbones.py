@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 import inspect
+import math
 import os
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from configuration_plum import PlumConfig
 from modeling_plum import PlumForConditionalGeneration
 from plum_partonomy.training.model import add_lora
 from plum_partonomy.training.options import ModelArguments
-from plum_partonomy.training.trainer import merge_lora
+from plum_partonomy.training.trainer import build_teacher, merge_lora
 from processing_plum import PlumProcessor
 from tests.tiny import conversation, mixed_conversations, random_image, tiny_config
 from tests.tiny_backbones import FAMILIES, REFUSED, llava_clip, tiny_sam
@@ -57,6 +58,14 @@ def plum(family, vlm_folder, sam_folder):
         return model, PlumProcessor.from_backbones(vlm=vlm_folder, sam=sam_folder)
 
 
+@pytest.fixture(scope="module")
+def llava(sam_folder, tmp_path_factory):
+    """For what does not depend on the family."""
+    vlm = str(llava_clip(tmp_path_factory.mktemp("llava")))
+    model = PlumForConditionalGeneration.from_backbones(vlm=vlm, sam=sam_folder, **PLUM)
+    return model, PlumProcessor.from_backbones(vlm=vlm, sam=sam_folder)
+
+
 def encode(processor, chats, **options):
     return processor.apply_chat_template(chats, tokenize=True, return_dict=True, **options)
 
@@ -88,8 +97,8 @@ def test_the_vision_language_model_inside_is_the_pretrained_one(plum, vlm_folder
     )
 
 
-def test_the_sam_inside_is_the_pretrained_one(plum, sam_folder):
-    model, processor = plum
+def test_the_sam_inside_is_the_pretrained_one(llava, sam_folder):
+    model, processor = llava
     alone = SamModel.from_pretrained(sam_folder).eval()
     for name, tensor in alone.state_dict().items():
         assert torch.equal(model.sam.state_dict()[name], tensor), name
@@ -103,8 +112,8 @@ def test_the_sam_inside_is_the_pretrained_one(plum, sam_folder):
     assert_close(found.iou_scores, expected.iou_scores, rtol=0, atol=0)
 
 
-def test_only_plums_own_modules_are_fresh_and_as_a_model_from_scratch_has_them(plum):
-    model, _ = plum
+def test_only_plums_own_modules_are_fresh_and_as_a_model_from_scratch_has_them(llava):
+    model, _ = llava
     scratch = PlumForConditionalGeneration(model.config)
     for name in ("span_tagger", "span_projector", "mask_feedback"):
         fresh, expected = (getattr(plum, name).state_dict() for plum in (model, scratch))
@@ -271,7 +280,8 @@ def test_lora_adapts_the_language_model_and_its_merged_copy_computes_the_same(pl
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.2)
     with torch.no_grad():
-        expected = wrapped(**batch)
+        expected = wrapped(**batch, teacher=build_teacher(wrapped))
+        assert 0 < float(expected.losses["teacher_kl"]) < math.inf
         merged = merge_lora(wrapped)
         assert_close(merged(**batch).logits, expected.logits, **EXACT)
     merged.save_pretrained(tmp_path)
@@ -349,8 +359,8 @@ def test_a_chat_template_is_kept_where_answers_end_and_else_gives_way_to_plums_o
     assert text.rstrip().endswith("A <p>wing</p>." + processor.tokenizer.eos_token)
 
 
-def test_a_template_that_rewrites_an_earlier_turn_is_refused(plum):
-    _, processor = plum
+def test_a_template_that_rewrites_an_earlier_turn_is_refused(llava):
+    _, processor = llava
     template = "{% for m in messages %}{{ m.role[0] if loop.last else m.role }}:{{ m.content[0].text }}{% endfor %}"
     chats = [conversation(None, "Yes.") + conversation(None, "No.")]
     with pytest.raises(ValueError, match="renders turn 1 differently"):
@@ -374,8 +384,8 @@ def test_a_vision_tower_that_cannot_look_through_sam_is_refused_by_the_config(fa
         PlumConfig(vlm_config=vlm, sam_config=sam, vlm_image_input="sam_image_embeddings", **PLUM)
 
 
-def test_hidden_states_of_another_length_are_refused(plum):
-    model, processor = copy.deepcopy(plum[0]), plum[1]
+def test_hidden_states_of_another_length_are_refused(llava):
+    model, processor = copy.deepcopy(llava[0]), llava[1]
     batch = encode(processor, CHATS[3:])
 
     def drop_a_position(module, arguments, outputs):
@@ -427,8 +437,8 @@ def test_a_backbone_that_lacks_weights_is_refused_with_their_names(tmp_path, sam
         ("InstructBlipProcessor", "InstructBlipProcessor cannot be built from an image processor and a tokenizer"),
     ],
 )
-def test_a_processor_that_plum_cannot_use_is_refused(plum, name, words):
-    _, own = plum
+def test_a_processor_that_plum_cannot_use_is_refused(llava, name, words):
+    _, own = llava
     with pytest.raises(ValueError, match=words):
         PlumProcessor(
             own.image_processor,
