@@ -1,12 +1,14 @@
 """
-`evaluate_plum.py --task correction`: masks of given answers after predicted and after true earlier masks.
+`evaluate_plum.py --task correction`: masks of given answers after predicted and true earlier masks, and after clicks.
 
-    records ──> one batch of answers with two or more masks ──> segment repeatedly with different given masks
-            ──> plum_partonomy.scoring.corrections
+    records ──> one batch of answers with two or more masks ──> segment repeatedly with different given masks, and
+            with a further click on each mask ──> plum_partonomy.scoring.corrections
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,11 @@ from plum_partonomy.inference.packing import encode_conversations
 from plum_partonomy.masks import RLE, DataError, decode, encode
 from plum_partonomy.records import as_chat, tagged_phrases
 from plum_partonomy.scoring.benchmark import data_folder, fingerprint_rows, load_rows
+from plum_partonomy.scoring.clicks import Click, next_click
 from plum_partonomy.scoring.corrections import (
+    CLICKS,
     CURVE_STEPS,
+    SHOWN_CLICKS,
     CorrectedAnswer,
     as_line,
     format_correction_table,
@@ -69,9 +74,44 @@ class _Answers:
             for row, of_row in enumerate(given)
             for span, mask in of_row.items()
         }
-        outputs = self.model.segment_spans(**self.inputs, given_masks=masks)
+        return self._run(given_masks=masks)[0]
+
+    def _run(self, **corrections) -> tuple[list[list[RLE]], torch.Tensor]:
+        """Return the masks of each answer, and the low-res logits of all spans."""
+        outputs = self.model.segment_spans(**self.inputs, **corrections)
         answers = self.processor.post_process_segmentation(outputs)
-        return [[encode(span.mask) for span in answer.spans] for answer in answers]
+        return [[encode(span.mask) for span in answer.spans] for answer in answers], outputs.pred_masks
+
+    def click(self, targets: Sequence[Sequence[int]], count: int) -> Iterator[list[list[RLE]]]:
+        """
+        Yield the masks of each answer after 1 to `count` clicks on each span.
+
+        A click is on the largest error of the span's present mask, which is its dense prompt. A mask with a dense
+        prompt does not depend on earlier masks, so the spans of an answer are clicked at the same time. A span without
+        an error gets no further click, and its mask stays.
+
+        Args:
+            targets: Index of the true mask of each span, by answer.
+        """
+        masks, logits = self._run()
+        clicks: dict[int, list[Click]] = defaultdict(list)
+        for _ in range(count):
+            clicked = {}
+            for row, of_row in enumerate(targets):
+                for span, target in enumerate(of_row):
+                    click = next_click(decode(masks[row][span]), self.true[row][target])
+                    if click is not None:
+                        clicked[self.first[row] + span] = row, span
+                        clicks[self.first[row] + span].append(click)
+            found, found_logits = self._run(
+                input_points={i: [click[:2] for click in clicks[i]] for i in clicked},
+                input_labels={i: [click.inside for click in clicks[i]] for i in clicked},
+                input_masks={i: logits[i] for i in clicked},
+            )
+            masks, logits = [list(of_row) for of_row in masks], logits.clone()
+            for i, (row, span) in clicked.items():
+                masks[row][span], logits[i] = found[row][span], found_logits[i]
+            yield masks
 
     def compare(self, masks: Sequence[Sequence[RLE]]) -> list[np.ndarray]:
         """Return the `(S, S)` IoU of each mask with each true one, by answer."""
@@ -92,6 +132,7 @@ def measure_answers(model, processor: PlumProcessor, answers: Sequence[dict[str,
     targets = [match_equal(ious[row], batch.phrases[row], {}) for row in rows]
     given, matched_given = _give_in_listed_order(batch, ious)
     curves, corrected, after = _give_worst_first(batch, ious, targets)
+    clicked, after_clicks = _click(batch, targets)
     return [
         CorrectedAnswer(
             id=answers[row]["id"],
@@ -105,10 +146,12 @@ def measure_answers(model, processor: PlumProcessor, answers: Sequence[dict[str,
             matched_given=matched_given[row],
             repeats=_repeats(before[row], batch.phrases[row]),
             curve=curves[row],
+            clicked=clicked[row],
             corrected=corrected[row],
             true=[batch.true_rles[row][mask] for mask in targets[row]],
             before=before[row],
             after=after[row],
+            after_clicks=after_clicks[row],
         )
         for row in rows
     ]
@@ -157,6 +200,18 @@ def _give_worst_first(
         ious = batch.compare(masks)
         targets = [match_equal(ious[row], batch.phrases[row], given[row]) for row in range(len(ious))]
     return curves, corrected, after
+
+
+def _click(batch: _Answers, targets: Sequence[Sequence[int]]) -> tuple[list[list[list[float]]], list[list[RLE]]]:
+    """Return the IoU of each span after 1, 2, ... clicks on it, by answer, and the masks after SHOWN_CLICKS."""
+    clicked: list[list[list[float]]] = [[] for _ in targets]
+    shown = []
+    for count, masks in enumerate(batch.click(targets, max(CLICKS)), 1):
+        for row, matrix in enumerate(batch.compare(masks)):
+            clicked[row].append([float(matrix[span, mask]) for span, mask in enumerate(targets[row])])
+        if count == SHOWN_CLICKS:
+            shown = masks
+    return clicked, shown
 
 
 def _repeats(masks: Sequence[RLE], phrases: Sequence[str]) -> list[float]:
@@ -225,7 +280,9 @@ def evaluate_correction(arguments: Any, **options: Any) -> None:
     check_run(output_dir, settings)
     output_dir.mkdir(parents=True, exist_ok=True)
     write_whole(output_dir / "run.json", [json.dumps(settings, indent=2), "\n"])
+    start = time.perf_counter()
     answers = _measure_all(plum, records, output_dir / "predictions.jsonl", batch_size=arguments.batch_size)
+    seconds = time.perf_counter() - start
     metrics = score_corrections(
         answers,
         lambda answer: ConversationDataset(records)[answer.row]["image"],
@@ -233,6 +290,7 @@ def evaluate_correction(arguments: Any, **options: Any) -> None:
         run={"model": arguments.model, **settings, **describe_command()},
     )
     print(format_correction_table(metrics))
+    print(f"{seconds:.0f} s for {len(answers)} answers with {sum(len(answer.phrases) for answer in answers)} masks")
     print(f"report: {output_dir / 'report.html'}")
 
 

@@ -1,10 +1,10 @@
-"""Metrics and report of `--task correction`: how well a model separates equal parts, and the effect of given masks.
+"""Metrics and report of `--task correction`: how well a model separates equal parts, and the effect of corrections.
 
-    masks of one answer, own and after true ones were given ──> CorrectedAnswer ──> metrics.json, report.html
+    masks of one answer, own, after given true ones, after clicks ──> CorrectedAnswer ──> metrics.json, report.html
 
 Spans of one answer with the same words are *equal*, and their masks are interchangeable. A *matched* IoU compares each
-span with the true mask assigned to it by a Hungarian assignment among equal spans. All other IoUs compare spans and
-true masks in the order of the answer.
+span with the true mask assigned to it by a Hungarian assignment among equal spans. IoUs after clicks (see clicks.py)
+use the same true mask. All other IoUs compare spans and true masks in the order of the answer.
 """
 
 import dataclasses
@@ -25,10 +25,26 @@ from plum_partonomy.scoring.bootstrap import Tally, interval, ratio_draws, ratio
 from plum_partonomy.scoring.overlays import panel, pick_colours
 from plum_partonomy.scoring.pages import pick_evenly, render_page
 
-__all__ = ["CURVE_STEPS", "CorrectedAnswer", "match_equal", "read_corrections", "score_corrections"]
+__all__ = [
+    "CLICKS",
+    "CURVE_STEPS",
+    "SHOWN_CLICKS",
+    "CorrectedAnswer",
+    "match_equal",
+    "read_corrections",
+    "score_corrections",
+]
 
 CURVE_STEPS = 4
 """Points of the correction curve: after 0, 1, 2 and 3 given masks."""
+CLICKS, SHOWN_CLICKS = (1, 3, 5), 3
+"""Numbers of clicks on each span with a metric, and the number in the pictures of the report."""
+
+
+def after_clicks(count: int) -> str:
+    """Return the name of the metric after some clicks."""
+    return f"iou_after_{count}_click{'s' if count > 1 else ''}"
+
 
 METRICS = {
     "later_iou_own": "IoU of the second and later spans, in listed order, after predicted earlier masks",
@@ -36,6 +52,13 @@ METRICS = {
     "correction_gain": "later_iou_given minus later_iou_own: the effect of a correction on later masks",
     "matched_iou": "IoU after matching equal spans, predicted masks",
     "matched_iou_given": "IoU after matching equal spans, masks that follow 1, 2, ... given true masks",
+    **{
+        after_clicks(
+            count
+        ): f"matched_iou of the same spans after {count} click{'s' if count > 1 else ''} on each, in "
+        "its largest error region"
+        for count in CLICKS
+    },
     "repeat_overlap": "largest IoU of a mask with an earlier one of the same words; low is good",
 }
 
@@ -52,9 +75,10 @@ class CorrectedAnswer:
         matched_given: For k = 1 to S - 1 given masks, the matched IoUs of the spans after them.
         repeats: For each span with an earlier equal span, its largest IoU with the mask of such a span.
         curve: For k = 0, 1, ... given masks, worst first, the mean matched IoU of the spans without a given mask.
+        clicked: For 1, 2, ... clicks on each span, the matched IoU of each.
         corrected: Index of the span whose mask was given first.
-        true, before, after: Masks in the order of the spans: matched true masks, predicted masks, and masks after the
-            first was given.
+        true, before, after, after_clicks: Masks in the order of the spans: matched true masks, predicted masks, masks
+            after the first was given, and masks after SHOWN_CLICKS clicks on each.
     """
 
     id: str
@@ -68,10 +92,12 @@ class CorrectedAnswer:
     matched_given: list[list[float]]
     repeats: list[float]
     curve: list[float]
+    clicked: list[list[float]]
     corrected: int
     true: list[RLE]
     before: list[RLE]
     after: list[RLE]
+    after_clicks: list[RLE]
 
 
 def match_equal(ious: np.ndarray, phrases: Sequence[str], given: Mapping[int, int]) -> list[int]:
@@ -123,6 +149,7 @@ def tally(answer: CorrectedAnswer) -> Tally:
         "matched_iou": (fsum(answer.matched), len(answer.matched)),
         "matched_iou_given": (fsum(remaining), len(remaining)),
     }
+    ratios |= {after_clicks(count): (fsum(answer.clicked[count - 1]), len(answer.matched)) for count in CLICKS}
     if answer.repeats:
         ratios["repeat_overlap"] = (fsum(answer.repeats), len(answer.repeats))
     ratios |= {_point(k): (iou, 1) for k, iou in enumerate(answer.curve)}
@@ -185,7 +212,12 @@ def gain(answer: CorrectedAnswer) -> float:
 
 def _example(answer: CorrectedAnswer, image: Image.Image) -> dict[str, Any]:
     colours = pick_colours(len(answer.phrases))
-    panels = (("true masks", answer.true), ("before", answer.before), ("after one given mask", answer.after))
+    panels = (
+        ("true masks", answer.true),
+        ("before", answer.before),
+        ("after one given mask", answer.after),
+        (f"after {SHOWN_CLICKS} clicks on each mask", answer.after_clicks),
+    )
     return {
         "id": answer.id,
         "question": answer.question,

@@ -8,7 +8,8 @@ import torch
 
 from plum_partonomy.evaluation.corrections import measure_answers
 from plum_partonomy.evaluation.run import main as evaluate_plum
-from plum_partonomy.masks import DataError, encode
+from plum_partonomy.masks import DataError, decode, encode
+from plum_partonomy.scoring.clicks import next_click
 from plum_partonomy.scoring.corrections import match_equal, read_corrections, summarise_corrections
 from plum_partonomy.scoring.mask_metrics import iou_matrix
 from tests.runs import make_records, record
@@ -89,6 +90,43 @@ def test_the_curve_gives_the_worst_mask_first_and_looks_at_those_not_given(measu
         assert len(found.curve) == min(4, len(true))
 
 
+def test_clicks_are_those_on_each_span_alone_with_its_present_mask(measured):
+    model, processor, answers, results = measured
+    clicks_of_spans = []
+    for asked, found in zip(answers, results, strict=True):
+        chat = conversation(asked["image"], asked["messages"][1]["content"], "Which?")
+        inputs = processor.apply_chat_template([chat], masks=[asked["masks"]], tokenize=True, return_dict=True)
+        own = iou_matrix(segment_alone(model, processor, asked, {}), [encode(mask) for mask in asked["masks"]])
+        targets = match_equal(own, found.phrases, {})
+        for span, target in enumerate(targets):
+            outputs, clicks, true = model.segment_spans(**inputs), [], asked["masks"][target]
+            for number in range(5):
+                mask = processor.post_process_segmentation(outputs)[0].spans[span].mask
+                clicks.append(next_click(mask, true))
+                outputs = model.segment_spans(
+                    **inputs,
+                    input_points={span: [(x, y) for x, y, _ in clicks]},
+                    input_labels={span: [int(inside) for *_, inside in clicks]},
+                    input_masks={span: outputs.pred_masks[span]},
+                )
+                mask = processor.post_process_segmentation(outputs)[0].spans[span].mask
+                iou = (mask & true).sum() / (mask | true).sum()
+                assert found.clicked[number][span] == pytest.approx(iou, abs=1e-6)
+                if number == 2:
+                    assert found.after_clicks[span] == encode(mask)
+            clicks_of_spans.append(clicks)
+    assert len({click for clicks in clicks_of_spans for click in clicks}) > 20
+
+
+def test_a_mask_without_errors_gets_no_click_and_stays(measured):
+    model, processor, answers, _ = measured
+    own = [decode(mask) for mask in segment_alone(model, processor, answers[1], {})]
+    assert all(mask.any() for mask in own)
+    (found,) = measure_answers(model, processor, [{**answers[1], "masks": own}])
+    assert found.matched == [1, 1] and found.clicked == [[1, 1]] * 5
+    assert found.after_clicks == found.before
+
+
 def test_equal_spans_are_matched_among_themselves_and_without_those_given():
     ious = np.array([[0.1, 0.9, 0.9, 0.2], [0.0, 0.8, 0.9, 0.3], [0.9, 0.9, 0.3, 0.9], [0.5, 0.6, 0.9, 0.0]])
     phrases = ["wheel", "wheel", "tail", "wheel"]
@@ -108,6 +146,10 @@ def test_metrics_are_means_over_spans_with_intervals_over_images(measured):
     assert overall["correction_gain"] == pytest.approx(given.mean() - own.mean())
     assert overall["matched_iou"] == pytest.approx(np.concatenate([found.matched for found in results]).mean())
     assert overall["matched_iou"] >= np.concatenate([found.own for found in results]).mean()
+    for count, name in ((1, "iou_after_1_click"), (3, "iou_after_3_clicks"), (5, "iou_after_5_clicks")):
+        clicked = np.concatenate([found.clicked[count - 1] for found in results])
+        assert overall[name] == pytest.approx(clicked.mean())
+        assert intervals[name][0] <= overall[name] <= intervals[name][1]
     repeats = np.concatenate([found.repeats for found in results])
     assert len(repeats) == 2 + 1 + 2 and overall["repeat_overlap"] == pytest.approx(repeats.mean())
     assert overall["correction_curve"][2] == pytest.approx(np.mean([results[0].curve[2], results[2].curve[2]]))
@@ -138,10 +180,12 @@ def options(folder, output_dir, **changes) -> list[str]:
 
 def test_a_run_writes_metrics_report_and_answers_and_goes_on_where_it_stopped(folders, tmp_path, capsys):
     evaluate_plum(options(folders, tmp_path / "whole"))
-    assert "correction gain" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "correction gain" in printed and "iou after 3 clicks" in printed
     metrics = json.loads((tmp_path / "whole" / "metrics.json").read_text())
     assert metrics["overall"]["n"] == 6 and metrics["run"]["task"] == "correction"
-    assert (tmp_path / "whole" / "report.html").read_text().count("<figcaption>after one given mask") == 6
+    report = (tmp_path / "whole" / "report.html").read_text()
+    assert report.count("<figcaption>after one given mask") == report.count("<figcaption>after 3 clicks on each") == 6
     lines = (tmp_path / "whole" / "predictions.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "part").mkdir()
     (tmp_path / "part" / "run.json").write_text((tmp_path / "whole" / "run.json").read_text())
