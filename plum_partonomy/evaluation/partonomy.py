@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ def predict(
     output_dir: Path,
     state: PartialState,
 ) -> int:
-    """Complete predictions.jsonl, with each process taking its share of the batches; return the number of earlier
+    """Complete predictions.jsonl, with each process taking its share of the images; return the number of earlier
     predictions.
 
     A batch is predicted as a whole even if some of its questions are done, so that predictions do not depend on where
@@ -99,9 +100,14 @@ def predict(
     for index, question in enumerate(questions):
         first_use.setdefault(question.image_id, (index, question))
 
-    batches = [batch for batch in make_batches(questions, batch_size) if {ids[index] for index in batch} - done]
-    share = batches[state.process_index :: state.num_processes]
-    for batch in tqdm(share, desc="predicting", unit="batch", disable=not state.is_main_process):
+    groups = [
+        [batch for batch in group if {ids[index] for index in batch} - done]
+        for group in make_batches(questions, batch_size)
+    ]
+    share = list(filter(None, groups))[state.process_index :: state.num_processes]
+    for batch in tqdm(
+        list(chain.from_iterable(share)), desc="predicting", unit="batch", disable=not state.is_main_process
+    ):
         shown = [(questions[index], questions[index].image_id) for index in batch]
         wrong = [(question, wrong_images[image_id]) for question, image_id in shown if wrong_images]
         stored = {image_id: first_use[image_id] for _, image_id in shown + wrong}

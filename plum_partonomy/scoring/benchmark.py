@@ -126,13 +126,23 @@ def data_folder(data_dir: str | None) -> str | None:
     return None if data_dir is None else str(Path(data_dir).resolve())
 
 
-def make_batches(questions: Sequence[Question], batch_size: int) -> list[list[int]]:
-    """Return the question indices of each batch, with questions about one image next to each other."""
-    first_use: dict[str, int] = {}
+def make_batches(questions: Sequence[Question], batch_size: int) -> list[list[list[int]]]:
+    """
+    Return groups of batches of question indices. All questions about an image are in one group, next to each other, so
+    that processes which share the groups encode no image twice; a group has several batches only if one image has more
+    than `batch_size` questions.
+    """
+    by_image: dict[str, list[int]] = {}
     for index, question in enumerate(questions):
-        first_use.setdefault(question.image_id, index)
-    order = sorted(range(len(questions)), key=lambda index: (first_use[questions[index].image_id], index))
-    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+        by_image.setdefault(question.image_id, []).append(index)
+    groups: list[list[list[int]]] = []
+    for indices in by_image.values():
+        last = groups[-1] if groups else []
+        if len(last) == 1 and len(last[0]) + len(indices) <= batch_size:
+            last[0].extend(indices)
+        else:
+            groups.append([indices[start : start + batch_size] for start in range(0, len(indices), batch_size)])
+    return groups
 
 
 def pick_wrong_images(questions: Sequence[Question]) -> dict[str, str]:

@@ -99,14 +99,24 @@ def test_the_fingerprint_changes_with_content_and_order_and_not_with_how_an_imag
 
 
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=30), st.integers(1, 7))
-def test_batches_hold_every_question_once_with_questions_of_an_image_side_by_side(image_numbers, batch_size):
-    questions = [make_question(i, image_number=number) for i, number in enumerate(image_numbers)]
-    batches = make_batches(questions, batch_size)
-    order = [index for batch in batches for index in batch]
-    assert sorted(order) == list(range(len(questions)))
-    assert all(len(batch) == batch_size for batch in batches[:-1])
-    changes = sum(image_numbers[a] != image_numbers[b] for a, b in zip(order, order[1:], strict=False))
-    assert changes == len(set(image_numbers)) - 1
+def test_batches_hold_every_question_once_and_all_questions_about_an_image_are_in_one_group(numbers, batch_size):
+    questions = [make_question(i, image_number=number) for i, number in enumerate(numbers)]
+    groups = make_batches(questions, batch_size)
+    images = []
+    for group in groups:
+        order = [index for batch in group for index in batch]
+        images.append({numbers[index] for index in order})
+        changes = sum(numbers[a] != numbers[b] for a, b in zip(order, order[1:], strict=False))
+        assert changes == len(images[-1]) - 1  # questions about an image are next to each other
+        assert all(len(batch) == batch_size for batch in group[:-1]) and 1 <= len(group[-1]) <= batch_size
+        assert len(group) == 1 or changes == 0
+    assert sorted(index for group in groups for batch in group for index in batch) == list(range(len(questions)))
+    assert sum(map(len, images)) == len(set(numbers))
+
+
+def test_images_fill_a_batch_as_far_as_they_fit():
+    questions = [make_question(i, image_number=number) for i, number in enumerate([0, 0, 1, 2, 1, 3, 3, 3, 3, 3, 4])]
+    assert make_batches(questions, 4) == [[[0, 1, 2, 4]], [[3]], [[5, 6, 7, 8], [9]], [[10]]]
 
 
 def about(photographs_and_labels):
