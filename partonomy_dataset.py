@@ -31,7 +31,9 @@ Masks of `core` with another size than their image are resized (nearest neighbou
 """
 
 import hashlib
+import itertools
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -77,6 +79,8 @@ DRAWING_SIZES = {
 }
 SCENES = {scene.name: scene for scene in (miniature.MINI, miniature.HARD)}
 EXAMPLES_PER_SHARD = 50
+# A streamed mixture has as many shards as its smallest source. With these, 8 processes of 8 workers have one each.
+MIN_SHARDS = 64
 RESIZED_FILE = "masks_resized.json"
 SEED = miniature.DEFAULT_SEED
 
@@ -176,7 +180,7 @@ class Partonomy(datasets.GeneratorBasedBuilder):
         return [
             datasets.SplitGenerator(
                 name=split,
-                gen_kwargs={"split": split, "shards": indices and _shards(indices), "knowledge": knowledge},
+                gen_kwargs={"split": split, "shards": indices and shards_of(indices), "knowledge": knowledge},
             )
             for split, indices in members.items()
         ]
@@ -317,9 +321,11 @@ def _drawn(name: str, split: str, index: int) -> PartExample:
     return example
 
 
-def _shards(indices: list[int]) -> Shards:
-    """Return the shards for `num_proc`."""
-    return [indices[start : start + EXAMPLES_PER_SHARD] for start in range(0, len(indices), EXAMPLES_PER_SHARD)]
+def shards_of(indices: list[int]) -> Shards:
+    """Return the shards for `num_proc` and streams, of equal size up to one example."""
+    count = min(len(indices), max(MIN_SHARDS, math.ceil(len(indices) / EXAMPLES_PER_SHARD)))
+    ends = [len(indices) * number // count for number in range(count + 1)] if count else []
+    return [indices[start:end] for start, end in itertools.pairwise(ends)]
 
 
 def _flat(shards: Shards) -> Iterator[int]:

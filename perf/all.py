@@ -18,6 +18,7 @@ SCRIPTS = [
     "training",
     "training_step",
     "photographs",
+    "language_loss",
     "evaluation",
     "pipeline",
     "metrics",

@@ -20,12 +20,14 @@ LOSSES = ("language_modeling_loss", "span_tagging_loss", "mask_losses", "teacher
 class Breakdown:
     """
     Seconds of each component of a model: on a GPU the time between two events of its stream, which includes the
-    gaps between kernels; on a CPU elapsed time. Components do not overlap; the same names are ranges of the profiler.
+    gaps between kernels; on a CPU elapsed time. A component within another one counts only once, as the inner one. The
+    same names are ranges of the profiler.
     """
 
     def __init__(self, model: PlumForConditionalGeneration, device: str):
         self.model, self.on_gpu = model, device == "cuda"
-        self._marks: list[tuple[str, Any, Any]] = []
+        self._marks: list[tuple[str, str | None, Any, Any]] = []  # name, name of the outer component, start, end
+        self._open: list[str] = []
 
     def _mark(self):
         if not self.on_gpu:
@@ -37,10 +39,12 @@ class Breakdown:
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
         """Count the time of the block as a component."""
-        started = self._mark()
+        started, outer = self._mark(), self._open[-1] if self._open else None
+        self._open.append(name)
         with record_function(name):
             yield
-        self._marks.append((name, started, self._mark()))
+        self._open.pop()
+        self._marks.append((name, outer, started, self._mark()))
 
     def timed(self, name: str | Callable[[dict], str], function: Callable) -> Callable:
         """Return the function as a component; `name` may depend on its keyword arguments."""
@@ -77,8 +81,11 @@ class Breakdown:
         if self.on_gpu:
             torch.cuda.synchronize()
         totals: dict[str, float] = defaultdict(float)
-        for name, started, ended in self._marks:
-            totals[name] += started.elapsed_time(ended) / 1000 if self.on_gpu else ended - started
+        for name, outer, started, ended in self._marks:
+            seconds = started.elapsed_time(ended) / 1000 if self.on_gpu else ended - started
+            totals[name] += seconds
+            if outer is not None:
+                totals[outer] -= seconds
         self._marks.clear()
         return dict(totals)
 
@@ -98,12 +105,11 @@ def take_apart(step: Callable[[], Any], breakdown: Breakdown) -> dict[str, Any]:
     with breakdown.recording():
         step()
         breakdown.seconds()
-        with breakdown.part("total"):
+        with breakdown.part("other"):
             step()
     seconds = breakdown.seconds()
-    total = seconds.pop("total")
-    seconds["other"] = max(0.0, total - sum(seconds.values()))
-    found = {"seconds": round(total, 4), "parts": {name: round(value, 4) for name, value in seconds.items()}}
+    found: dict[str, Any] = {"seconds": round(sum(seconds.values()), 4)}
+    found["parts"] = {name: round(value, 4) for name, value in seconds.items()}
     if breakdown.on_gpu:
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
             step()

@@ -85,7 +85,7 @@ def main() -> list[dict]:
             "new_peak_mb": round(peak_memory(partial(paths["new"], files)) / 2**20, 1),
         }
         results.append(
-            result(f"input pipeline at {side} px", IMAGES / best["new"], target, equal=equal, detail=detail)
+            result(f"input pipeline at {side} px, SAM's pixels by table", IMAGES / best["new"], target, equal=equal, detail=detail)
         )
     return results
 

@@ -1,5 +1,6 @@
 """Several sources as one: rates, order, shards, and what a training run says about them before it starts."""
 
+import itertools
 import json
 import pickle
 import re
@@ -8,17 +9,21 @@ from itertools import islice
 
 import datasets
 import pytest
+import yaml
 from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader
 
 from modules_plum import IGNORE_INDEX
+from partonomy_dataset import shards_of
 from plum_partonomy.features import GROUNDED_CONVERSATION_FEATURES
 from plum_partonomy.masks import DataError, encode
+from plum_partonomy.training import mixture
 from plum_partonomy.training.examples import Collator, ConversationDataset, stream_examples
 from plum_partonomy.training.mixture import Source, load_eval_records, load_records, mix, parse_source
 from plum_partonomy.training.model import conversation_texts
 from plum_partonomy.training.preview import SHOWN, format_table, survey, write_samples
 from plum_partonomy.training.run import main as train
+from tests.runs import ROOT
 from tests.sources.test_own_parts import coco_content, coco_folder
 from tests.tiny import random_image, random_mask, tiny_model, tiny_processor
 
@@ -93,6 +98,37 @@ def test_processes_and_workers_of_a_stream_read_shards_of_their_own_which_are_al
         seen += [set(names[worker::2]) for worker in range(2)]
     assert [len(names) for names in seen] == [20] * 4
     assert len(set().union(*seen)) == 80
+
+
+def test_eight_processes_stream_stage_1_without_reading_shards_of_one_another(monkeypatch):
+    """The rates of the recipe, and sources of a hundredth of their images but for the smallest, which is whole."""
+    sizes = {"ade20k": 202, "coco_stuff": 1183, "mapillary": 180, "semantic_paco_lvis": 458}
+    sizes |= {"semantic_pascal_part": 44, "refclef": 180, "refcoco": 170, "refcoco+": 170, "refcocog": 219}
+    sizes |= {"llava_instruct_150k": 1577, "reasonseg": 239}
+    recipe = yaml.safe_load((ROOT / "recipes" / "stage1_plum_7b.yaml").read_text())
+    rates = {entry["name"]: entry["rate"] for entry in recipe["mixture"]}
+    assert rates.keys() == sizes.keys()
+    monkeypatch.setattr(mixture, "SHUFFLE_BUFFER", 200)  # at least the records of a source that a process reads
+    reads = []
+
+    def read(name, shards):
+        for index in itertools.chain.from_iterable(shards):
+            reads.append((name, index))
+            yield {"id": f"{name}-{index}"}
+
+    def read_by(process):
+        parts = [
+            IterableDataset.from_generator(read, gen_kwargs={"name": name, "shards": shards_of(list(range(size)))})
+            for name, size in sizes.items()
+        ]
+        stream = mix(parts, list(rates.values()), seed=0)
+        assert stream.num_shards >= 8
+        reads.clear()
+        names_of(stream.shard(8, process), 300)
+        return set(reads)
+
+    found = [read_by(process) for process in range(8)]
+    assert sum(map(len, found)) == len(set().union(*found)) == sum(sizes.values())
 
 
 def test_a_streamed_example_varies_with_its_seed_and_place_and_nothing_else():

@@ -1,6 +1,6 @@
 """
 FSDP2 as recipes/accelerate/fsdp2.yaml asks for it, in two processes on CPU: the same training as in one process, of
-all weights and with LoRA.
+all weights and with LoRA, with a frozen teacher, and with LoRA from cached image embeddings that are missing at first.
 
 Run as a script by `accelerate launch` the module makes the sharded runs.
 """
@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformers import AutoModel
 
+from plum_partonomy.inference.embedding_cache import EmbeddingCache
 from plum_partonomy.training.examples import Collator, ConversationDataset
 from plum_partonomy.training.model import add_lora
 from plum_partonomy.training.options import ModelArguments, PlumTrainingArguments
@@ -39,6 +40,7 @@ def run(folder: Path, *, processes: int, lora_r: int, resume: Path | None = None
         per_device_train_batch_size=4 // processes,
         per_device_eval_batch_size=4,
         train_sampling_strategy="sequential",
+        logging_steps=1,
         save_steps=2,
         report_to="none",
         disable_tqdm=True,
@@ -49,12 +51,13 @@ def run(folder: Path, *, processes: int, lora_r: int, resume: Path | None = None
         assert args.world_size == processes
         # accelerate shards over GPUs only; these processes do as if they had some.
         PartialState().distributed_type = DistributedType.MULTI_GPU
-    model = tiny_model()
+    model = tiny_model(teacher_kl_loss_weight=1.0)
     for parameter in model.mask_feedback.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     model.config.get_text_config().tie_word_embeddings = tied
     if lora_r:
         model = add_lora(model, ModelArguments(model="unused", lora_r=lora_r, lora_dropout=0.0))
+    embedding_cache = EmbeddingCache(folder / "embeddings", model) if lora_r else None
     trainer = PlumTrainer(
         model=model,
         args=args,
@@ -62,10 +65,12 @@ def run(folder: Path, *, processes: int, lora_r: int, resume: Path | None = None
         eval_dataset=ConversationDataset(make_records([record(number, number % 4) for number in range(30, 37)])),
         data_collator=Collator(tiny_processor()),
         processing_class=tiny_processor(),
+        embedding_cache=embedding_cache,
     )
     trainer.train(resume_from_checkpoint=resume and str(resume))
     assert trainer.is_fsdp_enabled == sharded
-    figures = trainer.evaluate()
+    losses = [entry["teacher_kl_loss"] for entry in trainer.state.log_history if "teacher_kl_loss" in entry]
+    figures = trainer.evaluate() | {"teacher_kl_loss": losses[-1]}
     if lora_r:
         trainer.merge_adapter()
     trainer.save_model()
@@ -110,6 +115,7 @@ def test_two_sharded_processes_train_save_and_resume_as_one_process(tmp_path, lo
     expected = run(tmp_path / "one", processes=1, lora_r=lora_r)
     figures, resumed = json.loads((tmp_path / "figures.json").read_text())
     assert figures == pytest.approx(expected, rel=1e-3, abs=1e-4) and resumed == pytest.approx(figures)
+    assert figures["teacher_kl_loss"] > 1e-4
 
     one, whole, again = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "whole", "resumed"))
     assert one.keys() == whole.keys() == again.keys()
