@@ -84,9 +84,8 @@ def main() -> list[dict]:
             **{f"{name}_ms_per_image": round(1000 * taken / IMAGES, 2) for name, taken in best.items()},
             "new_peak_mb": round(peak_memory(partial(paths["new"], files)) / 2**20, 1),
         }
-        results.append(
-            result(f"input pipeline at {side} px, SAM's pixels by table", IMAGES / best["new"], target, equal=equal, detail=detail)
-        )
+        name = f"input pipeline at {side} px, SAM's pixels by table"
+        results.append(result(name, IMAGES / best["new"], target, equal=equal, detail=detail))
     return results
 
 
