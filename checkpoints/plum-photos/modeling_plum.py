@@ -244,6 +244,8 @@ class PlumVision:
         pixels, sam_pixels, embeddings, index, features = (inputs.pop(name, None) for name in IMAGE_INPUTS)
         if embeddings is None and sam_pixels is not None and len(sam_pixels):
             embeddings = self.get_image_embeddings(sam_pixels)
+        if embeddings is not None:
+            self._check_embeddings(embeddings)
         if index is None:
             count = 0 if embeddings is None else len(embeddings)
             if count not in (0, len(input_ids)):
@@ -265,6 +267,17 @@ class PlumVision:
             vlm_inputs["pixel_values"] = pixels.to(self.vlm.dtype)
         sizes = (inputs.pop("original_sizes", None), inputs.pop("reshaped_input_sizes", None))
         return PlumImages(vlm_inputs, embeddings, index, *sizes), inputs
+
+    def _check_embeddings(self, sam_image_embeddings: torch.Tensor):
+        """Raise `ValueError` if embeddings are those of another segmenter or image size."""
+        config = self.config
+        expected = (self.segmenter.embedding_width(config.sam_config), config.sam_grid_size, config.sam_grid_size)
+        if tuple(sam_image_embeddings.shape[1:]) != expected:
+            raise ValueError(
+                f"sam_image_embeddings have shape {tuple(sam_image_embeddings.shape)}, but those of this model's "
+                f"{config.sam_config.model_type!r} are (N, {', '.join(map(str, expected))}); encode the images again "
+                "with get_image_embeddings of this model."
+            )
 
     def _check_image_tokens(self, input_ids, vlm_inputs: dict):
         """Raise `ValueError` if the vision-language model would read image tokens as words."""

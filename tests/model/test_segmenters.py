@@ -252,3 +252,11 @@ def test_levels_that_do_not_fit_the_grid_are_refused():
         StrictDataclassClassValidationError, match=r"backbone_feature_sizes is \[\[256, 256\].*images of 512 pixels"
     ):
         PlumConfig(sam_config=sam)
+
+
+def test_embeddings_of_another_segmenter_are_refused(plum, batch):
+    model, _ = plum
+    inputs = {name: value for name, value in batch.items() if name != "sam_pixel_values"}
+    others = torch.zeros(2, model.segmenter.embedding_width(model.config.sam_config) + 1, 8, 8)
+    with pytest.raises(ValueError, match=f"those of this model's '{model.config.sam_config.model_type}' are"):
+        model.segment_spans(**inputs, sam_image_embeddings=others)
