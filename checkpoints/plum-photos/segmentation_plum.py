@@ -454,10 +454,14 @@ class SampledPrompts:
     ):
         self.targets, self.rounds, self.draws = targets, rounds, draws
         self.frames, self.image_size = frames, image_size
+        self.dense_prompts: dict[int, torch.Tensor] = {}  # (C, G, G) of the own decode of each span
         self.decoded: list[tuple[torch.LongTensor, torch.Tensor, torch.Tensor]] = []  # spans, masks, scores
 
     def decode(self, own_masks: torch.Tensor, decode: Callable[..., tuple[torch.Tensor, torch.Tensor]]):
-        """Run all rounds with `decode(spans, prompts)`, after spans `(S, 4G, 4G)` have their own masks and targets."""
+        """
+        Run all rounds, once spans have their own masks `(S, 4G, 4G)` and targets. `decode(spans, dense_prompts,
+        prompts)` returns masks and scores.
+        """
         corrects, boxed = self.draws[:, 0] < 0.5, self.draws[:, 0] >= 0.75
         present = torch.where(corrects[:, None, None], own_masks.detach().float(), -GIVEN_MASK_LOGIT)
         prompts: dict[int, SpanPrompt] = {}
@@ -477,7 +481,8 @@ class SampledPrompts:
                     if before.points is not None:
                         point, label = torch.cat([before.points, point]), torch.cat([before.labels, label])
                     prompts[span] = SpanPrompt(points=point, labels=label, box=before.box, mask=present[span])
-            masks, scores = decode(members, prompts)
+            dense = torch.stack([self.dense_prompts[span] for span in members.tolist()])
+            masks, scores = decode(members, dense, prompts)
             self.decoded.append((members, masks, scores))
             present = present.index_put((members,), masks.detach().float())
 
@@ -647,9 +652,9 @@ class PlumMaskDecoding:
                 every = torch.arange(len(spans), device=spans.device)
                 return decode(every, self._no_mask_prompt(queries), prompts or {})
             given = given_masks or {}, prompts or {}
-            masks, scores, dense = self._decode_in_lock_step(decode, queries, rows, positions, *given, targets)
+            masks, scores = self._decode_in_lock_step(decode, queries, rows, positions, *given, targets, sampled)
             if sampled is not None:
-                sampled.decode(masks, lambda members, prompts: decode(members, dense[members], prompts))
+                sampled.decode(masks, decode)
             return masks, scores
 
     def _mask_targets(self, mask_labels, sizes, span_groups, mask_groups, teacher_forced, *, needed):
@@ -813,11 +818,11 @@ class PlumMaskDecoding:
             return mask
         return downscale_masks((mask != 0)[None], self.config.sam_image_size, reshaped, side)[0]
 
-    def _decode_in_lock_step(self, decode, queries, rows, positions, given_masks, prompts, targets):
+    def _decode_in_lock_step(self, decode, queries, rows, positions, given_masks, prompts, targets, sampled):
         first = torch.searchsorted(rows, rows)  # index of the first span of the same row
         step = torch.arange(len(rows), device=rows.device) - first
         last_step = step[torch.searchsorted(rows, rows, right=True) - 1]
-        decoded_by_step, members_of_step = [], []  # masks, scores and dense prompts; spans
+        masks, iou_scores, members_of_step = [], [], []
         keys, values = None, None  # (n, t, G*G, C) of the earlier masks of the remaining rows
         for t in range(int(step.max()) + 1):
             members = (step == t).nonzero()[:, 0]
@@ -830,7 +835,10 @@ class PlumMaskDecoding:
             if targets is not None:
                 targets.assign(members, decoded)
                 fed_back = targets.feed_back(members, decoded)
-            decoded_by_step.append((decoded, scores, dense))
+            if sampled is not None:
+                sampled.dense_prompts |= zip(members.tolist(), dense, strict=True)
+            masks.append(decoded)
+            iou_scores.append(scores)
             members_of_step.append(members)
             goes_on = last_step[members] > t
             if self.mask_feedback is not None and goes_on.any():
@@ -842,7 +850,7 @@ class PlumMaskDecoding:
                     for earlier, new in ((keys, new_keys), (values, new_values))
                 )
         order = torch.cat(members_of_step).argsort()
-        return tuple(torch.cat(values)[order] for values in zip(*decoded_by_step, strict=True))
+        return torch.cat(masks)[order], torch.cat(iou_scores)[order]
 
     @staticmethod
     def _replace_given(members, masks, iou_scores, given_masks):

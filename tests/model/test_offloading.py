@@ -47,13 +47,15 @@ def plum(request, tmp_path_factory):
 
 
 def everything(model, processor) -> list:
-    """What a model makes of prompts, of given answers with and without a given mask, and of choices."""
+    """What a model makes of prompts, of given answers alone and with given masks, points and boxes, and of choices."""
     options = {"tokenize": True, "return_dict": True}
     prompts = processor.apply_chat_template(PROMPTS, add_generation_prompt=True, padding_side="left", **options)
     conversations, masks = mixed_conversations()
     given = processor.apply_chat_template(conversations, masks=masks, **options)
     results = [model.segment(**prompts.to(model.device), max_new_tokens=8, do_sample=False)]
     results += [model.segment_spans(**given), model.segment_spans(**given, given_masks={0: masks[0][0]})]
+    prompted = {"input_points": {0: [[9, 4]]}, "input_labels": {0: [1]}, "input_boxes": {3: [2, 3, 30, 40]}}
+    results.append(model.segment_spans(**given, **prompted, input_masks={0: masks[0][0]}))
     with torch.no_grad():
         forward = model(**given)
     states = model.encode_conversations(**given)

@@ -38,12 +38,14 @@ def sample(true: list[torch.Tensor], own: list[torch.Tensor], draws: list[list[f
     rounds = torch.tensor([3] * len(true) if rounds is None else rounds)
     sampled, prompted = SampledPrompts(targets, rounds, torch.tensor(draws), frames, IMAGE_SIZE), []
 
-    def decode(members, prompts):
+    def decode(members, dense, prompts):
+        assert dense[:, 0].tolist() == members.tolist()
         prompted.append({span: prompts[span] for span in members.tolist()})
         decoded = torch.stack([own[span] for span in members.tolist()])
         decoded[:, :, SIDE // 2 :] = -GIVEN_MASK_LOGIT
         return decoded, torch.zeros(len(members))
 
+    sampled.dense_prompts = {span: torch.tensor([span]) for span in range(len(true))}
     sampled.decode(torch.stack(own), decode)
     return prompted, sampled
 
@@ -158,7 +160,7 @@ def test_prompted_decodes_are_those_of_the_same_prompts_given_and_their_losses_a
     spans, masks, scores = sampled.with_own(masks, scores)
     assert spans.tolist() == [0, 1, 2, 3, 0, 1, 2, 1, 2, 1]
 
-    def decode_alone(members, prompts):
+    def decode_alone(members, _, prompts):
         """Each span as inference decodes it, with the same prompts in pixels of its image."""
         found = []
         for span in members.tolist():
@@ -172,6 +174,7 @@ def test_prompted_decodes_are_those_of_the_same_prompts_given_and_their_losses_a
         return tuple(map(torch.stack, zip(*found, strict=True)))
 
     alone = SampledPrompts(targets, rounds, draws, sizes[:, 2:], IMAGE_SIZE)
+    alone.dense_prompts = sampled.dense_prompts
     alone.decode(own.pred_masks, decode_alone)
     expected = alone.with_own(own.pred_masks, own.iou_scores)
     assert_close((masks, scores), expected[1:], **EXACT)
