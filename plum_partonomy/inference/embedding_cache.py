@@ -14,6 +14,7 @@ Any number of processes may fill one folder. A file gets its name once it is com
 killed while writing leaves only `writing.partial`, which the next one overwrites.
 """
 
+import copy
 import hashlib
 import json
 import os
@@ -36,25 +37,28 @@ class EmbeddingCache:
 
     def __init__(self, folder: str | Path, model: PlumForConditionalGeneration):
         """Raises DataError if the folder cannot be created."""
-        self.model = model
+        self.model, self.sam = model, model.sam
         self.folder = Path(folder) / fingerprint_encoder(model)[:16]
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise DataError(f"--cache_image_embeddings: the folder {folder} cannot be made: {error}") from error
 
+    def copy_sam(self):
+        """Encode with a copy of SAM from now on, because the weights of the model are about to be sharded."""
+        self.sam = copy.deepcopy(self.sam)
+
     @torch.no_grad()
     def embed(self, sam_pixel_values: torch.Tensor) -> torch.Tensor:
         """
         Return embeddings `(N, E, G, G)` of pixels `(N, 3, image_size, image_size)`, on their device and in the
-        precision of the image encoder; replaces `get_image_embeddings`. With sharded weights, nothing else moves the
-        encoder to the device.
+        precision of the image encoder; replaces `get_image_embeddings`. SAM is moved there.
 
         Raises:
             DataError: An embedding cannot be written.
         """
-        encoder = self.model.sam.vision_encoder
-        device, precision = sam_pixel_values.device, encoder.dtype
+        dtype, device = self.sam.vision_encoder.dtype, sam_pixel_values.device
+        precision = dtype
         if torch.is_autocast_enabled(device.type):
             precision = torch.get_autocast_dtype(device.type)
         embeddings = []
@@ -62,13 +66,13 @@ class EmbeddingCache:
             path = self._path(str(precision), _digest(pixels))
             embedding = self._read(path)
             if embedding is None:
-                if encoder.device != device:
-                    encoder.to(device)
-                embedding = self.model.get_image_embeddings(pixels[None])[0]
+                if self.sam.vision_encoder.device != device:
+                    self.sam.to(device)
+                embedding = self.model.segmenter.encode(self.sam, pixels[None].to(dtype))[0]
                 embedding = embedding.bfloat16().cpu().contiguous()
                 self._write(path, embedding)
             embeddings.append(embedding)
-        return torch.stack(embeddings).to(device, encoder.dtype)
+        return torch.stack(embeddings).to(device, dtype)
 
     def describe(self, images: int | None) -> str:
         """Return the disk space for a number of images (None if unknown) as a sentence to print before the run."""

@@ -114,6 +114,8 @@ class PlumTrainer(Trainer):
         self.embedding_cache, self.run = embedding_cache, run or {}
         self.teacher = build_teacher(self.model)
         self.add_callback(EpochSetter)
+        if embedding_cache is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            embedding_cache.copy_sam()
         self._outline = self._prepare_for_fsdp() if self.is_fsdp_enabled else None
         if self.args.torch_compile:
             self._compile_layers()
