@@ -158,10 +158,17 @@ def test_a_reader_that_leaves_early_is_no_problem(raw_data):
     assert (process.stderr.read(), process.wait(timeout=120)) == ("", 0)
 
 
-@pytest.mark.parametrize("command", [["--help"], ["data", "stats", "mini"], ["segment", "IMAGE", "--spans", "tail"]])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["--help"],
+        ["data", "stats", "descriptor", "--data_dir", "DATA", "--split", "train"],
+        ["segment", "IMAGE", "--spans", "tail"],
+    ],
+)
 @pytest.mark.parametrize("closed", ["stdout", "stderr"])
-def test_no_command_minds_a_reader_that_has_left(command, closed, checkpoint, image_file):
-    command = [image_file if word == "IMAGE" else word for word in command]
+def test_no_command_minds_a_reader_that_has_left(command, closed, checkpoint, image_file, raw_data):
+    command = [{"IMAGE": image_file, "DATA": raw_data}.get(word, word) for word in command]
     model = ["--model", checkpoint] if "segment" in command else []
     process = subprocess.Popen(
         [sys.executable, "-m", "plum_partonomy.cli", *command, *model],
