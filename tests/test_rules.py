@@ -12,6 +12,7 @@ from scripts.copy_code import CHECKPOINT_CODE
 ROOT = Path(__file__).parents[1]
 LIBRARY = ROOT / "plum_partonomy"
 WITHOUT_TORCH = ("records", "masks", "images", "seeding", "files", "sources", "drawn", "questions", "scoring")
+WITHOUT_TORCH += ("evaluation/answers",)
 # Each imports those before it, and none after it.
 ORDER = (
     (
@@ -79,7 +80,7 @@ def test_arrows_run_one_way():
                 assert level[room(module)] <= level[own], f"{path.relative_to(ROOT)} imports {module}"
 
 
-def test_records_readers_drawings_questions_and_scores_do_without_torch():
+def test_records_readers_drawings_questions_scores_and_files_of_answers_do_without_torch():
     modules = [
         ".".join(path.relative_to(ROOT).with_suffix("").parts)
         for name in WITHOUT_TORCH

@@ -4,8 +4,6 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
-import torch
-from transformers import AutoModel, AutoTokenizer
 
 from plum_partonomy.masks import DataError
 from plum_partonomy.records import Question
@@ -48,6 +46,9 @@ def embed_names(names: Sequence[str], model: str, *, batch_size: int = 64) -> di
     Raises:
         DataError: The model cannot be loaded.
     """
+    import torch  # only here, because most evaluations compare names without a model
+    from transformers import AutoModel, AutoTokenizer
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
         encoder = AutoModel.from_pretrained(model, trust_remote_code=False, use_safetensors=True).eval()

@@ -17,8 +17,9 @@ import torch
 
 from modeling_plum import PlumForConditionalGeneration
 from modules_plum import keep_last_answer
+from plum_partonomy.evaluation.answers import evaluate_answers
 from plum_partonomy.evaluation.options import EvaluationArguments
-from plum_partonomy.evaluation.partonomy import evaluate, evaluate_answers
+from plum_partonomy.evaluation.partonomy import evaluate
 from plum_partonomy.features import QUESTION_FEATURES
 from plum_partonomy.inference.predictor import Predictor
 from plum_partonomy.masks import DataError, encode
