@@ -1,4 +1,4 @@
-"""The app: ask about an image, isolate masks, segment words, correct a mask, see the steps.
+"""The app: ask about an image, isolate masks, segment words, correct a mask with clicks or a brush, see the steps.
 
     python demo/app.py                          # every checkpoint in checkpoints/; others: --model FOLDER [FOLDER ...]
 
@@ -32,6 +32,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from demo import pages
 from demo.checkpoints import Checkpoint, load_checkpoints
+from demo.events import read_prompt, read_selection, read_span, sent
 from demo.replies import Replies, Shown, Ticket, add_colours
 from demo.uploads import BoundedRequests, own_file, read_painted, read_upload
 from inputs_plum import read_image
@@ -40,10 +41,12 @@ from plum_partonomy.inference.inputs import MAX_IMAGE_BYTES, check_phrases, chec
 from plum_partonomy.inference.one_image import (
     MAX_NEW_TOKENS,
     Plum,
+    Prompt,
     Range,
     Reply,
     add_words,
     correct_mask,
+    correct_with_prompts,
     finish,
     overlaps,
     save,
@@ -79,6 +82,8 @@ KEPT_SECONDS = 3600
 KEPT_SESSIONS = 256
 """Maximum number of sessions; the oldest are dropped first."""
 USES_MODEL = {"concurrency_id": "model", "concurrency_limit": 1}
+FORGET_CLICKS = "() => document.querySelectorAll('.plum-pending').forEach((mark) => mark.remove())"
+"""Removes the marks of clicks that the server has refused."""
 THEME = gr.themes.Default(
     primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
 ).set(
@@ -158,6 +163,7 @@ class Demo:
             warning=warn_of_unknown_image(self.plum(shown.model), answer),
             least_score=thresholds[0],
             change=change,
+            prompts=shown.reply.prompts,
         )
         return page, ticket, "", None, "", None
 
@@ -196,7 +202,7 @@ class Demo:
         """Return the words selected in the answer, extended to whole words."""
         with problems_shown():
             text = self.replies.get(ticket).reply.text
-        start, end = sorted(min(max(int(place), 0), len(text)) for place in (event.start, event.end))
+            start, end = read_selection(event, len(text))
         while start < end and not text[start].isalnum():
             start += 1
         while start < end and not text[end - 1].isalnum():
@@ -255,9 +261,8 @@ class Demo:
         thresholds = span_threshold, mask_threshold
         with problems_shown():
             shown = self.replies.get(ticket)
-            spans = self.finish(shown, *thresholds).spans
-            span, size = chosen(spans, event.index), pages.shown_size(shown.reply.image)
-            painted = read_painted(event.mask, size)
+            span, size = read_span(event, self.finish(shown, *thresholds).spans), pages.shown_size(shown.reply.image)
+            painted = read_painted(sent(event, "mask"), size)
             before = np.asarray(pages.draw_mask(span.mask, "#000000", size))[..., 3] > 0
             changed, painted = (
                 np.asarray(Image.fromarray(area).resize(shown.reply.image.size, Image.Resampling.NEAREST))
@@ -266,6 +271,19 @@ class Demo:
             place, ranges = (span.start, span.end), self.ranges(shown, *thresholds)
             mask = np.where(changed, painted, span.mask)
             reply = correct_mask(self.plum(shown.model), shown.reply, ranges, place, mask)
+            kept = self.keep(shown.model, reply, shown.written, ticket, corrected=place)
+            return self.present(kept, *thresholds)
+
+    def click(self, ticket: Ticket | None, span_threshold: float, mask_threshold: float, event: gr.EventData) -> tuple:
+        """Add a point or a box to those of a span, decode its mask again and the later ones from it."""
+        thresholds = span_threshold, mask_threshold
+        with problems_shown():
+            shown = self.replies.get(ticket)
+            span = read_span(event, self.finish(shown, *thresholds).spans)
+            place, ranges = (span.start, span.end), self.ranges(shown, *thresholds)
+            new = read_prompt(event, shown.reply.image.size, shown.reply.prompts.get(place, Prompt()))
+            added = {"points": new.points, "labels": new.labels, "box": new.box}
+            reply = correct_with_prompts(self.plum(shown.model), shown.reply, ranges, place, **added)
             kept = self.keep(shown.model, reply, shown.written, ticket, corrected=place)
             return self.present(kept, *thresholds)
 
@@ -286,7 +304,9 @@ class Demo:
                 finish(plum, alone, mask_threshold=thresholds[1]).spans[0]
                 for alone in segment_apart(plum, shown.reply, places)
             ]
-            return pages.draw_steps(shown.reply.image, answer.spans, apart, colours_of(shown, answer))
+            given, prompts = shown.reply.given_masks, shown.reply.prompts
+            by_user = ["your mask" if place in given else pages.name_prompts(prompts.get(place)) for place in places]
+            return pages.draw_steps(shown.reply.image, answer.spans, apart, colours_of(shown, answer), by_user)
 
     def files(self, ticket: Ticket | None, *thresholds: float) -> Iterator[list[str]]:
         with problems_shown(), tempfile.TemporaryDirectory() as folder:
@@ -317,13 +337,6 @@ def colours_of(shown: Shown, answer: PlumAnswer) -> list[str]:
     """Return the colour of each span of an answer at the given thresholds."""
     colours = pick_colours(1 + max(shown.colours.values(), default=0))
     return [colours[shown.colours[span.start, span.end]] for span in answer.spans]
-
-
-def chosen(items: Sequence, index: int) -> Any:
-    """Return the item that a request selects. Raises DataError if it does not exist."""
-    if not 0 <= index < len(items):
-        raise DataError("This mask is not there any more: choose another.")
-    return items[index]
 
 
 # ---------------------------------------------------------------- layout
@@ -452,7 +465,11 @@ def add_ask_tab(demo: Demo, model: gr.Dropdown, examples: list[list[str]]) -> No
     gr.on([slider.change for slider in thresholds], demo.redraw, [reply, *thresholds], shown, show_progress="hidden")
     view.select(demo.pick_words, reply, [words, picked], show_progress="hidden")
     view.apply(demo.correct, [reply, *thresholds], shown, api_name="correct", **options)
-    view.undo(demo.undo, [reply, *thresholds], shown, show_progress="hidden")
+    # Quick clicks wait in the queue, in their order; by default gradio drops them.
+    in_order = {"trigger_mode": "multiple", **options}
+    clicked = view.edit(demo.click, [reply, *thresholds], shown, api_name="click", **in_order)
+    clicked.failure(None, js=FORGET_CLICKS)
+    view.undo(demo.undo, [reply, *thresholds], shown, **in_order)
     given = [model, image, reply, words, picked, *thresholds]
     gr.on([segment.click, words.submit], demo.segment, given, shown, api_name="segment", **options)
     show_steps.click(demo.steps, [reply, *thresholds], steps, **options)

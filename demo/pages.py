@@ -6,7 +6,7 @@ escapes all text.
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import jinja2
@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image, ImageColor
 
 from demo.checkpoints import Checkpoint
+from plum_partonomy.inference.one_image import Prompt, Range
 from plum_partonomy.masks import encode
 from plum_partonomy.records import Question
 from plum_partonomy.scoring.mask_metrics import normalise
@@ -80,11 +81,11 @@ class Change:
 
     Args:
         masks: The masks before the change, by the characters of their spans.
-        corrected: Characters of the span whose mask was painted; None if words were added.
+        corrected: Characters of the span whose mask was corrected; None if words were added.
     """
 
-    masks: dict[tuple[int, int], np.ndarray]
-    corrected: tuple[int, int] | None = None
+    masks: dict[Range, np.ndarray]
+    corrected: Range | None = None
 
 
 def draw_text(text: str, *, begun: bool = False) -> str:
@@ -107,6 +108,7 @@ def draw_answer(
     warning: str | None = None,
     least_score: float = 0.0,
     change: Change | None = None,
+    prompts: Mapping[Range, Prompt] | None = None,
 ) -> str:
     """
     Return the image with its masks, and the answer whose spans isolate and correct them (view.js).
@@ -117,27 +119,35 @@ def draw_answer(
         warning: Shown above the image.
         least_score: Minimum score of shown spans.
         change: The last change by the user.
+        prompts: Clicks and boxes of the user, by the characters of their spans.
     """
+    prompts = prompts or {}
     size = shown_size(image)
     colours = colours or pick_colours(len(answer.spans))
     spans = []
     for span, colour in zip(answer.spans, colours, strict=True):
-        was = None if change is None else change.masks.get((span.start, span.end))
+        place = span.start, span.end
+        was = None if change is None else change.masks.get(place)
         changed = was is not None and not np.array_equal(was, span.mask)
         spans.append(
             {
                 "text": span.text,
+                "start": span.start,
                 "score": f"{span.score:.2f}",
                 "colour": colour,
                 "mask": _address(draw_mask(span.mask, colour, size), format="PNG"),
                 "was": _address(draw_mask(was, colour, size), format="PNG") if changed else None,
                 "added": change is not None and was is None,
-                "corrected": change is not None and change.corrected == (span.start, span.end),
+                "corrected": change is not None and change.corrected == place,
+                "prompts": name_prompts(prompts.get(place)),
+                "marks": _place_marks(prompts.get(place), image.size),
             }
         )
     return _render(
         ANSWER,
         image=_address(image.resize(size, Image.Resampling.BICUBIC), format="JPEG"),
+        shown_size=size,
+        size=image.size,
         spans=spans,
         pieces=_cut(answer.text, answer.spans, len(answer.text) if written is None else written),
         warning=warning,
@@ -145,6 +155,34 @@ def draw_answer(
         changed=change is not None,
         least_score=least_score,
     )
+
+
+def name_prompts(prompt: Prompt | None) -> str:
+    """Return in words how many clicks and boxes a mask has, "" for none.
+
+    >>> name_prompts(Prompt(points=((1, 2), (3, 4)), labels=(1, 0), box=(0, 0, 5, 5)))
+    'your 2 clicks and box'
+    """
+    if prompt is None:
+        return ""
+    count = len(prompt.points)
+    words = [f"{count} click{'s' if count > 1 else ''}"] if count else []
+    return "your " + " and ".join([*words, *["box"] * (prompt.box is not None)])
+
+
+def _place_marks(prompt: Prompt | None, size: tuple[int, int]) -> list[tuple[str, str, list[float]]]:
+    """Return the marks of a prompt as (class, sign, left, top, width and height in percent of the image)."""
+    if prompt is None:
+        return []
+    width, height = size
+    marks = []
+    if prompt.box is not None:
+        x0, y0, x1, y1 = prompt.box
+        marks.append(("plum-box", "", [x0 / width, y0 / height, (x1 - x0) / width, (y1 - y0) / height]))
+    for (x, y), label in zip(prompt.points, prompt.labels, strict=True):
+        middle = [(x + 0.5) / width, (y + 0.5) / height, 0.0, 0.0]  # of the pixel
+        marks.append(("plum-point", "+", middle) if label else ("plum-point plum-less", "−", middle))
+    return [(kind, sign, [round(100 * part, 3) for part in parts]) for kind, sign, parts in marks]
 
 
 def _cut(text: str, spans: Sequence[PlumSpan], written: int) -> list[tuple[str, int | None, bool]]:
@@ -165,8 +203,8 @@ ANSWER = """
 {% if warning %}
 <p class="plum-warning" role="status">{{ warning }}</p>
 {% endif %}
-<div class="plum-stage">
-<img src="{{ image }}" alt="the image">
+<div class="plum-stage" data-width="{{ size[0] }}" data-height="{{ size[1] }}">
+<img src="{{ image }}" alt="the image" width="{{ shown_size[0] }}" height="{{ shown_size[1] }}">
 {% for span in spans %}
 <img class="plum-mask{% if span.was %} plum-changed{% endif %}" data-span="{{ loop.index0 }}" src="{{ span.mask }}"
 alt="mask of {{ span.text }}">
@@ -174,13 +212,19 @@ alt="mask of {{ span.text }}">
 <img class="plum-was" data-span="{{ loop.index0 }}" src="{{ span.was }}" alt="mask of {{ span.text }} before">
 {% endif %}
 {% endfor %}
-<canvas class="plum-brush" aria-label="mask to paint on"></canvas>
+<canvas class="plum-pad" width="{{ shown_size[0] }}" height="{{ shown_size[1] }}" tabindex="0" role="application"
+aria-label="the image: arrow keys move a cross, Enter clicks there, Shift+Enter takes away there"></canvas>
+{% for span in spans %}{% set number = loop.index0 %}{% for kind, sign, (left, top, width, height) in span.marks %}
+<span class="plum-mark {{ kind }}" data-span="{{ number }}" aria-hidden="true"
+style="left: {{ left }}%; top: {{ top }}%; width: {{ width }}%; height: {{ height }}%">{{ sign }}</span>
+{% endfor %}{% endfor %}
 </div>
 <p class="plum-answer">
 {%- for piece, index, own in pieces -%}
 {%- if index is none %}{% if own %}<span class="plum-own">{{ piece }}</span>{% else %}{{ piece }}{% endif %}{% else -%}
 <span class="plum-span{% if spans[index].was %} plum-changed{% endif %}{% if own %} plum-own{% endif %}" role="button"
-tabindex="0" aria-pressed="false" data-span="{{ index }}" data-score="{{ spans[index].score }}"
+tabindex="0" aria-pressed="false" data-start="{{ spans[index].start }}"
+data-span="{{ index }}" data-score="{{ spans[index].score }}"
 style="--colour: {{ spans[index].colour }}">{{ piece }}</span>
 {%- endif -%}
 {%- endfor -%}
@@ -189,7 +233,10 @@ style="--colour: {{ spans[index].colour }}">{{ piece }}</span>
 {% endif %}
 {% if changed %}
 <div class="plum-notice" role="status">
-{% for span in spans if span.corrected %}Your mask of {{ chip(span) }} is used. {% endfor %}
+{% for span in spans if span.corrected %}
+{% if span.prompts %}<span class="plum-clicked" data-start="{{ span.start }}">The mask of {{ chip(span) }} follows
+{{ span.prompts }}.</span>{% else %}Your mask of {{ chip(span) }} is used.{% endif %}
+{% endfor %}
 {% for span in spans if span.added %}{% if loop.first %}Added: {% endif %}{{ chip(span) }} {% endfor %}
 {% for span in spans if span.was and not span.corrected %}{% if loop.first %}Changed with it: {% endif %}
 {{ chip(span) }} {% endfor %}
@@ -204,14 +251,24 @@ style="--colour: {{ spans[index].colour }}">{{ piece }}</span>
 <button type="button" data-do="correct" disabled>Correct this mask</button>
 <span class="plum-note">Click a coloured word or its mask to see it alone and to correct it. Numbers are scores.</span>
 </div>
-<div class="plum-tools plum-brushing">
-<button type="button" data-do="paint" aria-pressed="true">Paint</button>
-<button type="button" data-do="erase" aria-pressed="false">Erase</button>
-<label>Size <input class="plum-size" type="range" min="4" max="96" value="28"></label>
-<button type="button" data-do="undo-stroke">Undo stroke</button>
-<button type="button" data-do="use">Use this mask</button>
-<button type="button" data-do="cancel">Cancel</button>
-<span class="plum-note">The white line is the edge that the mask had.</span>
+<div class="plum-tools plum-correction">
+<span class="plum-choice" role="group" aria-label="Correct with">
+<button type="button" data-do="click" aria-pressed="true">Click or box</button>
+<button type="button" data-do="brush" aria-pressed="false">Brush</button>
+</span>
+<span class="plum-choice" role="group" aria-label="It is to">
+<button type="button" data-do="add" aria-pressed="true">+ Add</button>
+<button type="button" data-do="take" aria-pressed="false">− Take away</button>
+</span>
+<button type="button" class="plum-with-click" data-do="undo-click" disabled>Undo click</button>
+<button type="button" class="plum-with-click" data-do="done">Done</button>
+<label class="plum-with-brush">Size <input class="plum-size" type="range" min="4" max="96" value="28"></label>
+<button type="button" class="plum-with-brush" data-do="undo-stroke">Undo stroke</button>
+<button type="button" class="plum-with-brush" data-do="use">Use this mask</button>
+<button type="button" class="plum-with-brush" data-do="done">Cancel</button>
+<span class="plum-note plum-with-click">Click to add a place; Shift-click, or choose Take away, to remove
+one; drag to draw a box around the part. The mask changes at once.</span>
+<span class="plum-note plum-with-brush">The white line is the edge that the mask had.</span>
 </div>
 {% elif least_score > 0 %}
 <p class="plum-note">No mask has a score of at least {{ "%.2f" | format(least_score) }}: move the slider
@@ -226,22 +283,32 @@ style="--colour: {{ spans[index].colour }}">{{ piece }}</span>
 
 
 def draw_steps(
-    image: Image.Image, spans: Sequence[PlumSpan], apart: Sequence[PlumSpan], colours: Sequence[str]
+    image: Image.Image,
+    spans: Sequence[PlumSpan],
+    apart: Sequence[PlumSpan],
+    colours: Sequence[str],
+    by_user: Sequence[str],
 ) -> str:
-    """Return each mask, the earlier masks that it is conditioned on, and the mask of the same span without them."""
+    """
+    Return each mask, the earlier masks that it is conditioned on, and the mask of the same span without them.
+
+    Args:
+        by_user: What the user has corrected each mask with, "" for nothing.
+    """
     rles = [encode(span.mask) for span in spans]
     steps = []
-    for t, (span, alone) in enumerate(zip(spans, apart, strict=True)):
+    for t, (span, alone, own) in enumerate(zip(spans, apart, by_user, strict=True)):
         colour = colours[t]
         union = (span.mask | alone.mask).sum()
         steps.append(
             {
                 "text": span.text,
                 "colour": colour,
+                "own": own,
                 "iou": f"{(span.mask & alone.mask).sum() / union:.2f}" if union else "–",
                 "panels": [
                     ("earlier masks", panel(image, rles[:t], colours)),
-                    ("with feedback", panel(image, rles[t : t + 1], [colour])),
+                    (f"with {own or 'feedback'}", panel(image, rles[t : t + 1], [colour])),
                     ("without", panel(image, [encode(alone.mask)], [colour])),
                 ],
             }
@@ -253,7 +320,9 @@ STEPS = """
 {% for step in steps %}
 <section class="plum-step">
 <h3><span class="plum-chip" style="--colour: {{ step.colour }}">{{ loop.index }}. {{ step.text }}</span>
-{% if loop.first %}the first mask has no earlier ones{% else %}IoU of the two masks {{ step.iou }}{% endif %}</h3>
+{{ step.own ~ "; " if step.own }}
+{% if step.own or not loop.first %}IoU of the two masks {{ step.iou }}{% else %}
+the first mask has no earlier ones{% endif %}</h3>
 <div class="plum-panels">
 {% for caption, picture in step.panels %}
 <figure><img src="{{ picture }}" alt="{{ caption }}: {{ step.text }}"><figcaption>{{ caption }}</figcaption></figure>

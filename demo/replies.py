@@ -1,18 +1,19 @@
-"""Bounded storage of the last answers of all users; the least recently used are dropped first."""
+"""Bounded storage of the last answers of all users, and of those before; the least recently used are dropped first."""
 
 import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-
-import torch
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from plum_partonomy.inference.one_image import Range, Reply
 from plum_partonomy.masks import DataError
 
-KEPT_REPLIES = 64
+KEPT_REPLIES = 1024
 KEPT_BYTES = 10**9
+UNDO_STEPS = 20
+"""Maximum number of changes of an answer that can be undone."""
 
 
 class Ticket:
@@ -33,7 +34,7 @@ class Shown:
         written: Number of characters written by the model.
         colours: Colour number of each span, by its characters; unchanged when spans are added.
         before: The answer restored by "undo".
-        corrected: Characters of the span whose mask was painted last.
+        corrected: Characters of the span whose mask the user corrected last.
     """
 
     model: str
@@ -68,9 +69,21 @@ class Replies:
         with self._lock:
             weakref.finalize(ticket, self._drop, id(ticket))
             self._kept[id(ticket)] = shown
+            self._forget_first(ticket)
             while len(self._kept) > 1 and (len(self._kept) > self.limit or self.size() > self.bytes_limit):
                 self._kept.popitem(last=False)
         return ticket
+
+    def _forget_first(self, ticket: Ticket) -> None:
+        """Cut the answers before this one after UNDO_STEPS, so that one user does not take the place of others."""
+        for _ in range(UNDO_STEPS):
+            last = self.find(ticket)
+            if last is None or last.before is None:
+                return
+            ticket = last.before
+        last = self.find(ticket)
+        if last is not None:
+            self._kept[id(ticket)] = replace(last, before=None)
 
     def get(self, ticket: Ticket | None) -> Shown:
         """Return the answer. Raises DataError before the first question, or after it was dropped for others."""
@@ -91,15 +104,19 @@ class Replies:
 
     def size(self) -> int:
         """Return the bytes of all answers."""
-        return sum(size_of(shown.reply) for shown in list(self._kept.values()))
+        return size_of(*(shown.reply for shown in list(self._kept.values())))
 
     def _drop(self, key: int) -> None:
         with self._lock:
             self._kept.pop(key, None)
 
 
-def size_of(reply: Reply) -> int:
-    """Return the bytes of a reply's image, given masks and tensors."""
-    tensors = (value for value in reply.outputs.values() if isinstance(value, torch.Tensor))
-    size = reply.image.width * reply.image.height * 3 + sum(mask.nbytes for mask in reply.given_masks.values())
-    return size + sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+def size_of(*replies: Reply) -> int:
+    """Return the bytes of the images, masks and tensors of replies; what several of them share counts once."""
+    sizes: dict[int, int] = {}
+    for reply in replies:
+        parts: list[Any] = [*reply.outputs.values(), *reply.given_masks.values()]
+        parts += [prompt.mask for prompt in reply.prompts.values()]
+        sizes |= {id(part): part.nbytes for part in parts if hasattr(part, "nbytes")}
+        sizes[id(reply.image)] = reply.image.width * reply.image.height * 3
+    return sum(sizes.values())

@@ -1,12 +1,14 @@
 // Runs once for the answer component (`element`); its content is replaced with every answer, so events are delegated.
 let pinned = null;
-let brush = null; // while a mask is being painted on
+let edit = null; // the mask that is being corrected: {pad, start, strokes, ...}
+let tool = "click"; // of the correction: "click", for points and boxes, or "brush"
+let adds = true; // whether it adds to the mask or takes away
 let following = false; // an answer is being written and is kept in view: on a narrow page it is below the question
 
 const masks = () => [...element.querySelectorAll(".plum-mask")];
 
 function isolate(index) {
-  if (brush) return;
+  if (edit) return;
   element.classList.toggle("plum-isolating", index !== null);
   for (const part of element.querySelectorAll("[data-span]")) {
     part.classList.toggle("plum-on", part.dataset.span === index);
@@ -15,7 +17,7 @@ function isolate(index) {
 }
 
 function pin(index) {
-  if (brush) return;
+  if (edit) return;
   pinned = pinned === index ? null : index;
   isolate(pinned);
   const button = element.querySelector("[data-do=correct]");
@@ -42,18 +44,142 @@ function spanOf(event) {
   return event.target.closest(".plum-stage") ? spanAt(event) : null;
 }
 
+// ---------------------------------------------------------------- the correction of a mask
+
+function startCorrecting() {
+  const { start } = element.querySelector(`.plum-span[data-span="${pinned}"]`).dataset;
+  edit = { pad: element.querySelector(".plum-pad"), start: Number(start), cross: [0.5, 0.5], pressed: null, band: null };
+  element.querySelector("[data-do=undo-click]").disabled = !element.querySelector(`.plum-clicked[data-start="${start}"]`);
+  choose(tool, adds);
+}
+
+// After a click the same mask is open for the next one, which may have begun before this answer came.
+function continueCorrecting({ start, cross, pressed, focus }) {
+  const span = element.querySelector(`.plum-span[data-start="${start}"]`);
+  if (!span) return;
+  pin(span.dataset.span);
+  startCorrecting();
+  Object.assign(edit, { cross, pressed });
+  if (pressed) edit.pad.setPointerCapture(pressed.pointerId);
+  if (focus) element.querySelector(focus).focus({ preventScroll: true });
+  if (focus === ".plum-pad") addMark("plum-cross", "+", cross);
+}
+
+function stopCorrecting() {
+  edit = null;
+  element.classList.remove("plum-clicking", "plum-brushing");
+  for (const mark of element.querySelectorAll(".plum-pending")) mark.remove();
+}
+
+function choose(newTool, newAdds) {
+  tool = newTool;
+  adds = newAdds;
+  element.classList.toggle("plum-clicking", tool === "click");
+  element.classList.toggle("plum-brushing", tool === "brush");
+  for (const [name, pressed] of [["click", tool === "click"], ["brush", tool === "brush"], ["add", adds], ["take", !adds]]) {
+    element.querySelector(`.plum-correction [data-do=${name}]`).ariaPressed = String(pressed);
+  }
+  if (tool === "brush") takeBrush();
+  else edit.pad.getContext("2d").clearRect(0, 0, edit.pad.width, edit.pad.height);
+}
+
+// The place of the pointer on the picture, 0 to 1 in both directions.
+function placeOf(event) {
+  const box = edit.pad.getBoundingClientRect();
+  const parts = [(event.clientX - box.left) / box.width, (event.clientY - box.top) / box.height];
+  return parts.map((part) => Math.min(Math.max(part, 0), 1));
+}
+
+// ---------------------------------------------------------------- clicks and boxes
+
+const FURTHEST_CLICK = 6; // screen pixels between press and release; more is a box
+
+// Puts a mark on the picture until the next answer, which has marks of its own (pages.py).
+function addMark(kind, sign, from, to = from) {
+  const mark = document.createElement("span");
+  mark.className = `plum-mark plum-on plum-pending ${kind}`;
+  mark.textContent = sign;
+  placeMark(mark, from, to);
+  edit.pad.after(mark);
+  return mark;
+}
+
+function placeMark(mark, from, to = from) {
+  const [left, top] = from.map((part, axis) => Math.min(part, to[axis]));
+  const [width, height] = from.map((part, axis) => Math.abs(part - to[axis]));
+  for (const [name, part] of Object.entries({ left, top, width, height })) mark.style[name] = `${100 * part}%`;
+}
+
+// The size of the image itself, in whose pixels points and boxes are sent.
+function sizeOfImage() {
+  const { width, height } = edit.pad.closest(".plum-stage").dataset;
+  return [Number(width), Number(height)];
+}
+
+function sendPoint(place, isAdded) {
+  const point = sizeOfImage().map((size, axis) => Math.min(Math.floor(place[axis] * size), size - 1));
+  addMark(`plum-point ${isAdded ? "" : "plum-less"}`, isAdded ? "+" : "\u2212", place);
+  trigger("edit", { start: edit.start, point, label: isAdded ? 1 : 0 });
+}
+
+function sendBox(from, to) {
+  const size = sizeOfImage();
+  const low = size.map((side, axis) => Math.min(Math.floor(Math.min(from[axis], to[axis]) * side), side - 1));
+  const high = size.map((side, axis) => Math.max(Math.ceil(Math.max(from[axis], to[axis]) * side), low[axis] + 1));
+  trigger("edit", { start: edit.start, box: [...low, ...high] });
+}
+
+function drag(event) {
+  const [dx, dy] = [event.clientX - edit.pressed.clientX, event.clientY - edit.pressed.clientY];
+  if (Math.hypot(dx, dy) > FURTHEST_CLICK) edit.band ??= addMark("plum-box", "", placeOf(edit.pressed));
+  if (edit.band) placeMark(edit.band, placeOf(edit.pressed), placeOf(event));
+}
+
+function release(event) {
+  if (edit.band) sendBox(placeOf(edit.pressed), placeOf(event));
+  else sendPoint(placeOf(event), adds && !event.shiftKey);
+  edit.band = null; // its mark stays until the answer
+}
+
+// The arrow keys move a cross over the picture; Enter clicks at it.
+const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
+
+function pressKey(event) {
+  if (event.key in ARROWS) {
+    edit.cross = edit.cross.map((part, axis) => Math.min(Math.max(part + 0.02 * ARROWS[event.key][axis], 0), 1));
+    element.querySelector(".plum-cross")?.remove();
+    addMark("plum-cross", "+", edit.cross);
+  } else if (event.key === "Enter") {
+    edit.focus = ".plum-pad";
+    sendPoint(edit.cross, adds && !event.shiftKey);
+  } else {
+    return;
+  }
+  event.preventDefault();
+}
+
 // ---------------------------------------------------------------- the brush
+
+function takeBrush() {
+  if (!edit.ink) {
+    const mask = masks().find((candidate) => candidate.dataset.span === pinned);
+    const colour = element.querySelector(`.plum-span[data-span="${pinned}"]`).style.getPropertyValue("--colour").trim();
+    const ink = pixelsOf(mask, false).getContext("2d", { willReadFrequently: true });
+    Object.assign(edit, { ink, edge: pixelsOf(mask, true), colour: `${colour}99`, strokes: [] });
+  }
+  showInk();
+}
 
 // Shows what is painted, translucent, under the edge that the mask had before.
 function showInk() {
-  const { canvas, ink, edge, colour } = brush;
-  const context = canvas.getContext("2d");
-  context.clearRect(0, 0, canvas.width, canvas.height);
+  const { pad, ink, edge, colour } = edit;
+  const context = pad.getContext("2d");
+  context.clearRect(0, 0, pad.width, pad.height);
   context.globalCompositeOperation = "source-over";
   context.drawImage(ink.canvas, 0, 0);
   context.globalCompositeOperation = "source-in";
   context.fillStyle = colour;
-  context.fillRect(0, 0, canvas.width, canvas.height);
+  context.fillRect(0, 0, pad.width, pad.height);
   context.globalCompositeOperation = "source-over";
   context.drawImage(edge, 0, 0);
 }
@@ -72,77 +198,68 @@ function pixelsOf(mask, isEdge) {
   return canvas;
 }
 
-function startPainting() {
-  const mask = masks().find((candidate) => candidate.dataset.span === pinned);
-  const canvas = element.querySelector(".plum-brush");
-  canvas.width = mask.naturalWidth;
-  canvas.height = mask.naturalHeight;
-  const ink = pixelsOf(mask, false).getContext("2d", { willReadFrequently: true });
-  const colour = element.querySelector(`.plum-span[data-span="${pinned}"]`).style.getPropertyValue("--colour");
-  brush = { canvas, ink, edge: pixelsOf(mask, true), colour: `${colour.trim()}99`, index: Number(pinned), strokes: [] };
-  choose("paint");
-  element.classList.add("plum-painting");
-  showInk();
-  element.querySelector("[data-do=paint]").focus();
-}
-
-function stopPainting() {
-  brush = null;
-  element.classList.remove("plum-painting");
-}
-
-function choose(tool) {
-  brush.tool = tool;
-  for (const button of element.querySelectorAll("[data-do=paint], [data-do=erase]")) {
-    button.ariaPressed = String(button.dataset.do === tool);
-  }
-}
-
 function pointOf(event) {
-  const box = brush.canvas.getBoundingClientRect();
-  const scale = brush.canvas.width / box.width;
+  const box = edit.pad.getBoundingClientRect();
+  const scale = edit.pad.width / box.width;
   return [(event.clientX - box.left) * scale, (event.clientY - box.top) * scale];
 }
 
+function startStroke(event) {
+  edit.strokes.push(edit.ink.getImageData(0, 0, edit.pad.width, edit.pad.height));
+  if (edit.strokes.length > 20) edit.strokes.shift();
+  edit.last = pointOf(event);
+  stroke(event);
+}
+
 function stroke(event) {
-  const { ink, canvas } = brush;
+  const { ink, pad } = edit;
   const to = pointOf(event);
-  ink.globalCompositeOperation = brush.tool === "erase" ? "destination-out" : "source-over";
+  ink.globalCompositeOperation = adds ? "source-over" : "destination-out";
   ink.lineCap = ink.lineJoin = "round";
   ink.strokeStyle = "#fff";
-  ink.lineWidth = (Number(element.querySelector(".plum-size").value) * canvas.width) / 640;
+  ink.lineWidth = (Number(element.querySelector(".plum-size").value) * pad.width) / 640;
   ink.beginPath();
-  ink.moveTo(...brush.last);
+  ink.moveTo(...edit.last);
   ink.lineTo(to[0] + 0.01, to[1]); // a line of no length would draw nothing where the pointer is only pressed
   ink.stroke();
-  brush.last = to;
+  edit.last = to;
   showInk();
 }
 
 function undoStroke() {
-  const before = brush.strokes.pop();
-  if (before) brush.ink.putImageData(before, 0, 0);
+  const before = edit.strokes.pop();
+  if (before) edit.ink.putImageData(before, 0, 0);
   showInk();
 }
 
 async function useMask() {
-  const { ink, index } = brush;
+  const { ink, start } = edit;
   const file = await ink.canvas.convertToBlob({ type: "image/png" });
   const reader = new FileReader();
   reader.onload = () => {
-    stopPainting();
-    trigger("apply", { index, mask: reader.result });
+    stopCorrecting();
+    trigger("apply", { start, mask: reader.result });
   };
   reader.readAsDataURL(file);
 }
 
 const DOES = {
-  correct: startPainting,
-  paint: () => choose("paint"),
-  erase: () => choose("erase"),
+  correct: () => {
+    [tool, adds] = ["click", true];
+    startCorrecting();
+    element.querySelector("[data-do=click]").focus();
+  },
+  click: () => choose("click", adds),
+  brush: () => choose("brush", adds),
+  add: () => choose(tool, true),
+  take: () => choose(tool, false),
+  "undo-click": () => {
+    edit.focus = "[data-do=undo-click]";
+    trigger("undo");
+  },
   "undo-stroke": undoStroke,
   use: useMask,
-  cancel: stopPainting,
+  done: stopCorrecting,
   undo: () => trigger("undo"),
   before: (button) => {
     button.ariaPressed = String(element.classList.toggle("plum-before"));
@@ -150,23 +267,27 @@ const DOES = {
 };
 
 element.addEventListener("pointerdown", (event) => {
-  if (!brush || event.target !== brush.canvas || event.button) return;
+  if (!edit || edit.pressed || event.target !== edit.pad || event.button) return;
   event.preventDefault();
-  brush.canvas.setPointerCapture(event.pointerId);
-  brush.strokes.push(brush.ink.getImageData(0, 0, brush.canvas.width, brush.canvas.height));
-  if (brush.strokes.length > 20) brush.strokes.shift();
-  brush.last = pointOf(event);
-  brush.down = true;
-  stroke(event);
+  edit.pad.setPointerCapture(event.pointerId);
+  [edit.pressed, edit.focus] = [event, null];
+  if (tool === "brush") startStroke(event);
 });
 element.addEventListener("pointermove", (event) => {
-  if (brush?.down) stroke(event);
+  if (event.pointerId !== edit?.pressed?.pointerId) return;
+  if (tool === "brush") stroke(event);
+  else drag(event);
 });
-for (const end of ["pointerup", "pointercancel"]) {
-  element.addEventListener(end, () => {
-    if (brush) brush.down = false;
-  });
-}
+element.addEventListener("pointerup", (event) => {
+  if (event.pointerId !== edit?.pressed?.pointerId) return;
+  if (tool === "click") release(event);
+  edit.pressed = null;
+});
+element.addEventListener("pointercancel", (event) => {
+  if (event.pointerId !== edit?.pressed?.pointerId) return;
+  edit.band?.remove();
+  edit.band = edit.pressed = null;
+});
 
 // ---------------------------------------------------------------- pointer and keyboard
 
@@ -178,12 +299,17 @@ element.addEventListener("click", (event) => {
   else if (event.target.closest(".plum-stage, .plum-answer")) pin(spanOf(event));
 });
 document.addEventListener("keydown", (event) => {
-  if (event.key === "Escape") pin(pinned); // wherever the focus is: a click on the picture moves it away from here
+  // wherever the focus is: a click on the picture moves it away from here
+  if (event.key !== "Escape") return;
+  if (edit && tool === "click") stopCorrecting();
+  else pin(pinned);
 });
 element.addEventListener("keydown", (event) => {
   if (event.target.matches(".plum-span") && (event.key === "Enter" || event.key === " ")) {
     event.preventDefault();
     pin(event.target.dataset.span);
+  } else if (edit && tool === "click" && event.target === edit.pad) {
+    pressKey(event);
   }
 });
 // Enter asks, Shift+Enter begins a new line; gradio's text boxes of several lines do it the other way round.
@@ -205,9 +331,11 @@ document.addEventListener(
   true,
 );
 watch("value", () => {
+  const last = tool === "click" ? edit : null;
   pinned = null;
-  stopPainting();
+  stopCorrecting();
   element.classList.remove("plum-isolating", "plum-before");
+  if (last) continueCorrecting(last);
   following ||= element.querySelector(".plum-begun") !== null;
   if (following && innerWidth < 768) {
     const images = [...element.querySelectorAll("img")].map((image) => image.decode());

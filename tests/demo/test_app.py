@@ -10,6 +10,7 @@ import html
 import io
 import itertools
 import json
+import math
 import os
 import re
 import signal
@@ -26,14 +27,16 @@ import httpx
 import numpy as np
 import psutil
 import pytest
+import torch
 from PIL import Image
 
 from demo import pages
 from demo.app import Demo, serve
 from demo.checkpoints import describe, load_checkpoints, read_figures
-from demo.replies import Replies, Shown, size_of
+from demo.events import MAX_CLICKS
+from demo.replies import UNDO_STEPS, Replies, Shown, size_of
 from demo.uploads import BoundedRequests, own_file, read_upload
-from plum_partonomy.inference.one_image import Plum, finish, segment_words
+from plum_partonomy.inference.one_image import Plum, Prompt, correct_with_prompts, finish, segment_words
 from plum_partonomy.masks import DataError
 from plum_partonomy.scoring.benchmark import load_questions
 from plum_partonomy.scoring.overlays import pick_colours
@@ -67,6 +70,11 @@ def reply(plum):
 @pytest.fixture
 def ticket(demo, reply):
     return keep(demo, reply)
+
+
+def event(**sent):
+    """What the page sends with an event."""
+    return gr.EventData(None, sent)
 
 
 def keep(demo, reply):
@@ -114,17 +122,12 @@ def test_a_drawn_mask_has_the_shape_and_the_colour_of_the_span():
     assert (drawn[..., :3] == (0x00, 0x72, 0xB2)).all()
 
 
-class Selection:
-    def __init__(self, start, end):
-        self.start, self.end = start, end
-
-
 @pytest.mark.parametrize(
     ("selected", "words"),
     [((3, 5), "wheel"), ((1, 8), "wheel"), ((30, 36), "left wing"), ((8, 9), ""), ((36, 900), "wing"), ((-4, 0), "")],
 )
 def test_a_selection_becomes_whole_words(demo, ticket, selected, words):
-    picked, (start, end) = demo.pick_words(ticket, Selection(*selected))
+    picked, (start, end) = demo.pick_words(ticket, event(start=selected[0], end=selected[1]))
     assert picked == words == TEXT[start:end]
 
 
@@ -175,11 +178,9 @@ def test_a_mask_keeps_its_colour_when_others_are_added_or_hidden(demo, plum, rep
     assert len(fewer) < 3 and fewer.items() < colours_on(page).items()
 
 
-class Painted:
-    def __init__(self, index, mask):
-        buffer = io.BytesIO()
-        Image.fromarray(np.dstack([mask * 255] * 4).astype(np.uint8)).save(buffer, "PNG")
-        self.index, self.mask = index, "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+def painted(start, mask):
+    image = Image.fromarray(np.dstack([mask * 255] * 4).astype(np.uint8))
+    return event(start=start, mask="data:image/png;base64," + base64.b64encode(as_png(image)).decode())
 
 
 def shown_mask(mask, image):
@@ -189,28 +190,117 @@ def shown_mask(mask, image):
 def test_a_painted_mask_is_taken_and_where_nothing_was_painted_it_stays_as_it_was(demo, reply, ticket):
     mask = demo.finish(demo.replies.get(ticket), *THRESHOLDS).spans[0].mask
     same = shown_mask(mask, reply.image)
-    kept = demo.correct(ticket, *THRESHOLDS, Painted(0, same))[1]
+    kept = demo.correct(ticket, *THRESHOLDS, painted(2, same))[1]
     assert np.array_equal(demo.replies.get(kept).reply.given_masks[RANGES[0]], mask)
-    painted = same.copy()
-    painted[:, : same.shape[1] // 2] = True
-    taken = demo.replies.get(demo.correct(ticket, *THRESHOLDS, Painted(0, painted))[1]).reply.given_masks[RANGES[0]]
+    drawn = same.copy()
+    drawn[:, : same.shape[1] // 2] = True
+    taken = demo.replies.get(demo.correct(ticket, *THRESHOLDS, painted(2, drawn))[1]).reply.given_masks[RANGES[0]]
     assert taken[:, :34].all() and np.array_equal(taken[:, 36:], mask[:, 36:])
-    for number in (-1, 3):
+    for start in (-1, 3, 10**9, "2", None, [2]):
         with pytest.raises(gr.Error, match="not there any more"):
-            demo.correct(ticket, *THRESHOLDS, Painted(number, same))
+            demo.correct(ticket, *THRESHOLDS, painted(start, same))
     with pytest.raises(gr.Error, match="paint it again"):
-        demo.correct(ticket, *THRESHOLDS, Painted(0, same[:50]))
+        demo.correct(ticket, *THRESHOLDS, painted(2, same[:50]))
 
 
 def test_a_correction_marks_what_has_changed_and_can_be_undone(demo, reply, ticket):
     before, *_ = demo.present(ticket, *THRESHOLDS)
-    page, corrected, *_ = demo.correct(ticket, *THRESHOLDS, Painted(0, shown_mask(random_mask(seed=9), reply.image)))
+    page, corrected, *_ = demo.correct(ticket, *THRESHOLDS, painted(2, shown_mask(random_mask(seed=9), reply.image)))
     assert "Your mask of" in page and "Changed with it:" in page
     assert page.count('class="plum-was"') == page.count('class="plum-mask plum-changed"') > 1
     undone, ticket, *_ = demo.undo(corrected, *THRESHOLDS)
     assert undone == before
     with pytest.raises(gr.Error, match="nothing to undo"):
         demo.undo(ticket, *THRESHOLDS)
+
+
+def test_clicks_and_boxes_reach_the_model_in_pixels_of_the_image_and_add_up(demo, plum, reply, ticket):
+    place, start = RANGES[1], RANGES[1][0]
+    sent = [{"point": [60, 12], "label": 1}, {"point": [3, 40], "label": 0}, {"box": [2, 3, 66, 44]}]
+    names = ["your 1 click", "your 2 clicks", "your 2 clicks and box"]
+    pages_before, tickets, expected = [demo.present(ticket, *THRESHOLDS)[0]], [ticket], reply
+    for number, prompt in enumerate(sent):
+        page, ticket, *_ = demo.click(tickets[-1], *THRESHOLDS, event(start=start, **prompt))
+        prompt = {"points": [prompt["point"]], "labels": [prompt["label"]]} if "point" in prompt else prompt
+        expected = correct_with_prompts(plum, expected, RANGES, place, **prompt)
+        assert torch.equal(demo.replies.get(ticket).reply.outputs.pred_masks, expected.outputs.pred_masks)
+        assert re.search(rf"The mask of .*wheel.* follows\s+{names[number]}\.", page)
+        assert re.findall(r'plum-mark ([\w -]+)" data-span="1"', page) == [
+            *["plum-box"] * ("box" in sent[number]),
+            *["plum-point", "plum-point plum-less"][: number + 1],
+        ]
+        pages_before.append(page)
+        tickets.append(ticket)
+    prompt = demo.replies.get(ticket).reply.prompts[place]
+    assert prompt.points == ((60, 12), (3, 40)) and prompt.labels == (1, 0) and prompt.box == (2, 3, 66, 44)
+    assert re.search(r"2\. wheel</span>\s+your 2 clicks and box;\s+IoU", demo.steps(ticket, *THRESHOLDS))
+    assert "left: 5%; top: 81%" in page and "left: 2.857%; top: 6%; width: 91.429%; height: 82%" in page
+    for page in reversed(pages_before[:-1]):
+        undone, ticket, *_ = demo.undo(ticket, *THRESHOLDS)
+        assert undone == page
+
+
+def test_a_click_refines_a_painted_mask_and_paint_replaces_clicks(demo, reply, ticket):
+    start, drawn = RANGES[0][0], shown_mask(random_mask(seed=9), reply.image)
+    ticket = demo.correct(ticket, *THRESHOLDS, painted(start, drawn))[1]
+    assert re.search(r"1\. wheel</span>\s+your mask;\s+IoU", demo.steps(ticket, *THRESHOLDS))
+    mask = demo.replies.get(ticket).reply.given_masks[RANGES[0]]
+    ticket = demo.click(ticket, *THRESHOLDS, event(start=start, point=[5, 5], label=0))[1]
+    clicked = demo.replies.get(ticket).reply
+    assert clicked.given_masks == {} and clicked.prompts[RANGES[0]].mask is mask
+    page, ticket, *_ = demo.correct(ticket, *THRESHOLDS, painted(start, drawn))
+    assert demo.replies.get(ticket).reply.prompts == {} and "Your mask of" in page and "plum-mark" not in page
+
+
+def test_a_mask_takes_a_limited_number_of_clicks_and_a_box_beside_them(demo, reply):
+    place = RANGES[0]
+    full = Prompt(points=((1, 1),) * MAX_CLICKS, labels=(1,) * MAX_CLICKS)
+    ticket = keep(demo, dataclasses.replace(reply, prompts={place: full}))
+    with pytest.raises(gr.Error, match=f"at most {MAX_CLICKS} clicks"):
+        demo.click(ticket, *THRESHOLDS, event(start=place[0], point=[5, 5], label=0))
+    demo.click(ticket, *THRESHOLDS, event(start=place[0], box=[0, 0, 70, 50]))
+    demo.click(ticket, *THRESHOLDS, event(start=RANGES[1][0], point=[5, 5], label=0))
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        {},
+        {"point": [5, 5]},
+        {"point": [5, 5], "label": 2},
+        {"point": [5, 5], "label": None},
+        {"point": [5, 5], "label": [1]},
+        {"point": [70, 5], "label": 1},
+        {"point": [5, -1], "label": 1},
+        {"point": [5, math.nan], "label": 1},
+        {"point": [math.inf, 5], "label": 1},
+        {"point": [10**400, 5], "label": 1},
+        {"point": ["5", 5], "label": 1},
+        {"point": [5], "label": 1},
+        {"point": [[5, 5], [6, 6]], "label": [1, 1]},
+        {"point": [[]] * 100_000, "label": 1},
+        {"point": {"x": 5, "y": 5}, "label": 1},
+        {"box": [5, 5, 5, 9]},
+        {"box": [9, 5, 5, 9]},
+        {"box": [0, 0, 71, 50]},
+        {"box": [0, 0, math.nan, 50]},
+        {"box": [5, 5]},
+        {"box": "5 5 9 9"},
+    ],
+    ids=lambda sent: str(sent)[:40],
+)
+def test_clicks_and_boxes_that_are_not_in_the_image_are_refused_in_one_sentence(demo, ticket, sent):
+    with pytest.raises(gr.Error, match="or a box, inside the image of 70 x 50 pixels, found .*: click on") as refused:
+        demo.click(ticket, *THRESHOLDS, event(start=RANGES[0][0], **sent))
+    assert len(str(refused.value)) < 300
+
+
+def test_events_without_their_values_are_refused(demo, ticket):
+    for nothing in (None, {}, [], "start", 3):
+        with pytest.raises(gr.Error, match="not there any more"):
+            demo.click(ticket, *THRESHOLDS, gr.EventData(None, nothing))
+        with pytest.raises(gr.Error, match="select the words again"):
+            demo.pick_words(ticket, gr.EventData(None, nothing))
 
 
 def test_an_answer_without_masks_says_why(demo, plum, ticket):
@@ -278,8 +368,9 @@ def test_nothing_can_be_done_before_a_question_is_asked(demo):
     actions = [
         lambda: demo.steps(None, *THRESHOLDS),
         lambda: next(demo.files(None, *THRESHOLDS)),
-        lambda: demo.pick_words(None, Selection(0, 3)),
-        lambda: demo.correct(None, *THRESHOLDS, Painted(0, random_mask())),
+        lambda: demo.pick_words(None, event(start=0, end=3)),
+        lambda: demo.correct(None, *THRESHOLDS, painted(2, random_mask())),
+        lambda: demo.click(None, *THRESHOLDS, event(start=2, point=[5, 5], label=1)),
         lambda: demo.undo(None, *THRESHOLDS),
     ]
     for action in actions:
@@ -410,14 +501,15 @@ def test_after_requests_that_would_block_it_the_server_answers_the_next(server):
     assert call(server, "ask", [MODEL, {"path": path}, "Which parts?", 0, 0.5])["success"]
 
 
-def test_a_painted_mask_is_an_image_of_the_size_of_the_page(server):
+def test_a_painted_mask_has_the_size_of_the_page_and_clicks_are_in_the_image(server):
     session = uuid.uuid4().hex
     path = upload(server, as_png(random_image()))
-    call(server, "segment", [MODEL, {"path": path}, None, "wheel, tail", None, 0, 0.5], session)
+    message = call(server, "segment", [MODEL, {"path": path}, None, "wheel, tail", None, 0, 0.5], session)
+    start = int(re.search(r'data-start="(\d+)"', message["output"]["data"][0])[1])
     size = pages.shown_size(random_image())
 
     def correct(mask):
-        return call(server, "correct", [None, 0, 0.5], session, event={"index": 0, "mask": mask})
+        return call(server, "correct", [None, 0, 0.5], session, event={"start": start, "mask": mask})
 
     def address(image):
         return "data:image/png;base64," + base64.b64encode(as_png(image)).decode()
@@ -433,8 +525,16 @@ def test_a_painted_mask_is_an_image_of_the_size_of_the_page(server):
     ):
         assert message in correct(mask)["output"]["error"]
     assert correct(address(Image.new("RGBA", size, (9, 9, 9, 255))))["success"]
-    for event in (None, {}, {"index": 0}, {"index": "x", "mask": address(Image.new("RGBA", size))}, {"index": 10**9}):
+    for event in (None, {}, {"start": start}, {"start": "x", "mask": address(Image.new("RGBA", size))}, ["start"]):
         assert not call(server, "correct", [None, 0, 0.5], session, event=event)["success"]
+
+    def click(**event):
+        return call(server, "click", [None, 0, 0.5], session, event={"start": start, **event})
+
+    for event in ({}, {"point": [70, 5], "label": 1}, {"box": ["0", 0, 5, 5]}, {"point": {"path": path}, "label": 1}):
+        assert "inside the image of 70 x 50 pixels" in click(**event)["output"]["error"]
+    assert "your 1 click" in click(point=[5, 5], label=1)["output"]["data"][0]
+    assert "your 1 click and box" in click(box=[0, 0, 70, 50])["output"]["data"][0]
 
 
 def test_no_message_names_a_place_on_the_server(server, demo):
@@ -466,6 +566,7 @@ def test_no_message_names_a_place_on_the_server(server, demo):
         ("files", [None, 0, 0.5]),
         ("undo", [None, 0, 0.5]),
         ("correct", [None, 0, 0.5]),
+        ("click", [None, 0, 0.5]),
         ("benchmark", [MODEL, 1e308]),
         ("benchmark", [MODEL, "x"]),
         ("benchmark", ["absent", 1]),
@@ -524,10 +625,25 @@ def test_replies_are_bounded_in_number_and_bytes_and_the_least_recently_used_goe
     assert all(replies.get(tickets[i]) is shown for i in (0, 2, 3)) and len(replies) == 3
 
     few = Replies(limit=100, bytes_limit=2 * size_of(shown.reply))
-    tickets = [few.keep(shown) for _ in range(5)]
-    assert len(few) == 2 and few.size() <= few.bytes_limit and few.get(tickets[4]) is shown
+    others = [copy.deepcopy(shown) for _ in range(5)]
+    tickets = [few.keep(other) for other in others]
+    assert len(few) == 2 and few.size() <= few.bytes_limit and few.get(tickets[4]) is others[4]
     none = Replies(limit=100, bytes_limit=0)
     assert none.get(none.keep(shown)) is shown
+
+
+def test_what_answers_share_counts_once_and_a_limited_number_of_changes_can_be_undone(shown):
+    replies, ticket = Replies(), None
+    for _ in range(UNDO_STEPS + 5):
+        ticket = replies.keep(dataclasses.replace(shown, before=ticket))
+    gc.collect()
+    assert len(replies) == UNDO_STEPS + 1 and replies.size() == size_of(shown.reply)
+    drawn = dataclasses.replace(shown.reply, prompts={RANGES[0]: Prompt(mask=random_mask())})
+    assert size_of(shown.reply, drawn) == size_of(shown.reply) + random_mask().nbytes
+    steps = 0
+    while (ticket := replies.get(ticket).before) is not None:
+        steps += 1
+    assert steps == UNDO_STEPS
 
 
 def test_a_reply_goes_with_its_session(shown):

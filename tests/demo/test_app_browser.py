@@ -260,18 +260,25 @@ def test_selected_words_become_a_span(page):
     assert page.locator(".plum-answer").inner_text() == before
 
 
-@pytest.mark.parametrize(("tool", "heights"), [("Paint", (0.15, 0.25, 0.35)), ("Erase", (0.5,))])
-def test_a_painted_mask_replaces_that_of_the_span_and_those_after_it_follow(page, tool, heights):
-    """The first mask of this drawing covers the middle of it, and nothing near the upper edge."""
-    before, sources = masks_of(page), addresses_of(page)
+def start_correcting(page, tool):
+    """Open the correction of the first mask; return its pad, in view, and the box of it on the screen."""
     page.locator(".plum-span").first.click()
     page.get_by_role("button", name="Correct this mask").click()
-    canvas = page.locator(".plum-brush")
-    stage = page.locator(".plum-stage").bounding_box()
-    assert canvas.bounding_box()["width"] == pytest.approx(stage["width"], abs=1)
-    canvas.scroll_into_view_if_needed()
     page.get_by_role("button", name=tool).click()
-    box = canvas.bounding_box()
+    pad = page.locator(".plum-pad")
+    pad.scroll_into_view_if_needed()
+    return pad, pad.bounding_box()
+
+
+@pytest.mark.parametrize(("effect", "heights"), [("Add", (0.15, 0.25, 0.35)), ("Take away", (0.5,))])
+def test_a_painted_mask_replaces_that_of_the_span_and_those_after_it_follow(page, effect, heights):
+    """The first mask of this drawing covers the middle of it, and nothing near the upper edge."""
+    before, sources = masks_of(page), addresses_of(page)
+    pad, box = start_correcting(page, "Brush")
+    assert box["width"] == pytest.approx(page.locator(".plum-stage").bounding_box()["width"], abs=1)
+    page.get_by_role("button", name=effect).click()
+    pad.scroll_into_view_if_needed()
+    box = pad.bounding_box()
     for height in heights:
         y = box["y"] + height * box["height"]
         page.mouse.move(box["x"] + 0.3 * box["width"], y)
@@ -281,13 +288,13 @@ def test_a_painted_mask_replaces_that_of_the_span_and_those_after_it_follow(page
     inside = ink_of(page)
     assert 0.1 < inside[(inside > 0) & (inside < 1)].mean() < 0.9  # translucent
     assert (inside[edge_of(before[0])] == 1).all()  # the edge that the mask had
-    keep(page, tool.lower())
+    keep(page, "paint" if effect == "Add" else "erase")
     page.get_by_role("button", name="Use this mask").click()
     page.get_by_text("Your mask of").wait_for()
     after = masks_of(page)
     grown, shrunk = (after[0] & ~before[0]).sum(), (before[0] & ~after[0]).sum()
     assert len(addresses_of(page)) == len(sources)
-    if tool == "Paint":
+    if effect == "Add":
         assert grown > 2 * shrunk and addresses_of(page)[1:] != sources[1:]
     else:
         assert shrunk > 2 * grown
@@ -295,7 +302,7 @@ def test_a_painted_mask_replaces_that_of_the_span_and_those_after_it_follow(page
     page.get_by_role("button", name="Show before").click()
     sync_api.expect(page.locator(".plum-was").first).to_have_css("opacity", "1")
     sync_api.expect(page.locator(".plum-changed.plum-mask").first).to_have_css("opacity", "0")
-    keep(page, f"after_{tool.lower()}")
+    keep(page, f"after_{'paint' if effect == 'Add' else 'erase'}")
     page.get_by_role("button", name="Undo", exact=True).click()
     sync_api.expect(page.locator(".plum-mask").first).to_have_attribute("src", sources[0])
     assert addresses_of(page) == sources
@@ -303,7 +310,7 @@ def test_a_painted_mask_replaces_that_of_the_span_and_those_after_it_follow(page
 
 def ink_of(page):
     """Opacity 0..1 of what is painted over the picture: (height, width)."""
-    address = page.locator(".plum-brush").evaluate("canvas => canvas.toDataURL()")
+    address = page.locator(".plum-pad").evaluate("canvas => canvas.toDataURL()")
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(address.partition(",")[2]))).getchannel("A")) / 255
 
 
@@ -312,15 +319,78 @@ def edge_of(mask):
 
 
 def test_a_stroke_can_be_taken_back(page):
-    page.locator(".plum-span").first.click()
-    page.get_by_role("button", name="Correct this mask").click()
-    canvas, before = page.locator(".plum-brush"), ink_of(page)
-    canvas.click(position={"x": 20, "y": 20})
+    pad, _ = start_correcting(page, "Brush")
+    before = ink_of(page)
+    pad.click(position={"x": 20, "y": 20})
     assert not np.array_equal(ink_of(page), before)
     page.get_by_role("button", name="Undo stroke").click()
     assert np.array_equal(ink_of(page), before)
     page.get_by_role("button", name="Cancel").click()
-    sync_api.expect(canvas).to_be_hidden()
+    sync_api.expect(pad).to_be_hidden()
+
+
+def test_clicks_and_a_box_change_the_mask_at_once_and_are_undone_one_by_one(page):
+    sources, marks = [addresses_of(page)], page.locator(".plum-mark:not(.plum-pending)")
+    pad, box = start_correcting(page, "Click or box")
+    undo = page.get_by_role("button", name="Undo click")
+    sync_api.expect(undo).to_be_disabled()
+
+    def at(x, y):
+        return {"x": x * box["width"], "y": y * box["height"]}
+
+    def draw_box():
+        pad.scroll_into_view_if_needed()
+        corner = pad.bounding_box()
+        page.mouse.move(corner["x"] + 0.2 * box["width"], corner["y"] + 0.2 * box["height"])
+        page.mouse.down()
+        page.mouse.move(corner["x"] + 0.7 * box["width"], corner["y"] + 0.8 * box["height"], steps=4)
+        page.mouse.up()
+
+    def take_away():
+        page.get_by_role("button", name="Take away").click()
+        pad.click(position=at(0.8, 0.1))
+
+    def use_keys():
+        pad.focus()
+        for key in ("ArrowLeft", "ArrowLeft", "ArrowUp", "Shift+Enter"):
+            page.keyboard.press(key)
+
+    steps = (
+        (lambda: pad.click(position=at(0.5, 0.3)), "your 1 click"),
+        (lambda: pad.click(position=at(0.1, 0.1), modifiers=["Shift"]), "your 2 clicks"),
+        (take_away, "your 3 clicks"),
+        (draw_box, "your 3 clicks and box"),
+        (use_keys, "your 4 clicks and box"),
+    )
+    for act, words in steps:
+        act()
+        sync_api.expect(page.locator(".plum-clicked")).to_contain_text(f"follows {words}.")
+        sync_api.expect(pad).to_be_visible()
+        sources.append(addresses_of(page))
+        keep(page, "click")
+    sync_api.expect(pad).to_be_focused()
+    assert marks.all_inner_texts() == ["", "+", "\u2212", "\u2212", "\u2212"]
+    assert sources[-1] != sources[0]
+    places = marks.evaluate_all("marks => marks.map(mark => [mark.style.left, mark.style.top].map(parseFloat))")
+    expected = [(20, 20), (50, 30), (10, 10), (80, 10), (46, 48)]
+    assert np.abs(np.array(places) - expected).max() < 1  # 1 % of the image is more than one of its pixels
+    for count, earlier in reversed(list(enumerate(sources[:-1]))):
+        undo.click()
+        sync_api.expect(marks).to_have_count(count)
+        for mask, source in zip(page.locator(".plum-mask").all(), earlier, strict=True):
+            sync_api.expect(mask).to_have_attribute("src", source)
+    sync_api.expect(undo).to_be_disabled()
+    page.get_by_role("button", name="Done").click()
+    sync_api.expect(pad).to_be_hidden()
+
+
+def test_clicks_in_quick_succession_all_count(page):
+    pad, box = start_correcting(page, "Click or box")
+    for part in (0.3, 0.5, 0.7):
+        page.mouse.click(box["x"] + part * box["width"], box["y"] + part * box["height"])
+    sync_api.expect(page.locator(".plum-clicked")).to_contain_text("your 3 clicks")
+    page.keyboard.press("Escape")
+    sync_api.expect(pad).to_be_hidden()
 
 
 def test_the_answer_is_in_view_when_it_comes(page):
