@@ -69,7 +69,7 @@ def new_page(request, address):
     requests = []
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
-        page = browser.new_page(viewport={"width": request.param, "height": 900})
+        page = browser.new_page(viewport={"width": request.param, "height": 900}, has_touch=request.param == 390)
         page.set_default_timeout(30_000)
         page.on("request", lambda sent: requests.append(sent.url))
         page.goto(address)
@@ -348,7 +348,8 @@ def test_clicks_and_a_box_change_the_mask_at_once_and_are_undone_one_by_one(page
 
     def take_away():
         page.get_by_role("button", name="Take away").click()
-        pad.click(position=at(0.8, 0.1))
+        touch_or_click = pad.tap if page.evaluate("navigator.maxTouchPoints") else pad.click
+        touch_or_click(position=at(0.8, 0.1))
 
     def use_keys():
         pad.focus()
