@@ -1,11 +1,12 @@
 // Runs once for the answer component (`element`); its content is replaced with every answer, so events are delegated.
 let pinned = null;
-let edit = null; // the mask that is being corrected: {pad, start, strokes, ...}
+let edit = null; // the mask that is being corrected: {start, pressed, strokes, ...}
 let tool = "click"; // of the correction: "click", for points and boxes, or "brush"
 let adds = true; // whether it adds to the mask or takes away
 let following = false; // an answer is being written and is kept in view: on a narrow page it is below the question
 
 const masks = () => [...element.querySelectorAll(".plum-mask")];
+const pad = () => element.querySelector(".plum-pad"); // the canvas over the picture
 
 function isolate(index) {
   if (edit) return;
@@ -48,8 +49,9 @@ function spanOf(event) {
 
 function startCorrecting() {
   const { start } = element.querySelector(`.plum-span[data-span="${pinned}"]`).dataset;
-  edit = { pad: element.querySelector(".plum-pad"), start: Number(start), cross: [0.5, 0.5], pressed: null, band: null };
-  element.querySelector("[data-do=undo-click]").disabled = !element.querySelector(`.plum-clicked[data-start="${start}"]`);
+  edit = { start: Number(start), cross: [0.5, 0.5], pressed: null, band: null };
+  const clicked = element.querySelector(`.plum-clicked[data-start="${start}"]`);
+  element.querySelector("[data-do=undo-click]").disabled = !clicked;
   choose(tool, adds);
 }
 
@@ -60,7 +62,6 @@ function continueCorrecting({ start, cross, pressed, focus }) {
   pin(span.dataset.span);
   startCorrecting();
   Object.assign(edit, { cross, pressed });
-  if (pressed) edit.pad.setPointerCapture(pressed.pointerId);
   if (focus) element.querySelector(focus).focus({ preventScroll: true });
   if (focus === ".plum-pad") addMark("plum-cross", "+", cross);
 }
@@ -76,23 +77,24 @@ function choose(newTool, newAdds) {
   adds = newAdds;
   element.classList.toggle("plum-clicking", tool === "click");
   element.classList.toggle("plum-brushing", tool === "brush");
-  for (const [name, pressed] of [["click", tool === "click"], ["brush", tool === "brush"], ["add", adds], ["take", !adds]]) {
-    element.querySelector(`.plum-correction [data-do=${name}]`).ariaPressed = String(pressed);
+  const pressed = { click: tool === "click", brush: tool === "brush", add: adds, take: !adds };
+  for (const [name, value] of Object.entries(pressed)) {
+    element.querySelector(`.plum-correction [data-do=${name}]`).ariaPressed = String(value);
   }
   if (tool === "brush") takeBrush();
-  else edit.pad.getContext("2d").clearRect(0, 0, edit.pad.width, edit.pad.height);
+  else pad().getContext("2d").clearRect(0, 0, pad().width, pad().height);
 }
 
 // The place of the pointer on the picture, 0 to 1 in both directions.
 function placeOf(event) {
-  const box = edit.pad.getBoundingClientRect();
+  const box = pad().getBoundingClientRect();
   const parts = [(event.clientX - box.left) / box.width, (event.clientY - box.top) / box.height];
   return parts.map((part) => Math.min(Math.max(part, 0), 1));
 }
 
 // ---------------------------------------------------------------- clicks and boxes
 
-const FURTHEST_CLICK = 6; // screen pixels between press and release; more is a box
+const FURTHEST_CLICK = 10; // screen pixels between press and release; more is a box
 
 // Puts a mark on the picture until the next answer, which has marks of its own (pages.py).
 function addMark(kind, sign, from, to = from) {
@@ -100,7 +102,7 @@ function addMark(kind, sign, from, to = from) {
   mark.className = `plum-mark plum-on plum-pending ${kind}`;
   mark.textContent = sign;
   placeMark(mark, from, to);
-  edit.pad.after(mark);
+  pad().after(mark);
   return mark;
 }
 
@@ -112,7 +114,7 @@ function placeMark(mark, from, to = from) {
 
 // The size of the image itself, in whose pixels points and boxes are sent.
 function sizeOfImage() {
-  const { width, height } = edit.pad.closest(".plum-stage").dataset;
+  const { width, height } = pad().closest(".plum-stage").dataset;
   return [Number(width), Number(height)];
 }
 
@@ -136,6 +138,7 @@ function drag(event) {
 }
 
 function release(event) {
+  drag(event);
   if (edit.band) sendBox(placeOf(edit.pressed), placeOf(event));
   else sendPoint(placeOf(event), adds && !event.shiftKey);
   edit.band = null; // its mark stays until the answer
@@ -172,14 +175,15 @@ function takeBrush() {
 
 // Shows what is painted, translucent, under the edge that the mask had before.
 function showInk() {
-  const { pad, ink, edge, colour } = edit;
-  const context = pad.getContext("2d");
-  context.clearRect(0, 0, pad.width, pad.height);
+  const { ink, edge, colour } = edit;
+  const { width, height } = pad();
+  const context = pad().getContext("2d");
+  context.clearRect(0, 0, width, height);
   context.globalCompositeOperation = "source-over";
   context.drawImage(ink.canvas, 0, 0);
   context.globalCompositeOperation = "source-in";
   context.fillStyle = colour;
-  context.fillRect(0, 0, pad.width, pad.height);
+  context.fillRect(0, 0, width, height);
   context.globalCompositeOperation = "source-over";
   context.drawImage(edge, 0, 0);
 }
@@ -199,25 +203,25 @@ function pixelsOf(mask, isEdge) {
 }
 
 function pointOf(event) {
-  const box = edit.pad.getBoundingClientRect();
-  const scale = edit.pad.width / box.width;
+  const box = pad().getBoundingClientRect();
+  const scale = pad().width / box.width;
   return [(event.clientX - box.left) * scale, (event.clientY - box.top) * scale];
 }
 
 function startStroke(event) {
-  edit.strokes.push(edit.ink.getImageData(0, 0, edit.pad.width, edit.pad.height));
+  edit.strokes.push(edit.ink.getImageData(0, 0, pad().width, pad().height));
   if (edit.strokes.length > 20) edit.strokes.shift();
   edit.last = pointOf(event);
   stroke(event);
 }
 
 function stroke(event) {
-  const { ink, pad } = edit;
+  const { ink } = edit;
   const to = pointOf(event);
   ink.globalCompositeOperation = adds ? "source-over" : "destination-out";
   ink.lineCap = ink.lineJoin = "round";
   ink.strokeStyle = "#fff";
-  ink.lineWidth = (Number(element.querySelector(".plum-size").value) * pad.width) / 640;
+  ink.lineWidth = (Number(element.querySelector(".plum-size").value) * pad().width) / 640;
   ink.beginPath();
   ink.moveTo(...edit.last);
   ink.lineTo(to[0] + 0.01, to[1]); // a line of no length would draw nothing where the pointer is only pressed
@@ -267,23 +271,24 @@ const DOES = {
 };
 
 element.addEventListener("pointerdown", (event) => {
-  if (!edit || edit.pressed || event.target !== edit.pad || event.button) return;
+  if (!edit || !event.isPrimary || event.target !== pad() || event.button) return;
   event.preventDefault();
-  edit.pad.setPointerCapture(event.pointerId);
+  pad().setPointerCapture(event.pointerId);
   [edit.pressed, edit.focus] = [event, null];
   if (tool === "brush") startStroke(event);
 });
-element.addEventListener("pointermove", (event) => {
+// On the document: an answer that comes while the pointer is pressed replaces the canvas.
+document.addEventListener("pointermove", (event) => {
   if (event.pointerId !== edit?.pressed?.pointerId) return;
   if (tool === "brush") stroke(event);
   else drag(event);
 });
-element.addEventListener("pointerup", (event) => {
+document.addEventListener("pointerup", (event) => {
   if (event.pointerId !== edit?.pressed?.pointerId) return;
   if (tool === "click") release(event);
   edit.pressed = null;
 });
-element.addEventListener("pointercancel", (event) => {
+document.addEventListener("pointercancel", (event) => {
   if (event.pointerId !== edit?.pressed?.pointerId) return;
   edit.band?.remove();
   edit.band = edit.pressed = null;
@@ -308,7 +313,7 @@ element.addEventListener("keydown", (event) => {
   if (event.target.matches(".plum-span") && (event.key === "Enter" || event.key === " ")) {
     event.preventDefault();
     pin(event.target.dataset.span);
-  } else if (edit && tool === "click" && event.target === edit.pad) {
+  } else if (edit && tool === "click" && event.target === pad()) {
     pressKey(event);
   }
 });

@@ -234,7 +234,7 @@ def test_clicks_and_boxes_reach_the_model_in_pixels_of_the_image_and_add_up(demo
     prompt = demo.replies.get(ticket).reply.prompts[place]
     assert prompt.points == ((60, 12), (3, 40)) and prompt.labels == (1, 0) and prompt.box == (2, 3, 66, 44)
     assert re.search(r"2\. wheel</span>\s+your 2 clicks and box;\s+IoU", demo.steps(ticket, *THRESHOLDS))
-    assert "left: 5%; top: 81%" in page and "left: 2.857%; top: 6%; width: 91.429%; height: 82%" in page
+    assert "left: 5.0%; top: 81.0%" in page and "left: 2.857%; top: 6.0%; width: 91.429%; height: 82.0%" in page
     for page in reversed(pages_before[:-1]):
         undone, ticket, *_ = demo.undo(ticket, *THRESHOLDS)
         assert undone == page

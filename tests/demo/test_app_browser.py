@@ -394,6 +394,15 @@ def test_clicks_in_quick_succession_all_count(page):
     sync_api.expect(pad).to_be_hidden()
 
 
+def test_a_refused_click_leaves_a_message_and_no_mark(page):
+    pad, box = start_correcting(page, "Click or box")
+    page.evaluate("() => (document.querySelector('.plum-stage').dataset.width = 10 ** 6)")
+    pad.click(position={"x": 0.5 * box["width"], "y": 0.5 * box["height"]})
+    page.get_by_text("click on the image again").first.wait_for()
+    sync_api.expect(page.locator(".plum-mark")).to_have_count(0)
+    sync_api.expect(pad).to_be_visible()
+
+
 def test_the_answer_is_in_view_when_it_comes(page):
     sync_api.expect(page.locator(".plum-stage")).to_be_in_viewport(ratio=0.5)
 
