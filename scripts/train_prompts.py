@@ -1,0 +1,121 @@
+"""
+Train a checkpoint for clicks and boxes with the parts that do not change computed once, several times faster than
+train.py: SAM's prompt encoder and mask decoder, the mask feedback and the span projector are trained, and the images
+and answers of a fixed set of examples are encoded in advance.
+
+    python scripts/train_prompts.py recipes/clicks_plum_tiny.yaml --batches 200
+
+The recipe and further options are those of train.py. Answers of the model stay exactly as they are.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+from transformers import get_scheduler, set_seed
+
+from modules_plum import mask_losses
+from plum_partonomy.command_line import run_command
+from plum_partonomy.files import write_whole
+from plum_partonomy.hub.model_card import write_recipe
+from plum_partonomy.training.examples import Collator
+from plum_partonomy.training.mixture import load_records, mix
+from plum_partonomy.training.model import freeze, load_model
+from plum_partonomy.training.options import option_names, parse_arguments, read_options
+from plum_partonomy.training.run import make_train_dataset
+from plum_partonomy.training.trainer import MuonWithAdamW
+from segmentation_plum import MAX_PROMPT_ROUNDS, PROMPT_DRAWS, SampledPrompts
+
+OF_IMAGES = ("input_ids", "attention_mask", "sam_image_index", "original_sizes", "reshaped_input_sizes")
+OF_MASKS = ("spans", "mask_labels", "span_groups", "mask_groups", "sam_image_index")
+
+
+@torch.no_grad()
+def encode_examples(model, dataset, collator: Collator, *, batches: int, batch_size: int) -> Iterator[dict]:
+    """Yield batches of spans and masks with hidden states, image embeddings and the sizes of each span's image."""
+    order = torch.randperm(len(dataset)).tolist()
+    order *= -(-batches * batch_size // len(order))
+    for start in tqdm(range(0, batches * batch_size, batch_size), desc="encoding", unit="batch"):
+        batch = collator([dataset[index] for index in order[start : start + batch_size]])
+        embeddings = model.get_image_embeddings(batch["sam_pixel_values"])
+        inputs = {name: batch[name] for name in OF_IMAGES}
+        states = model.encode_conversations(sam_image_embeddings=embeddings, **inputs)
+        image = batch["sam_image_index"][batch["spans"][:, 0]]
+        sizes = torch.cat([batch["original_sizes"], batch["reshaped_input_sizes"]], dim=1)[image]
+        kept = {name: batch[name] for name in OF_MASKS}
+        yield {**kept, "hidden_states": states, "sam_image_embeddings": embeddings, "sizes": sizes}
+
+
+def compute_loss(
+    model, batch: dict, *, teacher_forced: torch.Tensor, prompt_rounds: torch.Tensor, prompt_draws: torch.Tensor
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """Return the weighted mask losses of own and prompted decodes, those of `forward`, and the IoUs of both."""
+    spans, sizes, side = batch["spans"], batch["sizes"], model.config.sam_image_size
+    groups = batch["span_groups"], batch["mask_groups"]
+    targets = model._mask_targets(batch["mask_labels"], sizes, *groups, teacher_forced, needed=True)
+    sampled = SampledPrompts(targets, prompt_rounds, prompt_draws, sizes[:, 2:], side)
+    inputs = batch["hidden_states"], spans, batch["sam_image_embeddings"], batch["sam_image_index"]
+    own = model.decode_masks(*inputs, targets=targets, sampled=sampled)
+    of_span, masks, scores = sampled.with_own(*own)
+    labels = [batch["mask_labels"][i] for i in targets.of_span[of_span].tolist()]
+    losses = mask_losses(model.config, masks, scores, labels, sizes[of_span], torch.tensor(float(len(masks))))
+    found, true = masks.detach() > 0, (sampled.true_masks > 0)[of_span]
+    ious = (found & true).sum(dim=(1, 2)) / (found | true).sum(dim=(1, 2)).clamp(min=1)
+    figures = {"own": float(ious[: len(spans)].mean()), "prompted": float(ious[len(spans) :].mean())}
+    return sum(model.loss_weights[name] * value for name, value in losses.items()), figures
+
+
+def draw(count: int, teacher_forcing_probability: float) -> dict[str, torch.Tensor]:
+    """Return the random arguments of [`compute_loss`] for a number of spans, all of which are prompted."""
+    return {
+        "teacher_forced": torch.rand(count) < teacher_forcing_probability,
+        "prompt_rounds": torch.randint(1, MAX_PROMPT_ROUNDS + 1, (count,)),
+        "prompt_draws": torch.rand(count, PROMPT_DRAWS),
+    }
+
+
+def main(argv: list[str]):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batches", type=int, required=True, help="Number of batches to encode.")
+    own, rest = parser.parse_known_args(argv)
+    model_arguments, data, args = parse_arguments(rest)
+    set_seed(args.seed)
+    parts = [load_records(source, source.train_split, streaming=False) for source in data.sources]
+    records = mix(parts, [source.rate for source in data.sources], args.seed)
+    model, processor = load_model(model_arguments, records)
+    freeze(model, model_arguments.frozen_modules)
+    dataset, size = make_train_dataset(records, parts, data, args.seed), args.per_device_train_batch_size
+    collator = Collator(processor, order_free_targets=data.order_free_targets)
+    batches = list(encode_examples(model.eval(), dataset, collator, batches=own.batches, batch_size=size))
+    rates = (args.muon_learning_rate, args.learning_rate, args.weight_decay, (args.adam_beta1, args.adam_beta2))
+    optimizer = MuonWithAdamW(model, *rates)
+    scheduler = get_scheduler(
+        args.lr_scheduler_type, optimizer, args.warmup_steps, args.max_steps, args.lr_scheduler_kwargs
+    )
+    history, progress = [], tqdm(range(args.max_steps), desc="training", unit="step")
+    for step in progress:
+        batch = batches[int(torch.randint(len(batches), ()))]
+        loss, figures = compute_loss(model, batch, **draw(len(batch["spans"]), data.teacher_forcing_probability))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+        optimizer.step()
+        scheduler.step()
+        history.append({"loss": float(loss), **figures})
+        if (step + 1) % args.logging_steps == 0:
+            last = history[-args.logging_steps :]
+            progress.set_postfix({name: round(sum(line[name] for line in last) / len(last), 3) for name in last[0]})
+    folder = Path(args.output_dir)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    write_recipe(folder, read_options(rest))
+    write_whole(folder / "history.json", [json.dumps(history), "\n"])
+    print(f"The trained model, its processor and the losses of each step are in {folder}")
+
+
+if __name__ == "__main__":
+    run_command("train_prompts.py", lambda: main(sys.argv[1:]), option_names())

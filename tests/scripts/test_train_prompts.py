@@ -1,0 +1,48 @@
+"""Training for clicks with features computed once: the losses of `forward`, and only the masks change."""
+
+import json
+
+import torch
+from torch.testing import assert_close
+
+from modeling_plum import PlumForConditionalGeneration
+from plum_partonomy.inference.checkpoint import load_checkpoint
+from plum_partonomy.training.examples import OF_SPANS, Collator, ConversationDataset
+from plum_partonomy.training.mixture import load_records, parse_source
+from scripts.train_prompts import compute_loss, draw, encode_examples, main
+from tests.runs import ROOT
+
+CHECKPOINT = ROOT / "checkpoints" / "plum-tiny"
+
+
+def test_the_losses_are_those_of_a_forward_pass():
+    model, processor = load_checkpoint(CHECKPOINT)
+    defaults = {"dataset": "partonomy", "name": None, "data_dir": None}
+    records = load_records(parse_source({"name": "mini_instances"}, defaults), "validation")
+    dataset, collator = ConversationDataset(records), Collator(processor, order_free_targets=True)
+    torch.manual_seed(0)
+    (batch,) = encode_examples(model.eval(), dataset, collator, batches=1, batch_size=3)
+    torch.manual_seed(0)
+    whole = collator([dataset[i] for i in torch.randperm(len(dataset)).tolist()[:3]])
+    for name in ("record_ids", "record_counts", "record_index", *OF_SPANS):
+        del whole[name]
+    drawn = draw(len(batch["spans"]), 0.5)
+    with torch.no_grad():
+        loss, figures = compute_loss(model, batch, **drawn)
+        losses = model(**whole, **drawn).losses
+    weights = {name: weight for name, weight in model.loss_weights.items() if name.startswith("mask_")}
+    assert_close(loss, sum(weight * losses[name] for name, weight in weights.items()))
+    assert 0 < figures["own"] <= 1 and 0 < figures["prompted"] <= 1
+
+
+def test_answers_stay_and_masks_change(tmp_path):
+    output = tmp_path / "run"
+    options = ["--batches", "1", "--max_steps", "2", "--per_device_train_batch_size", "2", "--fresh_records", "false"]
+    main([str(ROOT / "recipes" / "clicks_plum_tiny.yaml"), *options, "--output_dir", str(output)])
+    before, after = (PlumForConditionalGeneration.from_pretrained(folder) for folder in (CHECKPOINT, output))
+    changed = set()
+    for name, weight in before.named_parameters():
+        if not torch.equal(weight.float(), after.get_parameter(name).float()):
+            changed.add(".".join(name.split(".")[: 2 if name.startswith("sam") else 1]))
+    assert changed == {"sam.mask_decoder", "sam.prompt_encoder", "mask_feedback", "span_projector"}
+    assert len(json.loads((output / "history.json").read_text())) == 2
