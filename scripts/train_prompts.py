@@ -105,7 +105,7 @@ def main(argv: list[str]):
         torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
         optimizer.step()
         scheduler.step()
-        history.append({"loss": float(loss), **figures})
+        history.append({"loss": float(loss.detach()), **figures})
         if (step + 1) % args.logging_steps == 0:
             last = history[-args.logging_steps :]
             progress.set_postfix({name: round(sum(line[name] for line in last) / len(last), 3) for name in last[0]})
