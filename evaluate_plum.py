@@ -21,7 +21,7 @@ record. The metrics are then computed from questions and predictions:
 
     questions --model--> predictions.jsonl --scoring/metrics.py--> metrics.json --scoring/report.py--> report.html
 
-An interrupted run resumes. `torchrun --nproc_per_node 2 evaluate_plum.py ...` distributes the batches over processes.
+An interrupted run resumes. `torchrun --nproc_per_node 2 evaluate_plum.py ...` distributes the images over processes.
 Batches do not depend on interruptions or the number of processes, so the metrics equal those of one process.
 """
 
