@@ -1,7 +1,7 @@
 """
 Train a checkpoint for clicks and boxes with the parts that do not change computed once, several times faster than
 train.py: SAM's prompt encoder and mask decoder, the mask feedback and the span projector are trained, and the images
-and answers of a fixed set of examples are encoded in advance.
+and answers of a fixed set of examples are encoded in advance. `--keep` averages the weights after and before.
 
     python scripts/train_prompts.py recipes/clicks_plum_tiny.yaml --batches 200
 
@@ -81,6 +81,9 @@ def draw(count: int, teacher_forcing_probability: float) -> dict[str, torch.Tens
 def main(argv: list[str]):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batches", type=int, required=True, help="Number of batches to encode.")
+    parser.add_argument(
+        "--keep", type=float, default=0.0, help="Share of the weights before the training in the saved ones (WiSE-FT)."
+    )
     own, rest = parser.parse_known_args(argv)
     model_arguments, data, args = parse_arguments(rest)
     set_seed(args.seed)
@@ -91,6 +94,7 @@ def main(argv: list[str]):
     dataset, size = make_train_dataset(records, parts, data, args.seed), args.per_device_train_batch_size
     collator = Collator(processor, order_free_targets=data.order_free_targets)
     batches = list(encode_examples(model.eval(), dataset, collator, batches=own.batches, batch_size=size))
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad}
     rates = (args.muon_learning_rate, args.learning_rate, args.weight_decay, (args.adam_beta1, args.adam_beta2))
     optimizer = MuonWithAdamW(model, *rates)
     scheduler = get_scheduler(
@@ -109,6 +113,9 @@ def main(argv: list[str]):
         if (step + 1) % args.logging_steps == 0:
             last = history[-args.logging_steps :]
             progress.set_postfix({name: round(sum(line[name] for line in last) / len(last), 3) for name in last[0]})
+    with torch.no_grad():  # a mean of both keeps more of what the model could do before (arXiv 2109.01903)
+        for name, weight in before.items():
+            model.get_parameter(name).lerp_(weight, own.keep)
     folder = Path(args.output_dir)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)

@@ -46,3 +46,15 @@ def test_answers_stay_and_masks_change(tmp_path):
             changed.add(".".join(name.split(".")[: 2 if name.startswith("sam") else 1]))
     assert changed == {"sam.mask_decoder", "sam.prompt_encoder", "mask_feedback", "span_projector"}
     assert len(json.loads((output / "history.json").read_text())) == 2
+
+
+def test_weights_are_a_mean_of_those_before_and_after(tmp_path):
+    recipe = str(ROOT / "recipes" / "clicks_plum_tiny.yaml")
+    options = ["--batches", "1", "--max_steps", "2", "--per_device_train_batch_size", "2", "--fresh_records", "false"]
+    for keep in ("0", "0.25", "1"):
+        main([recipe, *options, "--keep", keep, "--output_dir", str(tmp_path / keep)])
+    name = "sam.prompt_encoder.point_embed.1.weight"
+    models = [PlumForConditionalGeneration.from_pretrained(tmp_path / keep) for keep in ("0", "0.25", "1")]
+    after, mixed, before = (model.get_parameter(name) for model in models)
+    assert_close(mixed, 0.75 * after + 0.25 * before)
+    assert torch.equal(before, PlumForConditionalGeneration.from_pretrained(CHECKPOINT).get_parameter(name).float())
