@@ -497,12 +497,15 @@ class PlumForConditionalGeneration(PlumVision, segmentation.PlumMaskDecoding, Pl
         if spans is not None and len(spans):
             sizes = images.sizes_of(spans)
             given = hidden_states, spans, images.sam_embeddings, images.index
-            targets = self._mask_targets(
-                mask_labels, sizes, span_groups, mask_groups, teacher_forced, needed=prompt_rounds is not None
+            targets, sampled = self.supervise_masks(
+                mask_labels,
+                sizes,
+                span_groups=span_groups,
+                mask_groups=mask_groups,
+                teacher_forced=teacher_forced,
+                prompt_rounds=prompt_rounds,
+                prompt_draws=prompt_draws,
             )
-            if prompt_rounds is not None:
-                frames, side = sizes[:, 2:], self.config.sam_image_size
-                sampled = segmentation.SampledPrompts(targets, prompt_rounds, prompt_draws, frames, side)
             pred_masks, iou_scores = self.decode_masks(*given, targets=targets, sampled=sampled)
 
         config, losses = self.config, {}

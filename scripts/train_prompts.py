@@ -28,7 +28,7 @@ from plum_partonomy.training.model import freeze, load_model
 from plum_partonomy.training.options import option_names, parse_arguments, read_options
 from plum_partonomy.training.run import make_train_dataset
 from plum_partonomy.training.trainer import MuonWithAdamW
-from segmentation_plum import MAX_PROMPT_ROUNDS, PROMPT_DRAWS, SampledPrompts
+from segmentation_plum import MAX_PROMPT_ROUNDS, PROMPT_DRAWS
 
 OF_IMAGES = ("input_ids", "attention_mask", "sam_image_index", "original_sizes", "reshaped_input_sizes")
 OF_MASKS = ("spans", "mask_labels", "span_groups", "mask_groups", "sam_image_index")
@@ -50,14 +50,14 @@ def encode_examples(model, dataset, collator: Collator, *, batches: int, batch_s
         yield {**kept, "hidden_states": states, "sam_image_embeddings": embeddings, "sizes": sizes}
 
 
-def compute_loss(
-    model, batch: dict, *, teacher_forced: torch.Tensor, prompt_rounds: torch.Tensor, prompt_draws: torch.Tensor
-) -> tuple[torch.Tensor, dict[str, float]]:
-    """Return the weighted mask losses of own and prompted decodes, those of `forward`, and the IoUs of both."""
-    spans, sizes, side = batch["spans"], batch["sizes"], model.config.sam_image_size
-    groups = batch["span_groups"], batch["mask_groups"]
-    targets = model._mask_targets(batch["mask_labels"], sizes, *groups, teacher_forced, needed=True)
-    sampled = SampledPrompts(targets, prompt_rounds, prompt_draws, sizes[:, 2:], side)
+def compute_loss(model, batch: dict, **drawn: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
+    """
+    Return the weighted mask losses of own and prompted decodes, those of `forward`, and the IoUs of both. `drawn` is
+    the result of [`draw`].
+    """
+    spans, sizes = batch["spans"], batch["sizes"]
+    groups = {name: batch[name] for name in ("span_groups", "mask_groups")}
+    targets, sampled = model.supervise_masks(batch["mask_labels"], sizes, **groups, **drawn)
     inputs = batch["hidden_states"], spans, batch["sam_image_embeddings"], batch["sam_image_index"]
     own = model.decode_masks(*inputs, targets=targets, sampled=sampled)
     of_span, masks, scores = sampled.with_own(*own)

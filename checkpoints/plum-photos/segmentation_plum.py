@@ -657,6 +657,27 @@ class PlumMaskDecoding:
                 sampled.decode(masks, decode)
             return masks, scores
 
+    def supervise_masks(
+        self,
+        mask_labels: list[torch.Tensor] | None,
+        sizes: torch.LongTensor | None,
+        *,
+        span_groups: torch.LongTensor | None = None,
+        mask_groups: torch.LongTensor | None = None,
+        teacher_forced: torch.BoolTensor | None = None,
+        prompt_rounds: torch.LongTensor | None = None,
+        prompt_draws: torch.Tensor | None = None,
+    ) -> tuple[MaskTargets | None, SampledPrompts | None]:
+        """
+        Return `targets` and `sampled` of [`decode_masks`] from inputs of [`forward`] and `(S, 4)` sizes of each span's
+        image, each None if not needed. Raises `ValueError` if true masks or sizes are missing.
+        """
+        needed = prompt_rounds is not None
+        targets = self._mask_targets(mask_labels, sizes, span_groups, mask_groups, teacher_forced, needed=needed)
+        if not needed:
+            return targets, None
+        return targets, SampledPrompts(targets, prompt_rounds, prompt_draws, sizes[:, 2:], self.config.sam_image_size)
+
     def _mask_targets(self, mask_labels, sizes, span_groups, mask_groups, teacher_forced, *, needed):
         """Return targets assigned during decoding, from `(S, 4)` sizes of each span's image; None if not needed."""
         if span_groups is None and teacher_forced is None and not needed:
