@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -32,7 +33,9 @@ GIVEN_MASK_LOGIT = 10.0
 # Inputs with the prompts of spans, in transformers' names.
 PROMPTS = ("input_points", "input_labels", "input_boxes", "input_masks")
 # Random numbers that determine the prompts of one span in training, and the largest number of its prompted decodes.
-PROMPT_DRAWS, MAX_PROMPT_ROUNDS = 8, 3
+PROMPT_DRAWS, MAX_PROMPT_ROUNDS = 11, 5
+# Probability that they come without the query of their span.
+BLIND = 0.5
 # Standard deviation of a box in training as a share of its sides, and the largest displacement in pixels, as in SAM.
 BOX_NOISE, MAX_BOX_NOISE = 0.1, 20.0
 # Mask prompts decoded at once: on a CPU limited by the total number of image cells, elsewhere a fixed number.
@@ -435,11 +438,14 @@ class SampledPrompts:
     the error region of the decode before, whose mask it gets. A click is a uniformly drawn pixel of the larger of the
     two error regions, missed and excess pixels.
 
+    Half of the spans are decoded without their query: only prompts and mask say what is meant. Beside a query that
+    finds its part already, nothing depends on where a click is, and a decoder trained from scratch does not learn it.
+
     Args:
         targets: Receives the true mask of each span during decoding.
         rounds: `(S,)` number of prompted decodes of each span, 0 for none.
         draws: `(S, PROMPT_DRAWS)` numbers in [0, 1): the kind of the first prompt, the pixel of each click, the
-            displacement of the box's sides.
+            displacement of the box's sides, and whether the query is left out.
         frames: `(S, 2)` (height, width) in pixels of each span's image within SAM's input.
         image_size: Side of SAM's input in pixels.
     """
@@ -454,6 +460,7 @@ class SampledPrompts:
     ):
         self.targets, self.rounds, self.draws = targets, rounds, draws
         self.frames, self.image_size = frames, image_size
+        self.blind = draws[:, -1] < BLIND  # spans decoded without their query
         self.dense_prompts: dict[int, torch.Tensor] = {}  # (C, G, G) of the own decode of each span
         self.decoded: list[tuple[torch.LongTensor, torch.Tensor, torch.Tensor]] = []  # spans, masks, scores
 
@@ -535,7 +542,7 @@ class SampledPrompts:
         x0, x1, y0, y1 = (end * (self.image_size / true.shape[-1]) for end in ends)
         sides = torch.stack([x1 - x0, y1 - y0], dim=1).repeat(1, 2)
         # Up to 4.75 standard deviations, so that the corners stay in their order.
-        normal = torch.special.ndtri(self.draws[members, -4:].double().clamp(1e-6, 1 - 1e-6)).float()
+        normal = torch.special.ndtri(self.draws[members, -5:-1].double().clamp(1e-6, 1 - 1e-6)).float()
         noise = (normal * BOX_NOISE * sides).clamp(-MAX_BOX_NOISE, MAX_BOX_NOISE)
         limits = self.frames[members].flip(1).repeat(1, 2)
         return (torch.stack([x0, y0, x1, y1], dim=1) + noise).clamp(min=0).minimum(limits)
@@ -645,7 +652,7 @@ class PlumMaskDecoding:
             embeddings = sam_image_embeddings.to(queries)
             positions = self._grid_positions(queries)
 
-            def decode(members: torch.LongTensor, dense: torch.Tensor, prompts: dict[int, SpanPrompt]):
+            def decode(members: torch.LongTensor, dense: torch.Tensor, prompts: dict, *, queries=queries):
                 return self._decode_prompted(members, queries, images, embeddings, positions, dense, prompts)
 
             if self.mask_feedback is None and not given_masks and targets is None:
@@ -654,7 +661,7 @@ class PlumMaskDecoding:
             given = given_masks or {}, prompts or {}
             masks, scores = self._decode_in_lock_step(decode, queries, rows, positions, *given, targets, sampled)
             if sampled is not None:
-                sampled.decode(masks, decode)
+                sampled.decode(masks, partial(decode, queries=queries.masked_fill(sampled.blind[:, None], 0)))
             return masks, scores
 
     def supervise_masks(

@@ -7,7 +7,14 @@ from torch.testing import assert_close
 
 from modules_plum import MASK_LOSSES, count_loss_items, mask_losses
 from plum_partonomy.training.examples import Collator, ConversationDataset
-from segmentation_plum import GIVEN_MASK_LOGIT, MaskTargets, SampledPrompts, SpanPrompt
+from segmentation_plum import (
+    GIVEN_MASK_LOGIT,
+    MAX_PROMPT_ROUNDS,
+    PROMPT_DRAWS,
+    MaskTargets,
+    SampledPrompts,
+    SpanPrompt,
+)
 from tests.runs import make_records, record
 from tests.tiny import IMAGE_SIZE, mixed_conversations, tiny_model, tiny_processor
 
@@ -15,6 +22,7 @@ SIDE = IMAGE_SIZE // 2
 EXACT = {"rtol": 1e-5, "atol": 1e-5}
 FRAMES = torch.tensor([[46, 64], [64, 28]])  # (height, width) of a wide and a tall image in SAM's input
 CORRECTION, CLICK, BOX = 0.1, 0.6, 0.9
+WITH_QUERY, BLIND = 0.9, 0.1
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +69,7 @@ def test_clicks_are_the_nth_pixel_of_the_larger_error_region_with_its_label():
     generator = np.random.default_rng(0)
     true = [torch.from_numpy(generator.normal(size=(SIDE, SIDE)).astype(np.float32)) for _ in range(8)]
     own = [torch.from_numpy(generator.normal(size=(SIDE, SIDE)).astype(np.float32) + i / 4 - 1) for i in range(8)]
-    draws = generator.random((8, 8)).astype(np.float32)
+    draws = generator.random((8, PROMPT_DRAWS)).astype(np.float32)
     draws[:, 0] = CORRECTION
     (first, *_), _ = sample(true, own, draws.tolist())
     labels = set()
@@ -77,7 +85,7 @@ def test_clicks_are_the_nth_pixel_of_the_larger_error_region_with_its_label():
 
 
 def test_clicks_are_uniform_over_the_region():
-    draws = [[CLICK, (i + 0.5) / 12, *[0.0] * 6] for i in range(12)]
+    draws = [[CLICK, (i + 0.5) / 12, *[0.0] * (PROMPT_DRAWS - 2)] for i in range(12)]
     (first, *_), _ = sample([rectangle(4, 7, 10, 14)] * 12, [rectangle(0, 9, 0, 9)] * 12, draws)
     assert sorted(map(pixel_of, first.values())) == [(row, column) for row in (4, 5, 6) for column in range(10, 14)]
     assert all(prompt.labels.tolist() == [1] and prompt.mask is None for prompt in first.values())
@@ -85,7 +93,7 @@ def test_clicks_are_uniform_over_the_region():
 
 def test_later_rounds_add_clicks_to_the_first_prompt_and_take_the_mask_before():
     true, own = [rectangle(8, 24, 8, 24)] * 3, [rectangle(8, 20, 4, 24)] * 3
-    draws = [[kind, 0.0, 0.0, 0.999, 0.5, 0.5, 0.5, 0.5] for kind in (CORRECTION, CLICK, BOX)]
+    draws = [[kind, 0.0, 0.0, 0.999, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, BLIND] for kind in (CORRECTION, CLICK, BOX)]
     prompted, sampled = sample(true, own, draws, rounds=[3, 1, 2])
     assert [sorted(prompts) for prompts in prompted] == [[0, 1, 2], [0, 2], [0]]
     correction, click, box = prompted[0].values()
@@ -106,7 +114,7 @@ def test_later_rounds_add_clicks_to_the_first_prompt_and_take_the_mask_before():
 
 def test_boxes_are_displaced_by_a_tenth_of_their_sides_and_stay_in_the_image():
     generator = np.random.default_rng(1)
-    draws = generator.random((4000, 8)).astype(np.float32)
+    draws = generator.random((4000, PROMPT_DRAWS)).astype(np.float32)
     draws[:, 0] = BOX
     count = len(draws)
     prompted, _ = sample(
@@ -116,7 +124,7 @@ def test_boxes_are_displaced_by_a_tenth_of_their_sides_and_stay_in_the_image():
     noise = boxes - torch.tensor([16.0, 16.0, 48.0, 48.0])
     assert_close(noise.mean(dim=0), torch.zeros(4), rtol=0, atol=0.2)
     assert_close(noise.std(dim=0), torch.full((4,), 3.2), rtol=0.05, atol=0)
-    extremes = [[BOX, 0, 0, 0, low, low, high, high] for low, high in ((0.0, 1.0), (1.0, 0.0))]
+    extremes = [[BOX, 0, 0, 0, 0, 0, low, low, high, high, BLIND] for low, high in ((0.0, 1.0), (1.0, 0.0))]
     true = [rectangle(0, 23, 0, 32), rectangle(0, 32, 0, 14)]
     for frame, mask in zip(FRAMES, true, strict=True):
         prompted, _ = sample([mask] * 2, [mask] * 2, extremes, [1, 1], frame.expand(2, 2))
@@ -131,22 +139,22 @@ def test_clicks_stay_inside_the_image_and_masks_thin_or_absent_have_one():
     true = [rectangle(0, 2, 0, 2), thin, nothing, nothing, rectangle(3, 5, 3, 5)]
     own = [everywhere, nothing, nothing, rectangle(4, 6, 4, 6), rectangle(3, 5, 3, 5)]
     for draw in (0.0, 0.5, 1.0):
-        draws = [[CORRECTION, draw, 0, 0, 0.5, 0.5, 0.5, 0.5]] * 5
+        draws = [[CORRECTION, draw, *[0.5] * (PROMPT_DRAWS - 2)]] * 5
         prompted, _ = sample(true, own, draws, [1] * 5, FRAMES[0].expand(5, 2))
         places = [pixel_of(prompt) for prompt in prompted[0].values()]
         assert [prompt.labels.item() for prompt in prompted[0].values()] == [0, 1, 0, 0, 1]
         assert all(row < 23 for row, _ in places)  # 46 of 64 pixels are the image
         assert places[1][0] == 5 and 3 <= places[1][1] < 9
         assert {4, 5} >= set(places[3]) and {3, 4} >= set(places[4])
-    prompted, _ = sample([nothing], [nothing], [[BOX, *[0.5] * 7]], [1], FRAMES[:1])
+    prompted, _ = sample([nothing], [nothing], [[BOX, *[0.5] * (PROMPT_DRAWS - 1)]], [1], FRAMES[:1])
     assert prompted[0][0].box.tolist() == [0.0, 0.0, 64.0, 46.0]
 
 
 @torch.no_grad()
 def test_prompted_decodes_are_those_of_the_same_prompts_given_and_their_losses_are_averaged_in(batch):
     model, count = tiny_model(), len(batch["spans"])
-    draws = torch.rand(count, 8, generator=torch.Generator().manual_seed(3))
-    draws[:, 0] = torch.tensor([CORRECTION, CLICK, BOX, CORRECTION])
+    draws = torch.rand(count, PROMPT_DRAWS, generator=torch.Generator().manual_seed(3))
+    draws[:, 0], draws[:, -1] = torch.tensor([CORRECTION, CLICK, BOX, CORRECTION]), WITH_QUERY
     rounds = torch.tensor([1, 3, 2, 0])
     inputs = {name: value for name, value in batch.items() if name not in ("mask_labels", "span_labels")}
     own = model.segment_spans(**inputs)
@@ -190,11 +198,35 @@ def test_prompted_decodes_are_those_of_the_same_prompts_given_and_their_losses_a
     assert_close(outputs.pred_masks, own.pred_masks, **EXACT)
 
 
+@torch.no_grad()
+def test_half_of_the_spans_are_decoded_from_their_prompts_alone(batch):
+    model, count = tiny_model(), len(batch["spans"])
+    draws = torch.full((count, PROMPT_DRAWS), CLICK)
+    images, _ = model._take_images(batch["input_ids"], batch)
+    sizes = images.sizes_of(batch["spans"])
+    states = model.encode_conversations(**batch)
+
+    def decode_first(states, draw):
+        """A click on the first span, whose dense prompt has no earlier mask."""
+        draws[:, -1] = draw
+        targets = model._mask_targets(batch["mask_labels"], sizes, None, None, None, needed=True)
+        rounds = torch.ones(count, dtype=torch.long)
+        sampled = SampledPrompts(targets, rounds, draws, sizes[:, 2:], IMAGE_SIZE)
+        model.decode_masks(
+            states, batch["spans"], images.sam_embeddings, images.index, targets=targets, sampled=sampled
+        )
+        ((_, masks, _),) = sampled.decoded
+        return masks[0]
+
+    assert torch.equal(decode_first(states, BLIND), decode_first(states.flip(-1), BLIND))
+    assert not torch.equal(decode_first(states, WITH_QUERY), decode_first(states.flip(-1), WITH_QUERY))
+
+
 def test_without_rounds_nothing_changes(batch):
     model = tiny_model()
     count = len(batch["spans"])
     forced = torch.zeros(count, dtype=torch.bool)
-    none = {"prompt_rounds": torch.zeros(count, dtype=torch.long), "prompt_draws": torch.rand(count, 8)}
+    none = {"prompt_rounds": torch.zeros(count, dtype=torch.long), "prompt_draws": torch.rand(count, PROMPT_DRAWS)}
     expected, found = model(**batch, teacher_forced=forced), model(**batch, teacher_forced=forced, **none)
     assert_close(found.losses, expected.losses, rtol=0, atol=0)
     found.loss.backward()
@@ -220,12 +252,12 @@ def test_prompts_depend_on_the_record_alone_and_come_with_the_probability():
     rounds = np.concatenate([conversation.prompt_rounds for conversation in half])
     assert not any(conversation.prompt_rounds.any() for conversation in examples(0))
     assert all(conversation.prompt_rounds.all() for conversation in examples(1))
-    assert 60 < (rounds > 0).sum() < 120 and set(rounds.tolist()) == {0, 1, 2, 3}
+    assert 60 < (rounds > 0).sum() < 120 and set(rounds.tolist()) == set(range(MAX_PROMPT_ROUNDS + 1))
     assert rounds.tolist() != np.concatenate([conversation.prompt_rounds for conversation in other]).tolist()
     alone = ConversationDataset(records, seed=1, prompt_probability=0.5)[41]["conversations"][0]
     assert np.array_equal(alone.prompt_draws, half[41].prompt_draws)
     draws = np.concatenate([conversation.prompt_draws for conversation in half])
-    assert draws.shape == (180, 8) and draws.min() >= 0 and len(np.unique(draws)) > 1400
+    assert draws.shape == (180, PROMPT_DRAWS) and draws.min() >= 0 and len(np.unique(draws)) > 1400
     # All else of an example is as without the option.
     options = {"jitter": 0.1, "crop": 0.2, "max_spans": 2, "teacher_forcing_probability": 0.5}
     for on, off in zip(examples(0.5, **options), examples(0, **options), strict=True):

@@ -17,6 +17,7 @@ from plum_partonomy.training.model import compose_backbones, freeze, load_proces
 from plum_partonomy.training.options import parse_arguments
 from plum_partonomy.training.run import main as train
 from scripts.count_parameters import count_parameters, format_table
+from segmentation_plum import PROMPT_DRAWS
 from tests.tiny import mixed_conversations, tiny_model, tiny_processor
 from tests.tiny_backbones import llava_clip, qwen3_vl, tiny_sam
 
@@ -78,7 +79,7 @@ def test_recipes_of_clicks_change_no_answer_and_store_nothing_of_encoder_and_lan
     freeze(model, arguments.frozen_modules)
     conversations, masks = mixed_conversations()
     batch = tiny_processor().apply_chat_template(conversations, masks=masks, tokenize=True, return_dict=True)
-    draws = torch.tensor([[kind, *[0.5] * 7] for kind in (0.1, 0.6, 0.9, 0.1)])
+    draws = torch.tensor([[kind, *[0.5] * (PROMPT_DRAWS - 1)] for kind in (0.1, 0.6, 0.9, 0.1)])
     outputs = model(**batch, prompt_rounds=torch.tensor([3, 2, 1, 3]), prompt_draws=draws)
     assert not outputs.last_hidden_state.requires_grad and not outputs.span_logits.requires_grad
     outputs.loss.backward()
