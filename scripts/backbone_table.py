@@ -14,7 +14,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "model.md"
 BEGIN, END = "<!-- written by scripts/backbone_table.py -->\n", "<!-- end of the table -->"
 # Every test of a family runs with every family, so these columns say "yes" for each that is not refused.
 TESTED = ("trains", "generates", "segments", "scores", "LoRA")
-LACKS = ("own template", "image once", "beginnings once", "answer once")
+LACKS = ("own template", "image once", "beginnings once", "answer once", "static answer once")
 HEADER = ("family", "for example", *TESTED, *LACKS, "needs", "why not")
 
 
@@ -22,7 +22,8 @@ def format_families() -> str:
     """Return the Markdown table: families that work with what they lack, then those that are refused."""
     lines = [_row(HEADER), _row(("---",) * len(HEADER))]
     for family in FAMILIES:
-        has = (family.keeps_template, family.shares_images, family.shares_beginnings, family.answers_once)
+        has = (family.keeps_template, family.shares_images, family.shares_beginnings)
+        has += (family.answers_once, family.static_once)
         marks = ["yes"] * len(TESTED) + ["yes" if each else "no" for each in has]
         example, needs = (name and f"`{name}`" for name in (family.example, family.needs))
         lines.append(_row((family.name, example, *marks, needs, family.why)))

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import CLIPImageProcessor, PreTrainedTokenizerFast, SamImageProcessor
+from transformers import CLIPImageProcessor, CompileConfig, PreTrainedTokenizerFast, SamImageProcessor
 
 from configuration_plum import PlumConfig
 from modeling_plum import PlumForConditionalGeneration
@@ -170,3 +170,27 @@ def conversation(
     if answer is not None:
         messages.append({"role": "assistant", "content": answer})
     return messages
+
+
+def graphs_in_place() -> CompileConfig:
+    """
+    Options that compile the decoding steps of a static cache on a CPU too, each into one graph, which returns its
+    results in the same memory every time, as replayed CUDA graphs do.
+    """
+
+    def compile_in_place(graph, _):
+        memory = {}
+
+        def run(*inputs):
+            results = list(graph(*inputs))
+            for i, result in enumerate(results):
+                if isinstance(result, torch.Tensor):
+                    kept = memory.setdefault((i, result.shape, result.dtype), torch.empty_like(result))
+                    results[i] = kept.copy_(result)
+            return tuple(results)
+
+        return run
+
+    config = CompileConfig(backend=compile_in_place, mode="default", fullgraph=True)
+    config._compile_all_devices = True  # transformers' own switch for tests on a CPU
+    return config

@@ -333,6 +333,7 @@ class Family:
         shares_images: Whether an image is encoded once for all its questions.
         shares_beginnings: Whether the common beginning of several answers is computed once.
         answers_once: Whether masks use the hidden states of `generate`, without another pass over the answer.
+        static_once: The same with a static cache.
         why: Reason for what the family lacks.
     """
 
@@ -344,6 +345,7 @@ class Family:
     shares_images: bool = True
     shares_beginnings: bool = True
     answers_once: bool = True
+    static_once: bool = True
     why: str = ""
 
     def write(self, folder: Path) -> str:
@@ -383,7 +385,7 @@ FAMILIES = [
         "Gemma 3",
         "google/gemma-3-4b-it",
         shares_beginnings=False,
-        answers_once=False,
+        static_once=False,
         why="attention differs by layer (sliding windows)",
     ),
     Family(
@@ -392,6 +394,7 @@ FAMILIES = [
         "google/gemma-4-e2b-it",
         shares_beginnings=False,
         answers_once=False,
+        static_once=False,
         why="attention differs by layer, and every layer has embeddings of its own",
     ),
 ]

@@ -792,7 +792,7 @@ class PlumForConditionalGeneration(PlumVision, segmentation.PlumMaskDecoding, Pl
                 "set num_return_sequences=1."
             )
         attention_mask, answer_mask, is_truncated = modules.find_ends(sequences, attention_mask, settings)
-        hidden_states = observed.finish(sequences)
+        hidden_states = observed.finish(sequences, attention_mask)
         if hidden_states is None:
             # Among the arguments that are not settings, tensors are inputs of the model; streamers are not.
             vlm_inputs |= {name: value for name, value in rest.items() if isinstance(value, torch.Tensor)}

@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import DynamicCache, GenerationConfig
+from transformers import DynamicCache, GenerationConfig, StaticCache
+from transformers.cache_utils import StaticLayer
 from transformers.utils import GENERATION_CONFIG_NAME, cached_file, logging
 
 try:
@@ -45,6 +46,10 @@ DEFAULT_MAX_NEW_TOKENS = 256
 # the prompt and its image they fail or change the answer. Plain decoding gives the correct one.
 SAVINGS = ("assistant_model", "assistant_tokenizer", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp",
            "prefill_chunk_size")  # fmt: skip
+# Values of `cache_implementation` whose cache has a fixed number of places.
+STATIC_CACHES = ("static", "offloaded_static")
+# Types of inputs of a language model that may contain tensors.
+NESTED = (list, tuple, dict)
 
 logger = logging.get_logger(__name__)
 
@@ -363,7 +368,8 @@ def teacher_kl_loss(
 class Observer:
     """
     Context that reads or changes the passes of a language model in one thread. [`let_observe`] adds stateless hooks to
-    the module once; calls in other threads use the same module and are not affected.
+    the module once; calls in other threads use the same module and are not affected. Compiled decoding steps are not
+    observed: reading a context variable would break their graph (see [`StaticStates`]).
     """
 
     def __init__(self, decoder: nn.Module):
@@ -387,13 +393,25 @@ _OBSERVER: ContextVar[Observer | None] = ContextVar("plum_observer", default=Non
 
 
 def _before_pass(decoder: nn.Module, args: tuple, inputs: dict):
+    if is_compiled_step(inputs):
+        return None
     observer = _OBSERVER.get()
     return observer.before(args, inputs) if observer is not None and observer.decoder is decoder else None
 
 
 def _after_pass(decoder: nn.Module, args: tuple, inputs: dict, outputs):
+    states = getattr(inputs.get("past_key_values"), "plum_states", None)
+    if states is not None:
+        states.write(outputs.last_hidden_state, inputs)
+    if states is not None or is_compiled_step(inputs):
+        return None
     observer = _OBSERVER.get()
     return observer.after(inputs, outputs) if observer is not None and observer.decoder is decoder else None
+
+
+def is_compiled_step(inputs: dict) -> bool:
+    """Return whether `generate` is compiling its decoding step, which is called with a cache."""
+    return torch.compiler.is_compiling() and inputs.get("past_key_values") is not None
 
 
 def let_observe(decoder: nn.Module):
@@ -413,52 +431,86 @@ class RecordedInputs(Observer):
         self.inputs.update(inputs)
 
 
+class StaticStates:
+    """
+    Hidden states `(B, places, D)` of prompts and answers, and their number so far. A static cache carries them as
+    `plum_states`, so that a compiled decoding step writes them within its graph, as it does with keys and values. What
+    such a step returns would be overwritten by the next one where CUDA graphs are replayed.
+    """
+
+    def __init__(self, states: torch.Tensor, inputs: dict, places: int):
+        self.states = states.new_zeros(states.shape[0], places, states.shape[2])
+        self.length = torch.zeros((), dtype=torch.long, device=states.device)
+        for tensor in (self.states, self.length):
+            torch._dynamo.mark_static_address(tensor)
+        self.write(states, inputs)
+
+    def write(self, states: torch.Tensor, inputs: dict):
+        """Append the hidden states `(B, n, D)` of the next tokens, which had these inputs."""
+        self.states[:, torch.arange(states.shape[1], device=states.device) + self.length] = states
+        self.length.add_(states.shape[1])
+        self.last_is_plain = is_plain(inputs)
+
+
 class GeneratedStates(Observer):
     """
     Context around one call of `generate` that records the hidden states of prompts and answers.
 
     The sequences must be encoded again if a step is not one token of every row (beams, chunked generation), if the
-    decoder takes more than embeddings and positions, or if its cache has no room for another token.
+    decoder takes more than embeddings and positions, or if its cache has no place for another token.
     """
 
     def __init__(self, decoder: nn.Module):
         super().__init__(decoder)
         self.states: list[torch.Tensor] = []
+        self.static: StaticStates | None = None
         self.inputs: dict = {}
+        self.observed = 0  # number of tokens of a row up to those of `inputs`
 
     def after(self, inputs, outputs):
-        self.inputs = inputs
-        self.states.append(outputs.last_hidden_state)
+        self.inputs, states, cache = inputs, outputs.last_hidden_state, inputs.get("past_key_values")
+        self.observed += states.shape[1]
+        if not self.states and type(cache) is StaticCache and {type(layer) for layer in cache.layers} == {StaticLayer}:
+            self.static = cache.plum_states = StaticStates(states, inputs, cache.layers[0].max_cache_len)
+        else:
+            self.states.append(states)
 
     @torch.no_grad()
-    def finish(self, sequences: torch.LongTensor) -> torch.Tensor | None:
-        """Return the hidden states `(B, L, D)` of the generated sequences, or None if they must be encoded again."""
-        rows, length = sequences.shape
+    def finish(self, sequences: torch.LongTensor, attention_mask: torch.Tensor) -> torch.Tensor | None:
+        """
+        Return the hidden states `(B, L, D)` of the generated sequences `(B, L)`, whose last token `generate` did not
+        read, or None if they must be encoded again.
+        """
+        length = sequences.shape[1]
+        if not (self._are_whole(*sequences.shape) and self.inputs.get("use_cache", True)):
+            return None
+        inputs = {name: value for name, value in self.inputs.items() if not isinstance(value, (torch.Tensor, *NESTED))}
+        inputs["inputs_embeds"] = self.decoder.get_input_embeddings()(sequences[:, -1:])
+        inputs["attention_mask"] = attention_mask
+        if self.inputs.get("position_ids") is not None:
+            inputs["position_ids"] = self.inputs["position_ids"][..., -1:] + length - self.observed
+        last = self.decoder(**inputs).last_hidden_state
+        return torch.cat([*self.states, last], dim=1) if self.static is None else self.static.states[:, :length]
+
+    def _are_whole(self, rows: int, length: int) -> bool:
+        """Return whether the states are those of all tokens but the last, and the decoder can read the last alone."""
+        if self.static is not None:
+            found, places, _ = self.static.states.shape
+            return found == rows and places >= length == self.static.length + 1 and self.static.last_is_plain
         steps = {tuple(states.shape[:2]) for states in self.states[1:]}
         whole = sum(states.shape[1] for states in self.states) == length - 1
-        if not (whole and len(self.states[0]) == rows and steps <= {(rows, 1)} and is_plain(self.inputs)):
-            return None
-        inputs = dict(self.inputs)
-        if type(inputs.get("past_key_values")) is not DynamicCache or not inputs.get("use_cache", True):
-            return None
-        inputs["inputs_embeds"] = self.decoder.get_input_embeddings()(sequences[:, -1:])
-        if inputs.get("position_ids") is not None:
-            inputs["position_ids"] = inputs["position_ids"][..., -1:] + 1
-        if inputs.get("attention_mask") is not None:
-            inputs["attention_mask"] = nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)
-        return torch.cat([*self.states, self.decoder(**inputs).last_hidden_state], dim=1)
+        whole = whole and len(self.states[0]) == rows and steps <= {(rows, 1)}
+        return whole and is_plain(self.inputs) and type(self.inputs.get("past_key_values")) is DynamicCache
 
 
 def is_plain(inputs: dict) -> bool:
-    """Return whether a language model's inputs are only embeddings, positions, padding and a cache."""
+    """Return whether a language model's inputs are only embeddings, positions, a mask and a cache."""
     tensors = {name for name, value in inputs.items() if isinstance(value, torch.Tensor)}
-    others = {name for name, value in inputs.items() if isinstance(value, (list, tuple, dict)) and value}
-    mask = inputs.get("attention_mask")
+    others = {name for name, value in inputs.items() if isinstance(value, NESTED) and value}
     return (
         "inputs_embeds" in tensors
         and tensors <= {"inputs_embeds", "attention_mask", "position_ids"}
-        and not others
-        and (mask is None or mask.ndim == 2)
+        and others <= {"attention_mask"}
     )
 
 
@@ -488,6 +540,9 @@ def settle_options(
     settings.max_length = None
     if settings.max_new_tokens is None:
         settings.max_new_tokens = DEFAULT_MAX_NEW_TOKENS
+    if settings.cache_implementation in STATIC_CACHES:
+        # `generate` reserves no place for the last token, which it does not read; [`GeneratedStates`] does.
+        settings.max_cache_len = max(settings.max_cache_len or 0, prompt_length + settings.max_new_tokens)
     for name in SAVINGS:
         is_given = rest.pop(name, None) is not None
         if getattr(settings, name, None) is not None:

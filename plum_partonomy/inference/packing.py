@@ -118,13 +118,14 @@ def pack_rows(
 
 def can_pack(inputs: dict, config) -> bool:
     """Return whether a language model accepts packed rows: plain inputs, full attention with any mask."""
-    config = config.get_text_config()
+    config, mask = config.get_text_config(), inputs.get("attention_mask")
     layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
     windows = layer_types != {"full_attention"} or (
         not hasattr(config, "layer_types") and getattr(config, "sliding_window", None) is not None
     )
     return (
         is_plain(inputs)
+        and (mask is None or (isinstance(mask, torch.Tensor) and mask.ndim == 2))
         and inputs.get("past_key_values") is None
         and not windows
         and config._attn_implementation in ("sdpa", "eager")

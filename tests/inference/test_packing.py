@@ -13,7 +13,15 @@ from plum_partonomy.masks import encode as encode_mask
 from plum_partonomy.records import PartMask, Question
 from plum_partonomy.scoring.benchmark import Asked
 from processing_plum import PlumProcessor
-from tests.tiny import conversation, random_image, random_mask, tiny_config, tiny_model, tiny_processor
+from tests.tiny import (
+    conversation,
+    graphs_in_place,
+    random_image,
+    random_mask,
+    tiny_config,
+    tiny_model,
+    tiny_processor,
+)
 from tests.tiny_backbones import FAMILIES, tiny_sam
 
 EXACT = {"rtol": 1e-5, "atol": 3e-5}
@@ -93,22 +101,43 @@ def test_answers_are_segmented_from_the_pass_that_scored_them(plum):
         model.segment(**batch, hidden_states=hidden_states)
 
 
-def test_a_generated_answer_is_segmented_without_reading_it_again(plum, family):
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_a_generated_answer_is_segmented_without_reading_it_again(plum, family, cache):
     model, processor = plum
-    chats = [conversation(image, None, question) for image, question in QUESTIONS]
-    prompts = encode(processor, chats, add_generation_prompt=True, padding_side="left")
-    options = {"max_new_tokens": 5, "do_sample": False}
+    prompts = encode_prompts(processor)
+    options = {"max_new_tokens": 5, "do_sample": False, "cache_implementation": cache}
     sequences, generating = tokens_computed(model, lambda: model.generate(**prompts, **options))
     found, segmenting = tokens_computed(model, lambda: model.segment(**prompts, **options))
-    once = family is None or family.answers_once
-    assert segmenting - generating == (len(chats) if once else sequences.numel())
+    once = family is None or {"dynamic": family.answers_once, "static": family.static_once}[cache]
+    assert segmenting - generating == (len(sequences) if once else sequences.numel())
     assert torch.equal(found.sequences, sequences)
-    read_again = model.segment(**prompts, **options, use_cache=False)
-    assert torch.equal(read_again.sequences, sequences)
-    assert_close(found.span_logits[found.answer_mask], read_again.span_logits[found.answer_mask], **EXACT)
-    assert_close(found.pred_masks, read_again.pred_masks, rtol=1e-4, atol=1e-4)
+    read_again = model.segment(**prompts, max_new_tokens=5, do_sample=False, use_cache=False)
+    assert_same_answers(found, read_again)
     beams = model.segment(**prompts, **options, num_beams=2)
     assert beams.span_logits.shape[:2] == beams.sequences.shape
+
+
+@pytest.mark.slow
+def test_compiled_decoding_steps_give_the_same_answers(plum):
+    model, processor = plum
+    prompts = encode_prompts(processor)
+    options = {"max_new_tokens": 5, "do_sample": False}
+    torch.compiler.reset()
+    found = model.segment(**prompts, **options, cache_implementation="static", compile_config=graphs_in_place())
+    assert_same_answers(found, model.segment(**prompts, **options))
+
+
+def encode_prompts(processor):
+    """Prompts of different lengths, padded on the left: single questions, and one after an answer."""
+    chats = [conversation(image, None, question) for image, question in QUESTIONS]
+    chats.append(conversation(TALL, "The tail is red.") + conversation(None, None))
+    return encode(processor, chats, add_generation_prompt=True, padding_side="left")
+
+
+def assert_same_answers(found, expected):
+    assert torch.equal(found.sequences, expected.sequences) and torch.equal(found.spans, expected.spans)
+    assert_close(found.span_logits[found.answer_mask], expected.span_logits[found.answer_mask], **EXACT)
+    assert_close(found.pred_masks, expected.pred_masks, rtol=1e-4, atol=1e-4)
 
 
 def test_questions_of_the_benchmark_are_answered_together_as_alone(plum):

@@ -5,12 +5,13 @@ import shutil
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from torch.testing import assert_close
 from transformers import GenerationConfig
 
 from modeling_plum import PlumForConditionalGeneration
-from modules_plum import DEFAULT_MAX_NEW_TOKENS, settle_options
-from tests.tiny import conversation, random_image, tiny_model, tiny_processor
+from modules_plum import DEFAULT_MAX_NEW_TOKENS, GeneratedStates, settle_options
+from tests.tiny import conversation, graphs_in_place, random_image, tiny_model, tiny_processor
 from tests.tiny_backbones import llava_clip, tiny_sam
 
 OPTIONS = {"max_new_tokens": 10, "do_sample": False}
@@ -24,10 +25,12 @@ CHATS = [
 @pytest.fixture(scope="module", params=[True, False], ids=["shared_vision", "own_vision_tower"])
 def plum(request):
     model, processor = tiny_model(request.param), tiny_processor(request.param)
-    batch = processor.apply_chat_template(
-        CHATS, add_generation_prompt=True, tokenize=True, return_dict=True, padding_side="left"
-    )
-    return model, processor, batch
+    return model, processor, encode(processor, CHATS)
+
+
+def encode(processor, chats):
+    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "padding_side": "left"}
+    return processor.apply_chat_template(chats, **options)
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +64,33 @@ def test_options_that_save_time_or_change_the_form_leave_answer_and_masks_as_the
     assert torch.equal(found.sequences, plain.sequences) and torch.equal(found.spans, plain.spans)
     assert len(plain.spans) and torch.equal(found.is_truncated, plain.is_truncated)
     assert_close(found.pred_masks, plain.pred_masks, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("plum", [True], indirect=True, ids=["shared_vision"])
+def test_compiled_decoding_steps_are_one_graph_for_prompts_of_any_length_and_change_nothing(plum):
+    model, processor, batch = plum
+    options = {**OPTIONS, "cache_implementation": "static", "compile_config": graphs_in_place()}
+    shorter = encode(processor, [conversation(random_image(seed=1), None, "Wing?")] * len(CHATS))
+    torch.compiler.reset()
+    counters.clear()
+    for prompts in (batch, shorter, batch):
+        found, expected = model.segment(**prompts, **options), model.segment(**prompts, **OPTIONS)
+        assert torch.equal(found.sequences, expected.sequences) and torch.equal(found.spans, expected.spans)
+        assert_close(found.pred_masks, expected.pred_masks, rtol=1e-4, atol=1e-4)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("new_tokens", [1, 5])
+def test_hidden_states_observed_with_a_static_cache_are_those_of_another_pass(plum, new_tokens):
+    model, _, batch = plum
+    options = {"max_new_tokens": new_tokens, "do_sample": False, "cache_implementation": "static"}
+    with GeneratedStates(model.vlm.get_decoder()) as observed:
+        sequences = model.generate(**batch, **options)
+    attention_mask = torch.nn.functional.pad(batch["attention_mask"], (0, new_tokens), value=1)
+    found = observed.finish(sequences, attention_mask)
+    expected = model.encode_conversations(**{**batch, "input_ids": sequences, "attention_mask": attention_mask})
+    real = attention_mask.bool()
+    assert_close(found[real], expected[real], rtol=1e-5, atol=3e-5)
 
 
 def test_an_assistant_that_only_saves_time_changes_nothing(plum, plain):
