@@ -3,9 +3,11 @@
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
+
+import torch
 
 from plum_partonomy.inference.one_image import Range, Reply
 from plum_partonomy.masks import DataError
@@ -112,11 +114,24 @@ class Replies:
 
 
 def size_of(*replies: Reply) -> int:
-    """Return the bytes of the images, masks and tensors of replies; what several of them share counts once."""
+    """
+    Return the bytes of the images, masks and tensors of replies, with those of the encoded images and answers; what
+    several of them share counts once.
+    """
     sizes: dict[int, int] = {}
     for reply in replies:
-        parts: list[Any] = [*reply.outputs.values(), *reply.given_masks.values()]
+        parts: list[Any] = [*reply.outputs.values(), *reply.given_masks.values(), reply.hidden_states]
         parts += [prompt.mask for prompt in reply.prompts.values()]
+        parts += [reply.encoded.sam_embedding, *tensors_in(reply.encoded.vlm_features)]
         sizes |= {id(part): part.nbytes for part in parts if hasattr(part, "nbytes")}
         sizes[id(reply.image)] = reply.image.width * reply.image.height * 3
     return sum(sizes.values())
+
+
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """Yield the tensors in a tensor, or in mappings and sequences of them."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from tensors_in(item)

@@ -152,15 +152,15 @@ def chat(options: argparse.Namespace, rest: Sequence[str]) -> int:
     from plum_partonomy.inference.one_image import ask, remember
 
     history: list[dict[str, str]] = []
-    code = 0
+    encoded, code = None, 0
     for number, question in enumerate(read_questions(), start=1):
         try:
-            reply = ask(plum, image, question, history=history)
+            reply = ask(plum, image, question, history=history, encoded=encoded)
         except DataError as error:
             print(f"plum: {error}", file=sys.stderr)
             code = BAD_INPUT
             continue
-        history = remember(reply)
+        history, encoded = remember(reply), reply.encoded
         show(plum, reply, options, folder=options.save and options.save / f"{number:02}")
     return code
 

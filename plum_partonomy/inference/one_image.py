@@ -3,7 +3,8 @@
     load_model ──> Plum ──ask, segment_words, correct_mask, correct_with_prompts──> Reply
     Reply ──finish, thresholds──> PlumAnswer ──save──> files
 
-A [`Reply`] keeps the output of the model, so that a threshold can change without another call. The shell
+A [`Reply`] keeps the output of the model, so that a threshold can change without another call, and the encoded image
+and answer, so that a corrected mask costs no more than its decoding. The shell
 (plum_partonomy/cli.py) and the demo (demo/app.py) use these functions; predictor.py works in batches.
 """
 
@@ -23,11 +24,12 @@ from PIL import Image
 from transformers import TextIteratorStreamer
 
 from plum_partonomy.inference.checkpoint import load_checkpoint
+from plum_partonomy.inference.encoded import EncodedImage, encode_chats, encode_image
 from plum_partonomy.inference.inputs import check_phrases, check_text
 from plum_partonomy.masks import DataError, area, encode
 from plum_partonomy.questions.spans import join_parts
 from plum_partonomy.questions.wording import official_answer, official_question
-from plum_partonomy.records import as_chat, escape_tags
+from plum_partonomy.records import escape_tags
 from plum_partonomy.scoring.overlays import draw_named_masks
 from processing_plum import PlumAnswer, PlumProcessor, parse_span_tags
 
@@ -74,7 +76,9 @@ class Reply:
         image: RGB image of the conversation.
         messages: The conversation up to and including the question; contents are strings.
         text: The words of the answer.
-        outputs: Output of `segment`.
+        outputs: Output of `segment`; None before the first one.
+        encoded: The encoded image, used by all later calls about it.
+        hidden_states: `(1, L, D)` of the tokens in `outputs.sequences`; None for a generated answer.
         given_masks: Boolean masks (height, width) drawn by the user, by the range of their words.
         prompts: Points and boxes of the user, by the range of their words.
         is_truncated: Whether the text reached the token limit.
@@ -83,7 +87,9 @@ class Reply:
     image: Image.Image
     messages: list[dict[str, str]]
     text: str
-    outputs: Any
+    outputs: Any = None
+    encoded: EncodedImage | None = None
+    hidden_states: torch.Tensor | None = None
     given_masks: dict[Range, np.ndarray] = field(default_factory=dict)
     prompts: dict[Range, Prompt] = field(default_factory=dict)
     is_truncated: bool = False
@@ -135,6 +141,7 @@ def stream(
     question: str,
     *,
     history: Sequence[dict[str, str]] = (),
+    encoded: EncodedImage | None = None,
     max_new_tokens: int = MAX_NEW_TOKENS,
 ) -> Iterator[str | Reply]:
     """Yield the words of the answer so far, repeatedly, and the complete [`Reply`] last.
@@ -143,6 +150,7 @@ def stream(
 
     Args:
         history: Earlier messages of the same conversation, from [`remember`].
+        encoded: `encoded` of an earlier reply of the same model about the same image.
     """
     messages = [*history, {"role": "user", "content": check_text(question, what="a question")}]
     streamer = TextIteratorStreamer(plum.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -150,9 +158,10 @@ def stream(
 
     def run():
         try:
-            inputs = _encode(plum, image, messages, add_generation_prompt=True)
+            known = encoded or encode_image(plum.model, plum.processor, image)
+            inputs = _encode(plum, known, messages, add_generation_prompt=True)
             options = {"max_new_tokens": max_new_tokens, "do_sample": False, "num_beams": 1}
-            return plum.model.segment(**inputs, **options, streamer=streamer, stopping_criteria=[is_closed])
+            return known, plum.model.segment(**inputs, **options, streamer=streamer, stopping_criteria=[is_closed])
         finally:
             streamer.end()
 
@@ -168,9 +177,9 @@ def stream(
                 yield text
         finally:
             closed = True
-        outputs = running.result()
+        encoded, outputs = running.result()
     (answer,) = plum.processor.post_process_segmentation(outputs)
-    yield Reply(image, messages, answer.text, outputs, is_truncated=answer.is_truncated)
+    yield Reply(image, messages, answer.text, outputs, encoded, is_truncated=answer.is_truncated)
 
 
 def ask(plum: Plum, image: Image.Image, question: str, **options) -> Reply:
@@ -190,16 +199,33 @@ def segment_words(
     messages: Sequence[dict[str, str]],
     text: str,
     ranges: Sequence[Range],
-    *,
-    given_masks: Mapping[Range, np.ndarray] | None = None,
-    prompts: Mapping[Range, Prompt] | None = None,
+    **corrections,
 ) -> Reply:
-    """Segment the words of an answer at the given ranges, in text order, as if the model had tagged them.
+    """
+    Segment the words of an answer at the given ranges, in text order, as if the model had tagged them.
 
     Args:
         messages: The conversation up to and including the question.
         text: The answer.
-        ranges: Character ranges of the words in it.
+        ranges, corrections: As in [`segment_again`], and errors as well.
+    """
+    return segment_again(plum, Reply(image, list(messages), text), ranges, **corrections)
+
+
+def segment_again(
+    plum: Plum,
+    reply: Reply,
+    ranges: Sequence[Range],
+    *,
+    given_masks: Mapping[Range, np.ndarray] | None = None,
+    prompts: Mapping[Range, Prompt] | None = None,
+) -> Reply:
+    """
+    Segment other spans of a reply's answer, in text order. The image is encoded once for all replies that follow
+    from each other, and the answer once for all with the same text.
+
+    Args:
+        ranges: Character ranges of the words in the answer.
         given_masks: Boolean masks (height, width) of some ranges; later spans are decoded from them.
         prompts: Points, boxes and present masks of other ranges.
 
@@ -208,22 +234,33 @@ def segment_words(
             image.
     """
     ranges = sorted(ranges)
+    answer = {"role": "assistant", "content": _tag(reply.text, ranges)}
+    given = {place: mask for place, mask in (given_masks or {}).items() if place in ranges}
+    kept = {place: prompt for place, prompt in (prompts or {}).items() if place in ranges}
+    encoded = reply.encoded or encode_image(plum.model, plum.processor, reply.image)
+    inputs = _encode(plum, encoded, [*reply.messages, answer])
+    hidden_states = reply.hidden_states
+    if hidden_states is None or not torch.equal(reply.outputs.sequences, inputs["input_ids"]):
+        hidden_states = plum.model.encode_conversations(**inputs)
+    inputs["given_masks"] = {ranges.index(place): torch.tensor(mask) for place, mask in given.items()}
+    try:
+        outputs = plum.model.segment_spans(**inputs, hidden_states=hidden_states, **_prompt_inputs(kept, ranges))
+    except ValueError as error:
+        raise DataError(str(error)) from error
+    return replace(
+        reply, outputs=outputs, encoded=encoded, hidden_states=hidden_states, given_masks=given, prompts=kept
+    )
+
+
+def _tag(text: str, ranges: Sequence[Range]) -> str:
+    """Return a text with span tags around sorted ranges. Raises DataError if there are none, or two touch."""
     if not ranges or any(start < end for (_, end), (start, _) in pairwise(ranges)):
         raise DataError(f"Expected words that do not overlap or touch, found the characters {ranges} of {text!r}.")
     tagged, last = "", 0
     for start, end in ranges:
         tagged += f"{escape_tags(text[last:start])}<p>{escape_tags(text[start:end])}</p>"
         last = end
-    answer = {"role": "assistant", "content": tagged + escape_tags(text[last:])}
-    given = {place: mask for place, mask in (given_masks or {}).items() if place in ranges}
-    kept = {place: prompt for place, prompt in (prompts or {}).items() if place in ranges}
-    inputs = _encode(plum, image, [*messages, answer])
-    inputs["given_masks"] = {ranges.index(place): torch.tensor(mask) for place, mask in given.items()}
-    try:
-        outputs = plum.model.segment_spans(**inputs, **_prompt_inputs(kept, ranges))
-    except ValueError as error:
-        raise DataError(str(error)) from error
-    return Reply(image, list(messages), text, outputs, given, kept)
+    return tagged + escape_tags(text[last:])
 
 
 def _prompt_inputs(prompts: Mapping[Range, Prompt], ranges: Sequence[Range]) -> dict[str, dict[int, Any]]:
@@ -258,12 +295,6 @@ def segment_phrases(
         )
     prompted = {place: prompt for place, prompt in zip(ranges, prompts, strict=False) if prompt is not None}
     return segment_words(plum, image, [{"role": "user", "content": question}], text, ranges, prompts=prompted)
-
-
-def segment_again(plum: Plum, reply: Reply, ranges: Sequence[Range], **corrections) -> Reply:
-    """Segment other spans of a reply's answer; `corrections` and errors as in [`segment_words`]."""
-    again = segment_words(plum, reply.image, reply.messages, reply.text, ranges, **corrections)
-    return replace(again, is_truncated=reply.is_truncated)
 
 
 def correct_mask(plum: Plum, reply: Reply, ranges: Sequence[Range], place: Range, mask: np.ndarray) -> Reply:
@@ -353,10 +384,9 @@ def warn_of_unknown_image(plum: Plum, answer: PlumAnswer) -> str | None:
     return f"This image is unlike the training images{kinds}: answer and masks may be meaningless."
 
 
-def _encode(plum: Plum, image, messages, **options) -> dict[str, torch.Tensor]:
-    chat = as_chat(list(messages), image)
+def _encode(plum: Plum, image: EncodedImage, messages, **options) -> dict[str, Any]:
     try:
-        inputs = plum.processor.apply_chat_template(chat, tokenize=True, return_dict=True, **options)
+        inputs = encode_chats(plum.model, plum.processor, [(image, messages)], **options)
     except ValueError as error:
         raise DataError(str(error)) from error
     count, most = inputs["input_ids"].shape[1], plum.model.config.get_text_config().max_position_embeddings
@@ -365,7 +395,7 @@ def _encode(plum: Plum, image, messages, **options) -> dict[str, torch.Tensor]:
             f"The question is too long: with image and earlier turns it has {count} tokens, and this model reads at "
             f"most {most}; shorten it."
         )
-    return dict(inputs.to(plum.model.device))
+    return inputs
 
 
 # ---------------------------------------------------------------- what goes out

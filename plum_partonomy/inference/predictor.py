@@ -9,31 +9,21 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from transformers.utils import ModelOutput
 
 from modules_plum import decode_spans, keep_last_answer
 from plum_partonomy.inference.embedding_cache import EmbeddingCache
+from plum_partonomy.inference.encoded import EncodedImage, Message, encode_chats, encode_image
 from plum_partonomy.inference.packing import encode_conversations
 from plum_partonomy.masks import encode, resize
 from plum_partonomy.questions.spans import tag_phrases
-from plum_partonomy.records import Question, as_chat, escape_tags
+from plum_partonomy.records import Question, escape_tags
 from plum_partonomy.scoring.benchmark import Asked
 from plum_partonomy.scoring.metrics import MaskSource
 from plum_partonomy.scoring.predictions import Prediction, SpanMask
-from processing_plum import PlumProcessor, PreparedImage, parse_span_tags
+from processing_plum import PlumProcessor, parse_span_tags
 
 IMAGES_KEPT = 128
-Message = dict[str, Any]
 Row = tuple[str, list[Message]]  # image id, and a conversation about the image
-
-
-@dataclass(frozen=True)
-class ImageFeatures:
-    """Cached features of an image: its placeholder tokens and the outputs of both encoders."""
-
-    shown: PreparedImage | Image.Image
-    sam_embedding: torch.Tensor
-    vlm_features: ModelOutput | None  # None if the vision-language model needs the pixels each time
 
 
 class ImageCache:
@@ -49,10 +39,10 @@ class ImageCache:
     def __init__(self, model, processor: PlumProcessor, *, size: int, embedding_cache: EmbeddingCache | None = None):
         self.model, self.processor, self.size = model, processor, size
         self.embed = model.get_image_embeddings if embedding_cache is None else embedding_cache.embed
-        self._features: OrderedDict[str, ImageFeatures] = OrderedDict()
+        self._features: OrderedDict[str, EncodedImage] = OrderedDict()
         self.uses, self.encoded = 0, 0
 
-    def look_up(self, asked: Sequence[Asked]) -> dict[str, ImageFeatures]:
+    def look_up(self, asked: Sequence[Asked]) -> dict[str, EncodedImage]:
         """
         Return the features of the questions' images by image id. Missing ones are computed one image at a time, so
         that results do not depend on the images that a resumed run has cached.
@@ -69,16 +59,8 @@ class ImageCache:
             self._features.popitem(last=False)
         return found
 
-    @torch.no_grad()
-    def _encode(self, image: Image.Image) -> ImageFeatures:
-        device = self.model.device
-        (prepared,), sam_inputs, vlm_inputs = self.processor.prepare_images([image])
-        embeddings = self.embed(sam_inputs["sam_pixel_values"].to(device))
-        vlm_inputs = {name: value.to(device) for name, value in vlm_inputs.items() if isinstance(value, torch.Tensor)}
-        features = self.model.get_vlm_image_features([prepared.tokens], sam_image_embeddings=embeddings, **vlm_inputs)
-        if features is None:
-            return ImageFeatures(image, embeddings[0], None)
-        return ImageFeatures(prepared, embeddings[0], features[0])
+    def _encode(self, image: Image.Image) -> EncodedImage:
+        return encode_image(self.model, self.processor, image, embed=self.embed)
 
     def summary(self) -> dict[str, Any]:
         """Return the number of requests, the number of encoded images and the hit rate."""
@@ -126,7 +108,7 @@ class Predictor:
         self.choice_reduction = choice_reduction
         self.mask_source = mask_source
         self.images = ImageCache(model, processor, size=image_cache_size, embedding_cache=embedding_cache)
-        self._features: dict[str, ImageFeatures] = {}
+        self._features: dict[str, EncodedImage] = {}
 
     def predict(self, asked: Sequence[Asked]) -> list[Prediction]:
         """Return one prediction per question."""
@@ -150,20 +132,9 @@ class Predictor:
         return self.images.summary()
 
     def _encode(self, rows: Sequence[Row], *, prompt: bool = False) -> dict[str, torch.Tensor]:
-        conversations = [as_chat(messages, self._features[name].shown) for name, messages in rows]
-        inputs = self.processor.apply_chat_template(
-            conversations,
-            tokenize=True,
-            return_dict=True,
-            add_generation_prompt=prompt,
-            padding_side="left" if prompt else "right",
-        )
-        inputs = dict(inputs.to(self.model.device))
-        inputs.pop("sam_pixel_values", None)
-        features = [self._features[name] for name in dict.fromkeys(name for name, _ in rows)]
-        inputs["sam_image_embeddings"] = torch.stack([image.sam_embedding for image in features])
-        if features[0].vlm_features is not None:
-            inputs["vlm_image_features"] = [image.vlm_features for image in features]
+        chats = [(self._features[name], messages) for name, messages in rows]
+        side = "left" if prompt else "right"
+        inputs = encode_chats(self.model, self.processor, chats, add_generation_prompt=prompt, padding_side=side)
         if not prompt:
             inputs["labels"] = keep_last_answer(inputs["labels"])
         return inputs

@@ -252,6 +252,27 @@ def test_a_click_refines_a_painted_mask_and_paint_replaces_clicks(demo, reply, t
     assert demo.replies.get(ticket).reply.prompts == {} and "Your mask of" in page and "plum-mark" not in page
 
 
+def test_an_image_is_encoded_once_for_all_that_is_done_with_its_answer(demo, plum, tmp_path):
+    random_image().save(tmp_path / "image.png")
+    encoded = []
+    hook = plum.model.sam.vision_encoder.register_forward_hook(lambda *_: encoded.append(None))
+    *_, (_, ticket, *_) = demo.ask(MODEL, tmp_path / "image.png", "Which parts?", *THRESHOLDS)
+    ticket = demo.segment(MODEL, None, ticket, "left wing, tail", None, *THRESHOLDS)[1]
+    start = ranges_of(demo, (None, ticket))[-1][0]
+    for point in ([60, 12], [3, 40]):
+        ticket = demo.click(ticket, *THRESHOLDS, event(start=start, point=point, label=1))[1]
+    demo.steps(ticket, *THRESHOLDS)
+    assert len(encoded) == 1
+    random_image(seed=1).save(tmp_path / "image.png")
+    *_, (_, other, *_) = demo.ask(MODEL, tmp_path / "image.png", "Which parts?", *THRESHOLDS)
+    hook.remove()
+    first, second = (demo.replies.get(each).reply.encoded for each in (ticket, other))
+    assert len(encoded) == 2 and not torch.equal(first.sam_embedding, second.sam_embedding)
+    (features,) = first.vlm_features.pooler_output
+    reply = demo.replies.get(ticket).reply
+    assert size_of(reply) > sum(kept.nbytes for kept in (first.sam_embedding, features, reply.hidden_states))
+
+
 def test_a_mask_takes_a_limited_number_of_clicks_and_a_box_beside_them(demo, reply):
     place = RANGES[0]
     full = Prompt(points=((1, 1),) * MAX_CLICKS, labels=(1,) * MAX_CLICKS)

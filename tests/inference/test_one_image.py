@@ -1,5 +1,8 @@
+import contextlib
 import io
 import json
+from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,6 +23,7 @@ from plum_partonomy.inference.one_image import (
     finish,
     remember,
     save,
+    segment_again,
     segment_apart,
     segment_phrases,
     segment_words,
@@ -145,6 +149,53 @@ def test_points_and_boxes_correct_the_present_mask_and_other_corrections_stay(pl
     assert on_drawn.prompts[RANGES[1]] == again.prompts[RANGES[1]]
     # A drawn mask replaces the points of its span.
     assert list(correct_mask(plum, on_drawn, RANGES, RANGES[1], drawn).prompts) == [RANGES[0]]
+
+
+@contextlib.contextmanager
+def counted(plum):
+    """Count how often the encoders and the language model run."""
+    model, counts = plum.model, Counter()
+    parts = {"sam": model.sam.vision_encoder, "vision": model.vlm.model.vision_tower, "words": model.vlm.get_decoder()}
+    hooks = [part.register_forward_hook(lambda *_, name=name: counts.update([name])) for name, part in parts.items()]
+    yield counts
+    for hook in hooks:
+        hook.remove()
+
+
+@pytest.mark.parametrize("shared_vision", [True, False])
+def test_corrections_encode_nothing_again_and_equal_a_fresh_run(shared_vision):
+    plum, image, drawn = Plum(tiny_model(shared_vision), tiny_processor(shared_vision)), random_image(), random_mask()
+    inputs = plum.processor.apply_chat_template(
+        conversation(image, "A <p>wheel</p>, another <p>wheel</p> and a <p>left wing</p>."),
+        tokenize=True,
+        return_dict=True,
+    )
+    with counted(plum) as counts:
+        reply = ask(plum, image, MESSAGES[0]["content"], max_new_tokens=4)
+        generated = counts["words"]
+        reply = segment_again(plum, replace(reply, text=TEXT), RANGES)
+        first = correct_with_prompts(plum, reply, RANGES, RANGES[1], points=[(60, 12)], labels=[1])
+        second = correct_with_prompts(plum, first, RANGES, RANGES[1], points=[(3, 40)], labels=[0])
+        third = correct_mask(plum, second, RANGES, RANGES[0], drawn)
+        segment_apart(plum, third, RANGES)
+        assert counts == {"sam": 1, "vision": 1, "words": generated + 1}
+        other = segment_again(plum, replace(third, text=TEXT + " It is red."), RANGES)
+        follow_up = ask(plum, image, "Is it red?", history=remember(reply), encoded=other.encoded, max_new_tokens=4)
+        assert counts["sam"] == counts["vision"] == 1 and counts["words"] > generated + 2
+    before = plum.model.segment_spans(**inputs).pred_masks
+    assert torch.equal(reply.outputs.pred_masks, before)
+    clicks = {"input_points": {1: [(60, 12)]}, "input_labels": {1: [1]}, "input_masks": {1: before[1]}}
+    clicked = plum.model.segment_spans(**inputs, **clicks).pred_masks
+    assert torch.equal(first.outputs.pred_masks, clicked)
+    clicks = {"input_points": {1: [(60, 12), (3, 40)]}, "input_labels": {1: [1, 0]}, "input_masks": {1: clicked[1]}}
+    expected = plum.model.segment_spans(**inputs, **clicks, given_masks={0: torch.from_numpy(drawn)}).pred_masks
+    assert torch.equal(third.outputs.pred_masks, expected)
+    fresh = segment_words(plum, image, MESSAGES, other.text, RANGES).outputs
+    assert torch.equal(other.outputs.sequences, fresh.sequences)
+    assert torch.equal(other.outputs.pred_masks, fresh.pred_masks)
+    fresh = ask(plum, image, "Is it red?", history=remember(reply), max_new_tokens=4).outputs
+    assert torch.equal(follow_up.outputs.sequences, fresh.sequences)
+    assert torch.equal(follow_up.outputs.pred_masks, fresh.pred_masks)
 
 
 def test_words_of_ones_own_take_prompts_before_there_is_a_mask(plum):
