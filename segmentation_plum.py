@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -493,28 +493,33 @@ class SampledPrompts:
             self.decoded.append((members, masks, scores))
             present = present.index_put((members,), masks.detach().float())
 
-    def with_own(self, masks: torch.Tensor, scores: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Return the spans `(S + R,)`, masks and scores of own decodes `(S,)` followed by the R prompted ones."""
+    def with_own(self, masks, scores, mask_labels, sizes):
+        """
+        Return the spans `(S + R,)` of own decodes followed by the R prompted ones, with their masks, scores, labels
+        and sizes, from masks, scores and sizes of the S own ones and all labels.
+        """
         own = torch.arange(len(masks), device=masks.device), masks, scores
-        return tuple(map(torch.cat, zip(own, *self.decoded, strict=True)))
+        spans, masks, scores = map(torch.cat, zip(own, *self.decoded, strict=True))
+        return spans, masks, scores, [mask_labels[i] for i in self.targets.of_span[spans].tolist()], sizes[spans]
 
     @property
     def true_masks(self) -> torch.Tensor:
         return self.targets.low_res_masks[self.targets.of_span]
 
-    def _regions(self, members: torch.LongTensor) -> tuple[torch.BoolTensor, torch.BoolTensor]:
-        """Return the true masks `(n, 4G, 4G)`, never empty unless the mask is, and the cells of the images."""
-        low_res = self.true_masks[members]
+    @cached_property
+    def _regions(self) -> tuple[torch.BoolTensor, torch.BoolTensor]:
+        """The true masks `(S, 4G, 4G)`, never empty unless the mask is, and the cells of the images."""
+        low_res = self.true_masks
         largest = low_res.amax(dim=(1, 2), keepdim=True)  # a part thinner than half a cell has no logit above 0
         true = (low_res > 0) | ((low_res == largest) & (low_res > -GIVEN_MASK_LOGIT))
         side = low_res.shape[-1]
         centres = (torch.arange(side, device=low_res.device) + 0.5) * (self.image_size / side)
-        rows, columns = (centres < self.frames[members, axis, None] for axis in (0, 1))
+        rows, columns = (centres < self.frames[:, axis, None] for axis in (0, 1))
         return true, rows[:, :, None] & columns[:, None]
 
     def _click(self, members, present, draws) -> tuple[torch.Tensor, torch.LongTensor]:
         """Return a point `(n, 2)` in pixels of SAM's input and a label `(n,)` for each of the spans `members`."""
-        true, visible = self._regions(members)
+        true, visible = (region[members] for region in self._regions)
         found = present[members] > 0
         missed, excess = true & ~found & visible, found & ~true & visible
         adds = missed.sum(dim=(1, 2)) >= excess.sum(dim=(1, 2))
@@ -533,7 +538,7 @@ class SampledPrompts:
 
     def _boxes(self, members) -> torch.Tensor:
         """Return displaced boxes `(n, 4)` around the true masks of spans, in pixels of SAM's input."""
-        true, visible = self._regions(members)
+        true, visible = (region[members] for region in self._regions)
         region = torch.where(true.any(dim=2).any(dim=1)[:, None, None], true, visible)
         ends = []
         for axis in (1, 2):  # columns, rows

@@ -60,9 +60,8 @@ def compute_loss(model, batch: dict, **drawn: torch.Tensor) -> tuple[torch.Tenso
     targets, sampled = model.supervise_masks(batch["mask_labels"], sizes, **groups, **drawn)
     inputs = batch["hidden_states"], spans, batch["sam_image_embeddings"], batch["sam_image_index"]
     own = model.decode_masks(*inputs, targets=targets, sampled=sampled)
-    of_span, masks, scores = sampled.with_own(*own)
-    labels = [batch["mask_labels"][i] for i in targets.of_span[of_span].tolist()]
-    losses = mask_losses(model.config, masks, scores, labels, sizes[of_span], torch.tensor(float(len(masks))))
+    of_span, masks, *labelled = sampled.with_own(*own, batch["mask_labels"], sizes)
+    losses = mask_losses(model.config, masks, *labelled, torch.tensor(float(len(masks))))
     found, true = masks.detach() > 0, (sampled.true_masks > 0)[of_span]
     ious = (found & true).sum(dim=(1, 2)) / (found | true).sum(dim=(1, 2)).clamp(min=1)
     figures = {"own": float(ious[: len(spans)].mean()), "prompted": float(ious[len(spans) :].mean())}

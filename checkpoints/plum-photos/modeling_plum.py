@@ -519,13 +519,12 @@ class PlumForConditionalGeneration(PlumVision, segmentation.PlumMaskDecoding, Pl
         if span_labels is not None and self.span_tagger.has_loss:
             losses["span_tagging"] = modules.span_tagging_loss(config, span_logits, span_labels, counts["tag_weight"])
         if mask_labels:
-            decoded = pred_masks, iou_scores
-            if targets is not None:
-                mask_labels = [mask_labels[i] for i in targets.of_span.tolist()]
+            labelled = pred_masks, iou_scores, mask_labels, sizes
             if sampled is not None:
-                of_spans, *decoded = sampled.with_own(*decoded)
-                mask_labels, sizes = [mask_labels[i] for i in of_spans.tolist()], sizes[of_spans]
-            losses |= modules.mask_losses(config, *decoded, mask_labels, sizes, counts["masks"])
+                _, *labelled = sampled.with_own(*labelled)
+            elif targets is not None:
+                labelled = pred_masks, iou_scores, [mask_labels[i] for i in targets.of_span.tolist()], sizes
+            losses |= modules.mask_losses(config, *labelled, counts["masks"])
         elif mask_labels is not None:
             losses |= dict.fromkeys(modules.MASK_LOSSES, torch.zeros((), device=hidden_states.device))
         if teacher is not None:

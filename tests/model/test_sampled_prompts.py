@@ -106,10 +106,12 @@ def test_later_rounds_add_clicks_to_the_first_prompt_and_take_the_mask_before():
     assert prompted[1][2].form == (1, True, True) and torch.equal(prompted[1][2].box, box.box)
     assert pixel_of(prompted[0][0]) == (20, 8)  # the first missed pixel: 64 of them, and 48 in excess
     assert pixel_of(prompted[2][0]) == (23, 23)  # the last
-    spans, masks, scores = sampled.with_own(torch.stack(own), torch.ones(3))
+    labels, sizes = [torch.tensor(i) for i in range(3)], torch.arange(3)
+    spans, masks, scores, labels, sizes = sampled.with_own(torch.stack(own), torch.ones(3), labels, sizes)
     assert spans.tolist() == [0, 1, 2, 0, 1, 2, 0, 2, 0]
     assert torch.equal(masks[:3], torch.stack(own)) and torch.equal(masks[3:], after.expand(6, -1, -1))
     assert scores.tolist() == [1] * 3 + [0] * 6
+    assert labels == sampled.targets.of_span[spans].tolist() and sizes.tolist() == spans.tolist()
 
 
 def test_boxes_are_displaced_by_a_tenth_of_their_sides_and_stay_in_the_image():
@@ -165,7 +167,8 @@ def test_prompted_decodes_are_those_of_the_same_prompts_given_and_their_losses_a
     given = model.encode_conversations(**batch), batch["spans"], images.sam_embeddings, images.index
     masks, scores = model.decode_masks(*given, targets=targets, sampled=sampled)
     assert_close(masks, own.pred_masks, **EXACT)
-    spans, masks, scores = sampled.with_own(masks, scores)
+    of_own = batch["mask_labels"], sizes
+    spans, masks, scores, *labelled = sampled.with_own(masks, scores, *of_own)
     assert spans.tolist() == [0, 1, 2, 3, 0, 1, 2, 1, 2, 1]
 
     def decode_alone(members, _, prompts):
@@ -184,13 +187,14 @@ def test_prompted_decodes_are_those_of_the_same_prompts_given_and_their_losses_a
     alone = SampledPrompts(targets, rounds, draws, sizes[:, 2:], IMAGE_SIZE)
     alone.dense_prompts = sampled.dense_prompts
     alone.decode(own.pred_masks, decode_alone)
-    expected = alone.with_own(own.pred_masks, own.iou_scores)
-    assert_close((masks, scores), expected[1:], **EXACT)
+    expected = alone.with_own(own.pred_masks, own.iou_scores, *of_own)
+    assert_close((masks, scores), expected[1:3], **EXACT)
     assert not torch.allclose(masks[4:7], masks[:3], atol=1e-3)
 
     outputs = model(**batch, prompt_rounds=rounds, prompt_draws=draws)
     labels = [batch["mask_labels"][i] for i in spans.tolist()]
-    expected = mask_losses(model.config, masks, scores, labels, sizes[spans], torch.tensor(float(len(spans))))
+    assert all(map(torch.equal, labelled[0], labels)) and torch.equal(labelled[1], sizes[spans])
+    expected = mask_losses(model.config, masks, scores, *labelled, torch.tensor(float(len(spans))))
     assert_close({name: outputs.losses[name] for name in MASK_LOSSES}, expected, **EXACT)
     names = ("labels", "span_labels", "spans", "mask_labels")
     counts = count_loss_items(model.config, *(batch[name] for name in names), rounds)
