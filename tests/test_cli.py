@@ -12,6 +12,7 @@ from PIL import Image
 
 from plum_partonomy import cli
 from plum_partonomy.masks import encode
+from tests import forks
 from tests.tiny import random_image, random_mask, tiny_model, tiny_processor
 
 ROOT = Path(__file__).parents[1]
@@ -149,15 +150,6 @@ def test_questions_that_are_no_text_end_the_chat_with_one_sentence(checkpoint, i
     assert capsys.readouterr().err.startswith("plum: The questions are not text in UTF-8")
 
 
-def test_a_reader_that_leaves_early_is_no_problem(raw_data):
-    command = [sys.executable, "-m", "plum_partonomy.cli", "data", "stats", "descriptor", "--data_dir", raw_data]
-    process = subprocess.Popen(
-        [*command, "--split", "train"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
-    )
-    process.stdout.close()
-    assert (process.stderr.read(), process.wait(timeout=120)) == ("", 0)
-
-
 @pytest.mark.parametrize(
     "command",
     [
@@ -170,81 +162,86 @@ def test_a_reader_that_leaves_early_is_no_problem(raw_data):
 def test_no_command_minds_a_reader_that_has_left(command, closed, checkpoint, image_file, raw_data):
     command = [{"IMAGE": image_file, "DATA": raw_data}.get(word, word) for word in command]
     model = ["--model", checkpoint] if "segment" in command else []
-    process = subprocess.Popen(
-        [sys.executable, "-m", "plum_partonomy.cli", *command, *model],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-    )
-    getattr(process, closed).close()
-    left = process.stderr if closed == "stdout" else process.stdout
-    assert (left.read() == "", process.wait(timeout=120)) == (closed == "stdout", 0)
+    reader, writer = os.pipe()
+    os.close(reader)
+    left = raw_data / "left"
+    with left.open("w") as file:
+        streams = {"stdout": file, "stderr": file} | {closed: writer}
+        process = forks.start("-c", forks.PLUM, *command, *model, **streams)
+    os.close(writer)
+    process.join(forks.SECONDS)
+    assert (left.read_text() == "", process.exitcode) == (closed == "stdout", 0)
 
 
 @pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
 def test_letters_that_the_output_lacks_are_written_as_escapes(encoding, checkpoint, image_file):
-    command = [
-        sys.executable,
-        "-m",
-        "plum_partonomy.cli",
-        "segment",
-        image_file,
-        "--spans",
-        "\u8f66\u8f6e",
-        "--model",
-        checkpoint,
-    ]
-    run = subprocess.run(
-        [*command, "--model", checkpoint],
-        capture_output=True,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONIOENCODING": encoding},
-    )
-    assert (run.returncode, run.stderr) == (0, b"") and rb"parts: \u8f66\u8f6e." in run.stdout
+    command = ["segment", image_file, "--spans", "\u8f66\u8f6e", "--model", checkpoint]
+    run = forks.run("-c", forks.PLUM, *command, PYTHONIOENCODING=encoding)
+    assert (run.returncode, run.stderr) == (0, "") and r"parts: \u8f66\u8f6e." in run.stdout
 
 
-CTRL_C_AT_AN_IMPORT = """
-import os, signal, sys
+CTRL_C_AT_IMPORTS = """
+import json, os, signal, sys
 
 class Interrupting:
     def find_spec(self, name, path=None, target=None):
-        if name == module:
+        if name not in modules:
+            return
+        if os.fork():
+            modules.remove(name)
+            codes[name] = os.waitstatus_to_exitcode(os.wait()[1])
+            if not modules:
+                print(json.dumps(codes), flush=True)
+                os._exit(0)
+        else:
+            modules.clear()
+            os.dup2(os.open(os.path.join(folder, name), os.O_CREAT | os.O_WRONLY), 2)
             os.kill(os.getpid(), signal.SIGINT)
 
-module, sys.argv = sys.argv[1], ["plum", *sys.argv[2:]]
+folder, codes, modules = sys.argv[1], {}, set(sys.argv[2].split())
+sys.argv = ["plum", *sys.argv[3:]]
 sys.meta_path.insert(0, Interrupting())
 from plum_partonomy.cli import main
-code = main()
-sys.exit(f"{module} was not imported, code {code}")
+main()
+sys.exit(f"not imported: {modules}")
 """
+INTERRUPTED_IMPORTS = [
+    *("plum_partonomy.commands", "argparse", "rich.console", "numpy", "torch", "torch.distributed", "modeling_plum"),
+    *("transformers.models.sam.modeling_sam", "safetensors.torch", "plum_partonomy.scoring.overlays"),
+]
 
 
-@pytest.mark.parametrize(
-    "module",
-    ["plum_partonomy.commands", "argparse", "rich.console", "numpy", "torch", "torch.distributed", "modeling_plum"]
-    + ["transformers.models.sam.modeling_sam", "safetensors.torch", "plum_partonomy.scoring.overlays"],
-)
-def test_ctrl_c_ends_the_command_quietly_whatever_is_being_imported(module, checkpoint, image_file):
-    command = [sys.executable, "-c", CTRL_C_AT_AN_IMPORT, module, "segment", image_file, "--spans", "tail"]
-    run = subprocess.run([*command, "--model", checkpoint], capture_output=True, text=True, cwd=ROOT)
-    assert (run.returncode, run.stderr) == (cli.INTERRUPTED, "")
+@pytest.fixture(scope="module")
+def interrupted(checkpoint, tmp_path_factory):
+    """Exit code and standard error of a command that gets Ctrl-C at an import, by the name of the module."""
+    folder = tmp_path_factory.mktemp("interrupted")
+    words = ["segment", ROOT / "examples" / "sailboat.png", "--spans", "tail", "--model", checkpoint]
+    command = [sys.executable, "-c", CTRL_C_AT_IMPORTS, folder, " ".join(INTERRUPTED_IMPORTS), *words]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=240)
+    assert run.returncode == 0, run.stderr
+    return {name: (code, (folder / name).read_text()) for name, code in json.loads(run.stdout).items()}
 
 
-def test_ctrl_c_ends_a_chat_that_waits_for_a_question(checkpoint, image_file):
-    process = subprocess.Popen(
-        [sys.executable, "-m", "plum_partonomy.cli", "chat", image_file, "--json", "--model", checkpoint],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-    )
-    process.stdin.write("Which parts?\n")
-    process.stdin.flush()
-    assert "spans" in json.loads(process.stdout.readline())
-    process.send_signal(signal.SIGINT)
-    assert (process.communicate(timeout=120), process.returncode) == (("", ""), cli.INTERRUPTED)
+@pytest.mark.parametrize("module", INTERRUPTED_IMPORTS)
+def test_ctrl_c_ends_the_command_quietly_whatever_is_being_imported(module, interrupted):
+    assert interrupted[module] == (cli.INTERRUPTED, "")
+
+
+def test_ctrl_c_ends_a_chat_that_waits_for_a_question(checkpoint, image_file, tmp_path):
+    (read_questions, write_questions), (read_answers, write_answers) = os.pipe(), os.pipe()
+    with (tmp_path / "errors").open("w") as errors, open(read_answers) as answers:
+        command = ["chat", image_file, "--json", "--model", checkpoint]
+        streams = {"stdin": read_questions, "stdout": write_answers, "stderr": errors}
+        process = forks.start("-c", forks.PLUM, *command, **streams)
+        os.close(read_questions)
+        os.close(write_answers)
+        os.write(write_questions, b"Which parts?\n")
+        assert "spans" in json.loads(answers.readline())
+        os.kill(process.pid, signal.SIGINT)
+        assert answers.read() == ""
+        os.close(write_questions)
+    process.join(forks.SECONDS)
+    assert ((tmp_path / "errors").read_text(), process.exitcode) == ("", cli.INTERRUPTED)
 
 
 def test_data_is_validated_counted_and_drawn(raw_data, capsys):
@@ -260,39 +257,37 @@ def test_data_is_validated_counted_and_drawn(raw_data, capsys):
     assert len(capsys.readouterr().out.splitlines()) == len(list((raw_data / "drawn").iterdir())) == 3
 
 
-IMPORTED_BY_A_COMMAND = """
-import sys
+IMPORTED_BY_COMMANDS = """
+import contextlib, io, json, sys
 from plum_partonomy.cli import main
 
-try:
-    main(sys.argv[1:])
-except SystemExit:
-    pass
-costly = ("torch", "transformers", "datasets", "inflect", "pandas", "matplotlib", "peft")
-print("imported", [name for name in costly if name in sys.modules])
+costly, found = ("torch", "transformers", "datasets", "inflect", "pandas", "matplotlib", "peft"), []
+for command in json.loads(sys.argv[1]):
+    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
+        main(command)
+    found.append([name for name in costly if name in sys.modules])
+print(json.dumps(found))
 """
 
 
-@pytest.mark.parametrize(
-    ("command", "imported"),
-    [
+def test_a_command_imports_only_what_it_needs(checkpoint, image_file):
+    """The commands in one process, so that each adds its imports to those of the commands before it."""
+    expected = [
         (["--help"], []),
         (["data", "validate", "--help"], []),
-        (["ask", "IMAGE", "Which parts?", "--jsno"], []),
+        (["ask", image_file, "Which parts?", "--jsno"], []),
         (["ask", "absent.png", "Which parts?"], []),
-        (["ask", "IMAGE", " "], []),
-        (["segment", "IMAGE", "--spans", "tail,"], []),
+        (["ask", image_file, " "], []),
+        (["segment", image_file, "--spans", "tail,"], []),
         (["eval", "--help"], ["transformers"]),
         (["eval", "--output_dir", "out", "--modle", "none"], ["transformers"]),
-        (["segment", "IMAGE", "--spans", "tail"], ["torch", "transformers"]),
-    ],
-)
-def test_a_command_imports_only_what_it_needs(command, imported, checkpoint, image_file):
-    command = [str(image_file) if word == "IMAGE" else word for word in command]
-    command = [sys.executable, "-c", IMPORTED_BY_A_COMMAND, *command]
-    model = ["--model", checkpoint] if "segment" in command else []
-    run = subprocess.run([*command, *model], capture_output=True, text=True, cwd=ROOT)
-    assert run.stdout.splitlines()[-1] == f"imported {imported}"
+        (["segment", image_file, "--spans", "tail", "--model", checkpoint], ["torch", "transformers"]),
+    ]
+    commands = json.dumps([[str(word) for word in command] for command, _ in expected])
+    command = [sys.executable, "-c", IMPORTED_BY_COMMANDS, commands]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=240)
+    assert run.returncode == 0, run.stderr
+    assert json.loads(run.stdout) == [imported for _, imported in expected]
 
 
 def test_an_unknown_kind_of_data_set_is_answered_with_the_known_ones(tmp_path, capsys):
