@@ -3,12 +3,16 @@ Commands in processes of their own that start at once: one process has imported 
 fork of it. It differs from `python WORDS` in one point: what imports print goes to the process that imports.
 """
 
+import contextlib
 import multiprocessing
 import os
 import runpy
+import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
+from itertools import zip_longest
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -47,14 +51,38 @@ def start(*words: object, stdin=None, stdout=None, stderr=None, cwd: Path = ROOT
 
 def run(*words: object, **options) -> subprocess.CompletedProcess:
     """Run `python WORDS` to its end, with the options of `start`; the output is text."""
-    with tempfile.TemporaryFile("w+", errors="replace") as stdout, tempfile.TemporaryFile("w+") as stderr:
-        process = start(*words, stdout=stdout, stderr=stderr, **options)
-        process.join(SECONDS)
-        if process.exitcode is None:
-            process.kill()
-        stdout.seek(0)
-        stderr.seek(0)
-        return subprocess.CompletedProcess(words, process.exitcode, stdout.read(), stderr.read())
+    (done,) = run_together([words], **options)
+    return done
+
+
+def run_together(commands: Sequence[Sequence], environments: Sequence[dict] = (), **options) -> list:
+    """Run several commands at the same time, as `run`, each with an environment of its own if these are given."""
+    with contextlib.ExitStack() as stack:
+        files = [[stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(2)] for _ in commands]
+        processes = [
+            start(*words, stdout=stdout, stderr=stderr, **options, **environment)
+            for words, (stdout, stderr), environment in zip_longest(commands, files, environments, fillvalue={})
+        ]
+        found = []
+        for words, process, streams in zip(commands, processes, files, strict=True):
+            process.join(SECONDS)
+            if process.exitcode is None:
+                process.kill()
+            for stream in streams:
+                stream.seek(0)
+            texts = [stream.read() for stream in streams]
+            found.append(subprocess.CompletedProcess(words, process.exitcode, *texts))
+        return found
+
+
+def run_distributed(*words: object, processes: int = 2) -> None:
+    """Run `python WORDS` in processes that find each other as those of `torchrun`."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(processes)}
+    environments = [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+    for done in run_together([words] * processes, environments):
+        assert done.returncode == 0, done.stderr
 
 
 def _run(words: list[str], streams: list[Connection], cwd: str, environment: dict[str, str]) -> None:

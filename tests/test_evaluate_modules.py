@@ -17,6 +17,7 @@ import yaml
 
 from plum_partonomy.scoring.baselines import answer_without_model
 from plum_partonomy.scoring.metrics import evaluate_predictions, part_counts, pool, true_masks
+from tests import forks
 from tests.scoring.test_answers import QUESTIONS
 
 ROOT = Path(__file__).parents[1]
@@ -84,11 +85,10 @@ print(json.dumps(figures))
 
 
 def test_two_processes_give_the_figures_of_all(folder, tmp_path):
-    command = [sys.executable, "-c", PROCESS, str(folder / "partonomy_parts"), str(tmp_path / "cache")]
+    command = ["-c", PROCESS, folder / "partonomy_parts", tmp_path / "cache"]
     load(folder / "partonomy_parts", tmp_path)  # so that the two do not copy the module at the same time
-    processes = [subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, text=True) for rank in (0, 1)]
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
-    assert '"precision": 0.75' in outputs[0] and outputs[1].strip() == "null"
+    first, second = forks.run_together([[*command, rank] for rank in (0, 1)])
+    assert '"precision": 0.75' in first.stdout and second.stdout.strip() == "null"
 
 
 def test_choices_have_the_accuracy_of_the_library_and_indices_beyond_the_choices_are_refused(folder, tmp_path):

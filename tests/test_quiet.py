@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests import forks
 from tests.evaluation.test_evaluate_plum import question_set  # noqa: F401
 from tests.runs import base_options
-from tests.tiny import random_image, tiny_config
+from tests.tiny import tiny_config
 
 ROOT = Path(__file__).parents[1]
 PROGRESS = re.compile(r"\d+%\||\d+ examples \[|^\s*$")
@@ -24,6 +25,7 @@ def without_progress(errors: str) -> list[str]:
 
 
 def run(*words) -> str:
+    """The standard error of a process that imports its libraries itself."""
     done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     return done.stderr
@@ -39,14 +41,24 @@ def trained_in_a_process(data_folder, tmp_path_factory):
     return folder / "out", run("train.py", folder / "recipe.yaml")
 
 
-def test_a_training_from_scratch_and_from_a_checkpoint_print_progress_alone(
+def test_a_training_from_scratch_prints_progress_alone(trained_in_a_process):
+    _, errors = trained_in_a_process
+    assert "1/1" in errors and without_progress(errors) == []
+
+
+def test_a_training_from_a_checkpoint_prints_its_figures_and_progress_alone(
     trained_in_a_process, data_folder, tmp_path
 ):
-    model, errors = trained_in_a_process
-    assert "1/1" in errors and without_progress(errors) == []
-    options = base_options(data_folder, tmp_path) | {"model": model, "max_steps": 1}
-    errors = run("train.py", *(word for name, value in options.items() for word in (f"--{name}", value)))
-    assert without_progress(errors) == []
+    model, _ = trained_in_a_process
+    options = base_options(data_folder, tmp_path) | {"model": model, "max_steps": 2, "save_steps": 2}
+    options |= {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
+    done = forks.run("train.py", *(word for name, value in options.items() for word in (f"--{name}", value)))
+    assert done.returncode == 0 and without_progress(done.stderr) == []
+    lines = [line for line in done.stdout.splitlines() if line.strip()]
+    table = [line for line in lines if line.startswith("|")]
+    assert lines[: len(table)] == table and len(table) == 3
+    assert [line.startswith("{") for line in lines[len(table) :]] == [True, True, True, False]
+    assert lines[-1] == f"The trained model, its processor and its curves are in {tmp_path}"
 
 
 def test_an_evaluation_prints_progress_alone(trained_in_a_process, question_set, tmp_path):  # noqa: F811
@@ -60,12 +72,5 @@ def test_loading_a_checkpoint_warns_of_nothing(trained_in_a_process, tmp_path):
     """As the app loads it, with the verbosity of transformers left as it is."""
     model, _ = trained_in_a_process
     code = "import sys; from plum_partonomy.inference.one_image import load_model; load_model(sys.argv[1])"
-    assert without_progress(run("-c", code, model)) == []
-
-
-def test_the_shell_prints_an_answer_and_nothing_else(trained_in_a_process, tmp_path):
-    model, _ = trained_in_a_process
-    random_image().save(tmp_path / "image.png")
-    assert (
-        run("-m", "plum_partonomy.cli", "segment", tmp_path / "image.png", "--spans", "tail", "--model", model) == ""
-    )
+    done = forks.run("-c", code, model)
+    assert done.returncode == 0 and without_progress(done.stderr) == []

@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -27,6 +26,7 @@ from plum_partonomy.records import PartMask, Question, as_row
 from plum_partonomy.scoring.benchmark import Asked, load_questions
 from plum_partonomy.scoring.metrics import evaluate_predictions, true_masks
 from plum_partonomy.scoring.predictions import read_predictions
+from tests import forks
 from tests.tiny import random_image, random_mask, tiny_model, tiny_processor
 
 ROOT = Path(__file__).parents[2]
@@ -354,8 +354,7 @@ def test_a_run_killed_while_it_writes_goes_on_and_ends_with_the_same_numbers(
     run = arguments(model_dir, question_set, tmp_path / "run")
     names = ("model", "dataset", "name", "output_dir", "max_new_tokens", "batch_size", "device")
     options = [word for name in names for word in (f"--{name}", str(getattr(run, name)))]
-    command = [sys.executable, "-c", KILLED_WHILE_WRITING, *options]
-    killed = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=240)
+    killed = forks.run("-c", KILLED_WHILE_WRITING, *options)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert listed(tmp_path / "run") == ["predictions.jsonl", "predictions.rank0.jsonl", "run.json"]
 
@@ -390,33 +389,22 @@ def test_another_model_or_other_settings_are_refused_a_folder_in_use_which_stays
     assert {path: path.read_bytes() for path in finished.iterdir()} == before
 
 
-def run_script(*options, launcher=()):
-    return subprocess.run(
-        [sys.executable, *launcher, str(ROOT / "evaluate_plum.py"), *options],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+FILES_OF_A_SIZE = """
+import resource, runpy, sys
+
+size = 1024 * int(sys.argv.pop(1))
+resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+sys.argv[0] = "evaluate_plum.py"
+runpy.run_path(f"{root}/evaluate_plum.py", run_name="__main__")
+"""
 
 
 @pytest.mark.parametrize("kilobytes", [1, 20])
 def test_a_disk_without_room_is_one_sentence_and_leaves_no_half_file(question_set, tmp_path, kilobytes):
     """The limit on the size of a file makes the system refuse to write on."""
-
-    def limit_files():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1024 * kilobytes, 1024 * kilobytes))
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-
     options = ["--baseline", "full_image", "--dataset", question_set, "--name", "default", "--output_dir", "run"]
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "evaluate_plum.py"), *map(str, options)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        preexec_fn=limit_files,
-    )
+    code = FILES_OF_A_SIZE.format(root=ROOT)
+    done = forks.run("-c", code, kilobytes, *options, cwd=tmp_path)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith("evaluate_plum.py: ") and "File too large" in done.stderr
     assert not list(tmp_path.rglob("*.tmp"))
@@ -425,7 +413,7 @@ def test_a_disk_without_room_is_one_sentence_and_leaves_no_half_file(question_se
 def test_a_place_that_cannot_be_written_to_is_one_sentence(question_set, tmp_path):
     (tmp_path / "file").write_text("")
     options = ["--baseline", "full_image", "--dataset", question_set, "--name", "default"]
-    done = run_script(*map(str, options), "--output_dir", str(tmp_path / "file" / "run"))
+    done = forks.run("evaluate_plum.py", *options, "--output_dir", tmp_path / "file" / "run")
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith("evaluate_plum.py: ")
 
@@ -433,8 +421,10 @@ def test_a_place_that_cannot_be_written_to_is_one_sentence(question_set, tmp_pat
 def test_two_processes_give_the_numbers_of_one(model_dir, question_set, tmp_path, finished):
     options = ["--model", model_dir, "--dataset", question_set, "--name", "default", "--output_dir", tmp_path / "run"]
     options += ["--max_new_tokens", "12", "--batch_size", "3"]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = run_script(*map(str, options), launcher=launcher)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launcher, ROOT / "evaluate_plum.py", *map(str, options)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["run"]["processes"] == 2
     assert listed(tmp_path / "run") == listed(finished)
@@ -447,10 +437,8 @@ def test_two_processes_give_the_numbers_of_one(model_dir, question_set, tmp_path
 
 
 def test_the_script_ends_with_one_sentence_and_an_exit_code_for_bad_input(model_dir, question_set, tmp_path):
-    done = run_script(
-        *("--model", str(model_dir), "--dataset", str(question_set), "--name", "default", "--split", "dev"),
-        *("--output_dir", str(tmp_path / "run")),
-    )
+    options = ["--model", model_dir, "--dataset", question_set, "--name", "default", "--split", "dev"]
+    done = forks.run("evaluate_plum.py", *options, "--output_dir", tmp_path / "run")
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert done.stderr.strip().splitlines()[-1].startswith("evaluate_plum.py: Cannot load data set")

@@ -1,13 +1,11 @@
 """
 The Trainer on tiny models: the same gradients however a batch is cut up, figures during training, Muon.
 
-Run as a script by `torchrun` (see `two_processes`) the module makes the runs of two processes.
+`run_in_two_processes` makes the runs of two processes, with the environment that `torchrun` gives them.
 """
 
 import copy
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +19,8 @@ from plum_partonomy.training.examples import Collator, ConversationDataset, stre
 from plum_partonomy.training.mixture import mix
 from plum_partonomy.training.options import PlumTrainingArguments
 from plum_partonomy.training.trainer import MuonWithAdamW, PlumTrainer
-from tests.runs import CLOSE, EVALUATED, ROOT, batch_of, losses_by_step, make_records, record, uneven_records
+from tests import forks
+from tests.runs import CLOSE, EVALUATED, batch_of, losses_by_step, make_records, record, uneven_records
 from tests.tiny import tiny_model, tiny_processor
 
 # ------------------------------------------------------------------------------------------------ runs
@@ -123,19 +122,19 @@ def run_in_two_processes(folder: Path):
     torch.distributed.destroy_process_group()
 
 
+RUN_IN_TWO_PROCESSES = """
+import sys
+from pathlib import Path
+from tests.training.test_trainer import run_in_two_processes
+run_in_two_processes(Path(sys.argv[1]))
+"""
+
+
 @pytest.fixture(scope="session")
 def two_processes(tmp_path_factory) -> dict:
     """The runs of `run_in_two_processes`, by name."""
     folder = tmp_path_factory.mktemp("two_processes")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    run = subprocess.run(
-        [*launcher, "-m", "tests.training.test_trainer", str(folder)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
+    forks.run_distributed("-c", RUN_IN_TWO_PROCESSES, folder)
     return torch.load(folder / "runs.pt", weights_only=True)
 
 
@@ -364,7 +363,3 @@ def test_one_scheduler_moves_both_rates_and_a_restored_state_goes_on_identically
     assert [group["lr"] for group in restored.param_groups] == [group["lr"] for group in optimizer.param_groups]
     for name, tensor in model.named_parameters():
         assert torch.equal(other.get_parameter(name), tensor) and not torch.equal(before[name], tensor), name
-
-
-if __name__ == "__main__":
-    run_in_two_processes(Path(sys.argv[1]))
