@@ -12,6 +12,7 @@ import pytest
 from scripts.copy_code import CHECKPOINT_CODE
 
 ROOT = Path(__file__).parents[1]
+LIBRARY = "plum_partonomy/**/*.py"
 MODULES = {Path(name).stem for name in CHECKPOINT_CODE} | {"partonomy_dataset"}
 
 
@@ -58,14 +59,19 @@ def test_the_wheel_holds_the_tasks_of_lmms_eval_and_the_entry_point_of_its_model
     assert "[lmms_eval.models]\nplum = plum_partonomy.lmms.models:manifest" in entry_points.read_text()
 
 
-def test_the_wheel_installs_the_library_and_modules_of_names_of_its_own(environment):
-    names = {path.name for path in site_packages(environment).iterdir() if ".dist-info" not in path.name}
+def test_the_wheel_installs_the_whole_library_and_modules_of_names_of_its_own(environment):
+    installed = site_packages(environment)
+    names = {path.name for path in installed.iterdir() if ".dist-info" not in path.name}
     found = {name.removesuffix(".py") for name in names - {"__pycache__", "libraries.pth"}}
     assert found == MODULES | {"plum_partonomy"}
+    library = [
+        {path.relative_to(root) for path in (root / "plum_partonomy").rglob("*.py")} for root in (ROOT, installed)
+    ]
+    assert library[0] == library[1]
 
 
 def test_the_commands_run_from_another_folder(environment, tmp_path):
-    for words in (["--help"], ["train", "--help"], ["eval", "--help"]):
+    for words in (["--help"], ["eval", "--help"]):
         done = run(environment, tmp_path, "plum", *words)
         assert done.returncode == 0 and "usage:" in done.stdout, done.stderr
     image = ROOT / "examples" / "sailboat.png"

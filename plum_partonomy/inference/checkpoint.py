@@ -29,6 +29,7 @@ from configuration_plum import PlumConfig
 from inputs_plum import side_for_sam
 from modeling_plum import PlumForConditionalGeneration
 from plum_partonomy.inference.inputs import ModelError
+from plum_partonomy.masks import DataError
 from processing_plum import PlumProcessor
 
 # The code of this folder reads the checkpoint, so no prompt asks whether to trust the copy saved with it.
@@ -50,6 +51,7 @@ PARAMETERS_PER_QUANTISED_ELEMENT = 8
 # Parameters with several names are stored once; layers have modules without parameters.
 REGISTERED_PER_TENSOR = {"parameters": 2, "modules": 20}
 OWN_CODE = re.compile(r"(configuration|modeling|processing)_plum\.Plum\w+")
+BACKBONES = ("vlm.", "sam.")
 LOCAL_DECODING = (
     GenerationMode.GREEDY_SEARCH,
     GenerationMode.SAMPLE,
@@ -68,30 +70,85 @@ def load_checkpoint(
 
     Args:
         name: A folder, or a name on the Hub.
-        changes: Fields of its config to overwrite.
+        changes: Fields of its config to overwrite. Fields of a nested config overwrite those of the same family.
         dtype: Precision of all weights; `"auto"` uses that of the checkpoint.
 
     Raises:
-        ModelError: As [`open_checkpoint`]; or tensors are missing, or the processor belongs to another model.
-        ValueError: A changed field is unknown.
+        ModelError: As [`open_checkpoint`]; or tensors are missing or have other shapes, or the processor belongs to
+            another model.
+        DataError: A changed field is unknown, or changes the shapes of tensors.
     """
     folder = open_checkpoint(name)
     with problems_named(f"{folder / 'config.json'} cannot be used"):
-        config = PlumConfig.from_pretrained(folder, **(changes or {}))
-    check_config_fields(changes or {}, config)
+        config = PlumConfig.from_pretrained(folder)
+    if changes:
+        with problems_named("model_config cannot be used"):
+            config = PlumConfig.from_dict(_overwrite(config, changes))
+        check_config_fields(changes, config)
+        _check_changes(folder, config)
     with problems_named(f"{folder} cannot be loaded"):
         model, report = PlumForConditionalGeneration.from_pretrained(
-            folder, config=config, use_safetensors=True, dtype=dtype, trust_remote_code=False, output_loading_info=True
+            folder,
+            config=config,
+            use_safetensors=True,
+            dtype=dtype,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # they are reported, and an error below
+            output_loading_info=True,
         )
-        absent = set(report["missing_keys"])
-        if changes and absent:  # modules added by a change are initialised
-            absent &= _build_outline(folder).state_dict().keys()
+    _check_report(folder, report, changes)
+    return model, _load_processor(folder, config)
+
+
+def _overwrite(config: PreTrainedConfig, changes: dict) -> dict:
+    """Return the fields of a config with changes, in nested configs as well; one of another family is replaced."""
+    fields = config.to_dict()
+    for name, value in changes.items():
+        name = config.attribute_map.get(name, name)
+        nested = getattr(config, name, None)
+        if isinstance(nested, PreTrainedConfig) and isinstance(value, dict):
+            family = value.get("model_type", nested.model_type)
+            value = _overwrite(nested, value) if family == nested.model_type else value
+        fields[name] = value
+    return fields
+
+
+def _check_changes(folder: Path, config: PlumConfig) -> None:
+    """Raise `DataError` if a changed config gives tensors of a checkpoint other shapes or other backbones."""
+    found, expected = (
+        {name: tuple(tensor.shape) for name, tensor in _build_outline(folder, changed).state_dict().items()}
+        for changed in (None, config)
+    )
+    differing = [
+        name
+        for name in sorted(found.keys() | expected.keys())
+        if found.get(name) != expected.get(name)
+        and (name.startswith(BACKBONES) or name in found.keys() & expected.keys())
+    ]
+    if differing:
+        here, there = (shapes.get(differing[0], "absent") for shapes in (expected, found))
+        raise DataError(
+            f"model_config does not fit the checkpoint {folder}: {len(differing)} tensors differ, such as "
+            f"{differing[0]!r}, which is {here} by model_config and {there} in the checkpoint; leave model_config out "
+            "or those of its fields that set sizes of the model."
+        )
+
+
+def _check_report(folder: Path, report: dict, changes: dict | None) -> None:
+    """Raise `ModelError` if a checkpoint lacks tensors of its model or has them in other shapes."""
+    absent = set(report["missing_keys"])
+    if changes and absent:  # modules added by a change are initialised
+        absent &= _build_outline(folder).state_dict().keys()
+    again = "leave model_config out" if changes else "fetch or save the checkpoint again"
     if absent:
         raise ModelError(
-            f"The weights of {folder} lack {len(absent)} tensors of the model, such as {min(absent)!r}; fetch or save "
-            "the checkpoint again."
+            f"The weights of {folder} lack {len(absent)} tensors of the model, such as {min(absent)!r}; {again}."
         )
-    return model, _load_processor(folder, config)
+    for name, found, expected in sorted(report["mismatched_keys"]):
+        raise ModelError(
+            f"The weights of {folder} have {name!r} in shape {tuple(found)}, its config needs {tuple(expected)}; "
+            f"{again}."
+        )
 
 
 def load_processor(name: str | Path) -> PlumProcessor:
@@ -133,11 +190,11 @@ def problems_named(beginning: str) -> Iterator[None]:
 
 
 def check_config_fields(given: dict, config: PreTrainedConfig, where: str = "model_config"):
-    """Raise `ValueError` for a field that `config` does not have, which transformers would store and ignore."""
+    """Raise `DataError` for a field that `config` does not have, which transformers would store and ignore."""
     known = {*type(config)().to_dict(), *config.attribute_map}
     unknown = sorted(set(given) - known)
     if unknown:
-        raise ValueError(f"{where} has fields {unknown}, which {type(config).__name__} does not have.")
+        raise DataError(f"{where} has fields {unknown}, which {type(config).__name__} does not have.")
     for name, value in given.items():
         if isinstance(getattr(config, name), PreTrainedConfig):
             check_config_fields(value, getattr(config, name), f"{where}.{name}")
@@ -303,10 +360,10 @@ def count_stored(files: list[Path]) -> tuple[int, int]:
     return tensors, elements
 
 
-def _build_outline(folder: Path) -> PlumForConditionalGeneration:
-    """Return the model of a config without memory for its weights."""
+def _build_outline(folder: Path, config: PlumConfig | None = None) -> PlumForConditionalGeneration:
+    """Return the model of a checkpoint, or of a changed config, without memory for its weights."""
     with problems_named(f"{folder / 'config.json'} describes no model that can be built"), torch.device("meta"):
-        return PlumForConditionalGeneration(PlumConfig.from_pretrained(folder))
+        return PlumForConditionalGeneration(config or PlumConfig.from_pretrained(folder))
 
 
 @contextmanager

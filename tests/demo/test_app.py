@@ -718,9 +718,8 @@ def test_the_command_serves_the_released_model_and_leaves_no_file_when_it_is_sto
         try:
             assert any("is at http://" in line for line in process.stdout)
             client = gradio_client.Client(f"http://127.0.0.1:{port}", verbose=False)
-            page, *_ = client.predict(
-                gradio_client.handle_file(tmp_path / "image.png"), "Which?", 0, 0.5, api_name="/ask"
-            )
+            image = gradio_client.handle_file(tmp_path / "image.png")
+            page, *_ = client.predict("plum-tiny", image, "Which?", 0, 0.5, api_name="/ask")
             assert "plum-stage" in page and list((tmp_path / "temporary").rglob("image.png"))
         finally:
             process.send_signal(stop)

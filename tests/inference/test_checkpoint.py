@@ -277,6 +277,50 @@ def test_only_modules_that_a_change_of_the_config_adds_may_start_from_nothing(tm
     assert model.mask_feedback is not None
 
 
+def test_a_change_of_a_nested_field_keeps_the_fields_beside_it(folder):
+    tiny_processor().save_pretrained(folder)
+    text = {"model_type": "llama", "hidden_size": 32, "attention_dropout": 0.5}
+    model, _ = load_checkpoint(folder, {"vlm_config": {"model_type": "llava", "text_config": text}})
+    expected = tiny_model()
+    assert model.config.get_text_config().attention_dropout == 0.5
+    assert model.config.get_text_config().vocab_size == expected.config.get_text_config().vocab_size
+    assert all(torch.equal(tensor, expected.state_dict()[name]) for name, tensor in model.state_dict().items())
+
+
+UNFIT = "model_config does not fit the checkpoint .*plum: "
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"vlm_config": {"text_config": {"vocab_size": 500}}},
+            rf"{UNFIT}2 .*'vlm.*, which is \(500, 32\) by",
+        ),
+        ({"vlm_config": {"text_config": {"num_hidden_layers": 3}}}, rf"{UNFIT}.*layers.2.*\(32,\) by .* absent in"),
+        ({"vlm_config": {"text_config": {"num_hidden_layers": 1}}}, rf"{UNFIT}.*layers.1.*, which is absent by"),
+        ({"sam_config": {"mask_decoder_config": {"mlp_dim": 32}}}, rf"{UNFIT}.*'sam.mask_decoder.*, which is \(32"),
+        ({"span_tagger_intermediate_size": 32}, rf"{UNFIT}.*'span_tagger.layers.0.* which is \(32"),
+        ({"sam_config": {"vision_config": {"image_size": 32}}}, "model_config cannot be used: .*image_size is 32"),
+        ({"vlm_config": 3}, "model_config cannot be used: "),
+        ({"vlm_config": {"hiden_size": 3}}, r"model_config.vlm_config has fields \['hiden_size'\]"),
+    ],
+)
+def test_a_change_that_the_weights_do_not_fit_is_named(changes, message, folder):
+    tiny_processor().save_pretrained(folder)
+    with pytest.raises(DataError, match=message):
+        load_checkpoint(folder, changes)
+
+
+def test_weights_of_other_shapes_than_those_of_the_config_are_an_error(folder):
+    tiny_processor().save_pretrained(folder)
+    settings = json.loads((folder / "config.json").read_text())
+    settings["vlm_config"]["text_config"]["vocab_size"] -= 1
+    (folder / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(ModelError, match=r"have 'vlm.*' in shape \(400, 32\), its config needs \(399, 32\); fetch"):
+        load_checkpoint(folder)
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [

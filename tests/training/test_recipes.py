@@ -167,15 +167,15 @@ def test_image_options_change_the_image_processor_of_the_backbone(tmp_path, caps
     assert "vlm_image_options change the image processor that comes with vlm" in capsys.readouterr().err
 
 
-def test_training_starts_from_pretrained_backbones_and_leaves_the_frozen_ones_alone(tmp_path):
+def test_training_starts_from_pretrained_backbones_and_leaves_the_frozen_ones_alone(data_folder, tmp_path):
     vlm, sam, output = llava_clip(tmp_path / "vlm"), tiny_sam(tmp_path / "sam"), tmp_path / "run"
     options = {
         "--vlm": vlm,
         "--sam": sam,
         "--model_config": '{"span_tagger_num_heads": 4, "span_tagger_intermediate_size": 64}',
         "--output_dir": output,
-        "--train_split": "train[:4]",
-        "--eval_split": "validation[:1]",
+        "--dataset": data_folder,
+        "--name": "default",
         "--turns_per_record": 1,
         "--lora_r": 2,
         "--max_steps": 2,

@@ -3,11 +3,8 @@
 import copy
 import csv
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -26,6 +23,7 @@ from plum_partonomy.masks import DataError
 from plum_partonomy.training.model import build_from_scratch, freeze, load_model
 from plum_partonomy.training.options import ModelArguments, parse_arguments
 from processing_plum import PlumProcessor
+from tests import forks
 from tests.runs import EVALUATED, ROOT, base_options, batch_of, losses_by_step, make_records, record, run_main
 from tests.tiny import CORPUS, tiny_config, tiny_model, tiny_processor
 
@@ -132,6 +130,18 @@ def test_frozen_modules_keep_their_weights_and_the_others_learn(trained, data_fo
     assert any(name.startswith("sam.mask_decoder.") for name in changed)
 
 
+def test_the_model_config_of_a_recipe_from_scratch_changes_a_checkpoint_of_its_sizes_and_fits_no_other(trained):
+    config, records = tiny_config().to_dict() | {"span_loss_weight": 3}, make_records([record(0, 1)])
+    with pytest.raises(
+        DataError, match=r"does not fit .*'vlm.*', which is \(400, 32\) by model_config and \(3\d\d, 32"
+    ):
+        load_model(ModelArguments(model=str(trained), model_config=config), records)
+    del config["vlm_config"]["text_config"]["vocab_size"]
+    model, processor = load_model(ModelArguments(model=str(trained), model_config=config), records)
+    assert model.config.span_loss_weight == 3
+    assert model.config.get_text_config().vocab_size == len(processor.tokenizer) != 400
+
+
 def test_a_frozen_module_that_the_model_does_not_have_is_named():
     with pytest.raises(ValueError, match="frozen_modules has 'sam.encoder', which is not a module of the model"):
         freeze(tiny_model(shared_vision=True), ["sam.encoder"])
@@ -198,7 +208,7 @@ train(sys.argv[2:])
 def test_a_run_killed_while_it_saves_goes_on_from_the_last_whole_checkpoint(data_folder, trained, tmp_path, capsys):
     options = base_options(data_folder, tmp_path) | {"model": trained, "max_steps": 2, "save_steps": 1, "seed": 3}
     words = [str(word) for name in options for word in (f"--{name}", options[name])]
-    run = subprocess.run([sys.executable, "-c", KILLED_WHILE_SAVING, "2", *words], cwd=ROOT, capture_output=True)
+    run = forks.run("-c", KILLED_WHILE_SAVING, "2", *words)
     assert run.returncode == -signal.SIGKILL, run.stderr
     assert (tmp_path / "checkpoint-2" / "optimizer.pt").exists() and not (tmp_path / "model.safetensors").exists()
     capsys.readouterr()
@@ -361,7 +371,7 @@ def test_the_log_counts_the_conversations_that_max_length_cuts_or_leaves_out(
 def test_what_cannot_be_trained_on_is_one_sentence(trained, data_folder, tmp_path):
     options = base_options(data_folder, tmp_path / "out") | {"model": tmp_path, "max_steps": 1}
     words = [str(word) for name in options for word in (f"--{name}", options[name])]
-    run = subprocess.run([sys.executable, "train.py", *words], cwd=ROOT, capture_output=True, text=True)
+    run = forks.run("train.py", *words)
     assert run.returncode == 2 and "Traceback" not in run.stderr
     assert run.stderr.splitlines()[-1].startswith(f"train.py: {tmp_path / 'config.json'} cannot be read")
 
@@ -404,27 +414,6 @@ def test_the_output_folder_loads_with_the_auto_classes(trained):
     assert answer.text == "I can see a wheel, a left wing."
     assert [(span.text, span.mask.shape) for span in answer.spans] == [("wheel", (40, 70)), ("left wing", (40, 70))]
     assert (trained / "recipe.yaml").read_text() in ModelCard.load(trained / "README.md").text
-
-
-def test_training_says_nothing_but_its_figures(data_folder, trained, tmp_path):
-    options = base_options(data_folder, tmp_path) | {"model": trained, "max_steps": 2, "save_steps": 2}
-    options |= {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
-    run = subprocess.run(
-        [sys.executable, "train.py", *(str(word) for name in options for word in (f"--{name}", options[name]))],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-    )
-    assert run.returncode == 0, run.stderr
-    lines = [line for line in run.stdout.splitlines() if line.strip()]
-    table = [line for line in lines if line.startswith("|")]
-    assert lines[: len(table)] == table and len(table) == 3
-    assert [line.startswith("{") for line in lines[len(table) :]] == [True, True, True, False]
-    assert lines[-1] == f"The trained model, its processor and its curves are in {tmp_path}"
-    for word in ("missing keys", "tokens that differ", "custom code", "Traceback"):
-        assert word not in run.stderr
 
 
 # ------------------------------------------------------------------------------------------------ bad input
