@@ -35,5 +35,7 @@ def test_every_link_between_the_pages_leads_to_a_file_and_a_heading():
         target = (page.parent / file).resolve() if file else page
         if not link.startswith("http"):
             assert target.exists(), f"{page.name}: {link}"
+            inside = page.parent != ROOT / "docs" or target.is_relative_to(ROOT / "docs")
+            assert inside, f"{page.name}: {link} is not a page of the site; write the path in backticks"
             assert not anchor or target not in headings or anchor in headings[target], f"{page.name}: {link}"
     assert len(links) > 50

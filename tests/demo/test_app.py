@@ -5,6 +5,7 @@ import concurrent.futures
 import contextlib
 import copy
 import dataclasses
+import functools
 import gc
 import html
 import io
@@ -457,12 +458,15 @@ def upload(server: str, content: bytes, name: str = "image.png") -> str:
     return path
 
 
+@functools.cache
+def functions_of(server: str) -> dict[str, int]:
+    return {part["api_name"]: part["id"] for part in httpx.get(f"{server}config").json()["dependencies"]}
+
+
 def call(server: str, function: str, data: list, session: str | None = None, event: dict | None = None) -> dict:
     """What a function of the page answers to data as they come over the wire."""
-    config = httpx.get(f"{server}config").json()
-    (number,) = (part["id"] for part in config["dependencies"] if part["api_name"] == function)
     session = session or uuid.uuid4().hex
-    joined = {"data": data, "fn_index": number, "session_hash": session, "event_data": event}
+    joined = {"data": data, "fn_index": functions_of(server)[function], "session_hash": session, "event_data": event}
     httpx.post(f"{server}gradio_api/queue/join", json=joined, timeout=60).raise_for_status()
     with httpx.stream("GET", f"{server}gradio_api/queue/data", params={"session_hash": session}, timeout=60) as lines:
         for line in lines.iter_lines():
