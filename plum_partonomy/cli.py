@@ -43,7 +43,9 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader closed the pipe
         return 0
     except OSError as error:
-        print(f"plum: {error.filename}: {error.strerror}" if error.filename else f"plum: {error}", file=sys.stderr)
+        from plum_partonomy.command_line import complain
+
+        complain("plum", f"{error.filename}: {error.strerror}" if error.filename else str(error))
         return BAD_INPUT
     finally:
         _discard_unwritable()

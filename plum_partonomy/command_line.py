@@ -87,15 +87,15 @@ def run_command(name: str, main: Callable[[], None], options: Sequence[str] = ()
         end(name, f"port {port[1]} is in use: choose {other}.", WRONG_USE)
 
 
-def check_writable(folder: str | Path) -> None:
-    """Raise DataError unless a folder can be created or written; creates nothing."""
+def check_writable(folder: str | Path, option: str = "output_dir") -> None:
+    """Raise DataError unless the folder of an option can be created or written; creates nothing."""
     found = Path(folder)
     while not found.exists() and found != found.parent:
         found = found.parent
     if not found.is_dir():
-        raise DataError(f"{folder} cannot be made: {found} is a file; give another output_dir=FOLDER.")
+        raise DataError(f"{folder} cannot be made: {found} is a file; give another {option}=FOLDER.")
     if not os.access(found, os.W_OK | os.X_OK):
-        raise DataError(f"{folder} cannot be written: {found} is not yours to write; give another output_dir=FOLDER.")
+        raise DataError(f"{folder} cannot be written: {found} is not yours to write; give another {option}=FOLDER.")
 
 
 def as_options(message: str, names: Iterable[str]) -> str:
@@ -113,13 +113,19 @@ def as_options(message: str, names: Iterable[str]) -> str:
     return re.sub(rf"{free}({'|'.join(plain)})(?![\w=./'\"`])", r"--\1", message) if plain else message
 
 
+def complain(name: str, sentence: str) -> str:
+    """Write a sentence to standard error as one line, whatever names it contains, and return the line."""
+    line = f"{name}: {' '.join(sentence.split())}\n"
+    sys.stderr.write(line)
+    sys.stderr.flush()
+    return line
+
+
 def end(name: str, sentence: str, status: int) -> None:
     """End the process with a sentence on standard error, which is the last line also under a launcher with its own
     output.
     """
-    line = f"{Path(name).name}: {' '.join(sentence.split())}\n"
-    sys.stderr.write(line)
-    sys.stderr.flush()
+    line = complain(Path(name).name, sentence)
     launched = any(variable in os.environ for variable in ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"))
     if launched and os.environ.get("LOCAL_RANK", "0") == "0" and hasattr(os, "fork"):
         _repeat_after_launcher(line)

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from plum_partonomy.cli import BAD_INPUT, NO_MODEL
 from plum_partonomy.cli import __doc__ as USAGE
-from plum_partonomy.command_line import Options, as_options
+from plum_partonomy.command_line import Options, as_options, check_writable, complain
 from plum_partonomy.inference.inputs import ModelError, check_phrases, check_text, read_image
 from plum_partonomy.masks import DataError
 
@@ -32,11 +32,13 @@ def run(arguments: Sequence[str] | None) -> int:
     """Run a command line and return its exit code; errors are exceptions."""
     options, rest = make_parser().parse_known_args(arguments)
     if rest and options.run not in (evaluate, train):
+        if options.run is ask and not rest[0].startswith("-"):
+            make_parser().error(f"expected one question, found further words {rest}: put the question in quotes")
         make_parser().parse_args(arguments)  # raises the error for the unknown argument
     try:
         return options.run(options, rest) or 0
     except DataError as error:
-        print(f"plum: {as_options(str(error), ['data_dir', 'model'])}", file=sys.stderr)
+        complain("plum", as_options(str(error), ["data_dir", "model", "save"]))
         return NO_MODEL if isinstance(error, ModelError) else BAD_INPUT
 
 
@@ -47,11 +49,14 @@ def make_parser() -> Options:
 
     about_an_image = Options(add_help=False)
     about_an_image.add_argument("image", metavar="IMAGE", help="image file, URL, or - for standard input")
-    about_an_image.add_argument("--model", default=DEFAULT_MODEL, help="folder or name on the Hub; default: plum-tiny")
+    about_an_image.add_argument(
+        "--model", type=named, default=DEFAULT_MODEL, help="folder or name on the Hub; default: plum-tiny"
+    )
     about_an_image.add_argument(
         "--json", action="store_true", help="print one JSON object per line, with masks as RLE"
     )
-    about_an_image.add_argument("--save", type=Path, metavar="DIR", help="folder for overlay, masks and COCO json")
+    help = "folder for overlay, masks and COCO json"
+    about_an_image.add_argument("--save", type=as_folder, metavar="DIR", help=help)
 
     command = commands.add_parser("ask", parents=[about_an_image], help="ask one question about an image")
     command.add_argument("question", help="the question")
@@ -72,6 +77,16 @@ def make_parser() -> Options:
     command.knows_all = False
     add_data_commands(commands.add_parser("data", help="check, count or draw a data set"))
     return parser
+
+
+def named(text: str) -> str:
+    if not text.strip():  # such as a variable of the shell that is not set
+        raise argparse.ArgumentTypeError("expected a name, found an empty text")
+    return text
+
+
+def as_folder(text: str) -> Path:
+    return Path(named(text))
 
 
 def positive(text: str) -> int:
@@ -106,7 +121,7 @@ def add_data_commands(parser: Options) -> None:
     command.set_defaults(run=count)
     command = commands.add_parser("preview", parents=[of_a_split], help="draw the masks of the first images")
     command.add_argument(
-        "--save", type=Path, default="preview", metavar="DIR", help="folder of PNGs; default: preview"
+        "--save", type=as_folder, default="preview", metavar="DIR", help="folder of PNGs; default: preview"
     )
     command.add_argument("--count", type=positive, default=8, help="how many images; default: 8")
     command.set_defaults(run=preview)
@@ -125,7 +140,7 @@ def ask(options: argparse.Namespace, rest: Sequence[str]) -> None:
 
 def segment(options: argparse.Namespace, rest: Sequence[str]) -> None:
     phrases = check_phrases(options.spans.split(","))
-    boxes = read_boxes(options.boxes)
+    boxes = read_boxes(options.boxes, count=len(phrases))
     plum, image = open_both(options)
     from plum_partonomy.inference.one_image import Prompt, segment_phrases
 
@@ -133,14 +148,16 @@ def segment(options: argparse.Namespace, rest: Sequence[str]) -> None:
     show(plum, segment_phrases(plum, image, phrases, prompts=prompts), options)
 
 
-def read_boxes(text: str | None) -> list[tuple[float, ...]]:
-    """Return the boxes of an option. Raises DataError if one is not four numbers."""
+def read_boxes(text: str | None, *, count: int) -> list[tuple[float, ...]]:
+    """Return the boxes of an option. Raises DataError if one is not four numbers, or their number is not `count`."""
     try:
         boxes = [tuple(map(float, box.split())) for box in (text.split(",") if text is not None else [])]
     except ValueError as error:
         raise DataError(f"--boxes needs four numbers of each box, found {text!r} ({error}).") from error
     if any(len(box) != 4 for box in boxes):
         raise DataError(f"--boxes needs x0 y0 x1 y1 of each box, separated by commas, found {text!r}.")
+    if text is not None and len(boxes) != count:
+        raise DataError(f"--boxes needs a box for each of {count} parts of --spans, found {len(boxes)}.")
     return boxes
 
 
@@ -157,7 +174,7 @@ def chat(options: argparse.Namespace, rest: Sequence[str]) -> int:
         try:
             reply = ask(plum, image, question, history=history, encoded=encoded)
         except DataError as error:
-            print(f"plum: {error}", file=sys.stderr)
+            complain("plum", str(error))
             code = BAD_INPUT
             continue
         history, encoded = remember(reply), reply.encoded
@@ -179,7 +196,9 @@ def read_questions() -> Iterator[str]:
 
 
 def open_both(options: argparse.Namespace):
-    """Return image and model. The image is read first, before the slow imports of the model."""
+    """Return image and model. The folder and the image are checked first, before the slow imports of the model."""
+    if options.save is not None:
+        check_writable(options.save, "save")
     image = read_image(sys.stdin.buffer if options.image == "-" else options.image)
     if options.model == DEFAULT_MODEL and not DEFAULT_MODEL.is_dir():
         raise ModelError(
@@ -202,7 +221,7 @@ def show(plum, reply, options: argparse.Namespace, *, folder: Path | None = None
 
     answer = finish(plum, reply)
     if warning := warn_of_unknown_image(plum, answer):
-        print(f"plum: {warning}", file=sys.stderr)
+        complain("plum", warning)
     folder = folder or options.save
     write = partial(save, answer, reply.image, folder, file_name=Path(options.image).name)
     if options.json:
@@ -211,7 +230,7 @@ def show(plum, reply, options: argparse.Namespace, *, folder: Path | None = None
             write()
         return
     if answer.is_truncated:
-        print("plum: the answer is truncated, it reached the token limit.", file=sys.stderr)
+        complain("plum", "the answer is truncated, it reached the token limit.")
     console = PipedConsole(highlight=False, soft_wrap=True)
     pieces = highlight(answer.text, answer.spans)
     console.print(Text.assemble(*((piece, f"bold {colour}" if colour else "") for piece, colour in pieces)))

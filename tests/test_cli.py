@@ -92,10 +92,12 @@ def test_an_answer_off_the_terminal_is_plain_and_its_files_are_named(checkpoint,
 
 @pytest.mark.parametrize("form", [[], ["--json"]], ids=["text", "json"])
 def test_an_answer_is_printed_although_it_cannot_be_saved(checkpoint, image_file, capsys, form):
-    options = ["--spans", "tail", "--model", str(checkpoint), "--save", str(image_file), *form]
+    (image_file.parent / "overlay.png").write_text("mine")
+    options = ["--spans", "tail", "--model", str(checkpoint), "--save", str(image_file.parent), *form]
     assert cli.main(["segment", str(image_file), *options]) == 1
     captured = capsys.readouterr()
-    assert "has the following visible parts: tail." in captured.out and "File exists" in captured.err
+    assert "has the following visible parts: tail." in captured.out
+    assert "overlay.png is not of an earlier answer: delete it, or give another --save FOLDER." in captured.err
 
 
 def test_a_chat_goes_on_after_a_bad_line_and_has_failed_in_the_end(checkpoint, image_file, capsys, monkeypatch):
@@ -123,7 +125,17 @@ def test_a_chat_goes_on_after_a_bad_line_and_has_failed_in_the_end(checkpoint, i
         (["segment", "IMAGE", "--spans", "tail", "--jsno"], 2, "there is no option --jsno; did you mean --json?"),
         (["segment", "IMAGE", "--spans", "tail", "--boxes", "1 2 3"], 1, "--boxes needs x0 y0 x1 y1 of each box"),
         (["segment", "IMAGE", "--spans", "tail", "--boxes", "1 2 a 4"], 1, "--boxes needs four numbers of each box"),
-        (["segment", "IMAGE", "--spans", "tail", "--save", "IMAGE"], 1, "image.png: File exists"),
+        (["segment", "IMAGE", "--spans", "tail", "--save", "IMAGE"], 1, "is a file; give another --save FOLDER."),
+        (["segment", "IMAGE", "--spans", "tail", "--save", ""], 2, "argument --save: expected a name, found an empty"),
+        (["segment", "IMAGE", "--spans", "tail", "--model", " "], 2, "argument --model: expected a name"),
+        (
+            ["segment", "IMAGE", "--spans", "a, b", "--boxes", "1 2 3 4"],
+            1,
+            "a box for each of 2 parts of --spans, found 1",
+        ),
+        (["ask", "IMAGE", "Which", "parts?"], 2, "found further words ['parts?']: put the question in quotes"),
+        (["ask", "two\nlines.png", "Which parts?"], 1, "plum: two lines.png: there is no image file"),
+        (["ask", "x" * 1000, "Which parts?"], 1, f"plum: {'x' * 200}...: the image cannot be read"),
         (["data", "preview", "mini", "--save", "absent", "--count", "0"], 2, "expected a number from 1, found '0'"),
         (["data", "validate", "descriptor", "absent"], 1, ""),
         (["eval", "--output_dir", "absent"], 2, "Expected one of --model, --predictions and --baseline"),

@@ -269,6 +269,7 @@ CHANNELS = (1, 3, 4)
 
 SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N")
 UNBOUNDED_MODES = ("I", "F")
+UNREADABLE = "not a readable image ({}); save or download the file again"
 
 
 def read_image(
@@ -302,7 +303,7 @@ def read_image(
         rotated = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
         upright = ImageOps.exif_transpose(image) if rotated else image
     except Exception as error:  # corrupt files make Pillow's decoders raise almost any exception
-        raise DataError(f"{where}: not a readable image ({error})") from error
+        raise DataError(f"{where}: {UNREADABLE.format(error)}") from error
     return to_rgb(upright, where=where)
 
 
@@ -321,10 +322,10 @@ def open_image(
     except DataError:
         raise
     except Exception as error:  # as above
-        reason = error
         if isinstance(error, Image.UnidentifiedImageError):
             reason = f"expected {', '.join(FORMATS)}, found another format or a damaged file"
-        raise DataError(f"{where}: not a readable image ({reason})") from error
+            raise DataError(f"{where}: not a readable image ({reason})") from error
+        raise DataError(f"{where}: {UNREADABLE.format(error)}") from error
 
 
 def check_mode(image: Image.Image, *, where: str) -> None:
@@ -359,7 +360,7 @@ def to_rgb(image: Image.Image, *, where: str) -> Image.Image:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image if image.mode == "RGB" else image.convert("RGB")
     except Exception as error:  # decodes an opened image; corrupt files raise almost any exception
-        raise DataError(f"{where}: not a readable image ({error})") from error
+        raise DataError(f"{where}: {UNREADABLE.format(error)}") from error
 
 
 def encode_for_sam(images: list[Image.Image], image_processor: Any) -> dict[str, np.ndarray]:
@@ -439,8 +440,11 @@ def _content(source: Any, *, where: str, max_bytes: int) -> io.BytesIO | Path:
     if isinstance(source, Path):
         try:
             if not source.is_file():  # reading a device or a pipe might never end
-                problem = "{} is not a regular file" if source.exists() else "there is no image file {}"
-                raise DataError(f"{where}: {problem.format(repr(str(source)))}")
+                problem = "there is no image file {}; check its path"
+                if source.exists():
+                    kind = "a folder" if source.is_dir() else "not a regular file"
+                    problem = f"{{}} is {kind}; give the path of an image file"
+                raise DataError(f"{where}: {problem.format(f'{str(source)!r:.200}')}")
             size = source.stat().st_size
         except (OSError, ValueError) as error:
             if isinstance(error, DataError):
@@ -468,7 +472,14 @@ def _check_bytes(size: int, *, where: str, max_bytes: int) -> None:
 
 def _from_text(text: str, *, where: str, max_bytes: int) -> Path | bytes:
     """Return the content of a URL, the bytes of base64 text, or else a path."""
-    if text.startswith(("http://", "https://")):
+    if not text.strip():
+        raise DataError(f"{where}: found an empty text; give the path or URL of an image")
+    scheme = re.match(r"([a-z][a-z0-9+.-]+)://", text, re.IGNORECASE)
+    if scheme and scheme[1].lower() not in ("http", "https"):
+        raise DataError(
+            f"{where}: expected a path or a URL with http or https, found {text!r:.200}; give the path of the file"
+        )
+    if scheme:
         try:
             with urllib.request.urlopen(text, timeout=URL_TIMEOUT) as response:
                 return response.read(max_bytes + 1)

@@ -804,10 +804,11 @@ class PlumPipeline(Pipeline):
     """
     Pipeline from an image and a question to text and segments.
 
-    An input is `{"image": ..., "text": question}` (an image in any form that the processor reads, or none; other
-    fields are ignored) or a conversation as for `PlumProcessor.apply_chat_template` that ends with the user. `start`
-    and `end` of a segment are characters of the text, `box` is `(x0, y0, x1, y1)` in pixels or None, `mask` is an
-    image of 0 and 255 of the size of the input. `mask_threshold` is a logit; other options are those of `generate`.
+    An input is `{"image": ..., "text": question}` (an image in any form that the processor reads, or None; further
+    fields are ignored), `{"text": question}`, or a conversation as for `PlumProcessor.apply_chat_template` that ends
+    with the user. `start` and `end` of a segment are characters of the text, `box` is `(x0, y0, x1, y1)` in pixels or
+    None, `mask` is an image of 0 and 255 of the size of the input. `mask_threshold` is a logit; other options are
+    those of `generate`.
     """
 
     _load_processor = True
@@ -823,14 +824,23 @@ class PlumPipeline(Pipeline):
     def preprocess(self, inputs) -> list[dict]:
         """Return the conversation of one input."""
         if isinstance(inputs, dict):
-            if not isinstance(inputs.get("text"), str):
-                raise ValueError(f"An input needs a question as its 'text', found the fields {sorted(inputs)}.")
+            if not isinstance(inputs.get("text"), str) or "image" not in inputs and len(inputs) > 1:
+                raise ValueError(
+                    "An input needs a question as its 'text' and an 'image', which may be None, found the fields "
+                    f"{sorted(map(str, inputs))}."
+                )
             content = [{"type": "text", "text": inputs["text"]}]
             if inputs.get("image") is not None:
                 content.insert(0, {"type": "image", "image": inputs["image"]})
             return [{"role": "user", "content": content}]
-        chat = list(getattr(inputs, "messages", inputs))
-        if not chat or chat[-1]["role"] != "user":
+        chat = getattr(inputs, "messages", inputs)
+        if not isinstance(chat, (list, tuple)) or not all(isinstance(message, dict) for message in chat):
+            raise ValueError(
+                "Expected {'image': ..., 'text': question} or a conversation, a list of messages, found "
+                f"{type(chat).__name__} {chat!r:.80}."
+            )
+        chat = list(chat)
+        if not chat or chat[-1].get("role") != "user":
             raise ValueError(f"A conversation must end with the user to be answered, found {len(chat)} messages.")
         return chat
 

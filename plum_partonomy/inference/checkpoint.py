@@ -270,7 +270,7 @@ def check_checkpoint(folder: str | Path) -> None:
 def _read_json(path: Path, bytes_limit: int) -> dict:
     try:
         if not path.is_file():
-            raise ValueError("there is no such file")
+            raise ValueError("there is no such file; give a folder that save_pretrained has written")
         if path.stat().st_size > bytes_limit:
             raise ValueError(f"it is larger than {bytes_limit:,} bytes")
         content = json.loads(path.read_text(encoding="utf-8"))

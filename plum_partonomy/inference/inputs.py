@@ -11,6 +11,8 @@ from plum_partonomy.masks import DataError
 
 MAX_IMAGE_BYTES = 10_000_000
 MAX_IMAGE_PIXELS = 40_000_000
+SHOWN_CHARACTERS = 200
+"""Maximum length of a source in messages; base64 text may have millions of characters."""
 
 
 class ModelError(DataError):
@@ -23,8 +25,9 @@ def read_image(source: str | Path | BinaryIO) -> Image.Image:
     Raises:
         DataError: Not an image, or more than MAX_IMAGE_BYTES or MAX_IMAGE_PIXELS.
     """
-    name = getattr(source, "name", "the file") if hasattr(source, "read") else str(source)
-    return inputs_plum.read_image(source, where=str(name), max_pixels=MAX_IMAGE_PIXELS, max_bytes=MAX_IMAGE_BYTES)
+    name = str(getattr(source, "name", "the file") if hasattr(source, "read") else source)
+    where = name if len(name) <= SHOWN_CHARACTERS else f"{name[:SHOWN_CHARACTERS]}..."
+    return inputs_plum.read_image(source, where=where, max_pixels=MAX_IMAGE_PIXELS, max_bytes=MAX_IMAGE_BYTES)
 
 
 def check_text(text: str, *, what: str, max_characters: int | None = None) -> str:

@@ -10,7 +10,9 @@ and answer, so that a corrected mask costs no more than its decoding. The shell
 
 import json
 import math
+import os
 import re
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -34,6 +36,7 @@ from plum_partonomy.scoring.overlays import draw_named_masks
 from processing_plum import PlumAnswer, PlumProcessor, parse_span_tags
 
 MAX_NEW_TOKENS = 96
+OVERLAY_FILE, MASKS_FILE = "overlay.png", "masks.json"
 OWN_WORDS = " Also: "
 """Text before the words that a user adds to an answer."""
 
@@ -442,29 +445,47 @@ def save(
 ) -> list[Path]:
     """
     Write overlay.png (with names beside the masks), a black-and-white PNG for each span and masks.json (COCO) into
-    a folder; return their paths. Files of an earlier answer in the folder are deleted, no others.
+    a folder; return their paths. Files of an earlier answer in the folder are replaced, once the new ones are written.
+
+    Raises:
+        DataError: The folder cannot be written, or has such a file that no earlier answer wrote.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     masks, names = [span.mask for span in answer.spans], [span.text for span in answer.spans]
-    drawings = {"overlay.png": draw_named_masks(image, masks, names, colours=colours)}
+    drawings = {OVERLAY_FILE: draw_named_masks(image, masks, names, colours=colours)}
     for number, (mask, name) in enumerate(zip(masks, names, strict=True), start=1):
         words = re.sub(r"\W+", "_", name).strip("_")[:60]
         drawings[f"{number:02}_{words}.png"] = Image.fromarray(mask)
-    for path in _saved_before(folder):
-        path.unlink(missing_ok=True)
-    for name, drawing in drawings.items():
-        drawing.save(folder / name)
     coco = as_coco(answer, image, file_name=file_name)
     coco["info"] = {"description": answer.text, "files": list(drawings)}
-    (folder / "masks.json").write_text(json.dumps(coco, indent=1) + "\n", encoding="utf-8")
-    return [folder / name for name in [*drawings, "masks.json"]]
-
-
-def _saved_before(folder: Path) -> list[Path]:
-    """Return the mask files of an earlier `save` in a folder, as listed in its masks.json."""
     try:
-        names = json.loads((folder / "masks.json").read_text(encoding="utf-8"))["info"]["files"]
-        return [folder / name for name in names if re.fullmatch(r"\d{2,}_\w*\.png", name)]
+        folder.mkdir(parents=True, exist_ok=True)
+        earlier = _saved_before(folder)
+        for name in [*drawings, MASKS_FILE]:
+            if name not in earlier and os.path.lexists(folder / name):
+                raise DataError(
+                    f"{folder / name} is not of an earlier answer: delete it, or give another save=FOLDER."
+                )
+        with tempfile.TemporaryDirectory(prefix=".writing-", dir=folder) as new:
+            for name, drawing in drawings.items():
+                drawing.save(Path(new, name))
+            Path(new, MASKS_FILE).write_text(json.dumps(coco, indent=1) + "\n", encoding="utf-8")
+            for name in earlier:
+                (folder / name).unlink(missing_ok=True)
+            for name in [MASKS_FILE, *drawings]:  # the list of files first, so that none is unknown to the next answer
+                os.replace(Path(new, name), folder / name)
+    except OSError as error:
+        reason = error.strerror or error
+        raise DataError(f"{folder} cannot be written ({reason}): make room, or give another save=FOLDER.") from error
+    return [folder / name for name in [*drawings, MASKS_FILE]]
+
+
+def _saved_before(folder: Path) -> list[str]:
+    """Return the names of the files of an earlier `save` in a folder, as listed in its masks.json, and of this."""
+    try:
+        names = json.loads((folder / MASKS_FILE).read_text(encoding="utf-8"))["info"]["files"]
+        if names[0] != OVERLAY_FILE:
+            return []
+        return [OVERLAY_FILE, *(name for name in names if re.fullmatch(r"\d{2,}_\w*\.png", name)), MASKS_FILE]
     except (OSError, ValueError, LookupError, TypeError):
         return []  # no such file, or not written by `save`
 

@@ -1,6 +1,8 @@
 import contextlib
 import io
 import json
+import resource
+import signal
 from collections import Counter
 from dataclasses import replace
 
@@ -314,11 +316,38 @@ def test_saving_again_replaces_the_files_of_the_earlier_answer_and_no_others(plu
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"info": 3}', '{"info": {"files": ["../../02_x.png", 7, null]}}'])
-def test_a_list_of_files_that_somebody_else_wrote_deletes_nothing(plum, tmp_path, content):
+def test_files_that_no_answer_wrote_are_neither_deleted_nor_replaced(plum, tmp_path, content):
+    answer = finish(plum, segment_words(plum, random_image(), MESSAGES, TEXT, RANGES))
     (tmp_path / "02_x.png").write_text("mine")
     folder = tmp_path / "one" / "two"
     folder.mkdir(parents=True)
     (folder / "masks.json").write_text(content)
-    answer = finish(plum, segment_words(plum, random_image(), MESSAGES, TEXT, RANGES))
+    (folder / "overlay.png").symlink_to(tmp_path / "02_x.png")
+    for name in ("overlay.png", "masks.json"):
+        with pytest.raises(DataError, match=f"{name} is not of an earlier answer: delete it, or give another"):
+            save(answer, random_image(), folder, file_name="photo.jpg")
+        (folder / name).unlink()
+    assert (tmp_path / "02_x.png").read_text() == "mine" and not list(folder.iterdir())
     save(answer, random_image(), folder, file_name="photo.jpg")
-    assert (tmp_path / "02_x.png").read_text() == "mine"
+    # The list of an answer names no file elsewhere.
+    (folder / "masks.json").write_text('{"info": {"files": ["overlay.png", "../../02_x.png"]}}')
+    with pytest.raises(DataError, match="01_wheel.png is not of an earlier answer"):
+        save(answer, random_image(), folder, file_name="photo.jpg")
+    assert (tmp_path / "02_x.png").read_text() == "mine" and len(list(folder.iterdir())) == 5
+
+
+def test_a_full_disk_leaves_the_earlier_answer_whole(plum, tmp_path):
+    image = random_image()
+    many, few = (finish(plum, segment_words(plum, image, MESSAGES, TEXT, ranges)) for ranges in (RANGES, RANGES[2:]))
+    files = save(few, image, tmp_path, file_name="photo.jpg")
+    before = [path.read_bytes() for path in files]
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # less than the overlay
+    try:
+        with pytest.raises(DataError, match=r"cannot be written \(.+\): make room, or give another save=FOLDER"):
+            save(many, image, tmp_path, file_name="photo.jpg")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert sorted(tmp_path.iterdir()) == sorted(files) and [path.read_bytes() for path in files] == before

@@ -128,9 +128,20 @@ def test_a_data_set_of_any_kind_has_the_answers_of_its_rows(pipe, inputs, answer
         assert_equal(list(islice(pipe(data_set, batch_size=2, **OPTIONS), 5)), answers)
 
 
-def test_a_row_without_a_question_is_refused_with_the_fields_it_has(pipe):
-    with pytest.raises(ValueError, match=r"needs a question as its 'text', found the fields \['image', 'question'\]"):
-        pipe({"image": random_image(), "question": QUESTION})
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"image": None, "question": QUESTION}, r"found the fields \['image', 'question'\]"),
+        ({"images": None, "text": QUESTION}, r"found the fields \['images', 'text'\]"),
+        ({"image": None, "text": 3}, "needs a question as its 'text'"),
+        ("image.png", "a list of messages, found str 'image.png'"),
+        (None, "a list of messages, found NoneType"),
+        ([{"content": QUESTION}], "must end with the user"),
+    ],
+)
+def test_what_is_no_question_about_an_image_is_refused_with_what_was_found(pipe, given, message):
+    with pytest.raises(ValueError, match=message):
+        pipe(given)
 
 
 def test_a_conversation_with_history_is_continued_and_leaves_other_rows_alone(pipe, inputs, answers):
