@@ -136,7 +136,7 @@ def test_a_data_set_of_any_kind_has_the_answers_of_its_rows(pipe, inputs, answer
         ({"image": None, "text": 3}, "needs a question as its 'text'"),
         ("image.png", "a list of messages, found str 'image.png'"),
         (None, "a list of messages, found NoneType"),
-        ([{"content": QUESTION}], "must end with the user"),
+        ([[{"content": QUESTION}]], "must end with the user"),
     ],
 )
 def test_what_is_no_question_about_an_image_is_refused_with_what_was_found(pipe, given, message):
