@@ -54,8 +54,8 @@ class DataError(ValueError):
     """A record that cannot be used. The message names the file, the record and the field."""
 
     def __init__(self, message: str):
-        # file names and texts of records may contain characters that no terminal or file can show
-        super().__init__(message.encode("utf-8", "backslashreplace").decode("utf-8"))
+        # file names and texts of records may contain characters that no terminal or file can show, and line ends
+        super().__init__(re.sub(r"\s*[\r\n]\s*", " ", message.encode("utf-8", "backslashreplace").decode("utf-8")))
 
 
 def decode_rle(rle: Any, *, expected_size: Size | None = None, where: str = "mask") -> np.ndarray:

@@ -191,11 +191,13 @@ def _stream(path: Path, *, prefix: str | None, field: str | None = None) -> Iter
             raise
         except ijson.IncompleteJSONError as error:
             after = f" after {found} records{f' of {field!r}' if field else ''}" if prefix else ""
+            reason = str(error).partition("\n")[0]  # the rest shows the place with lines and arrows
             raise DataError(
-                f"{path}: expected JSON; the file is damaged or cut short{after}; fetch it again ({error})"
+                f"{path}: expected JSON; the file is damaged or cut short{after}; fetch it again ({reason})"
             ) from error
         except (ijson.JSONError, ValueError, OverflowError) as error:
-            raise DataError(f"{path}: expected JSON ({error})") from error
+            reason = str(error).partition("\n")[0]
+            raise DataError(f"{path}: expected JSON ({reason}); write the file again") from error
 
 
 def _whole_character(escape: re.Match[bytes]) -> bytes:

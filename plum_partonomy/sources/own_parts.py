@@ -25,7 +25,7 @@ parts that any photograph of it shows.
 """
 
 import posixpath
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,7 @@ SPLIT_FILE = "_annotations.coco.json"
 SPLIT_FOLDERS = {"train": "train", "valid": "validation", "test": "test"}
 """Folder of Roboflow's export, with a COCO file and its images -> split."""
 NO_SUPERCATEGORY = ("", "none")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 @dataclass
@@ -83,6 +84,13 @@ def record_files(folder: Path) -> list[Path]:
     return sorted(folder / path for path in found if not any(name.startswith(".") for name in path.parts))
 
 
+def unlisted_images(folder: Path, listed: Container[str]) -> list[str]:
+    """Return the image files of a folder that are not listed, as sorted paths relative to it, without hidden ones."""
+    found = (path.relative_to(folder) for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    names = (path.as_posix() for path in found if not any(name.startswith(".") for name in path.parts))
+    return sorted(name for name in names if name not in listed)
+
+
 def open_own_parts(folder: str | Path, *, on_error: OnError = refuse) -> "OwnParts | Descriptor | ConversationFile":
     """Return the records of a folder in whichever format they are; `on_error` receives a DataError for each bad
     record.
@@ -91,7 +99,8 @@ def open_own_parts(folder: str | Path, *, on_error: OnError = refuse) -> "OwnPar
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; data_dir must be the folder that holds your annotations")
+        problem = "expected a folder, found a file; unpack it" if folder.is_file() else "no such folder"
+        raise DataError(f"{folder}: {problem}; data_dir must be the folder that holds your annotations")
     if (folder / DESCRIPTOR_FILE).is_file():
         return Descriptor(folder, on_error=on_error)
     found: dict[str, list[Path]] = {}
@@ -102,7 +111,7 @@ def open_own_parts(folder: str | Path, *, on_error: OnError = refuse) -> "OwnPar
         others = f" ({len(unknown)} json files are neither, such as {unknown[0].name})" if unknown else ""
         raise DataError(
             f"{folder}: no annotations of parts; expected a COCO file, Labelme files{others}, {DESCRIPTOR_FILE} or "
-            "*.jsonl with conversations. From CVAT export 'COCO 1.0'; its XML formats are not read"
+            "*.jsonl with conversations. From CVAT export 'COCO 1.0'; its XML and pictures of masks are not read"
         )
     (kind, paths), *others = found.items()
     if others or (kind != "Labelme" and len(paths) > 1 and not (kind == "COCO" and _kept_splits(paths))):
@@ -113,7 +122,7 @@ def open_own_parts(folder: str | Path, *, on_error: OnError = refuse) -> "OwnPar
         )
     if kind == "conversations":
         return ConversationFile(paths[0], on_error=on_error)
-    return OwnParts(folder, kind=kind, paths=paths, on_error=on_error)
+    return OwnParts(folder, kind=kind, paths=paths, others=unknown, on_error=on_error)
 
 
 def _kept_splits(paths: list[Path]) -> dict[Path, str]:
@@ -136,6 +145,7 @@ class OwnParts:
     """Photographs of a COCO file or of Labelme files. Records are checked on opening, masks and images on access.
 
     Args:
+        others: Json files of the folder in another format.
         on_error: Receives a DataError for each bad record; its image is skipped.
 
     Attributes:
@@ -144,9 +154,17 @@ class OwnParts:
 
     name = "own_parts"
 
-    def __init__(self, folder: Path, *, kind: str, paths: list[Path], on_error: OnError = refuse):
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        kind: str,
+        paths: list[Path],
+        others: Sequence[Path] = (),
+        on_error: OnError = refuse,
+    ):
         """Raises DataError if no image shows a part, or two labels differ only in case or spaces."""
-        self.folder, self.kind = folder, kind
+        self.folder, self.kind, self.others = folder, kind, others
         self.path = paths[0] if kind == "COCO" and len(paths) == 1 else folder
         self.unannotated: list[str] = []
         self._images = ImageFiles(folder, field="file_name" if kind == "COCO" else "imagePath")
@@ -246,11 +264,10 @@ class OwnParts:
     def _read_coco(self, path: Path, on_error: OnError, *, split: str | None) -> list[_Photograph]:
         categories: dict[int, tuple[str, str]] = {}
         for where, record in list_records(path, "categories"):
-            name = typed(record, "name", str, where=where).strip()
+            name = _part_name(record, "name", where=where)
             above = record.get("supercategory") or ""
             named = isinstance(above, str) and above.strip().lower() not in (*NO_SUPERCATEGORY, name.lower())
             label = above.strip() if named else UNNAMED_OBJECT
-            check_plain(name, where=f"{where}, field 'name'")
             check_plain(label, where=f"{where}, field 'supercategory'")
             _claim(categories, record, (label, name), where=where)
         images: dict[int, _Photograph] = {}
@@ -327,10 +344,17 @@ class OwnParts:
         check_plain(photograph.image_label, where=f"{where}, field 'flags'")
         for number, shape in enumerate(typed_list(content, "shapes", dict, where=where)):
             place = f"{where}, field 'shapes[{number}]'"
-            part = typed(shape, "label", str, where=place).strip()
-            check_plain(part, where=f"{place}, field 'label'")
+            part = _part_name(shape, "label", where=place)
             photograph.segmentations.setdefault(part, []).append((place, shape))
         return photograph
+
+
+def _part_name(record: Any, field: str, *, where: str) -> str:
+    name = typed(record, field, str, where=where).strip()
+    if not name:
+        raise DataError(f"{where}, field {field!r}: expected the name of a part, found an empty text; write it")
+    check_plain(name, where=f"{where}, field {field!r}")
+    return name
 
 
 def _claim(records: dict[int, Any], record: Any, value: Any, *, where: str) -> None:

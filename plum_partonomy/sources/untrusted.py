@@ -146,7 +146,7 @@ class ImageFiles:
         except (OSError, ValueError):  # invalid file name
             path = self.folder
         if Path(image_path).is_absolute() or not path.is_relative_to(self.folder):
-            raise DataError(f"{place}: {image_path!r:.200} is outside {self.folder}")
+            raise DataError(f"{place}: {image_path!r:.200} is outside {self.folder}; move the image into this folder")
         if found is None:
             raise DataError(f"{place}: there is no image {image_path!r:.200} in {self.folder}")
         return path

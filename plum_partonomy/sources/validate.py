@@ -19,7 +19,7 @@ from plum_partonomy.sources.coco import CocoParts
 from plum_partonomy.sources.conversation_file import ConversationFile
 from plum_partonomy.sources.descriptor import HELD_OUT, Descriptor
 from plum_partonomy.sources.official import read_questions
-from plum_partonomy.sources.own_parts import OwnParts, open_own_parts
+from plum_partonomy.sources.own_parts import OwnParts, open_own_parts, unlisted_images
 from plum_partonomy.sources.splits import Opened, open_source
 from plum_partonomy.sources.statistics import Statistics
 
@@ -94,16 +94,24 @@ def _check_own_parts(folder: Path, report: Report) -> None:
     if isinstance(source, OwnParts):
         objects = ", ".join(f"{label} ({len(parts)} parts)" for label, parts in source.part_graph.items())
         report.notes.append(f"{source.kind} in {source.path}: {objects}")
-        if source.unannotated:
-            shown = ", ".join(source.unannotated[:3])
-            report.notes.append(f"{len(source.unannotated)} images show no part and are left out, such as {shown}")
+        _note_left_out(report, "files are no annotations", [path.name for path in source.others])
+        _note_left_out(report, "images show no part", source.unannotated)
     splits = source.splits(seed=DEFAULT_SEED)
     _check_drawn_splits(source, splits, report)
+    if not report.problems:
+        listed = {source.image_path(index) for index in range(len(source))}
+        listed.update(source.unannotated if isinstance(source, OwnParts) else ())
+        _note_left_out(report, "images are in no annotation", unlisted_images(folder, listed))
     if not splits["validation"]:
         needed = f"at least {HELD_OUT} images are needed; one in {HELD_OUT} is held out to select a checkpoint"
         if splits["test"]:  # splits given by the files
             needed = "the split validation has no image with a part; it selects the checkpoint"
         report.problems.append(f"{folder}: {needed}")
+
+
+def _note_left_out(report: Report, what: str, names: Sequence[str]) -> None:
+    if names:
+        report.notes.append(f"{len(names)} {what} and are left out, such as {', '.join(names[:3])}")
 
 
 def _check_drawn_splits(

@@ -108,6 +108,9 @@ def test_what_lies_in_the_folder_says_what_it_is(tmp_path):
 def test_a_folder_of_no_kind_or_of_several_is_one_clear_error(tmp_path):
     with pytest.raises(DataError, match="no such folder; data_dir must be the folder that holds your annotations"):
         open_own_parts(tmp_path / "none")
+    (tmp_path / "photos.zip").write_bytes(b"PK")
+    with pytest.raises(DataError, match="photos.zip: expected a folder, found a file; unpack it"):
+        open_own_parts(tmp_path / "photos.zip")
     (tmp_path / "annotations.xml").write_text("<xml/>")
     (tmp_path / "settings.json").write_text('{"colour": 1}')
     with pytest.raises(
@@ -457,7 +460,44 @@ def test_the_command_takes_the_folder_alone_and_says_what_will_be_trained(tmp_pa
     assert lines[2].startswith("train: 16 images, 16 conversations, ") and lines[2].endswith(" spans of 32 masks")
     assert lines[3].startswith("validation: 2 images, 2 conversations, ")
     assert lines[4].startswith("test: 2 images, 2 conversations, ")
-    assert lines[5] == f"{folder} is complete"
+    assert lines[5] == "1 images are in no annotation and are left out, such as 20.png"
+    assert lines[6] == f"{folder} is complete"
+
+
+@pytest.mark.parametrize("kind", ["COCO", "Labelme", "conversations"])
+def test_what_is_in_no_annotation_is_said(tmp_path, kind):
+    names = [f"{number}.png" for number in range(10)]
+    if kind == "COCO":
+        coco_folder(tmp_path, coco_content(images=10))
+    elif kind == "Labelme":
+        labelme_folder(tmp_path, *(labelme_content(shape(), imagePath=name) for name in names))
+    else:
+        conversation_folder(tmp_path, *(record(id=name, image=name) for name in names))
+    save_images(tmp_path, *names, "new/photo.JPG", ".cache/hidden.png")
+    (tmp_path / "classes.json").write_text('["wheel"]')
+    report = validate("own_parts", tmp_path)
+    said = [note for note in report.notes if "left out" in note]
+    files = [] if kind == "conversations" else ["1 files are no annotations and are left out, such as classes.json"]
+    assert not report.problems
+    assert said == [*files, "1 images are in no annotation and are left out, such as new/photo.JPG"]
+
+
+@pytest.mark.parametrize("kind", ["COCO", "Labelme"])
+@pytest.mark.parametrize("name", [" ", "wheel"])
+def test_an_empty_name_and_a_file_that_was_cut_are_one_line_with_their_place(tmp_path, kind, name):
+    if kind == "COCO":
+        content, place = coco_content(), "record categories[0], field 'name'"
+        content["categories"][0]["name"] = name
+        path = coco_folder(tmp_path, content) / "annotations" / "instances_default.json"
+    else:
+        place = "field 'shapes[0]', field 'label'"
+        path = labelme_folder(tmp_path, labelme_content(shape(label=name)), labelme_content(shape())) / "0.json"
+    if name == "wheel":
+        path.write_bytes(path.read_bytes()[:-9])
+    problem = validate("own_parts", tmp_path).problems[0]
+    empty, cut = "expected the name of a part, found an empty text; write it", "the file is damaged or cut short"
+    assert (cut if name == "wheel" else f"{place}: {empty}") in problem
+    assert problem.startswith(str(path)) and "\n" not in problem
 
 
 def test_too_few_images_to_hold_one_out_are_a_problem(tmp_path):
