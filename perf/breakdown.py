@@ -110,12 +110,19 @@ def take_apart(step: Callable[[], Any], breakdown: Breakdown) -> dict[str, Any]:
     seconds = breakdown.seconds()
     found: dict[str, Any] = {"seconds": round(sum(seconds.values()), 4)}
     found["parts"] = {name: round(value, 4) for name, value in seconds.items()}
-    if breakdown.on_gpu:
-        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
-            step()
-            torch.cuda.synchronize()
-        kernels = sorted(recorded.key_averages(), key=lambda event: -event.self_device_time_total)
-        kernels = [event for event in kernels if event.device_type.name == "CUDA" and not event.is_user_annotation]
-        found["kernel_seconds"] = round(sum(event.self_device_time_total for event in kernels) / 1e6, 4)
-        found["kernels"] = {event.key[:60]: round(event.self_device_time_total / 1e6, 4) for event in kernels[:8]}
-    return found
+    return found | list_kernels(step, "cuda" if breakdown.on_gpu else "cpu")
+
+
+def list_kernels(step: Callable[[], Any], device: str) -> dict[str, Any]:
+    """Return the seconds in which the profiler sees a kernel of the step run on a GPU, and the longest kernels."""
+    if device != "cuda":
+        return {}
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
+        step()
+        torch.cuda.synchronize()
+    kernels = sorted(recorded.key_averages(), key=lambda event: -event.self_device_time_total)
+    kernels = [event for event in kernels if event.device_type.name == "CUDA" and not event.is_user_annotation]
+    return {
+        "kernel_seconds": round(sum(event.self_device_time_total for event in kernels) / 1e6, 4),
+        "kernels": {event.key[:60]: round(event.self_device_time_total / 1e6, 4) for event in kernels[:8]},
+    }

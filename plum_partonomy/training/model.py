@@ -129,6 +129,22 @@ def freeze(model: PlumForConditionalGeneration, names: list[str]):
             raise DataError(f"frozen_modules has {name!r}, which is not a module of the model: {error}") from error
 
 
+def store_frozen(model: nn.Module, dtype: torch.dtype):
+    """
+    Store the frozen linear and convolutional layers of the vision-language model and of SAM's encoder in this
+    precision. Autocast to the same precision rounds their weights anyway, so a training step computes the same bit for
+    bit. All else, such as norms, position embeddings and the mask branch, is computed in the precision of its weights
+    and stays as it is.
+    """
+    for part in (model.vlm, model.sam.vision_encoder):
+        embeddings = {id(module.weight) for module in part.modules() if isinstance(module, nn.Embedding)}
+        for module in part.modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d, nn.Conv3d)) and id(module.weight) not in embeddings:
+                for weight in module.parameters(recurse=False):
+                    if not weight.requires_grad:
+                        weight.data = weight.data.to(dtype)
+
+
 def span_token_rows(model: PlumForConditionalGeneration, trained_whole: list[str]) -> dict[str, list[int]] | None:
     """
     Return the rows of `embed_tokens` and `lm_head` to train for a new span token, unless the matrices are trained

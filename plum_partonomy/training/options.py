@@ -5,6 +5,7 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
@@ -69,6 +70,10 @@ class ModelArguments:
     frozen_modules: list[str] = field(
         default_factory=list,
         metadata={"help": "Modules to freeze, such as sam.vision_encoder."},
+    )
+    frozen_dtype: Literal["float32", "bfloat16"] = field(
+        default="float32",
+        metadata={"help": "Precision in which frozen layers are stored during training; bfloat16 needs bf16."},
     )
     lora_r: int = field(default=0, metadata={"help": "Rank of LoRA on the language model; 0 trains all weights."})
     lora_alpha: int = field(default=16, metadata={"help": "Scale of LoRA."})

@@ -14,7 +14,7 @@ from plum_partonomy.masks import DataError
 from plum_partonomy.training.examples import Collator, ConversationDataset, FreshConversationDataset, stream_examples
 from plum_partonomy.training.fresh import open_fresh
 from plum_partonomy.training.mixture import load_eval_records, load_records, mix
-from plum_partonomy.training.model import add_lora, load_model, load_processor_alone
+from plum_partonomy.training.model import add_lora, load_model, load_processor_alone, store_frozen
 from plum_partonomy.training.options import DataArguments, parse_arguments, read_options
 from plum_partonomy.training.preview import format_table, survey, write_samples
 from plum_partonomy.training.resume import check_output_folder, describe_run, find_checkpoint
@@ -23,6 +23,9 @@ from plum_partonomy.training.trainer import PlumTrainer, TrainingCurves
 
 def main(argv: list[str]):
     model_arguments, data_arguments, args = parse_arguments(argv)
+    frozen_dtype = getattr(torch, model_arguments.frozen_dtype)
+    if frozen_dtype != torch.float32 and not args.bf16:
+        raise DataError("frozen_dtype is bfloat16, which layers can only compute with under autocast; set bf16: true.")
     if not data_arguments.dry_run:
         check_output_folder(args)
     set_seed(args.seed)
@@ -54,6 +57,7 @@ def main(argv: list[str]):
         return
     if model_arguments.lora_r:
         model = add_lora(model, model_arguments)
+    store_frozen(model, frozen_dtype)
 
     # Training
     embedding_cache = open_embedding_cache(model, data_arguments)
@@ -74,6 +78,8 @@ def main(argv: list[str]):
     trainer.train(resume_from_checkpoint=checkpoint)
 
     # Output
+    if frozen_dtype != torch.float32 and trainer.is_world_process_zero():
+        trainer.model.cpu().float()  # bfloat16 would round an adapter's small changes away
     if model_arguments.lora_r:
         trainer.merge_adapter()
     trainer.save_model()

@@ -5,10 +5,12 @@ import copy
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from modeling_plum import PlumForConditionalGeneration
-from plum_partonomy.training.model import add_lora
+from plum_partonomy.masks import DataError
+from plum_partonomy.training.model import add_lora, store_frozen
 from plum_partonomy.training.options import LORA_TRAINED_WHOLE, ModelArguments
 from plum_partonomy.training.trainer import build_teacher
 from tests.runs import CLOSE, base_options, batch_of, record, run_main
@@ -89,6 +91,55 @@ def test_frozen_encoders_leave_nothing_for_the_backward_pass_also_with_gradient_
         assert [output.last_hidden_state.requires_grad for output in outputs.values()] == [False, False]
         gradients[checkpointing] = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert_close(gradients[True], gradients[False])
+
+
+def adapted(frozen_dtype: torch.dtype, shared_vision: bool):
+    """A model with LoRA and its gradients in a step under bfloat16 autocast."""
+    torch.manual_seed(0)
+    model = add_lora(tiny_model(shared_vision), lora_arguments(lora_dropout=0.0)).train()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    store_frozen(model, frozen_dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(**batch_of([record(0, 3), record(1, 2)], tiny_processor(shared_vision))).loss
+    loss.backward()
+    return model, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("shared_vision", [True, False], ids=["shared_vision", "own_vision_tower"])
+def test_frozen_layers_in_bfloat16_take_half_and_leave_gradients_bit_for_bit_the_same(shared_vision):
+    (model, found), (whole, expected) = (adapted(dtype, shared_vision) for dtype in (torch.bfloat16, torch.float32))
+    assert_close(found, expected, rtol=0, atol=0)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    stored = {name for name, p in model.named_parameters() if p.dtype == torch.bfloat16}
+    layers = (".vlm.model.language_model.layers.0.mlp.", ".sam.vision_encoder.layers.1.attn.", ".vision_tower.")
+    assert all(any(layer in name for name in stored) for layer in layers)
+    assert not any(".sam." in name and ".vision_encoder." not in name for name in stored)
+    assert all(
+        torch.equal(p.bfloat16(), q.bfloat16()) for p, q in zip(model.parameters(), whole.parameters(), strict=True)
+    )
+
+
+def test_a_run_with_frozen_layers_in_bfloat16_adapts_and_resumes_as_one_without(data_folder, tmp_path):
+    tiny_model(shared_vision=False).save_pretrained(tmp_path / "base")
+    tiny_processor(shared_vision=False).save_pretrained(tmp_path / "base")
+    options = base_options(data_folder, tmp_path / "out")
+    options |= {"model": tmp_path / "base", "lora_r": 4, "bf16": True, "learning_rate": 0.01, "max_steps": 4}
+    few = options | {"frozen_dtype": "bfloat16", "output_dir": tmp_path / "few", "save_steps": 2}
+    run_main(options)
+    run_main(few)
+    adapters = [load_file(tmp_path / run / "checkpoint-4" / "adapter_model.safetensors") for run in ("out", "few")]
+    assert_close(*adapters, rtol=0, atol=0)
+    resumed = few | {"output_dir": tmp_path / "resumed", "resume_from_checkpoint": tmp_path / "few" / "checkpoint-2"}
+    run_main(resumed)
+    whole, few, resumed = (load_file(tmp_path / run / "model.safetensors") for run in ("out", "few", "resumed"))
+    assert_close(resumed, few, rtol=0, atol=0)
+    assert {tensor.dtype for tensor in few.values()} == {torch.float32}
+    for name, tensor in whole.items():  # frozen weights are rounded to 8 bits, adapters are not
+        assert_close(few[name], tensor, rtol=0, atol=2**-8 * float(tensor.abs().max()))
+    with pytest.raises(DataError, match="frozen_dtype is bfloat16.*set bf16: true"):
+        run_main(options | {"frozen_dtype": "bfloat16", "bf16": False, "output_dir": tmp_path / "none"})
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["own_head", "tied_head"])
