@@ -71,9 +71,9 @@ class ModelArguments:
         default_factory=list,
         metadata={"help": "Modules to freeze, such as sam.vision_encoder."},
     )
-    frozen_dtype: Literal["float32", "bfloat16"] = field(
-        default="float32",
-        metadata={"help": "Precision in which frozen layers are stored during training; bfloat16 needs bf16."},
+    frozen_dtype: Literal["bfloat16"] | None = field(
+        default=None,
+        metadata={"help": "Precision of frozen layers during training; needs bf16. Default: float32."},
     )
     lora_r: int = field(default=0, metadata={"help": "Rank of LoRA on the language model; 0 trains all weights."})
     lora_alpha: int = field(default=16, metadata={"help": "Scale of LoRA."})
@@ -226,13 +226,17 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Plu
 
     Raises:
         SystemExit: An unknown option, or a value of the wrong type; the message names it.
+        DataError: Options that exclude each other.
     """
     parser = _make_parser()
     words = _expand_recipe(parser, argv)
     try:
-        return parser.parse_args_into_dataclasses(words, look_for_args_file=False)
+        model, data, args = parser.parse_args_into_dataclasses(words, look_for_args_file=False)
     except ValueError as error:
         parser.error(as_options(str(error), option_names()))
+    if model.frozen_dtype is not None and not args.bf16:
+        raise DataError("frozen_dtype needs autocast to the same precision; add bf16: true, or leave it out.")
+    return model, data, args
 
 
 def read_options(argv: list[str]) -> dict:

@@ -15,7 +15,7 @@ from plum_partonomy.training.examples import Collator, ConversationDataset, Fres
 from plum_partonomy.training.fresh import open_fresh
 from plum_partonomy.training.mixture import load_eval_records, load_records, mix
 from plum_partonomy.training.model import add_lora, load_model, load_processor_alone, store_frozen
-from plum_partonomy.training.options import DataArguments, parse_arguments, read_options
+from plum_partonomy.training.options import DataArguments, ModelArguments, parse_arguments, read_options
 from plum_partonomy.training.preview import format_table, survey, write_samples
 from plum_partonomy.training.resume import check_output_folder, describe_run, find_checkpoint
 from plum_partonomy.training.trainer import PlumTrainer, TrainingCurves
@@ -23,9 +23,6 @@ from plum_partonomy.training.trainer import PlumTrainer, TrainingCurves
 
 def main(argv: list[str]):
     model_arguments, data_arguments, args = parse_arguments(argv)
-    frozen_dtype = getattr(torch, model_arguments.frozen_dtype)
-    if frozen_dtype != torch.float32 and not args.bf16:
-        raise DataError("frozen_dtype is bfloat16, which layers can only compute with under autocast; set bf16: true.")
     if not data_arguments.dry_run:
         check_output_folder(args)
     set_seed(args.seed)
@@ -57,7 +54,8 @@ def main(argv: list[str]):
         return
     if model_arguments.lora_r:
         model = add_lora(model, model_arguments)
-    store_frozen(model, frozen_dtype)
+    if model_arguments.frozen_dtype is not None:
+        store_frozen(model, getattr(torch, model_arguments.frozen_dtype))
 
     # Training
     embedding_cache = open_embedding_cache(model, data_arguments)
@@ -76,18 +74,22 @@ def main(argv: list[str]):
         images = None if streaming else len(train_dataset) + len(eval_dataset or [])
         print(embedding_cache.describe(images))
     trainer.train(resume_from_checkpoint=checkpoint)
+    save_result(trainer, model_arguments, argv)
 
-    # Output
-    if frozen_dtype != torch.float32 and trainer.is_world_process_zero():
+
+def save_result(trainer: PlumTrainer, arguments: ModelArguments, argv: list[str]):
+    """Save the trained model in float32, its adapter merged, with its processor, recipe and card."""
+    folder = Path(trainer.args.output_dir)
+    if arguments.frozen_dtype is not None and trainer.is_world_process_zero():
         trainer.model.cpu().float()  # bfloat16 would round an adapter's small changes away
-    if model_arguments.lora_r:
+    if arguments.lora_r:
         trainer.merge_adapter()
     trainer.save_model()
     trainer.save_state()
     if trainer.is_world_process_zero():
-        write_recipe(Path(args.output_dir), read_options(argv))
-        make_model_card(Path(args.output_dir)).save(Path(args.output_dir, "README.md"))
-        print(f"The trained model, its processor and its curves are in {args.output_dir}")
+        write_recipe(folder, read_options(argv))
+        make_model_card(folder).save(folder / "README.md")
+        print(f"The trained model, its processor and its curves are in {folder}")
 
 
 def make_train_dataset(

@@ -138,7 +138,7 @@ def test_a_run_with_frozen_layers_in_bfloat16_adapts_and_resumes_as_one_without(
     assert {tensor.dtype for tensor in few.values()} == {torch.float32}
     for name, tensor in whole.items():  # frozen weights are rounded to 8 bits, adapters are not
         assert_close(few[name], tensor, rtol=0, atol=2**-8 * float(tensor.abs().max()))
-    with pytest.raises(DataError, match="frozen_dtype is bfloat16.*set bf16: true"):
+    with pytest.raises(DataError, match="frozen_dtype needs autocast.*bf16: true"):
         run_main(options | {"frozen_dtype": "bfloat16", "bf16": False, "output_dir": tmp_path / "none"})
 
 
