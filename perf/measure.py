@@ -1,6 +1,7 @@
 """Time two paths side by side, compare their results and print a line of JSON, for the benchmarks of this folder."""
 
 import json
+import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -98,17 +99,28 @@ def compare(
     return results
 
 
+def cpu_name() -> str:
+    """Return the name of this machine's CPU, as far as the system has one."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
 def result(
     name: str, ratio: float, target: float | None, *, equal: bool, detail: dict[str, Any], better: str = "higher"
 ) -> dict[str, Any]:
-    """Return a line of results.json, also printed."""
+    """Return a line of results.json, also printed; its device is `detail["device"]`, by default the CPU."""
     line = {
         "name": name,
+        "device": detail.get("device") or cpu_name(),
         "ratio": round(ratio, 3),
         "target": target,
         "better": better,
         "equal": equal,
-        "detail": detail,
+        "detail": {name: value for name, value in detail.items() if name != "device"},
     }
     print(json.dumps(line), flush=True)
     return line

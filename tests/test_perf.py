@@ -18,6 +18,15 @@ def test_every_benchmark_is_run_but_that_for_a_gpu():
     assert set(runpy.run_path(str(PERF / "all.py"))["SCRIPTS"]) == benchmarks - {"all", "gpu"}
 
 
+def test_new_results_replace_those_of_the_same_name_and_device_and_keep_all_others():
+    rows = [{"name": name, "device": device, "ratio": 1} for name in ("a", "b") for device in ("cpu", "gpu")]
+    newer, further = rows[2] | {"ratio": 2}, {"name": "c", "device": "cpu", "ratio": 3}
+    merge = runpy.run_path(str(PERF / "all.py"))["merge"]
+    assert merge(rows, [newer, further]) == [*rows[:2], newer, rows[3], further]
+    stored = json.loads((PERF / "results.json").read_text())
+    assert merge(stored, []) == stored
+
+
 @pytest.mark.slow
 def test_the_benchmark_for_a_gpu_scores_segments_and_trains_at_its_tiny_size():
     command = [sys.executable, PERF / "gpu.py", "--tiny", "--steps", "4"]
