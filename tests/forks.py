@@ -3,15 +3,14 @@ Commands in processes of their own that start at once: one process has imported 
 fork of it. It differs from `python WORDS` in one point: what imports print goes to the process that imports.
 """
 
-import contextlib
 import multiprocessing
 import os
 import runpy
 import socket
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import zip_longest
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
@@ -57,22 +56,26 @@ def run(*words: object, **options) -> subprocess.CompletedProcess:
 
 def run_together(commands: Sequence[Sequence], environments: Sequence[dict] = (), **options) -> list:
     """Run several commands at the same time, as `run`, each with an environment of its own if these are given."""
-    with contextlib.ExitStack() as stack:
-        files = [[stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(2)] for _ in commands]
-        processes = [
-            start(*words, stdout=stdout, stderr=stderr, **options, **environment)
-            for words, (stdout, stderr), environment in zip_longest(commands, files, environments, fillvalue={})
-        ]
+    with ThreadPoolExecutor(2 * len(commands)) as readers:
+        started = []
+        for words, environment in zip_longest(commands, environments, fillvalue={}):
+            outputs, writers = zip(*(os.pipe() for _ in range(2)), strict=True)
+            process = start(*words, stdout=writers[0], stderr=writers[1], **options, **environment)
+            for writer in writers:
+                os.close(writer)
+            started.append((words, process, [readers.submit(_read, output) for output in outputs]))
         found = []
-        for words, process, streams in zip(commands, processes, files, strict=True):
+        for words, process, texts in started:
             process.join(SECONDS)
             if process.exitcode is None:
                 process.kill()
-            for stream in streams:
-                stream.seek(0)
-            texts = [stream.read() for stream in streams]
-            found.append(subprocess.CompletedProcess(words, process.exitcode, *texts))
+            found.append(subprocess.CompletedProcess(words, process.exitcode, *(text.result() for text in texts)))
         return found
+
+
+def _read(output: int) -> str:
+    with open(output, errors="replace") as file:
+        return file.read()
 
 
 def run_distributed(*words: object, processes: int = 2) -> None:

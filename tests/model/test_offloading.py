@@ -52,7 +52,7 @@ def everything(model, processor) -> list:
     prompts = processor.apply_chat_template(PROMPTS, add_generation_prompt=True, padding_side="left", **options)
     conversations, masks = mixed_conversations()
     given = processor.apply_chat_template(conversations, masks=masks, **options)
-    results = [model.segment(**prompts.to(model.device), max_new_tokens=8, do_sample=False)]
+    results = [model.segment(**prompts.to(model.device), max_new_tokens=4, do_sample=False)]
     results += [model.segment_spans(**given), model.segment_spans(**given, given_masks={0: masks[0][0]})]
     prompted = {"input_points": {0: [[9, 4]]}, "input_labels": {0: [1]}, "input_boxes": {3: [2, 3, 30, 40]}}
     results.append(model.segment_spans(**given, **prompted, input_masks={0: masks[0][0]}))
@@ -67,25 +67,30 @@ def everything(model, processor) -> list:
     return tensors
 
 
-@pytest.mark.parametrize("offloaded", [PARTS, *((part,) for part in PARTS)], ids="+".join)
-def test_parts_on_the_disk_compute_what_they_do_in_memory(plum, offloaded, tmp_path):
-    model, processor, folder = plum
+@pytest.fixture(scope="module")
+def expected(plum):
+    return everything(*plum[:2])
+
+
+@pytest.mark.parametrize("offloaded", [PARTS, PARTS[:1], PARTS[1:2], PARTS[2:]], ids="+".join)
+def test_parts_on_the_disk_compute_what_they_do_in_memory(plum, expected, offloaded, tmp_path):
+    _, processor, folder = plum
     device_map = {part: "disk" if part in offloaded else "cpu" for part in PARTS}
     loaded = PlumForConditionalGeneration.from_pretrained(folder, device_map=device_map, offload_folder=tmp_path)
     assert any(parameter.is_meta for parameter in loaded.parameters())
     assert loaded.device.type == "cpu"
-    assert_close(everything(loaded.eval(), processor), everything(model, processor), **EXACT)
+    assert_close(everything(loaded.eval(), processor), expected, **EXACT)
 
 
-@pytest.mark.parametrize("share", [0.2, 0.5, 0.75, 0.95])
-def test_a_model_that_does_not_fit_its_budget_computes_what_the_whole_one_does(plum, share, tmp_path):
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.95])
+def test_a_model_that_does_not_fit_its_budget_computes_what_the_whole_one_does(plum, expected, share, tmp_path):
     model, processor, folder = plum
     size = sum(parameter.nbytes for parameter in model.parameters())
     loaded = PlumForConditionalGeneration.from_pretrained(
         folder, device_map="auto", max_memory={"cpu": int(share * size)}, offload_folder=tmp_path
     )
     assert any(parameter.is_meta for parameter in loaded.parameters())
-    assert_close(everything(loaded.eval(), processor), everything(model, processor), **EXACT)
+    assert_close(everything(loaded.eval(), processor), expected, **EXACT)
 
 
 def test_the_pipeline_answers_with_a_model_half_of_which_is_on_the_disk(plum, tmp_path):
