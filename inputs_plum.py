@@ -78,7 +78,8 @@ def validate_rle(rle: Any, *, expected_size: Size | None = None, where: str = "m
     height, width = check_size(rle["size"], where=where)
     if expected_size is not None and (height, width) != tuple(expected_size):
         raise DataError(
-            f"{where}: the mask has size [{height}, {width}], but its image has [height, width] {list(expected_size)}"
+            f"{where}: the mask has size [{height}, {width}], but its image has [height, width] "
+            f"{list(expected_size)}; resize the mask"
         )
     counts = rle["counts"]
     if isinstance(counts, str):

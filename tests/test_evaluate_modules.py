@@ -12,6 +12,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import evaluate
+import numpy as np
 import pytest
 import yaml
 
@@ -161,13 +162,48 @@ HULL = {"label": "hull", "rle": {"size": [1, 4], "counts": "022"}}
         ({"rle": {"size": [1, 4], "counts": "zz~~"}}, "which no RLE has"),
         ({"rle": {"size": [2, 2], "counts": "022"}}, r"has size \[2, 2\]"),
         ({"score": float("nan")}, "expected a finite score, found nan"),
-        ({"label": None}, "expected a label"),
+        ({"score": "high"}, "expected a number as score, found 'high'"),
+        ({"score": None}, "expected a number as score, found None"),
+        ({"label": None}, "expected the name of a part as label, found None"),
+        ({"label": " "}, "expected the name of a part as label, found ' '"),
+        ({"box": [1, 2]}, r"expected a dict of label, rle, score, found \['box', 'label'"),
+        ({"rle": {"size": [1, 4], "counts": b"022"}}, r"and counts as text, found .*b'022'.*\.decode\('ascii'\)"),
+        ({"rle": np.ones((1, 4))}, r"expected an RLE of size \[height, width\] and counts as text, found array"),
     ],
 )
 def test_a_damaged_mask_or_score_is_refused_naming_image_and_mask(folder, tmp_path, changes, message):
     predictions = [[HULL | {"score": 0.5}], [HULL | {"score": 0.5}, HULL | {"score": 0.9} | changes]]
     with pytest.raises(ValueError, match=f"image 1, prediction 1: .*{message}"):
         load(folder / "partonomy_masks", tmp_path).compute(predictions=predictions, references=[[HULL]] * 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "prediction", "message"),
+    [
+        ("masks", None, "image 0: expected a list with each prediction, found None"),
+        ("masks", HULL, "image 0: expected a list with each prediction, found {'label'"),
+        ("masks", [np.ones((1, 4))], "image 0, prediction 0: expected a dict of label, rle, score, found ndarray"),
+        ("choices", 0.7, r"predictions\[0\]: expected the index of a choice, found 0.7"),
+        ("choices", float("nan"), "expected the index of a choice, found nan"),
+        ("choices", True, "expected the index of a choice, found True"),
+        ("parts", "hull, mast", r"predictions\[0\]: expected a list of part names, found 'hull, mast'"),
+        ("parts", ["hull", None], r"expected a list of part names, found \['hull', None\]"),
+    ],
+)
+def test_a_prediction_of_another_form_is_one_sentence_that_names_it(folder, tmp_path, name, prediction, message):
+    metric = load(folder / f"partonomy_{name}", tmp_path)
+    reference = {"masks": [HULL], "choices": 0, "parts": ["hull"]}[name]
+    with pytest.raises(ValueError, match=message) as whole:
+        metric.compute(predictions=[prediction], references=[reference])
+    with pytest.raises(ValueError, match=message):
+        metric.add(prediction=prediction, reference=reference)
+    assert "\n" not in str(whole.value)
+
+
+@pytest.mark.parametrize("name", ["choices", "parts"])
+def test_ratios_of_no_question_are_refused(folder, tmp_path, name):
+    with pytest.raises(ValueError, match="Expected at least one"):
+        load(folder / f"partonomy_{name}", tmp_path).compute(predictions=[], references=[])
 
 
 def test_the_apps_of_the_metrics_are_one_file():

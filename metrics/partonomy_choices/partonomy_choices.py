@@ -1,5 +1,7 @@
 """Accuracy of PARTONOMY's multiple-choice answers as a metric of `evaluate`, in this one file."""
 
+from numbers import Integral
+
 import datasets
 import evaluate
 
@@ -35,9 +37,25 @@ class PartonomyChoices(evaluate.Metric):
             reference_urls=["https://arxiv.org/abs/2505.20759"],
         )
 
+    def add_batch(self, *, predictions=None, references=None, **kwargs):
+        """Add predictions and references. Raises ValueError that names the first one of another form."""
+        for name, indices in (("predictions", predictions), ("references", references)):
+            for number, index in enumerate(() if indices is None else indices):
+                if isinstance(index, bool) or not isinstance(index, Integral):  # a number would be cut to an integer
+                    raise ValueError(f"{name}[{number}]: expected the index of a choice, found {index!r:.80}.")
+        super().add_batch(predictions=predictions, references=references, **kwargs)
+
+    def add(self, *, prediction=None, reference=None, **kwargs):
+        """Add one prediction and its reference, as `add_batch`."""
+        self.add_batch(predictions=[prediction], references=[reference], **kwargs)
+
     def _compute(self, predictions, references, num_choices=5):
+        if isinstance(num_choices, bool) or not isinstance(num_choices, Integral) or num_choices < 1:
+            raise ValueError(f"num_choices must be a positive integer, found {num_choices!r}.")
+        if not len(references):
+            raise ValueError("Expected at least one question, found none.")
         wrong = [index for index in [*predictions, *references] if not 0 <= index < num_choices]
         if wrong:
-            raise ValueError(f"Expected indices into {num_choices} choices, found {wrong[0]}.")
+            raise ValueError(f"Expected indices into {num_choices} choices, found {wrong[0]}; pass num_choices.")
         hits = sum(chosen == correct for chosen, correct in zip(predictions, references, strict=True))
         return {"choice_accuracy": hits / len(references), "choice_accuracy_random": 1 / num_choices}

@@ -4,6 +4,7 @@ It needs only `mask_metrics.py` and `inputs_plum.py` beside it, which are copies
 """
 
 from math import fsum, isfinite
+from numbers import Real
 
 import datasets
 import evaluate
@@ -60,6 +61,17 @@ class PartonomyMasks(evaluate.Metric):
             reference_urls=["https://arxiv.org/abs/2505.20759"],
         )
 
+    def add_batch(self, *, predictions=None, references=None, **kwargs):
+        """Add predictions and references. Raises ValueError that names the first one of another form."""
+        for name, images in (("reference", references), ("prediction", predictions)):
+            for image, masks in enumerate(images if isinstance(images, (list, tuple)) else ()):
+                _check_form(masks, name, where=f"image {image}")
+        super().add_batch(predictions=predictions, references=references, **kwargs)
+
+    def add(self, *, prediction=None, reference=None, **kwargs):
+        """Add one prediction and its reference, as `add_batch`."""
+        self.add_batch(predictions=[prediction], references=[reference], **kwargs)
+
     def _compute(self, predictions, references):
         ratios, detections, true_masks = {name: [] for name in _RATIOS}, [], 0
         for image, (predicted, true) in enumerate(zip(predictions, references, strict=True)):
@@ -78,9 +90,31 @@ class PartonomyMasks(evaluate.Metric):
         return figures | {"ap50": average_precision(scores, hits.astype(bool), true=true_masks)}
 
 
+def _check_form(masks, name, *, where):
+    """Raise ValueError unless the masks of an image are a list of dicts with the fields of `name` and text counts."""
+    fields = ["label", "rle"] + ["score"] * (name == "prediction")
+    if not isinstance(masks, (list, tuple)):
+        raise DataError(f"{where}: expected a list with each {name}, found {masks!r:.80}")
+    for number, mask in enumerate(masks):
+        place = f"{where}, {name} {number}"
+        if not isinstance(mask, dict) or sorted(mask) != fields:
+            found = sorted(map(str, mask)) if isinstance(mask, dict) else f"{type(mask).__name__} {mask!r:.80}"
+            raise DataError(f"{place}: expected a dict of {', '.join(fields)}, found {found}")
+        if not isinstance(mask["label"], str) or not mask["label"].strip():
+            raise DataError(f"{place}: expected the name of a part as label, found {mask['label']!r:.80}")
+        if "score" in mask and (isinstance(mask["score"], bool) or not isinstance(mask["score"], Real)):
+            raise DataError(f"{place}: expected a number as score, found {mask['score']!r:.80}")
+        rle = mask["rle"]
+        if not isinstance(rle, dict) or sorted(rle) != ["counts", "size"] or not isinstance(rle["counts"], str):
+            raise DataError(
+                f"{place}: expected an RLE of size [height, width] and counts as text, found {rle!r:.80}; encode the "
+                "mask with pycocotools, and its bytes with .decode('ascii')"
+            )
+
+
 def _checked(predicted, true, image):
     """Return the masks of both sides with checked run lengths. Raises ValueError that names the mask unless all have
-    one size, a label and, if predicted, a score.
+    one size and, if predicted, a finite score.
     """
     size, sides = None, []
     for name, masks in (("reference", true), ("prediction", predicted)):
@@ -89,9 +123,7 @@ def _checked(predicted, true, image):
             where = f"image {image}, {name} {number}"
             rle = validate_rle(mask["rle"], expected_size=size, where=where)
             size = size or tuple(rle["size"])
-            if mask["label"] is None:
-                raise DataError(f"{where}: expected a label, found none")
-            if name == "prediction" and (mask["score"] is None or not isfinite(mask["score"])):
+            if name == "prediction" and not isfinite(mask["score"]):
                 raise DataError(f"{where}: expected a finite score, found {mask['score']}")
             checked.append({**mask, "rle": rle})
         sides.append(checked)

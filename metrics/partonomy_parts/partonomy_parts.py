@@ -35,7 +35,21 @@ class PartonomyParts(evaluate.Metric):
             reference_urls=["https://arxiv.org/abs/2505.20759"],
         )
 
+    def add_batch(self, *, predictions=None, references=None, **kwargs):
+        """Add predictions and references. Raises ValueError that names the first one of another form."""
+        for side, answers in (("predictions", predictions), ("references", references)):
+            for number, names in enumerate(() if answers is None else answers):
+                if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+                    raise ValueError(f"{side}[{number}]: expected a list of part names, found {names!r:.80}.")
+        super().add_batch(predictions=predictions, references=references, **kwargs)
+
+    def add(self, *, prediction=None, reference=None, **kwargs):
+        """Add one prediction and its reference, as `add_batch`."""
+        self.add_batch(predictions=[prediction], references=[reference], **kwargs)
+
     def _compute(self, predictions, references, protocol="strict"):
+        if not len(predictions):
+            raise ValueError("Expected at least one answer, found none.")
         if protocol not in ("strict", "reference"):
             raise ValueError(f"protocol must be strict or reference, found {protocol!r}.")
         hits = predicted_names = true_names = exact = 0

@@ -88,7 +88,7 @@ def collect_answers(
     """
     answers: dict[str, Prediction] = {}
     place_of: dict[str, str] = {}
-    repeated, problems = set(), []
+    repeated, problems, where = set(), [], None
     try:
         for where, raw in reader.records():
             try:
@@ -96,13 +96,16 @@ def collect_answers(
                 question = reader.question(record, where=where)
                 if question.id in place_of:
                     repeated.add(question.id)
-                    raise DataError(f"{where}: {question.id!r} was answered before, in {place_of[question.id]}.")
+                    first = place_of[question.id]
+                    raise DataError(f"{where}: {question.id!r} was answered before, in {first}; delete one of them.")
                 place_of[question.id] = where
                 answers[question.id] = reader.prediction(record, question, where=where)
             except DataError as error:
                 problems.append(str(error) if str(error).startswith(where) else f"{where}: {error}")
     except DataError as error:  # the file cannot be read any further
         problems.append(str(error))
+    if where is None and not problems:
+        problems.append(f"{path} is empty: expected an answer to each question.")
     ids = [question.id for question in questions]
     problems += [f"{path}: question {name!r} has no answer." for name in ids if name not in place_of]
     return [answers[name] for name in ids if name in answers and name not in repeated], problems, place_of
@@ -167,7 +170,7 @@ class LineReader:
     def parse(self, line: bytes, *, where: str) -> dict[str, Any]:
         record = parse_json(line, where=where)
         if not isinstance(record, dict):
-            raise DataError(f"{where}: expected one JSON object, found {record!r:.80}.")
+            raise DataError(f"{where}: expected one JSON object, found {record!r:.80}; write one object per line.")
         return record
 
     def question(self, record: dict[str, Any], *, where: str) -> Question:
@@ -178,7 +181,8 @@ class LineReader:
         if name not in self.questions:
             known = len(self.questions)
             raise DataError(
-                f"{where}, field {field!r}: {name!r:.80} is none of the {known} questions of the data set."
+                f"{where}, field {field!r}: {name!r:.80} is none of the {known} questions of the data set; check the "
+                "name and the split of the data set."
             )
         return self.questions[name]
 

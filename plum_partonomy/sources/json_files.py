@@ -35,6 +35,16 @@ _BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
+_NO_TEXT = {
+    b"\x1f\x8b": "a gzip file; unpack it with gunzip",
+    b"PK\x03\x04": "a zip file; unpack it",
+    b"BZh": "a bzip2 file; unpack it with bunzip2",
+    b"\xfd7zX": "an xz file; unpack it with unxz",
+    b"\x28\xb5\x2f\xfd": "a zstd file; unpack it with unzstd",
+    b"\x89PNG": "a PNG image; give the file of its annotations",
+    b"\xff\xd8\xff": "a JPEG image; give the file of its annotations",
+}
+"""First bytes of files that are no text -> what they are, and what to do."""
 _STEPS = np.zeros(256, dtype=np.int8)
 _STEPS[list(b"[{")], _STEPS[list(b"]}")] = 1, -1
 _HIGH, _LOW = rb"\\u[dD][89abAB][0-9a-fA-F]{2}", rb"\\u[dD][c-fC-F][0-9a-fA-F]{2}"
@@ -132,9 +142,16 @@ def check_size(path: Path, *, limit: int) -> None:
 
 
 def open_utf8(path: Path) -> BinaryIO:
-    """Open the file as UTF-8 without a byte order mark, decoded according to its own byte order mark."""
+    """
+    Open the file as UTF-8 without a byte order mark, decoded according to its own byte order mark. Raises DataError
+    if it is compressed or an image.
+    """
     file = path.open("rb")
     head = file.read(4)
+    kind = next((name for magic, name in _NO_TEXT.items() if head.startswith(magic)), None)
+    if kind is not None:
+        file.close()
+        raise DataError(f"{path}: expected text, found {kind}")
     mark, encoding = next(((mark, name) for mark, name in _BYTE_ORDER_MARKS if head.startswith(mark)), (b"", None))
     if encoding is None and b"\0" in head[:2]:  # UTF-16 of ASCII characters without a mark
         encoding = "utf-16-le" if head[1:2] == b"\0" else "utf-16-be"

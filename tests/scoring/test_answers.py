@@ -1,5 +1,6 @@
 """Answers of any model from a file, and of the baselines."""
 
+import gzip
 import json
 from pathlib import Path
 
@@ -51,7 +52,8 @@ def test_the_predictions_of_evaluate_plum_are_read_with_the_same_checks(tmp_path
     append_predictions(path, answer_without_model("ground_truth", [*QUESTIONS, make_question(9)]))
     predictions, problems = read_answers(path, QUESTIONS)
     assert predictions == answer_without_model("ground_truth", QUESTIONS)
-    assert problems == [f"{path}, line 4, field 'question_id': 'q9' is none of the 3 questions of the data set."]
+    (problem,) = problems
+    assert problem.startswith(f"{path}, line 4, field 'question_id': 'q9' is none of the 3 questions of the data set;")
     text = path.read_text()
     path.write_text(text.replace('"choice_scores": [0.0', '"choice_scores": [NaN', 1)[:-40])
     _, problems = read_answers(path, QUESTIONS)
@@ -141,6 +143,21 @@ def test_a_choice_may_be_named_by_its_text(tmp_path):
 def test_a_question_without_a_line_is_named(tmp_path):
     _, problems = read_answers(write(tmp_path / "a.jsonl", [answer(0), answer(2)]), QUESTIONS)
     assert problems == [f"{tmp_path / 'a.jsonl'}: question 'q1' has no answer."]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "a.jsonl is empty: expected an answer to each question"),
+        (b"\n \r\n", "a.jsonl is empty: expected an answer to each question"),
+        (gzip.compress(b"{}"), "a.jsonl: expected text, found a gzip file; unpack it with gunzip"),
+        (b"[{}]", "a.jsonl, line 1: expected one JSON object, .*; write one object per line"),
+    ],
+)
+def test_a_file_without_answers_says_what_it_is(tmp_path, content, message):
+    (tmp_path / "a.jsonl").write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        leave_out(QUESTIONS, *read_answers(tmp_path / "a.jsonl", QUESTIONS), report_to=None)
 
 
 def test_what_cannot_be_used_is_left_out_and_listed_when_asked_for(tmp_path):

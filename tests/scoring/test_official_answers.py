@@ -104,7 +104,7 @@ def test_a_repeated_a_missing_and_a_truncated_record_are_named(tmp_path):
     predictions, problems = read(path, QUESTIONS)
     assert [prediction.question_id for prediction in predictions] == ["q1"]
     assert problems == [
-        f"{path}, prediction 1: 'q0' was answered before, in {path}, prediction 0.",
+        f"{path}, prediction 1: 'q0' was answered before, in {path}, prediction 0; delete one of them.",
         f"{path}: question 'q2' has no answer.",
     ]
     path.write_text(path.read_text()[:-300])

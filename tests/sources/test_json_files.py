@@ -1,5 +1,6 @@
 """Streamed JSON: equal to `json`, bounded in memory and depth."""
 
+import gzip
 import io
 import json
 import tracemalloc
@@ -109,6 +110,18 @@ def test_another_encoding_is_named(tmp_path, text, encoding, named):
     path.write_bytes(json.dumps({"label": text}, ensure_ascii=False).encode(encoding))
     for read in (read_json, lambda path: list(lines(path))):
         with pytest.raises(DataError, match=f"file.json.*expected text in UTF-8, found bytes that look like {named}"):
+            read(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [(gzip.compress(b"{}"), "a gzip file; unpack it"), (b"PK\3\4..", "a zip file"), (b"\x89PNG\r\n", "a PNG image")],
+)
+def test_what_is_no_text_is_named(tmp_path, content, found):
+    path = tmp_path / "file.json"
+    path.write_bytes(content)
+    for read in (read_json, lambda path: list(lines(path))):
+        with pytest.raises(DataError, match=f"file.json: expected text, found {found}"):
             read(path)
 
 
