@@ -127,6 +127,11 @@ class PlumTrainer(Trainer):
     def _prepare_for_fsdp(self) -> nn.Module | None:
         """Return the model without its weights if it has an adapter; sharded weights are merged into a new copy."""
         self.model.register_forward_hook(_use_every_parameter, with_kwargs=True)
+        if len({weight.dtype for weight in self.model.parameters()}) > 1:
+            raise DataError(
+                "FSDP2 needs one precision for all weights, but frozen_dtype stores some in bfloat16; leave it out or "
+                "train with recipes/accelerate/ddp.yaml."
+            )
         if not isinstance(self.model, PeftModel):
             return None
         if self.model.config.get_text_config().tie_word_embeddings:

@@ -22,7 +22,7 @@ from transformers import AutoModel
 
 from plum_partonomy.inference.embedding_cache import EmbeddingCache
 from plum_partonomy.training.examples import Collator, ConversationDataset
-from plum_partonomy.training.model import add_lora
+from plum_partonomy.training.model import add_lora, store_frozen
 from plum_partonomy.training.options import ModelArguments, PlumTrainingArguments
 from plum_partonomy.training.trainer import PlumTrainer
 from tests.runs import ROOT, make_records, record, uneven_records
@@ -31,7 +31,15 @@ from tests.tiny import tiny_model, tiny_processor
 CONFIGS = sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))
 
 
-def run(folder: Path, *, processes: int, lora_r: int, resume: Path | None = None, tied: bool = False) -> dict:
+def run(
+    folder: Path,
+    *,
+    processes: int,
+    lora_r: int,
+    resume: Path | None = None,
+    tied: bool = False,
+    frozen_dtype: torch.dtype = torch.float32,
+) -> dict:
     """Three steps of four uneven rows each, in which ranks differ in images and spans; the figures at the end."""
     args = PlumTrainingArguments(
         str(folder),
@@ -57,6 +65,7 @@ def run(folder: Path, *, processes: int, lora_r: int, resume: Path | None = None
     model.config.get_text_config().tie_word_embeddings = tied
     if lora_r:
         model = add_lora(model, ModelArguments(model="unused", lora_r=lora_r, lora_dropout=0.0))
+    store_frozen(model, frozen_dtype)
     embedding_cache = EmbeddingCache(folder / "embeddings", model) if lora_r else None
     trainer = PlumTrainer(
         model=model,
@@ -83,6 +92,8 @@ def run_sharded(folder: Path, lora_r: int):
     if lora_r:
         with pytest.raises(ValueError, match="LoRA with FSDP2 needs separate input and output embeddings"):
             run(folder / "tied", processes=2, lora_r=lora_r, tied=True)
+        with pytest.raises(ValueError, match="FSDP2 needs one precision for all weights, but frozen_dtype"):
+            run(folder / "frozen", processes=2, lora_r=lora_r, frozen_dtype=torch.bfloat16)
     if PartialState().is_main_process:
         (folder / "figures.json").write_text(json.dumps([whole, resumed]))
     torch.distributed.destroy_process_group()
