@@ -18,6 +18,7 @@ import torch
 from tqdm import tqdm
 from transformers import get_scheduler, set_seed
 
+from modeling_plum import PlumImages
 from modules_plum import mask_losses
 from plum_partonomy.command_line import run_command
 from plum_partonomy.files import write_whole
@@ -44,9 +45,10 @@ def encode_examples(model, dataset, collator: Collator, *, batches: int, batch_s
         embeddings = model.get_image_embeddings(batch["sam_pixel_values"])
         inputs = {name: batch[name] for name in OF_IMAGES}
         states = model.encode_conversations(sam_image_embeddings=embeddings, **inputs)
-        image = batch["sam_image_index"][batch["spans"][:, 0]]
-        sizes = torch.cat([batch["original_sizes"], batch["reshaped_input_sizes"]], dim=1)[image]
+        sizes = batch["original_sizes"], batch["reshaped_input_sizes"]
+        images = PlumImages({}, embeddings, batch["sam_image_index"], *sizes)
         kept = {name: batch[name] for name in OF_MASKS}
+        sizes = images.sizes_of(batch["spans"])
         yield {**kept, "hidden_states": states, "sam_image_embeddings": embeddings, "sizes": sizes}
 
 
