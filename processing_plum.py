@@ -35,6 +35,7 @@ try:
     from .backbones_plum import find_processor_class, image_processor_class, images_only_processor
     from .inputs_plum import (
         PlainChat,
+        check_number,
         encode_for_sam,
         find_image,
         parse_span_tags,
@@ -53,6 +54,7 @@ except ImportError:
     from backbones_plum import find_processor_class, image_processor_class, images_only_processor
     from inputs_plum import (
         PlainChat,
+        check_number,
         encode_for_sam,
         find_image,
         parse_span_tags,
@@ -611,7 +613,11 @@ class PlumProcessor(ProcessorMixin):
         Returns:
             One [`PlumAnswer`] per row; a row without spans has an empty list of them. A `seg_token` marks the end of a
             phrase but not its start, so the text of its span comes from [`find_last_phrase`].
+
+        Raises:
+            ValueError: `mask_threshold` is not a finite number.
         """
+        check_number(mask_threshold, name="mask_threshold")
         ids = [row[mask].tolist() for row, mask in zip(outputs.sequences, outputs.answer_mask, strict=True)]
         # Spans of earlier answers were segmented only to guide later ones.
         in_answer = outputs.answer_mask[outputs.spans[:, 0], outputs.spans[:, 1]].tolist()
@@ -815,11 +821,15 @@ class PlumPipeline(Pipeline):
     _load_tokenizer = _load_image_processor = _load_feature_extractor = False
 
     def _sanitize_parameters(self, mask_threshold: float | None = None, **generate_options):
-        options = {} if mask_threshold is None else {"mask_threshold": mask_threshold}
-        return {}, options | generate_options, {}
+        if mask_threshold is not None:
+            check_number(mask_threshold, name="mask_threshold")
+            generate_options["mask_threshold"] = mask_threshold
+        return {}, generate_options, {}
 
-    def __call__(self, inputs, *args, **kwargs):
-        return super().__call__(_stream_data_set(inputs), *args, **kwargs)
+    def __call__(self, inputs, *args, batch_size: int | None = None, **kwargs):
+        batch_size = next(size for size in (batch_size, self._batch_size, 1) if size is not None)
+        check_number(batch_size, name="batch_size", least=1, whole=True)
+        return super().__call__(_stream_data_set(inputs), *args, batch_size=batch_size, **kwargs)
 
     def preprocess(self, inputs) -> list[dict]:
         """Return the conversation of one input."""
@@ -875,10 +885,10 @@ class PlumPipeline(Pipeline):
 
 
 def _stream_data_set(inputs):
-    """Return a data set as a generator of its rows; anything else unchanged."""
-    if hasattr(inputs, "column_names") and hasattr(inputs, "features"):  # from `datasets`, which is optional
-        return (row for row in inputs)
-    if isinstance(inputs, torch.utils.data.IterableDataset):
+    """Return a data set, or a list without inputs, as a generator of its rows; anything else unchanged."""
+    is_empty = isinstance(inputs, (list, tuple)) and not inputs  # the base class would look at the first input
+    has_rows = hasattr(inputs, "column_names") and hasattr(inputs, "features")  # from `datasets`, which is optional
+    if is_empty or has_rows or isinstance(inputs, torch.utils.data.IterableDataset):
         return (row for row in inputs)
     if isinstance(inputs, torch.utils.data.Dataset):
         return (inputs[i] for i in range(len(inputs)))

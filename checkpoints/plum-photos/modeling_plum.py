@@ -847,7 +847,7 @@ class PlumForConditionalGeneration(PlumVision, segmentation.PlumMaskDecoding, Pl
         Returns:
             Scores `(B / num_choices, num_choices)`.
         """
-        if len(input_ids) % num_choices:
+        if num_choices < 1 or len(input_ids) % num_choices:
             raise ValueError(f"Found {len(input_ids)} rows, which is not a multiple of num_choices={num_choices}.")
         if reduction not in ("answer_mean", "answer_sum", "sequence_mean"):
             raise ValueError(f"reduction must be answer_mean, answer_sum or sequence_mean, found {reduction!r}.")

@@ -24,11 +24,13 @@ from transformers.utils import GENERATION_CONFIG_NAME, cached_file, logging
 
 try:
     from .configuration_plum import PlumConfig
+    from .inputs_plum import check_number
     from .segmentation_plum import label_frame, label_in_frame, mean_over_spans, upscale_masks
 except ImportError:
     if __package__:
         raise
     from configuration_plum import PlumConfig
+    from inputs_plum import check_number
     from segmentation_plum import label_frame, label_in_frame, mean_over_spans, upscale_masks
 
 # Labels of a token: the classes of the span tagger, and the ignored label.
@@ -46,6 +48,13 @@ DEFAULT_MAX_NEW_TOKENS = 256
 # the prompt and its image they fail or change the answer. Plain decoding gives the correct one.
 SAVINGS = ("assistant_model", "assistant_tokenizer", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp",
            "prefill_chunk_size")  # fmt: skip
+# Decoding options that are counts, and the least of each; and those that are other numbers. `generate` checks few of
+# them, some only after the first tokens.
+COUNTS = {
+    **dict.fromkeys(("max_new_tokens", "max_length", "num_beams", "num_return_sequences"), 1),
+    **dict.fromkeys(("min_new_tokens", "min_length", "no_repeat_ngram_size", "top_k"), 0),
+}
+NUMBERS = ("temperature", "top_p", "min_p", "typical_p", "repetition_penalty", "length_penalty", "max_time")
 # Values of `cache_implementation` whose cache has a fixed number of places.
 STATIC_CACHES = ("static", "offloaded_static")
 # Types of inputs of a language model that may contain tensors.
@@ -527,13 +536,14 @@ def settle_options(
             "not given".
 
     Raises:
-        ValueError: The caller passes its own decoding code, `custom_generate`.
+        ValueError: A number is out of range, or the caller passes its own decoding code, `custom_generate`.
     """
     options = {name: value for name, value in options.items() if value is not None}
     given = options.pop("generation_config", None)
     given = {} if given is None else {name: value for name, value in given.to_dict().items() if value is not None}
     settings = copy.deepcopy(defaults)
     for changes in (given, options):
+        check_numbers(changes)
         if "max_length" in changes and "max_new_tokens" not in changes:
             changes = {**changes, "max_new_tokens": max(0, changes["max_length"] - prompt_length)}
         rest = settings.update(**changes)
@@ -555,6 +565,15 @@ def settle_options(
     if rest.get("custom_generate"):
         raise ValueError("custom_generate is not supported: PLUM decodes as transformers does; leave it out.")
     return settings, rest
+
+
+def check_numbers(options: dict) -> None:
+    """Raise a ValueError if a decoding option is not the number that it should be; None means "not given"."""
+    for name, value in options.items():
+        if value is not None and name in COUNTS:
+            check_number(value, name=name, least=COUNTS[name], whole=True)
+        elif value is not None and name in NUMBERS:
+            check_number(value, name=name)
 
 
 def stop_tokens(settings: GenerationConfig, device: torch.device) -> torch.LongTensor:

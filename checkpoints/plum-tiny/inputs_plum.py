@@ -21,6 +21,7 @@ import base64
 import binascii
 import http.client
 import io
+import math
 import re
 import urllib.request
 from bisect import bisect_right
@@ -134,6 +135,15 @@ def check_size(size: Any, *, where: str) -> Size:
     if size[0] * size[1] > MAX_PIXELS:
         raise DataError(f"{where}: size {list(size)!s:.80} exceeds the limit of {MAX_PIXELS} pixels")
     return int(size[0]), int(size[1])
+
+
+def check_number(value: Any, *, name: str, least: float = -math.inf, whole: bool = False) -> None:
+    """Raise DataError unless an option is a finite number, an integer if `whole`, of at least `least`."""
+    is_number = _is_integer(value) if whole else _is_number(value) and math.isfinite(value)
+    if not is_number or value < least:
+        kind = "an integer" if whole else "a finite number"
+        bound = "" if least == -math.inf else f" of at least {least}"
+        raise DataError(f"{name} must be {kind}{bound}, found {value!r:.80}.")
 
 
 def _perimeter(polygon: Sequence[float]) -> float:

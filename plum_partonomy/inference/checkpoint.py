@@ -28,6 +28,7 @@ from transformers.generation import GenerationMode
 from configuration_plum import PlumConfig
 from inputs_plum import side_for_sam
 from modeling_plum import PlumForConditionalGeneration
+from modules_plum import check_numbers
 from plum_partonomy.inference.inputs import ModelError
 from plum_partonomy.masks import DataError
 from processing_plum import PlumProcessor
@@ -323,7 +324,9 @@ def _check_sizes(path: Path, settings: dict) -> None:
 
 def _check_generation(path: Path) -> None:
     with problems_named(f"{path} cannot be used"):
-        mode = GenerationConfig.from_dict(_read_json(path, SETTINGS_BYTES_LIMIT)).get_generation_mode()
+        settings = _read_json(path, SETTINGS_BYTES_LIMIT)
+        check_numbers(settings)
+        mode = GenerationConfig.from_dict(settings).get_generation_mode()
     if mode not in LOCAL_DECODING:
         raise ModelError(f"{path} asks for {mode.value!r}, whose code is not part of transformers.")
 

@@ -25,6 +25,7 @@ import torch
 from PIL import Image
 from transformers import TextIteratorStreamer
 
+from inputs_plum import check_number
 from plum_partonomy.inference.checkpoint import load_checkpoint
 from plum_partonomy.inference.encoded import EncodedImage, encode_chats, encode_image
 from plum_partonomy.inference.inputs import check_phrases, check_text
@@ -371,7 +372,16 @@ def segment_apart(plum: Plum, reply: Reply, ranges: Sequence[Range]) -> list[Rep
 
 
 def finish(plum: Plum, reply: Reply, *, span_threshold: float = 0.0, mask_threshold: float = 0.5) -> PlumAnswer:
-    """Return text and spans of a reply: spans of at least this score, pixels above this probability."""
+    """
+    Return text and spans of a reply: spans of at least this score, pixels above this probability.
+
+    Raises:
+        DataError: A threshold is not a number, or the probability is not between 0 and 1.
+    """
+    check_number(span_threshold, name="span_threshold")
+    check_number(mask_threshold, name="mask_threshold")
+    if not 0 < mask_threshold < 1:
+        raise DataError(f"mask_threshold must be a probability between 0 and 1, found {mask_threshold}.")
     logit = math.log(mask_threshold / (1 - mask_threshold))
     (answer,) = plum.processor.post_process_segmentation(reply.outputs, mask_threshold=logit)
     spans = [span for span in answer.spans if span.score >= span_threshold]

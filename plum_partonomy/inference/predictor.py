@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from inputs_plum import check_number
 from modules_plum import decode_spans, keep_last_answer
 from plum_partonomy.inference.embedding_cache import EmbeddingCache
 from plum_partonomy.inference.encoded import EncodedImage, Message, encode_chats, encode_image
@@ -37,6 +38,7 @@ class ImageCache:
     """
 
     def __init__(self, model, processor: PlumProcessor, *, size: int, embedding_cache: EmbeddingCache | None = None):
+        check_number(size, name="image_cache_size", least=1, whole=True)
         self.model, self.processor, self.size = model, processor, size
         self.embed = model.get_image_embeddings if embedding_cache is None else embedding_cache.embed
         self._features: OrderedDict[str, EncodedImage] = OrderedDict()

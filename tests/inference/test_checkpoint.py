@@ -168,6 +168,7 @@ def nested(levels: int) -> dict:
         (add_to_json("processor_config.json", audio_tokenizer={"audio_tokenizer_class": "X"}), "audio_tokenizer"),
         (add_to_json("preprocessor_config.json", auto_map={"AutoImageProcessor": "evil.Evil"}), "from elsewhere"),
         (add_to_json("generation_config.json", penalty_alpha=0.6, top_k=4), "asks for 'contrastive_search'"),
+        (add_to_json("generation_config.json", num_beams=0), "num_beams must be an integer of at least 1, found 0"),
         (lambda folder: (folder / "generation_config.json").write_text("{"), "generation_config.json cannot be read"),
         (a_pipe_in_place_of_the_config, "config.json cannot be read"),
         (lambda folder: change_config(folder, model_type="llava"), "'llava' model, expected 'plum'"),

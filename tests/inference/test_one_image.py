@@ -231,6 +231,9 @@ def test_thresholds_leave_out_spans_and_pixels_without_asking_again(plum):
         finish(plum, reply, mask_threshold=0.9).spans, finish(plum, reply, mask_threshold=0.1).spans, strict=True
     ):
         assert (strict.mask <= loose.mask).all() and strict.mask.sum() < loose.mask.sum()
+    for threshold in (0, 1, -0.5, float("nan"), "0.5"):
+        with pytest.raises(DataError, match="mask_threshold must be a"):
+            finish(plum, reply, mask_threshold=threshold)
 
 
 def test_phrases_are_found_as_whole_words_each_in_a_place_of_its_own():

@@ -1,6 +1,7 @@
 """Where generated answers end, how long they get, and what options of generate do to them."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -150,6 +151,28 @@ def test_a_length_given_to_a_call_overrides_the_saved_one_in_either_form():
         assert (settings.max_new_tokens, settings.max_length, rest) == (expected, None, {"pixel_values": 1})
     assert settle_options(GenerationConfig(), {}, 30)[0].max_new_tokens == DEFAULT_MAX_NEW_TOKENS
     assert saved.max_new_tokens == 256
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens must be an integer of at least 1, found 0."),
+        ({"max_new_tokens": 1.5}, "max_new_tokens must be an integer of at least 1, found 1.5."),
+        ({"max_length": "40"}, "max_length must be an integer of at least 1, found '40'."),
+        ({"num_beams": True}, "num_beams must be an integer of at least 1, found True."),
+        ({"num_return_sequences": 0}, "num_return_sequences must be an integer of at least 1, found 0."),
+        ({"min_new_tokens": -1}, "min_new_tokens must be an integer of at least 0, found -1."),
+        ({"top_p": "0.9"}, "top_p must be a finite number, found '0.9'."),
+        (
+            {"generation_config": GenerationConfig(max_time=float("nan"))},
+            "max_time must be a finite number, found nan",
+        ),
+    ],
+)
+def test_a_number_that_cannot_be_used_is_refused_before_an_answer_is_generated(plum, option, message):
+    model, _, batch = plum
+    with pytest.raises(ValueError, match=re.escape(message)):
+        model.segment(**batch, **option)
 
 
 def test_answers_have_room_without_any_option_and_every_checkpoint_says_how_much(plum, tmp_path):

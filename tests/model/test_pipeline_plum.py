@@ -1,5 +1,6 @@
 """The pipeline answers as the model does, whatever it is given."""
 
+import re
 from itertools import islice
 
 import datasets
@@ -142,6 +143,35 @@ def test_a_data_set_of_any_kind_has_the_answers_of_its_rows(pipe, inputs, answer
 def test_what_is_no_question_about_an_image_is_refused_with_what_was_found(pipe, given, message):
     with pytest.raises(ValueError, match=message):
         pipe(given)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"batch_size": 0}, "batch_size must be an integer of at least 1, found 0."),
+        ({"batch_size": -1}, "batch_size must be an integer of at least 1, found -1."),
+        ({"batch_size": 1.5}, "batch_size must be an integer of at least 1, found 1.5."),
+        ({"mask_threshold": "0.1"}, "mask_threshold must be a finite number, found '0.1'."),
+        ({"mask_threshold": float("nan")}, "mask_threshold must be a finite number, found nan."),
+    ],
+)
+def test_a_number_that_cannot_be_used_is_refused_before_any_answer(pipe, inputs, option, message):
+    for given in ([], inputs[1], inputs):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            pipe(given, **option)
+
+
+def test_a_threshold_that_is_no_number_is_refused_without_spans_too(pipe):
+    batch = pipe.processor.apply_chat_template(conversation(None, None), add_generation_prompt=True, tokenize=True,
+                                               return_dict=True)  # fmt: skip
+    outputs = pipe.model.segment(**batch, max_new_tokens=1)
+    assert not len(outputs.spans)
+    with pytest.raises(ValueError, match="mask_threshold must be a finite number, found '0.1'."):
+        pipe.processor.post_process_segmentation(outputs, mask_threshold="0.1")
+
+
+def test_no_inputs_have_no_answers(pipe):
+    assert pipe([]) == [] and list(pipe(Rows([]))) == []
 
 
 def test_a_conversation_with_history_is_continued_and_leaves_other_rows_alone(pipe, inputs, answers):
