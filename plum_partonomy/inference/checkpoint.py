@@ -75,18 +75,19 @@ def load_checkpoint(
         dtype: Precision of all weights; `"auto"` uses that of the checkpoint.
 
     Raises:
-        ModelError: As [`open_checkpoint`]; or tensors are missing or have other shapes, or the processor belongs to
-            another model.
+        ModelError: As [`check_checkpoint`]; or there is no such checkpoint, tensors are missing or have other shapes,
+            or the processor belongs to another model.
         DataError: A changed field is unknown, or changes the shapes of tensors.
     """
-    folder = open_checkpoint(name)
+    folder = _find_folder(name)
+    saved = check_checkpoint(folder).state_dict()
     with problems_named(f"{folder / 'config.json'} cannot be used"):
         config = PlumConfig.from_pretrained(folder)
     if changes:
         with problems_named("model_config cannot be used"):
             config = PlumConfig.from_dict(_overwrite(config, changes))
         check_config_fields(changes, config)
-        _check_changes(folder, config)
+        _check_changes(folder, saved, config)
     with problems_named(f"{folder} cannot be loaded"):
         model, report = PlumForConditionalGeneration.from_pretrained(
             folder,
@@ -97,7 +98,7 @@ def load_checkpoint(
             ignore_mismatched_sizes=True,  # they are reported, and an error below
             output_loading_info=True,
         )
-    _check_report(folder, report, changes)
+    _check_report(folder, report, saved, changes)
     return model, _load_processor(folder, config)
 
 
@@ -114,12 +115,10 @@ def _overwrite(config: PreTrainedConfig, changes: dict) -> dict:
     return fields
 
 
-def _check_changes(folder: Path, config: PlumConfig) -> None:
-    """Raise `DataError` if a changed config gives tensors of a checkpoint other shapes or other backbones."""
-    found, expected = (
-        {name: tuple(tensor.shape) for name, tensor in _build_outline(folder, changed).state_dict().items()}
-        for changed in (None, config)
-    )
+def _check_changes(folder: Path, saved: dict[str, torch.Tensor], config: PlumConfig) -> None:
+    """Raise `DataError` if a changed config gives the saved tensors other shapes, or other backbones."""
+    changed = _build_outline(folder, config).state_dict()
+    found, expected = ({name: tuple(item.shape) for name, item in tensors.items()} for tensors in (saved, changed))
     differing = [
         name
         for name in sorted(found.keys() | expected.keys())
@@ -135,11 +134,11 @@ def _check_changes(folder: Path, config: PlumConfig) -> None:
         )
 
 
-def _check_report(folder: Path, report: dict, changes: dict | None) -> None:
+def _check_report(folder: Path, report: dict, saved: dict[str, torch.Tensor], changes: dict | None) -> None:
     """Raise `ModelError` if a checkpoint lacks tensors of its model or has them in other shapes."""
     absent = set(report["missing_keys"])
     if changes and absent:  # modules added by a change are initialised
-        absent &= _build_outline(folder).state_dict().keys()
+        absent &= saved.keys()
     again = "leave model_config out" if changes else "fetch or save the checkpoint again"
     if absent:
         raise ModelError(
@@ -154,7 +153,8 @@ def _check_report(folder: Path, report: dict, changes: dict | None) -> None:
 
 def load_processor(name: str | Path) -> PlumProcessor:
     """Return the processor of a checkpoint without its model; errors as in [`load_checkpoint`]."""
-    folder = open_checkpoint(name)
+    folder = _find_folder(name)
+    check_checkpoint(folder)
     with problems_named(f"{folder / 'config.json'} cannot be used"):
         config = PlumConfig.from_pretrained(folder)
     return _load_processor(folder, config)
@@ -216,28 +216,20 @@ def with_floats(given: dict, config: PreTrainedConfig) -> dict:
     return fields
 
 
-def open_checkpoint(name: str | Path) -> Path:
-    """
-    Return the folder of a checkpoint after [`check_checkpoint`]; from the Hub, without its pickles.
-
-    Args:
-        name: A folder, or a name on the Hub.
-
-    Raises:
-        ModelError: One sentence that names the file, or says that the checkpoint does not exist.
-    """
+def _find_folder(name: str | Path) -> Path:
+    """Return the folder of a checkpoint, given as a folder or a name on the Hub; its pickles are not downloaded."""
     folder = Path(name)
     if not folder.is_dir():
         with problems_named(f"The model {str(name)!r} is not a local folder and was not found on the Hub"):
             folder = Path(snapshot_download(str(name), ignore_patterns=[f"*{suffix}" for suffix in PICKLES]))
-    check_checkpoint(folder)
     return folder
 
 
-def check_checkpoint(folder: str | Path) -> None:
+def check_checkpoint(folder: str | Path) -> PlumForConditionalGeneration:
     """
-    Raise an error for a folder whose weights are pickled, outside of it, damaged, or fewer than its config needs;
-    with an adapter; or with settings that name code or files from elsewhere.
+    Return the model of a folder without memory for its weights. Raise an error for a folder whose weights are pickled,
+    outside of it, damaged, or fewer than its config needs; with an adapter; or with settings that name code or files
+    from elsewhere.
 
     Raises:
         ModelError: One sentence that names the file.
@@ -266,6 +258,7 @@ def check_checkpoint(folder: str | Path) -> None:
         raise ModelError(
             f"{folder / 'config.json'} needs {needed:,} parameters, but the weights contain {elements:,}."
         )
+    return outline
 
 
 def _read_json(path: Path, bytes_limit: int) -> dict:
@@ -364,7 +357,7 @@ def count_stored(files: list[Path]) -> tuple[int, int]:
 
 
 def _build_outline(folder: Path, config: PlumConfig | None = None) -> PlumForConditionalGeneration:
-    """Return the model of a checkpoint, or of a changed config, without memory for its weights."""
+    """Return the model of a folder, or of a changed config, without memory for its weights."""
     with problems_named(f"{folder / 'config.json'} describes no model that can be built"), torch.device("meta"):
         return PlumForConditionalGeneration(config or PlumConfig.from_pretrained(folder))
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from plum_partonomy import cli
 from plum_partonomy.evaluation.run import main as evaluate_plum
-from plum_partonomy.inference.checkpoint import check_checkpoint, load_checkpoint, load_processor, open_checkpoint
+from plum_partonomy.inference.checkpoint import check_checkpoint, load_checkpoint, load_processor
 from plum_partonomy.inference.inputs import ModelError
 from plum_partonomy.masks import DataError
 from tests.tiny import random_image, tiny_model, tiny_processor
@@ -181,7 +181,7 @@ def test_a_hostile_folder_is_refused_before_memory_is_spent(damage, message, fol
     Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here on
     before = peak_kilobytes()
     with pytest.raises(ValueError, match=message):
-        open_checkpoint(folder)
+        check_checkpoint(folder)
     assert peak_kilobytes() - before < 64 * 1024
     assert not Path("executed").exists()
 
