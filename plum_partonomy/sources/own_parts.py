@@ -30,6 +30,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
+from inputs_plum import FORMATS
 from plum_partonomy.masks import RLE, DataError, Size, area, union, validate_rle
 from plum_partonomy.questions.conversations import converse
 from plum_partonomy.records import UNNAMED_OBJECT, GroundedConversation, PartExample, PartMask, check_plain
@@ -54,7 +57,6 @@ SPLIT_FILE = "_annotations.coco.json"
 SPLIT_FOLDERS = {"train": "train", "valid": "validation", "test": "test"}
 """Folder of Roboflow's export, with a COCO file and its images -> split."""
 NO_SUPERCATEGORY = ("", "none")
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 @dataclass
@@ -86,7 +88,8 @@ def record_files(folder: Path) -> list[Path]:
 
 def unlisted_images(folder: Path, listed: Container[str]) -> list[str]:
     """Return the image files of a folder that are not listed, as sorted paths relative to it, without hidden ones."""
-    found = (path.relative_to(folder) for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
+    found = (path.relative_to(folder) for path in folder.rglob("*") if path.suffix.lower() in suffixes)
     names = (path.as_posix() for path in found if not any(name.startswith(".") for name in path.parts))
     return sorted(name for name in names if name not in listed)
 

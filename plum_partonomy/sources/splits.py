@@ -6,6 +6,7 @@ Published splits are kept. Splits of your own parts and of a descriptor are draw
 splits.
 """
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -122,9 +123,7 @@ def survey(name: str, folder: Path, *, seed: int, on_error: OnError = refuse, re
         members, annotated = [], []
         for index in indices:
             try:
-                image_path = source.image_path(index)
-                if owners.setdefault(image_path, split) != split:
-                    raise DataError(f"{source.path}: {image_path!r} is also in the split {owners[image_path]}")
+                claim_image(owners, source, index, split=split)
                 example = source.example(index) if read_all else source.annotation(index)
             except DataError as error:
                 on_error(error)
@@ -138,6 +137,34 @@ def survey(name: str, folder: Path, *, seed: int, on_error: OnError = refuse, re
         raise DataError(f"{folder}: not one example of {name} can be used; see `plum data validate`")
     check_labels(found.part_graph, where=f"{folder}, labels of all splits")
     return found
+
+
+def claim_image(owners: dict[str, str], source: Opened, index: int, *, split: str) -> None:
+    """Enter the split of an example's image into `owners`. Raises DataError if the image is in another split too."""
+    image_path = source.image_path(index)
+    if image_path is not None and owners.setdefault(image_path, split) != split:
+        raise DataError(f"{source.path}: {image_path!r} is also in the split {owners[image_path]}")
+
+
+def equal_images(folder: Path, owners: dict[str, str]) -> list[tuple[str, str]]:
+    """
+    Return the pairs of images in different splits whose files have the same content.
+
+    Args:
+        owners: Path of each image, relative to the folder -> its split.
+    """
+    by_size: dict[int, list[str]] = {}
+    for path in sorted(owners):
+        by_size.setdefault((folder / path).stat().st_size, []).append(path)
+    pairs = []
+    for paths in by_size.values():
+        first: dict[bytes, str] = {}
+        for path in paths if len({owners[path] for path in paths}) > 1 else ():  # few files are read
+            with open(folder / path, "rb") as file:
+                other = first.setdefault(hashlib.file_digest(file, "sha256").digest(), path)
+            if owners[other] != owners[path]:
+                pairs.append((other, path))
+    return pairs
 
 
 def _open_splits(

@@ -20,7 +20,7 @@ from plum_partonomy.sources.conversation_file import ConversationFile
 from plum_partonomy.sources.descriptor import HELD_OUT, Descriptor
 from plum_partonomy.sources.official import read_questions
 from plum_partonomy.sources.own_parts import OwnParts, open_own_parts, unlisted_images
-from plum_partonomy.sources.splits import Opened, open_source
+from plum_partonomy.sources.splits import Opened, claim_image, equal_images, open_source
 from plum_partonomy.sources.statistics import Statistics
 
 PUBLISHED_CORE = {"objects": 534, "parts": 862, "object-part pairs": 1976, "images": 1068, "masks": 4968}
@@ -86,7 +86,7 @@ def _check_conversations(source: Source, report: Report) -> None:
 
 def _check_descriptor(folder: Path, report: Report) -> None:
     source = Descriptor(folder, on_error=report.refuse)
-    _check_drawn_splits(source, source.splits(seed=DEFAULT_SEED), report)
+    _check_drawn_splits(folder, source, source.splits(seed=DEFAULT_SEED), report)
 
 
 def _check_own_parts(folder: Path, report: Report) -> None:
@@ -97,7 +97,7 @@ def _check_own_parts(folder: Path, report: Report) -> None:
         _note_left_out(report, "files are no annotations", [path.name for path in source.others])
         _note_left_out(report, "images show no part", source.unannotated)
     splits = source.splits(seed=DEFAULT_SEED)
-    _check_drawn_splits(source, splits, report)
+    _check_drawn_splits(folder, source, splits, report)
     if not report.problems:
         listed = {source.image_path(index) for index in range(len(source))}
         listed.update(source.unannotated if isinstance(source, OwnParts) else ())
@@ -115,12 +115,24 @@ def _note_left_out(report: Report, what: str, names: Sequence[str]) -> None:
 
 
 def _check_drawn_splits(
-    source: Descriptor | OwnParts | ConversationFile, splits: dict[str, list[int]], report: Report
+    folder: Path, source: Descriptor | OwnParts | ConversationFile, splits: dict[str, list[int]], report: Report
 ) -> None:
+    owners: dict[str, str] = {}
     for split, indices in splits.items():
-        images = {source.image_path(index) for index in indices} - {None}
+        for index in indices:
+            try:
+                claim_image(owners, source, index, split=split)
+            except DataError as error:
+                report.refuse(error)
         made = _read_conversations(source, indices, split=split, report=report)
-        report.notes.append(f"{split}: {len(images)} images, {made}")
+        report.notes.append(f"{split}: {list(owners.values()).count(split)} images, {made}")
+    if report.problems:
+        return
+    for one, other in (pairs := equal_images(folder, owners))[:1]:
+        report.notes.append(
+            f"{len(pairs)} images are in two splits under two names, such as {one} ({owners[one]}) and {other} "
+            f"({owners[other]}), so that results on held-out images are too good; delete one file of each"
+        )
 
 
 def _read_conversations(source: Opened, indices: Sequence[int], *, split: str, report: Report) -> str:

@@ -4,6 +4,8 @@ import base64
 import io
 import json
 import re
+import shutil
+import zlib
 from pathlib import Path
 from unicodedata import normalize
 
@@ -15,6 +17,7 @@ from PIL import Image
 
 import partonomy_dataset  # noqa: F401
 from plum_partonomy.cli import main
+from plum_partonomy.drawn.miniature import DEFAULT_SEED
 from plum_partonomy.features import GROUNDED_CONVERSATION_FEATURES
 from plum_partonomy.masks import DataError, decode, encode
 from plum_partonomy.sources.conversation_file import ConversationFile
@@ -32,7 +35,8 @@ INSIDE[2:8, 2:8] = True
 def save_images(folder: Path, *names: str) -> Path:
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (WIDTH, HEIGHT)).save(folder / name)
+        colour = zlib.crc32(f"{folder.name}/{name}".encode()).to_bytes(4)  # another for each image
+        Image.new("RGB", (WIDTH, HEIGHT), tuple(colour[:3])).save(folder / name)
     return folder
 
 
@@ -267,6 +271,50 @@ def test_the_layout_of_roboflow_keeps_its_splits(tmp_path):
 def test_the_layout_of_roboflow_without_a_validation_split_is_a_problem(tmp_path):
     (problem,) = validate("own_parts", roboflow_folder(tmp_path / "data", train=12, test=3)).problems
     assert "the split validation has no image with a part" in problem
+
+
+def test_one_photograph_in_two_splits_is_said_whatever_its_names(tmp_path):
+    folder = roboflow_folder(tmp_path / "roboflow", train=4, valid=2, test=3)
+    shutil.copy(folder / "train" / "2.png", folder / "valid" / "0.png")
+    shutil.copy(folder / "train" / "1.png", folder / "train" / "0.png")  # in one split
+    assert (
+        "1 images are in two splits under two names, such as train/2.png (train) and valid/0.png (validation), so"
+        in (validate("own_parts", folder).notes[-1])
+    )
+
+
+@pytest.mark.parametrize("kind", ["COCO", "Labelme", "conversations", "descriptor"])
+def test_one_photograph_in_two_drawn_splits_is_said_in_every_format(tmp_path, kind):
+    names = [f"{number}.png" for number in range(20)]
+    if kind == "COCO":
+        coco_folder(tmp_path, coco_content(images=20))
+    elif kind == "Labelme":
+        labelme_folder(tmp_path, *(labelme_content(shape(), imagePath=name) for name in names))
+    elif kind == "conversations":
+        conversation_folder(tmp_path, *(record(id=name, image=name) for name in names))
+    else:
+        masks = {"segmentations": {"wheel": [encode(INSIDE)]}, "segmentation_labels": ["wheel"]}
+        content = descriptor_content()
+        content["instances"] = [{"image_path": name, "image_label": "object--bus"} | masks for name in names]
+        descriptor_folder(tmp_path, content)
+    save_images(tmp_path, *names)
+    source = open_own_parts(tmp_path)
+    splits = source.splits(seed=DEFAULT_SEED)
+    kept, copy = source.image_path(splits["train"][0]), source.image_path(splits["test"][0])
+    assert not [note for note in validate("own_parts", tmp_path).notes if "two splits" in note]
+    shutil.copy(tmp_path / kept, tmp_path / copy)
+    (note,) = [note for note in validate("own_parts", tmp_path).notes if "two splits" in note]
+    assert note.startswith("1 images are in two splits") and f"{kept} (train)" in note and f"{copy} (test)" in note
+
+
+def test_one_file_that_two_splits_name_is_a_problem(tmp_path):
+    folder = roboflow_folder(tmp_path / "data", train=4, valid=2)
+    path = folder / "valid" / "_annotations.coco.json"
+    content = json.loads(path.read_text())
+    content["images"][0] |= {"file_name": "../train/0.png", "image_label": "van"}
+    path.write_text(json.dumps(content))
+    (problem,) = validate("own_parts", folder).problems
+    assert "'train/0.png' is also in the split train" in problem
 
 
 # ------------------------------------------------------------------------------------------------ Labelme
