@@ -45,6 +45,7 @@ import datasets.load
 from datasets.data_files import DataFilesDict
 from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 
+import chats_plum
 import inputs_plum
 import plum_partonomy
 from plum_partonomy.drawn import miniature
@@ -368,7 +369,7 @@ def source_files() -> list[Path]:
     library = Path(plum_partonomy.__file__).parent
     built_of = [library / f"{name}.py" for name in ("records", "features", "masks", "images", "seeding", "files")]
     made_by = [path for room in ("sources", "drawn", "questions") for path in (library / room).rglob("*.py")]
-    return sorted([Path(__file__), Path(inputs_plum.__file__), *built_of, *made_by])
+    return sorted([Path(__file__), Path(inputs_plum.__file__), Path(chats_plum.__file__), *built_of, *made_by])
 
 
 def _source_hash() -> str:

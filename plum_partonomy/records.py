@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from inputs_plum import parse_span_tags
+from chats_plum import parse_span_tags
 from plum_partonomy.masks import RLE, DataError
 
 __all__ = [

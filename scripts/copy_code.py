@@ -10,12 +10,16 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 CHECKPOINT_CODE = (
     "backbones_plum.py",
+    "chats_plum.py",
     "configuration_plum.py",
+    "generation_plum.py",
     "inputs_plum.py",
     "modeling_plum.py",
     "modules_plum.py",
     "processing_plum.py",
     "segmentation_plum.py",
+    "segmenters_plum.py",
+    "supervision_plum.py",
 )
 METRIC_CODE = ("inputs_plum.py", "plum_partonomy/scoring/mask_metrics.py")
 

@@ -30,12 +30,13 @@ from datasets import Dataset, load_dataset
 from transformers import set_seed
 
 import partonomy_dataset  # noqa: F401  (makes load_dataset("partonomy") work)
+from chats_plum import parse_span_tags
 from configuration_plum import PlumConfig
 from modeling_plum import PlumForConditionalGeneration
 from plum_partonomy.files import write_whole
 from plum_partonomy.inference.checkpoint import load_checkpoint
 from plum_partonomy.records import escape_tags
-from processing_plum import PlumProcessor, parse_span_tags
+from processing_plum import PlumProcessor
 
 ROOT = Path(__file__).parents[1]
 VARIANTS = tuple(sorted(path.stem for path in (ROOT / "recipes" / "ablations").glob("*.yaml")))

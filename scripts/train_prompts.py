@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 from transformers import get_scheduler, set_seed
 
-from modeling_plum import PlumImages
+from backbones_plum import PlumImages
 from modules_plum import mask_losses
 from plum_partonomy.command_line import run_command
 from plum_partonomy.files import write_whole
@@ -29,7 +29,7 @@ from plum_partonomy.training.model import freeze, load_model
 from plum_partonomy.training.options import option_names, parse_arguments, read_options
 from plum_partonomy.training.run import make_train_dataset
 from plum_partonomy.training.trainer import MuonWithAdamW
-from segmentation_plum import MAX_PROMPT_ROUNDS, PROMPT_DRAWS
+from supervision_plum import MAX_PROMPT_ROUNDS, PROMPT_DRAWS, supervise_masks
 
 OF_IMAGES = ("input_ids", "attention_mask", "sam_image_index", "original_sizes", "reshaped_input_sizes")
 OF_MASKS = ("spans", "mask_labels", "span_groups", "mask_groups", "sam_image_index")
@@ -59,7 +59,7 @@ def compute_loss(model, batch: dict, **drawn: torch.Tensor) -> tuple[torch.Tenso
     """
     spans, sizes = batch["spans"], batch["sizes"]
     groups = {name: batch[name] for name in ("span_groups", "mask_groups")}
-    targets, sampled = model.supervise_masks(batch["mask_labels"], sizes, **groups, **drawn)
+    targets, sampled = supervise_masks(model.config, batch["mask_labels"], sizes, **groups, **drawn)
     inputs = batch["hidden_states"], spans, batch["sam_image_embeddings"], batch["sam_image_index"]
     own = model.decode_masks(*inputs, targets=targets, sampled=sampled)
     of_span, masks, *labelled = sampled.with_own(*own, batch["mask_labels"], sizes)

@@ -17,9 +17,13 @@ WITHOUT_TORCH += ("evaluation/answers",)
 ORDER = (
     (
         "inputs_plum",
+        "chats_plum",
         "configuration_plum",
+        "segmenters_plum",
+        "supervision_plum",
         "segmentation_plum",
         "modules_plum",
+        "generation_plum",
         "backbones_plum",
         "processing_plum",
         "modeling_plum",
@@ -66,7 +70,8 @@ def test_what_travels_with_a_checkpoint_imports_nothing_of_the_library():
     for name in CHECKPOINT_CODE:
         own = {module.split(".")[0] for module in imports(ROOT / name)}
         assert not own & {"plum_partonomy", "partonomy_dataset", "train", "evaluate_plum"}, name
-    assert "torch" not in {module.split(".")[0] for module in imports(ROOT / "inputs_plum.py")}
+    for name in ("inputs_plum.py", "chats_plum.py"):
+        assert "torch" not in {module.split(".")[0] for module in imports(ROOT / name)}
 
 
 def test_arrows_run_one_way():

@@ -14,7 +14,6 @@ represents the span; it is removed from returned texts.
 """
 
 import inspect
-import re
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -23,85 +22,51 @@ from pathlib import PurePath
 
 import numpy as np
 import torch
-from jinja2 import TemplateError
 from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoTokenizer, BatchFeature, ImageProcessingMixin, Pipeline, ProcessorMixin
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
-from transformers.utils.chat_template_utils import render_jinja_template
 
 try:
     from .backbones_plum import find_processor_class, image_processor_class, images_only_processor
-    from .inputs_plum import (
+    from .chats_plum import (
+        DEFAULT_CHAT_TEMPLATE,
         PlainChat,
-        check_number,
-        encode_for_sam,
+        can_train_on,
+        check_options,
+        find_answers,
+        find_continued_answer,
         find_image,
-        parse_span_tags,
-        read_image,
-        side_for_sam,
+        render_chats,
         span_marks,
         strip_span_tags,
-        to_binary_mask,
         without_images,
     )
+    from .inputs_plum import check_number, encode_for_sam, read_image, side_for_sam, to_binary_mask
     from .modules_plum import IGNORE_INDEX, TAG_BEGIN, TAG_INSIDE, TAG_OUTSIDE
-    from .segmentation_plum import label_frame, shrink_mask, upscale_masks
+    from .segmenters_plum import label_frame, shrink_mask, upscale_masks
 except ImportError:
     if __package__:
         raise
     from backbones_plum import find_processor_class, image_processor_class, images_only_processor
-    from inputs_plum import (
+    from chats_plum import (
+        DEFAULT_CHAT_TEMPLATE,
         PlainChat,
-        check_number,
-        encode_for_sam,
+        can_train_on,
+        check_options,
+        find_answers,
+        find_continued_answer,
         find_image,
-        parse_span_tags,
-        read_image,
-        side_for_sam,
+        render_chats,
         span_marks,
         strip_span_tags,
-        to_binary_mask,
         without_images,
     )
+    from inputs_plum import check_number, encode_for_sam, read_image, side_for_sam, to_binary_mask
     from modules_plum import IGNORE_INDEX, TAG_BEGIN, TAG_INSIDE, TAG_OUTSIDE
-    from segmentation_plum import label_frame, shrink_mask, upscale_masks
+    from segmenters_plum import label_frame, shrink_mask, upscale_masks
 
-DEFAULT_CHAT_TEMPLATE = """\
-{%- for message in messages -%}
-{%- if message.role == 'user' -%}
-{{- 'USER: ' -}}
-{%- for part in message.content if part.type == 'image' -%}{{- image_token + '\n' -}}{%- endfor -%}
-{%- for part in message.content if part.type == 'text' -%}{{- part.text -}}{%- endfor -%}
-{{- ' ' -}}
-{%- elif message.role == 'assistant' -%}
-{{- 'ASSISTANT:' -}}
-{%- generation -%}
-{{- ' ' -}}
-{%- for part in message.content if part.type == 'text' -%}{{- part.text -}}{%- endfor -%}
-{{- eos_token -}}
-{%- endgeneration -%}
-{%- elif message.role == 'system' and loop.first -%}
-{%- for part in message.content if part.type == 'text' -%}{{- part.text -}}{%- endfor -%}
-{{- ' ' -}}
-{%- else -%}
-{{- raise_exception('Roles are user and assistant, and system in the first message, found ' + message.role) -}}
-{%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- 'ASSISTANT:' -}}{%- endif -%}
-"""
-# Options of transformers' `apply_chat_template` with the values that match the behaviour here.
-FIXED_OPTIONS = {
-    "padding": (True, "longest"),
-    "truncation": (False, None, "do_not_truncate"),
-    "max_length": (None,),
-    "return_tensors": ("auto", "pt"),
-    "return_attention_mask": (True,),
-    "return_assistant_tokens_mask": (False,),
-    "load_audio_from_video": (False,),
-    "sanitize_control_tokens": (True, False),
-}
 TASK = "grounded-image-text-to-text"
 CUSTOM_PIPELINES = {
     TASK: {
@@ -714,98 +679,6 @@ def _bounding_box(mask: np.ndarray) -> tuple[int, int, int, int] | None:
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
 
-def check_options(options: dict, template: str, num_chats: int) -> dict:
-    """
-    Return the variables of the Jinja template among the options of a call.
-
-    Raises:
-        ValueError: An option of transformers is not supported, or the template does not have a variable.
-    """
-    variables = {}
-    for name, value in options.items():
-        alone = name == "padding" and num_chats == 1 and value in (False, "do_not_pad")
-        if name in FIXED_OPTIONS:
-            if not alone and value not in FIXED_OPTIONS[name]:
-                expected = " or ".join(map(repr, FIXED_OPTIONS[name]))
-                raise ValueError(f"{name}={value!r} is not supported: expected {expected}, or leave it out.")
-        elif re.search(rf"\b{re.escape(name)}\b", template):
-            variables[name] = value
-        elif value is not None:
-            raise ValueError(
-                f"{name!r} is neither an option of apply_chat_template nor a variable of the chat template."
-            )
-    return variables
-
-
-def render_chats(chats: list[list[dict]], template: str, variables: dict, **options) -> list[str]:
-    """
-    Return chats, whose contents are lists of parts, as text; `variables` belong to the Jinja template, `options` to
-    transformers, such as `add_generation_prompt`.
-
-    Raises:
-        ValueError: The template rejects a chat.
-    """
-    try:
-        rendered, _ = render_jinja_template(chats, chat_template=template, **options, **variables)
-    except TemplateError as error:
-        raise ValueError(f"The chat template refuses a conversation: {error}") from error
-    return rendered
-
-
-def find_answers(messages: list[dict], rendered: str, template: str, variables: dict) -> list[tuple[int, int]]:
-    """
-    Return the ranges of the assistant's texts in a rendered chat: the text that a turn adds to its prompt. This needs
-    no marks in the template, which most vision-language models do not have.
-
-    Raises:
-        ValueError: The text of a turn depends on later turns.
-    """
-    ranges = []
-    for i, message in enumerate(messages):
-        if message["role"] == "assistant":
-            (prompt,) = render_chats([messages[:i]], template, variables, add_generation_prompt=True)
-            (answered,) = render_chats([messages[: i + 1]], template, variables)
-            answered = answered.rstrip()
-            if not (answered.startswith(prompt) and rendered.startswith(answered)):
-                raise ValueError(
-                    f"The chat template renders turn {i} differently when it is asked for, given or followed by "
-                    "other turns, so that its answer cannot be located; pass a chat_template that does not."
-                )
-            ranges.append((len(prompt), len(answered)))
-    return ranges
-
-
-def find_continued_answer(messages: list[dict], rendered: str, template: str, variables: dict) -> tuple[int, int]:
-    """Return the range of the text of the last turn, an assistant's, in a chat rendered to be continued there."""
-    (prompt,) = render_chats([messages[:-1]], template, variables, add_generation_prompt=True)
-    if not rendered.startswith(prompt):
-        raise ValueError("The chat template renders an answer that is continued elsewhere than where it asks for one.")
-    return len(prompt), len(rendered)
-
-
-def can_train_on(template: str, variables: dict, stops: tuple[str, ...]) -> bool:
-    """
-    Return whether a template renders one `image_token` per image, all parts of a text, and answers in place that end
-    with one of `stops`.
-    """
-    texts = ("Which parts", " can you see?", "A wing", " and a tail.", "Any other?")
-    first, second, wing, tail, other = ({"type": "text", "text": text} for text in texts)
-    answer = {"role": "assistant", "content": [wing, tail]}
-    messages = [
-        {"role": "user", "content": [{"type": "image"}, first, second]},
-        answer,
-        {"role": "user", "content": [other]},
-        answer,
-    ]
-    try:
-        (text,) = render_chats([messages], template, variables)
-        ranges = find_answers(messages, text, template, variables)
-    except (TypeError, ValueError):
-        return False
-    complete = text.count(variables["image_token"]) == 1 and all(words.strip() in text for words in texts)
-    return complete and all(text[slice(*found)].endswith(stops) for found in ranges)
-
-
 class PlumPipeline(Pipeline):
     """
     Pipeline from an image and a question to text and segments.
@@ -897,4 +770,4 @@ def _stream_data_set(inputs):
 
 PlumProcessor.register_for_auto_class()
 
-__all__ = ["PlumAnswer", "PlumPipeline", "PlumProcessor", "PlumSpan", "PreparedImage", "parse_span_tags"]
+__all__ = ["PlumAnswer", "PlumPipeline", "PlumProcessor", "PlumSpan", "PreparedImage"]

@@ -27,7 +27,6 @@ share an image or have none; FiLM's unused third projection is removed; the foca
 perfect predictions; each loss can be normalised by counts of the global batch.
 """
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -48,23 +47,27 @@ from transformers.utils import ModelOutput
 
 try:
     from . import backbones_plum as backbones
+    from . import generation_plum as generation
     from . import modules_plum as modules
     from . import segmentation_plum as segmentation
+    from . import supervision_plum as supervision
     from .configuration_plum import PlumConfig, as_segmenter_config
     from .modules_plum import IGNORE_INDEX
     from .processing_plum import CUSTOM_PIPELINES
+    from .segmenters_plum import SEGMENTERS
 except ImportError:
     if __package__:
         raise
     import backbones_plum as backbones
+    import generation_plum as generation
     import modules_plum as modules
     import segmentation_plum as segmentation
+    import supervision_plum as supervision
     from configuration_plum import PlumConfig, as_segmenter_config
     from modules_plum import IGNORE_INDEX
     from processing_plum import CUSTOM_PIPELINES
+    from segmenters_plum import SEGMENTERS
 
-# Image inputs from the processor, or features computed from them.
-IMAGE_INPUTS = ("pixel_values", "sam_pixel_values", "sam_image_embeddings", "sam_image_index", "vlm_image_features")
 # Inputs from the processor for given answers.
 GIVEN_ANSWERS = ("labels", "spans", "span_labels", "mask_labels", "hidden_states")
 # Inputs of single spans.
@@ -135,31 +138,6 @@ class PlumSegmentationOutput(ModelOutput):
     image_confidences: torch.FloatTensor | None = None
 
 
-@dataclass
-class PlumImages:
-    """
-    The images of a batch as inputs of the vision-language model and of SAM.
-
-    Args:
-        vlm_inputs: Image inputs of the vision-language model.
-        sam_embeddings: `(N, E, G, G)`, or None without images.
-        index: `(B,)` image of each row, -1 for none.
-        original_sizes, reshaped_sizes: `(N, 2)` (height, width) in pixels as given, and as resized for SAM.
-    """
-
-    vlm_inputs: dict[str, torch.Tensor]
-    sam_embeddings: torch.Tensor | None
-    index: torch.LongTensor
-    original_sizes: torch.LongTensor | None
-    reshaped_sizes: torch.LongTensor | None
-
-    def sizes_of(self, spans: torch.LongTensor) -> torch.LongTensor | None:
-        """Return `(S, 4)`: original and reshaped size of the image of each span `[row, start, end)`, if known."""
-        if self.original_sizes is None:
-            return None
-        return torch.cat([self.original_sizes, self.reshaped_sizes], dim=1)[self.index[spans[:, 0]]]
-
-
 def sincos_position_embedding(grid_size: int, width: int) -> torch.Tensor:
     """Return the fixed 2D sine-cosine embedding `(1, G, G, width)` (ViT-MAE, arXiv 2111.06377), amplitude 0.5."""
     frequencies = 10000.0 ** (-torch.arange(width // 4) / (width // 4))
@@ -186,132 +164,9 @@ class PlumPreTrainedModel(PreTrainedModel):
             init.normal_(module.queries, std=self.config.initializer_range)
 
 
-class PlumVision:
-    """The part of [`PlumForConditionalGeneration`] that encodes images for its language model and for SAM."""
-
-    def get_image_embeddings(self, sam_pixel_values: torch.Tensor) -> torch.Tensor:
-        """
-        Return SAM's embeddings `(N, E, G, G)` of pixels `(N, 3, image_size, image_size)`. The first C channels are the
-        grid that prompts attend to.
-        """
-        return self.segmenter.encode(self.sam, sam_pixel_values.to(self.sam.vision_encoder.dtype))
-
-    def get_vlm_image_features(
-        self, image_tokens: list[dict[str, list[int]]], **image_inputs
-    ) -> list[ModelOutput] | None:
-        """
-        Return the features of images in the vision-language model, to be passed as `vlm_image_features` for every
-        question about them.
-
-        Args:
-            image_tokens: `tokens` of each [`PreparedImage`], whose `input_ids` have the image's placeholders.
-            image_inputs: `sam_image_embeddings` if the model looks through SAM, else the image inputs of the
-                vision-language model.
-
-        Returns:
-            Features of each image (see `backbones_plum.py`); `None` for a family that does not accept them.
-        """
-        if self.config.vlm_image_input == "sam_image_embeddings":
-            grid = image_inputs["sam_image_embeddings"][:, : self.config.sam_width].to(self.vlm.dtype)
-            outputs = self.vlm.model.get_image_features(grid, return_dict=True)
-        else:
-            if "mm_encoder_outputs" not in inspect.signature(self.vlm.model.forward).parameters:
-                return None
-            image_inputs["pixel_values"] = image_inputs["pixel_values"].to(self.vlm.dtype)
-            outputs = self.vlm.model.get_image_features(**image_inputs, return_dict=True)
-        placeholder = self.config.vlm_config.image_token_id
-        return backbones.split_features(outputs, [tokens["input_ids"].count(placeholder) for tokens in image_tokens])
-
-    def rate_images(self, sam_image_embeddings: torch.Tensor) -> torch.Tensor | None:
-        """
-        Return the probability `(N,)` that an image is of a kind in the training data, from embeddings `(N, E, G, G)`;
-        None for a model without `config.image_statistics`.
-
-        The distance of an image from a kind is the mean over channels of its squared deviation from the kind's mean
-        embedding, in standard deviations; its probability is a logistic function of the smallest distance's logarithm.
-        """
-        known = self.config.image_statistics
-        if known is None:
-            return None
-        pooled = sam_image_embeddings[:, : self.config.sam_width].float().mean(dim=(2, 3))  # (N, C)
-        mean, std = (torch.tensor(known[name], device=pooled.device) for name in ("mean", "std"))  # (kinds, C)
-        distance = ((pooled[:, None] - mean) / std).square().mean(dim=2).amin(dim=1)
-        return torch.sigmoid(known["intercept"] - known["slope"] * distance.log())
-
-    def _take_images(self, input_ids, inputs: dict) -> tuple[PlumImages, dict]:
-        """Return the images among the inputs of a call, and the other inputs."""
-        inputs = dict(inputs)
-        pixels, sam_pixels, embeddings, index, features = (inputs.pop(name, None) for name in IMAGE_INPUTS)
-        if embeddings is None and sam_pixels is not None and len(sam_pixels):
-            embeddings = self.get_image_embeddings(sam_pixels)
-        if embeddings is not None:
-            self._check_embeddings(embeddings)
-        if index is None:
-            count = 0 if embeddings is None else len(embeddings)
-            if count not in (0, len(input_ids)):
-                raise ValueError(
-                    f"Found {count} images for {len(input_ids)} rows; pass sam_image_index (B,) with the image of "
-                    "each row, -1 for none."
-                )
-            rows = torch.arange(len(input_ids), device=input_ids.device)
-            index = rows if count else torch.full_like(rows, -1)
-        vlm_inputs = {}
-        if self.config.vlm_image_input == "sam_image_embeddings":
-            if embeddings is not None:
-                vlm_inputs["inputs_embeds"] = self._embed_with_images(input_ids, embeddings, index, features)
-        elif features is not None:
-            of_rows = [features[image] for image in index.tolist() if image >= 0]
-            if of_rows:
-                vlm_inputs["mm_encoder_outputs"] = {"image": backbones.join_features(of_rows)}
-        elif pixels is not None and len(pixels):
-            vlm_inputs["pixel_values"] = pixels.to(self.vlm.dtype)
-        sizes = (inputs.pop("original_sizes", None), inputs.pop("reshaped_input_sizes", None))
-        return PlumImages(vlm_inputs, embeddings, index, *sizes), inputs
-
-    def _check_embeddings(self, sam_image_embeddings: torch.Tensor):
-        """Raise `ValueError` if embeddings are those of another segmenter or image size."""
-        config = self.config
-        expected = (self.segmenter.embedding_width(config.sam_config), config.sam_grid_size, config.sam_grid_size)
-        if tuple(sam_image_embeddings.shape[1:]) != expected:
-            raise ValueError(
-                f"sam_image_embeddings have shape {tuple(sam_image_embeddings.shape)}, but those of this model's "
-                f"{config.sam_config.model_type!r} are (N, {', '.join(map(str, expected))}); encode the images again "
-                "with get_image_embeddings of this model."
-            )
-
-    def _check_image_tokens(self, input_ids, vlm_inputs: dict):
-        """Raise `ValueError` if the vision-language model would read image tokens as words."""
-        given = vlm_inputs.keys() & {"inputs_embeds", "pixel_values", "mm_encoder_outputs"}
-        if not given and (input_ids == self.config.vlm_config.image_token_id).any():
-            raise ValueError(
-                "input_ids contain image tokens, but no image is passed with them; pass pixel_values, or what "
-                "get_vlm_image_features returned as vlm_image_features."
-            )
-
-    def _embed_with_images(self, input_ids, sam_image_embeddings, sam_image_index, features=None) -> torch.Tensor:
-        """
-        Return input embeddings `(B, L, D)` with the features of each row's image at its placeholders. The vision tower
-        encodes an image once for all rows.
-        """
-        placeholders = input_ids == self.config.vlm_config.image_token_id
-        if features is None:
-            grid = sam_image_embeddings[:, : self.config.sam_width].to(self.vlm.dtype)
-            outputs = self.vlm.model.get_image_features(grid, return_dict=True)
-            features = list(outputs.pooler_output)
-        else:
-            features = [backbones.rows_of(image.pooler_output) for image in features]
-        features = torch.stack(features)[sam_image_index[sam_image_index >= 0]]
-        if placeholders.sum() != features.shape[:2].numel():
-            raise ValueError(
-                f"Image features and image tokens do not match: {len(features)} rows with an image have "
-                f"{features.shape[1]} features each, found {int(placeholders.sum())} image tokens; set the "
-                f"processor's num_image_tokens to {features.shape[1]}."
-            )
-        embeddings = self.get_input_embeddings()(input_ids)
-        return embeddings.masked_scatter(placeholders[..., None], features.to(embeddings))
-
-
-class PlumForConditionalGeneration(PlumVision, segmentation.PlumMaskDecoding, PlumPreTrainedModel, GenerationMixin):
+class PlumForConditionalGeneration(
+    backbones.PlumVision, segmentation.PlumMaskDecoding, PlumPreTrainedModel, GenerationMixin
+):
     """A vision-language model with a span tagger, a span projector, mask feedback and a SAM."""
 
     # Each loss is normalised by its own count, so the Trainer must not divide again.
@@ -329,9 +184,9 @@ class PlumForConditionalGeneration(PlumVision, segmentation.PlumMaskDecoding, Pl
                 f"vlm_config is a {config.vlm_config.model_type!r} model, and {type(self.vlm).__name__} has no model "
                 "without language-modeling head, whose hidden states PLUM tags; choose another family."
             )
-        modules.let_observe(self.vlm.get_decoder())
+        generation.let_observe(self.vlm.get_decoder())
         self.sam = AutoModel.from_config(config.sam_config)
-        self.segmenter = segmentation.SEGMENTERS[config.sam_config.model_type]
+        self.segmenter = SEGMENTERS[config.sam_config.model_type]
         self.span_tagger = modules.SPAN_TAGGERS[config.span_source](config)
         self.span_projector = nn.Sequential(
             nn.Linear(text_width, text_width), nn.ReLU(), nn.Linear(text_width, sam_width)
@@ -362,7 +217,7 @@ class PlumForConditionalGeneration(PlumVision, segmentation.PlumMaskDecoding, Pl
             model = cls(cls.config_class(vlm_config=vlm_config, sam_config=sam_config, **plum_options))
         config = model.config
         model.vlm = backbones.load_whole(AutoModelForImageTextToText, vlm, config.vlm_config, dtype)
-        modules.let_observe(model.vlm.get_decoder())
+        generation.let_observe(model.vlm.get_decoder())
         model.sam = backbones.load_whole(type(model.sam), sam, config.sam_config, model.vlm.dtype)
         model.generation_config = model.vlm.generation_config
         for module in (model.span_tagger, model.span_projector, model.mask_feedback):
@@ -420,7 +275,7 @@ class PlumForConditionalGeneration(PlumVision, segmentation.PlumMaskDecoding, Pl
         """
         names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
         hub_options = {key: kwargs[key] for key in names if kwargs.get(key) is not None}
-        is_there = (name := pretrained_model_name_or_path) and modules.check_generation_file(name, **hub_options)
+        is_there = (name := pretrained_model_name_or_path) and generation.check_generation_file(name, **hub_options)
         loaded = super().from_pretrained(name, *args, **kwargs)
         if not is_there and kwargs.get("generation_config") is None:
             model = loaded[0] if isinstance(loaded, tuple) else loaded
@@ -434,7 +289,7 @@ class PlumForConditionalGeneration(PlumVision, segmentation.PlumMaskDecoding, Pl
         """
         if self.generation_config.max_new_tokens is None:
             self.generation_config.max_length = None
-            self.generation_config.max_new_tokens = modules.DEFAULT_MAX_NEW_TOKENS
+            self.generation_config.max_new_tokens = generation.DEFAULT_MAX_NEW_TOKENS
         # transformers records one auto class per model; this one has three.
         auto_map, own = getattr(self.config, "auto_map", None) or {}, f"modeling_plum.{type(self).__name__}"
         self.config.auto_map = {**auto_map, "AutoModelForImageTextToText": own, "AutoModelForMultimodalLM": own}
@@ -489,7 +344,7 @@ class PlumForConditionalGeneration(PlumVision, segmentation.PlumMaskDecoding, Pl
         if spans is not None:
             modules.check_spans(spans, input_ids.shape)
         images, vlm_inputs = self._take_images(input_ids, inputs)
-        with modules.RecordedInputs(self.vlm.get_decoder()) as recorded:
+        with generation.RecordedInputs(self.vlm.get_decoder()) as recorded:
             hidden_states = self._run_language_model(input_ids, attention_mask, **images.vlm_inputs, **vlm_inputs)
         logits_of = partial(backbones.next_token_logits, self.vlm)
         span_logits = self.tag_tokens(input_ids, hidden_states, attention_mask)
@@ -497,7 +352,8 @@ class PlumForConditionalGeneration(PlumVision, segmentation.PlumMaskDecoding, Pl
         if spans is not None and len(spans):
             sizes = images.sizes_of(spans)
             given = hidden_states, spans, images.sam_embeddings, images.index
-            targets, sampled = self.supervise_masks(
+            targets, sampled = supervision.supervise_masks(
+                self.config,
                 mask_labels,
                 sizes,
                 span_groups=span_groups,
@@ -606,7 +462,7 @@ class PlumForConditionalGeneration(PlumVision, segmentation.PlumMaskDecoding, Pl
         self._check_image_tokens(input_ids, kwargs)
         # The settings loaded with this model, or changed on it by the caller, apply to the whole model.
         self.vlm.generation_config = self.generation_config
-        settings, kwargs = modules.settle_options(self.generation_config, kwargs, input_ids.shape[1])
+        settings, kwargs = generation.settle_options(self.generation_config, kwargs, input_ids.shape[1])
         generated = self.vlm.generate(
             input_ids=input_ids, attention_mask=attention_mask, generation_config=settings, **kwargs
         )
@@ -772,7 +628,7 @@ class PlumForConditionalGeneration(PlumVision, segmentation.PlumMaskDecoding, Pl
                 f"Rows {absent} have no answer in labels; give each row an answer, or call segment() with prompts to "
                 "have all generated."
             )
-        stop_tokens = modules.stop_tokens(self.generation_config, answers.device)
+        stop_tokens = generation.stop_tokens(self.generation_config, answers.device)
         return (answers != IGNORE_INDEX) & ~torch.isin(answers, stop_tokens)
 
     def _answer(self, prompt, attention_mask, vlm_inputs, inputs) -> tuple[torch.Tensor, ...]:
@@ -782,7 +638,7 @@ class PlumForConditionalGeneration(PlumVision, segmentation.PlumMaskDecoding, Pl
         """
         if (attention_mask[:, -1] == 0).any():
             raise ValueError("Prompts must be padded on the left to be continued; pass padding_side='left'.")
-        with modules.GeneratedStates(self.vlm.get_decoder()) as observed:
+        with generation.GeneratedStates(self.vlm.get_decoder()) as observed:
             sequences, settings, rest = self._generate(prompt, attention_mask, **vlm_inputs, **inputs)
         sequences = sequences.sequences if isinstance(sequences, ModelOutput) else sequences
         if len(sequences) != len(prompt):
@@ -790,7 +646,7 @@ class PlumForConditionalGeneration(PlumVision, segmentation.PlumMaskDecoding, Pl
                 f"segment() gives one answer per prompt, found {len(sequences)} sequences for {len(prompt)} prompts; "
                 "set num_return_sequences=1."
             )
-        attention_mask, answer_mask, is_truncated = modules.find_ends(sequences, attention_mask, settings)
+        attention_mask, answer_mask, is_truncated = generation.find_ends(sequences, attention_mask, settings)
         hidden_states = observed.finish(sequences, attention_mask)
         if hidden_states is None:
             # Among the arguments that are not settings, tensors are inputs of the model; streamers are not.

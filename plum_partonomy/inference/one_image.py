@@ -25,6 +25,7 @@ import torch
 from PIL import Image
 from transformers import TextIteratorStreamer
 
+from chats_plum import parse_span_tags
 from inputs_plum import check_number
 from plum_partonomy.inference.checkpoint import load_checkpoint
 from plum_partonomy.inference.encoded import EncodedImage, encode_chats, encode_image
@@ -34,7 +35,7 @@ from plum_partonomy.questions.spans import join_parts
 from plum_partonomy.questions.wording import official_answer, official_question
 from plum_partonomy.records import escape_tags
 from plum_partonomy.scoring.overlays import draw_named_masks
-from processing_plum import PlumAnswer, PlumProcessor, parse_span_tags
+from processing_plum import PlumAnswer, PlumProcessor
 
 MAX_NEW_TOKENS = 96
 OVERLAY_FILE, MASKS_FILE = "overlay.png", "masks.json"

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from modules_plum import Observer, is_plain
+from generation_plum import Observer, is_plain
 
 # Maximum tokens of a packed row before it takes no further rows; attention grows with the square.
 PACKED_TOKENS = 2048

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from chats_plum import parse_span_tags
 from inputs_plum import check_number
 from modules_plum import decode_spans, keep_last_answer
 from plum_partonomy.inference.embedding_cache import EmbeddingCache
@@ -21,7 +22,7 @@ from plum_partonomy.records import Question, escape_tags
 from plum_partonomy.scoring.benchmark import Asked
 from plum_partonomy.scoring.metrics import MaskSource
 from plum_partonomy.scoring.predictions import Prediction, SpanMask
-from processing_plum import PlumProcessor, parse_span_tags
+from processing_plum import PlumProcessor
 
 IMAGES_KEPT = 128
 Row = tuple[str, list[Message]]  # image id, and a conversation about the image

@@ -19,7 +19,7 @@ from plum_partonomy.records import DataError, as_chat, check_turns, tagged_phras
 from plum_partonomy.seeding import seeded_generator
 from plum_partonomy.training.fresh import FreshRecords
 from processing_plum import PlumProcessor
-from segmentation_plum import MAX_PROMPT_ROUNDS, PROMPT_DRAWS
+from supervision_plum import MAX_PROMPT_ROUNDS, PROMPT_DRAWS
 
 OF_SPANS = ("teacher_forced", "prompt_rounds", "prompt_draws")
 """Fields of a conversation with an entry for each mask; inputs of the model for the supervised ones."""

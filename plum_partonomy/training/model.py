@@ -9,12 +9,13 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from backbones_plum import image_processor_class
+from chats_plum import parse_span_tags
 from configuration_plum import PlumConfig
 from modeling_plum import PlumForConditionalGeneration
 from plum_partonomy.inference.checkpoint import check_config_fields, load_checkpoint, load_processor
 from plum_partonomy.masks import DataError
 from plum_partonomy.training.options import ModelArguments
-from processing_plum import PlumProcessor, parse_span_tags
+from processing_plum import PlumProcessor
 
 # Token after each grounded phrase for a model from scratch with span_source "seg_token".
 SEG_TOKEN = "[SEG]"

@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 import torch
 from datasets import Dataset, IterableDataset
 
+from chats_plum import parse_span_tags
 from plum_partonomy.files import write_whole
 from plum_partonomy.records import check_turns, tagged_phrases
 from plum_partonomy.scoring.overlays import highlight, panel, pick_colours
@@ -23,7 +24,7 @@ from plum_partonomy.scoring.predictions import SpanMask
 from plum_partonomy.seeding import seeded_generator
 from plum_partonomy.training.examples import Collator, ConversationDataset, cut_answers, stream_examples
 from plum_partonomy.training.mixture import Source
-from processing_plum import PlumProcessor, parse_span_tags
+from processing_plum import PlumProcessor
 
 MEASURED = 100
 SHOWN = 10

@@ -23,7 +23,7 @@ from modules_plum import IGNORE_INDEX, count_loss_items, decode_spans
 from plum_partonomy.inference.embedding_cache import EmbeddingCache
 from plum_partonomy.masks import DataError
 from plum_partonomy.training.resume import seal
-from segmentation_plum import upscale_masks
+from segmenters_plum import upscale_masks
 
 
 class MuonWithAdamW(torch.optim.Optimizer):

@@ -15,7 +15,7 @@ import atheris
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-INSTRUMENTED = ["plum_partonomy", "inputs_plum", "tests.fuzz"]
+INSTRUMENTED = ["plum_partonomy", "inputs_plum", "chats_plum", "tests.fuzz"]
 with atheris.instrument_imports(include=INSTRUMENTED):
     from tests.fuzz.seeds import seeds_of
     from tests.fuzz.targets import TARGETS

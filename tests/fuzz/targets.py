@@ -11,7 +11,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from inputs_plum import parse_span_tags, read_image, to_binary_mask
+from chats_plum import parse_span_tags
+from inputs_plum import read_image, to_binary_mask
 from plum_partonomy.masks import DataError, decode
 from plum_partonomy.records import tagged_phrases
 from plum_partonomy.scoring.predictions import read_predictions

@@ -10,8 +10,8 @@ from torch._dynamo.utils import counters
 from torch.testing import assert_close
 from transformers import GenerationConfig
 
+from generation_plum import DEFAULT_MAX_NEW_TOKENS, GeneratedStates, settle_options
 from modeling_plum import PlumForConditionalGeneration
-from modules_plum import DEFAULT_MAX_NEW_TOKENS, GeneratedStates, settle_options
 from tests.tiny import conversation, graphs_in_place, random_image, tiny_model, tiny_processor
 from tests.tiny_backbones import llava_clip, tiny_sam
 

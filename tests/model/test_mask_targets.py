@@ -9,7 +9,8 @@ from torch.testing import assert_close
 
 from plum_partonomy.masks import encode
 from plum_partonomy.training.examples import Collator, ConversationDataset, group_masks
-from segmentation_plum import MaskTargets, downscale_masks
+from segmenters_plum import downscale_masks
+from supervision_plum import MaskTargets
 from tests.runs import make_records, record
 from tests.tiny import (
     IMAGE_SIZE,

@@ -19,7 +19,7 @@ import modules_plum
 from modeling_plum import PlumForConditionalGeneration
 from modules_plum import count_loss_items, decode_spans, dice_loss, focal_tversky_loss
 from plum_partonomy.training.trainer import build_teacher
-from segmentation_plum import downscale_masks, label_frame, shrink_mask, upscale_masks
+from segmenters_plum import downscale_masks, label_frame, shrink_mask, upscale_masks
 from tests.tiny import (
     conversation,
     mixed_conversations,

@@ -14,7 +14,8 @@ from transformers.utils import ModelOutput
 
 from modeling_plum import PlumForConditionalGeneration
 from modules_plum import decode_spans, dice_loss, focal_tversky_loss
-from segmentation_plum import mean_over_spans, upscale_masks
+from segmentation_plum import mean_over_spans
+from segmenters_plum import upscale_masks
 from tests.recording import original_gradients
 
 CLOSE = {"atol": 2e-4, "rtol": 1e-4}

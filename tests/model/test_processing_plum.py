@@ -12,8 +12,9 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from chats_plum import DEFAULT_CHAT_TEMPLATE, find_answers, parse_span_tags
 from inputs_plum import to_binary_mask
-from processing_plum import DEFAULT_CHAT_TEMPLATE, PlumProcessor, find_answers, parse_span_tags
+from processing_plum import PlumProcessor
 from tests.tiny import conversation, random_image, random_mask, tiny_model, tiny_processor
 
 TOKENIZERS = ["byte_level", "metaspace", "wordpiece"]

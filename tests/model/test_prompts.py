@@ -7,7 +7,8 @@ from torch.testing import assert_close
 from transformers import AutoModel, SamProcessor
 
 from modeling_plum import PlumForConditionalGeneration
-from segmentation_plum import SEGMENTERS, SpanPrompt, mean_over_spans
+from segmentation_plum import mean_over_spans
+from segmenters_plum import SEGMENTERS, SpanPrompt
 from tests import tiny_segmenters
 from tests.tiny import IMAGE_SIZE, mixed_conversations, random_mask, tiny_model, tiny_processor
 

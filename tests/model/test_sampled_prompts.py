@@ -7,14 +7,8 @@ from torch.testing import assert_close
 
 from modules_plum import MASK_LOSSES, count_loss_items, mask_losses
 from plum_partonomy.training.examples import Collator, ConversationDataset
-from segmentation_plum import (
-    GIVEN_MASK_LOGIT,
-    MAX_PROMPT_ROUNDS,
-    PROMPT_DRAWS,
-    MaskTargets,
-    SampledPrompts,
-    SpanPrompt,
-)
+from segmenters_plum import GIVEN_MASK_LOGIT, SpanPrompt
+from supervision_plum import MAX_PROMPT_ROUNDS, PROMPT_DRAWS, MaskTargets, SampledPrompts, supervise_masks
 from tests.runs import make_records, record
 from tests.tiny import IMAGE_SIZE, mixed_conversations, tiny_model, tiny_processor
 
@@ -162,8 +156,8 @@ def test_prompted_decodes_are_those_of_the_same_prompts_given_and_their_losses_a
     own = model.segment_spans(**inputs)
     images, _ = model._take_images(batch["input_ids"], batch)
     sizes = images.sizes_of(batch["spans"])
-    targets = model._mask_targets(batch["mask_labels"], sizes, None, None, None, needed=True)
-    sampled = SampledPrompts(targets, rounds, draws, sizes[:, 2:], IMAGE_SIZE)
+    drawn = {"prompt_rounds": rounds, "prompt_draws": draws}
+    targets, sampled = supervise_masks(model.config, batch["mask_labels"], sizes, **drawn)
     given = model.encode_conversations(**batch), batch["spans"], images.sam_embeddings, images.index
     masks, scores = model.decode_masks(*given, targets=targets, sampled=sampled)
     assert_close(masks, own.pred_masks, **EXACT)
@@ -213,9 +207,8 @@ def test_half_of_the_spans_are_decoded_from_their_prompts_alone(batch):
     def decode_first(states, draw):
         """A click on the first span, whose dense prompt has no earlier mask."""
         draws[:, -1] = draw
-        targets = model._mask_targets(batch["mask_labels"], sizes, None, None, None, needed=True)
-        rounds = torch.ones(count, dtype=torch.long)
-        sampled = SampledPrompts(targets, rounds, draws, sizes[:, 2:], IMAGE_SIZE)
+        drawn = {"prompt_rounds": torch.ones(count, dtype=torch.long), "prompt_draws": draws}
+        targets, sampled = supervise_masks(model.config, batch["mask_labels"], sizes, **drawn)
         model.decode_masks(
             states, batch["spans"], images.sam_embeddings, images.index, targets=targets, sampled=sampled
         )

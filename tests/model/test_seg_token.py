@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDataclassFieldValidationError
 from torch.testing import assert_close
 
-from inputs_plum import PlainChat, find_last_phrase, insert_seg_tokens
+from chats_plum import PlainChat, find_last_phrase, insert_seg_tokens
 from modeling_plum import PlumForConditionalGeneration
 from modules_plum import dice_loss
 from plum_partonomy.evaluation.partonomy import evaluate
@@ -19,7 +19,7 @@ from plum_partonomy.training.model import SEG_TOKEN, add_lora, check_span_source
 from plum_partonomy.training.options import ModelArguments
 from plum_partonomy.training.run import main as train
 from processing_plum import PlumProcessor
-from segmentation_plum import upscale_masks
+from segmenters_plum import upscale_masks
 from tests.evaluation.test_evaluate_plum import arguments, question_set  # noqa: F401
 from tests.runs import base_options
 from tests.tiny import conversation, random_image, random_mask, tiny_config, tiny_model, tiny_processor

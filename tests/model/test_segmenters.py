@@ -16,7 +16,7 @@ from configuration_plum import SEGMENTER_TYPES, PlumConfig, as_segmenter_config
 from modeling_plum import PlumForConditionalGeneration
 from plum_partonomy.inference.embedding_cache import EmbeddingCache
 from processing_plum import PlumProcessor
-from segmentation_plum import SEGMENTERS
+from segmenters_plum import SEGMENTERS
 from tests import tiny_segmenters
 from tests.tiny import conversation, mixed_conversations, random_image, random_mask
 from tests.tiny_backbones import llava_clip

@@ -17,7 +17,7 @@ from plum_partonomy.training.model import compose_backbones, freeze, load_proces
 from plum_partonomy.training.options import parse_arguments
 from plum_partonomy.training.run import main as train
 from scripts.count_parameters import count_parameters, format_table
-from segmentation_plum import PROMPT_DRAWS
+from supervision_plum import PROMPT_DRAWS
 from tests.tiny import mixed_conversations, tiny_model, tiny_processor
 from tests.tiny_backbones import llava_clip, qwen3_vl, tiny_sam
 
