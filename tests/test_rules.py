@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers.dynamic_module_utils import get_relative_import_files
 
 from scripts.copy_code import CHECKPOINT_CODE
 
@@ -72,6 +73,11 @@ def test_what_travels_with_a_checkpoint_imports_nothing_of_the_library():
         assert not own & {"plum_partonomy", "partonomy_dataset", "train", "evaluate_plum"}, name
     for name in ("inputs_plum.py", "chats_plum.py"):
         assert "torch" not in {module.split(".")[0] for module in imports(ROOT / name)}
+
+
+def test_transformers_finds_every_file_that_travels_with_a_checkpoint():
+    found = {Path(name).name for name in get_relative_import_files(ROOT / "modeling_plum.py")}
+    assert {*found, "modeling_plum.py"} == set(CHECKPOINT_CODE)
 
 
 def test_arrows_run_one_way():

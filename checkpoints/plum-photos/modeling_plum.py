@@ -45,16 +45,18 @@ from transformers import (
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
+# transformers copies the files that are named in `from .file import name`, not those in `from . import file`.
 try:
     from . import backbones_plum as backbones
     from . import generation_plum as generation
     from . import modules_plum as modules
     from . import segmentation_plum as segmentation
-    from . import supervision_plum as supervision
     from .configuration_plum import PlumConfig, as_segmenter_config
+    from .generation_plum import DEFAULT_MAX_NEW_TOKENS
     from .modules_plum import IGNORE_INDEX
     from .processing_plum import CUSTOM_PIPELINES
     from .segmenters_plum import SEGMENTERS
+    from .supervision_plum import supervise_masks
 except ImportError:
     if __package__:
         raise
@@ -62,11 +64,12 @@ except ImportError:
     import generation_plum as generation
     import modules_plum as modules
     import segmentation_plum as segmentation
-    import supervision_plum as supervision
     from configuration_plum import PlumConfig, as_segmenter_config
+    from generation_plum import DEFAULT_MAX_NEW_TOKENS
     from modules_plum import IGNORE_INDEX
     from processing_plum import CUSTOM_PIPELINES
     from segmenters_plum import SEGMENTERS
+    from supervision_plum import supervise_masks
 
 # Inputs from the processor for given answers.
 GIVEN_ANSWERS = ("labels", "spans", "span_labels", "mask_labels", "hidden_states")
@@ -289,7 +292,7 @@ class PlumForConditionalGeneration(
         """
         if self.generation_config.max_new_tokens is None:
             self.generation_config.max_length = None
-            self.generation_config.max_new_tokens = generation.DEFAULT_MAX_NEW_TOKENS
+            self.generation_config.max_new_tokens = DEFAULT_MAX_NEW_TOKENS
         # transformers records one auto class per model; this one has three.
         auto_map, own = getattr(self.config, "auto_map", None) or {}, f"modeling_plum.{type(self).__name__}"
         self.config.auto_map = {**auto_map, "AutoModelForImageTextToText": own, "AutoModelForMultimodalLM": own}
@@ -352,7 +355,7 @@ class PlumForConditionalGeneration(
         if spans is not None and len(spans):
             sizes = images.sizes_of(spans)
             given = hidden_states, spans, images.sam_embeddings, images.index
-            targets, sampled = supervision.supervise_masks(
+            targets, sampled = supervise_masks(
                 self.config,
                 mask_labels,
                 sizes,
