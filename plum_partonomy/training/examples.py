@@ -191,11 +191,16 @@ class ConversationDataset(torch.utils.data.Dataset):
     """
 
     def __init__(self, records: Dataset, seed: int = 0, **options):
-        self.records, self.seed, self.epoch = undecoded(records), seed, 0
+        self.records, self.seed = undecoded(records), seed
+        self._epoch = torch.zeros((), dtype=torch.long).share_memory_()  # persistent workers keep their data set
         self.make_example = ExampleMaker(**options)
 
+    @property
+    def epoch(self) -> int:
+        return int(self._epoch)
+
     def set_epoch(self, epoch: int):
-        self.epoch = epoch
+        self._epoch.fill_(epoch)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -217,14 +222,11 @@ class FreshConversationDataset(ConversationDataset):
     """
 
     def __init__(self, places: Dataset, makers: Sequence[FreshRecords], seed: int = 0, **options):
-        self.places, self.makers, self.seed, self.epoch = places, makers, seed, 0
-        self.make_example = ExampleMaker(**options)
-
-    def __len__(self) -> int:
-        return len(self.places)
+        super().__init__(places, seed, **options)
+        self.makers = makers
 
     def _read(self, index: int) -> dict:
-        place = self.places[index]
+        place = self.records[index]
         return self.makers[place["part"]](place["row"], self.epoch * len(self) + index)
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from plum_partonomy.masks import DataError, area, decode, encode
 from plum_partonomy.training.examples import Collator, ConversationDataset, stream_examples
@@ -30,6 +31,18 @@ def test_an_example_depends_on_seed_epoch_and_index_alone():
     assert all(first[i] != pixels(0, 1)[i] and first[i] != pixels(1, 0)[i] for i in range(6))
     assert all(len(chosen) == 2 and chosen == sorted(chosen) for _, chosen in first.values())
     assert len({tuple(chosen) for _, chosen in first.values()}) > 1
+
+
+def test_workers_that_live_on_augment_anew_in_every_epoch():
+    examples = ConversationDataset(make_records([record(0, 3)]), crop=0.5)
+    workers = DataLoader(examples, num_workers=1, persistent_workers=True, collate_fn=lambda rows: rows[0]["image"])
+    sizes = set()
+    for epoch in range(3):
+        examples.set_epoch(epoch)
+        (image,) = workers
+        assert np.array_equal(image, examples[0]["image"])
+        sizes.add(image.size)
+    assert len(sizes) > 1
 
 
 def test_a_random_crop_cuts_image_and_masks_alike_and_keeps_half_of_each_mask():
