@@ -26,9 +26,9 @@ from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PreTraine
 from transformers.generation import GenerationMode
 
 from configuration_plum import PlumConfig
+from generation_plum import check_numbers
 from inputs_plum import side_for_sam
 from modeling_plum import PlumForConditionalGeneration
-from modules_plum import check_numbers
 from plum_partonomy.inference.inputs import ModelError
 from plum_partonomy.masks import DataError
 from processing_plum import PlumProcessor
