@@ -15,9 +15,9 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from accelerate import PartialState
 from tqdm import tqdm
 
+from plum_partonomy.evaluation.processes import open_state
 from plum_partonomy.files import write_whole
 from plum_partonomy.inference.one_image import load_model
 from plum_partonomy.inference.packing import encode_conversations
@@ -268,11 +268,9 @@ def evaluate_correction(arguments: Any, **options: Any) -> None:
             f"--task correction needs answers with two or more masks, but no answer of {arguments.name!r}, split "
             f"{arguments.split!r}, has two: pass another --name or --split."
         )
-    state = PartialState(cpu=arguments.device == "cpu")
-    if state.num_processes > 1:
-        raise DataError("--task correction runs in one process: start it with python.")
-    folder, plum = load_model(arguments.model, dtype=arguments.dtype, device=state.device)
-    settings = {"task": "correction", "dataset": arguments.dataset, **place, "dtype": arguments.dtype}
+    folder, plum = load_model(arguments.model, dtype=arguments.dtype, device=open_state(arguments).device)
+    settings = {"task": "correction", "dataset": arguments.dataset, **place}
+    settings |= {name: getattr(arguments, name) for name in ("dtype", "batch_size")}
     told = records.select_columns(["id", "messages", "masks"])
     settings |= {"data_dir": data_folder(arguments.data_dir), "records_fingerprint": fingerprint_rows(told)}
     settings |= {"model_fingerprint": fingerprint_model(folder)}
@@ -295,16 +293,19 @@ def evaluate_correction(arguments: Any, **options: Any) -> None:
 
 
 def _measure_all(plum, records: datasets.Dataset, path: Path, *, batch_size: int) -> list[CorrectedAnswer]:
-    """Return all answers; those of an interrupted run are read from its file."""
+    """
+    Return all answers; those of an interrupted run are read from its file. A batch of which only some are in the file
+    is measured as a whole, so that results do not depend on where a run was interrupted.
+    """
     if path.is_file():
         cut_off_unfinished(path)
     done = read_corrections(path) if path.is_file() else []
-    measured = {answer.row for answer in done}
+    ids, last = {answer.id for answer in done}, max((answer.row for answer in done), default=0)
     batches = [range(start, min(start + batch_size, len(records))) for start in range(0, len(records), batch_size)]
     for batch in tqdm(batches, desc="correcting", unit="batch"):
-        answers = [] if measured.intersection(batch) else answers_of(records, batch)
-        if answers:
-            found = measure_answers(plum.model, plum.processor, answers)
+        answers = answers_of(records, batch) if last < batch.stop else []
+        if any(answer["id"] not in ids for answer in answers):
+            found = [each for each in measure_answers(plum.model, plum.processor, answers) if each.id not in ids]
             with path.open("a", encoding="utf-8") as file:
                 file.writelines([as_line(answer) for answer in found])
             done += found

@@ -19,11 +19,11 @@ from tqdm import tqdm
 import partonomy_dataset
 from plum_partonomy.baselines.model import UnderTest
 from plum_partonomy.evaluation.answers import describe_run, finish, load
+from plum_partonomy.evaluation.processes import open_state
 from plum_partonomy.files import write_whole
 from plum_partonomy.inference.embedding_cache import EmbeddingCache
 from plum_partonomy.inference.one_image import load_model
 from plum_partonomy.inference.predictor import IMAGES_KEPT, Predictor
-from plum_partonomy.masks import DataError
 from plum_partonomy.records import Question
 from plum_partonomy.scoring.benchmark import (
     CONTROL_SEED,
@@ -145,10 +145,7 @@ def evaluate(
 ) -> None:
     """Run the whole evaluation of a model. Raises DataError before anything is written."""
     started = time.perf_counter()
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        raise DataError("--device cuda needs a GPU, found none: use auto or cpu.")
-    # Without this setting and without a GPU, accelerate would start separate processes that do not know of each other.
-    state = PartialState(cpu=arguments.device == "cpu" or not torch.cuda.is_available())
+    state = open_state(arguments)
     with state.main_process_first():
         rows, questions, unusable = load(arguments)
     wrong_images = {}

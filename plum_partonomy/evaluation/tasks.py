@@ -8,14 +8,14 @@ from typing import Any
 
 import datasets
 import numpy as np
-from accelerate import PartialState
 from PIL import Image
 from tqdm import tqdm
 
 import partonomy_dataset
+from plum_partonomy.evaluation.processes import open_state
 from plum_partonomy.files import write_whole
 from plum_partonomy.inference.one_image import Plum, ask, finish, load_model
-from plum_partonomy.masks import DataError, encode
+from plum_partonomy.masks import encode
 from plum_partonomy.scoring.answers import answer_files
 from plum_partonomy.scoring.benchmark import data_folder, fingerprint_rows
 from plum_partonomy.scoring.predictions import check_run
@@ -47,10 +47,7 @@ def answer_task(
     arguments: Any, rows: datasets.Dataset, questions: Sequence[TaskQuestion], *, settings: dict[str, Any]
 ) -> Path:
     """Write a model's answers to a file, one by one, and return it; a run can resume. Completes `settings`."""
-    state = PartialState(cpu=arguments.device == "cpu")
-    if state.num_processes > 1:
-        raise DataError(f"--task {arguments.task} runs in one process: start it with python.")
-    folder, plum = load_model(arguments.model, dtype=arguments.dtype, device=state.device)
+    folder, plum = load_model(arguments.model, dtype=arguments.dtype, device=open_state(arguments).device)
     settings |= {"model_fingerprint": fingerprint_model(folder), "dtype": arguments.dtype}
     settings |= {"max_new_tokens": arguments.max_new_tokens}
     output_dir = Path(arguments.output_dir)

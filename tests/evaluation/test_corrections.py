@@ -187,14 +187,17 @@ def test_a_run_writes_metrics_report_and_answers_and_goes_on_where_it_stopped(fo
     report = (tmp_path / "whole" / "report.html").read_text()
     assert report.count("<figcaption>after one given mask") == report.count("<figcaption>after 3 clicks on each") == 6
     lines = (tmp_path / "whole" / "predictions.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "part").mkdir()
-    (tmp_path / "part" / "run.json").write_text((tmp_path / "whole" / "run.json").read_text())
-    (tmp_path / "part" / "predictions.jsonl").write_text("".join(lines[:2]) + lines[2][:40])
-    evaluate_plum(options(folders, tmp_path / "part"))
-    assert read_corrections(tmp_path / "part" / "predictions.jsonl") == read_corrections(
-        tmp_path / "whole" / "predictions.jsonl"
-    )
-    assert json.loads((tmp_path / "part" / "metrics.json").read_text())["overall"] == metrics["overall"]
+    whole = read_corrections(tmp_path / "whole" / "predictions.jsonl")
+    for count in (2, 3):  # after a batch, and within one
+        part = tmp_path / f"part{count}"
+        part.mkdir()
+        (part / "run.json").write_text((tmp_path / "whole" / "run.json").read_text())
+        (part / "predictions.jsonl").write_text("".join(lines[:count]) + lines[count][:40])
+        evaluate_plum(options(folders, part))
+        assert read_corrections(part / "predictions.jsonl") == whole
+        assert json.loads((part / "metrics.json").read_text())["overall"] == metrics["overall"]
+    with pytest.raises(DataError, match=r"another run, with batch_size 2 \(now 3\): give another folder"):
+        evaluate_plum(options(folders, part, batch_size=3))
 
 
 @pytest.mark.parametrize(

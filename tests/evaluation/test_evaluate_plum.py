@@ -479,9 +479,3 @@ def test_a_folder_without_a_fitting_model_and_processor_is_refused(model_dir, qu
 def test_a_model_that_is_neither_a_folder_nor_on_the_hub_is_refused(question_set, tmp_path):
     with pytest.raises(DataError, match="'no/such-model' is not a local folder"):
         evaluate(arguments("no/such-model", question_set, tmp_path / "run"))
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_a_gpu_that_is_not_there_is_refused(model_dir, question_set, tmp_path):
-    with pytest.raises(DataError, match="needs a GPU, found none"):
-        evaluate(arguments(model_dir, question_set, tmp_path / "run", device="cuda"))
