@@ -41,7 +41,6 @@ RECIPE = {
     "mirror": True,
     "teacher_forcing_probability": 0.5,
     "order_free_targets": True,
-    "bf16": True,
     "seed": 0,
     "max_steps": 300,
     "per_device_train_batch_size": 8,

@@ -258,6 +258,9 @@ def _from_words(value):
 class TrainingOptions(Options, HfArgumentParser):
     """Parser of the options of a training run."""
 
+    def choices_of(self, name: str) -> list[str]:
+        return self._option_string_actions[f"--{name}"].choices or []
+
 
 def option_names() -> list[str]:
     """Return the names of all options of a training run."""
@@ -291,6 +294,8 @@ def _expand_recipe(parser: TrainingOptions, argv: list[str]) -> list[str]:
         for name, value in content.items():
             if value is None:
                 parser.error(f"recipe {recipe} gives option {name!r} no value; remove it to use its default")
+            if value is False and "no" in parser.choices_of(name):
+                value = "no"  # which yaml reads as false, as in eval_strategy: no
             options += [f"--{name}", *_as_words(value)]
     return options + argv
 

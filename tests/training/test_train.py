@@ -51,6 +51,11 @@ def test_a_model_config_is_a_mapping_in_the_recipe_and_json_on_the_command_line(
     }
 
 
+def test_no_in_yaml_is_the_choice_of_that_name(tmp_path):
+    training = parse(tmp_path, "model: m\neval_strategy: no\nsave_strategy: no\nbf16: no\n")[2]
+    assert (training.eval_strategy, training.save_strategy, training.bf16) == ("no", "no", False)
+
+
 def test_whole_numbers_may_stand_for_floats(tmp_path):
     sam = {"vision_config": {"mlp_ratio": 4, "layer_norm_eps": 1}}
     vlm = {"model_type": "llava", "text_config": {"model_type": "qwen2", "rms_norm_eps": 1, "num_hidden_layers": 2}}
