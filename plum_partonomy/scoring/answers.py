@@ -39,6 +39,15 @@ __all__ = [
 
 FIELDS = ("id", "choice", "choice_scores", "object_choice", "object_choice_scores", "masks")
 MASK_FIELDS = ("part", "rle", "confidence")
+SCORED = ("choice_scores", "object_choice_scores", "given_spans", "generated_spans", "generated_parts", "true_tags")
+"""Fields of a prediction that metrics are computed from."""
+WORDS = {
+    "choice_scores": "'choice' or 'choice_scores'",
+    "object_choice_scores": "'object_choice' or 'object_choice_scores'",
+    "given_spans": "'masks'",
+    "generated_spans": "'masks'",
+}
+"""Field of a prediction -> its fields in an answers file."""
 
 
 def read_answers(
@@ -60,7 +69,7 @@ def read_answers(
         format: The format above, or that of the authors' scripts.
 
     Raises:
-        DataError: The file does not exist, or the format does not contain the requested masks.
+        DataError: The file does not exist, has nothing to score, or does not contain the requested masks.
     """
     if format == "official" and mask_source != "gt_answer":
         raise DataError(
@@ -72,7 +81,13 @@ def read_answers(
     else:
         reader = LineReader(path, questions, mask_source=mask_source)
     predictions, problems, place_of = collect_answers(reader, questions, path=path)
-    return predictions, problems + _differing(predictions, {question.id: question for question in questions}, place_of)
+    scored = {field for field in SCORED for prediction in predictions if getattr(prediction, field) is not None}
+    if predictions and not scored:
+        raise DataError(f"{path}: expected 'choice', 'choice_scores' or 'masks' on every line, found none of them.")
+    if predictions and mask_source == "generated" and "generated_spans" not in scored:
+        raise DataError(f"{path}: --mask_source generated needs the masks of a generated answer, found none.")
+    words = {} if getattr(reader, "own", False) else WORDS
+    return predictions, problems + _differing(predictions, {q.id: q for q in questions}, place_of, words)
 
 
 def collect_answers(
@@ -265,23 +280,19 @@ def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
-def _differing(predictions: Sequence[Prediction], by_id: dict[str, Question], place_of: dict[str, str]) -> list[str]:
+def _differing(
+    predictions: Sequence[Prediction], by_id: dict[str, Question], place_of: dict[str, str], words: dict[str, str]
+) -> list[str]:
     """Return a sentence for each field that some lines lack, because a mean over the other lines would be biased."""
-    with_object = [p for p in predictions if by_id[p.question_id].object_question is not None]
-    groups = {
-        "'choice' or 'choice_scores'": ([p.choice_scores is not None for p in predictions], predictions),
-        "'object_choice' or 'object_choice_scores'": (
-            [p.object_choice_scores is not None for p in with_object],
-            with_object,
-        ),
-        "'masks'": (
-            [p.given_spans is not None or p.generated_spans is not None for p in predictions],
-            predictions,
-        ),
-    }
-    return [
-        f"{place_of[asked[given.index(False)].question_id]}: {field} is missing, though {sum(given)} of {len(given)} "
-        "lines have it; give it on every line or on none."
-        for field, (given, asked) in groups.items()
-        if any(given) and not all(given)
-    ]
+    problems = []
+    for field in SCORED:
+        applies = predictions
+        if field == "object_choice_scores":
+            applies = [p for p in predictions if by_id[p.question_id].object_question is not None]
+        given = [getattr(prediction, field) is not None for prediction in applies]
+        if any(given) and not all(given):
+            problems.append(
+                f"{place_of[applies[given.index(False)].question_id]}: {words.get(field, repr(field))} is missing, "
+                f"though {sum(given)} of {len(given)} lines have it; give it on every line or on none."
+            )
+    return problems

@@ -86,6 +86,11 @@ class Prediction:
             scores = getattr(self, name)
             if scores is not None and (not scores or not all(math.isfinite(score) for score in scores)):
                 raise DataError(f"Question {self.question_id!r}: {name} must be finite numbers, found {scores}.")
+        if (self.true_tags is None) != (self.predicted_tags is None):
+            raise DataError(
+                f"Question {self.question_id!r}: expected both true_tags and predicted_tags, found one; give both or "
+                "null for both."
+            )
 
     @property
     def named_parts(self) -> list[str] | None:
@@ -220,9 +225,11 @@ def check_run(folder: Path, settings: dict[str, Any]) -> None:
             raise DataError(f"{folder} contains predictions but no run.json: give another folder.")
         return
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{path} is not valid JSON ({error}): give another folder.") from error
+        found = parse_json(path.read_bytes(), where=str(path))
+    except DataError as error:
+        raise DataError(f"{error}; give another folder.") from error
+    if not isinstance(found, dict):
+        raise DataError(f"{path}: expected the settings of a run, found {found!r:.80}; give another folder.")
     differing = [name for name in {**found, **settings} if found.get(name) != settings.get(name)]
     if differing:
         listed = ", ".join(f"{name} {found.get(name)!r} (now {settings.get(name)!r})" for name in differing)

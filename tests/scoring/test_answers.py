@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -130,6 +131,30 @@ def test_a_line_that_cannot_be_used_is_named_and_refuses_the_file(tmp_path, line
     predictions, problems = read_answers(path, QUESTIONS)
     with pytest.raises(DataError, match=message):
         leave_out(QUESTIONS, predictions, problems, report_to=None)
+
+
+@pytest.mark.parametrize(
+    ("fields", "mask_source", "message"),
+    [
+        ({"choice_scores": None, "masks": None}, "gt_answer", "a.jsonl: expected 'choice', .* found none of them"),
+        ({"masks": None}, "generated", "a.jsonl: --mask_source generated needs the masks of a generated answer"),
+    ],
+)
+def test_a_file_with_nothing_to_score_is_refused(tmp_path, fields, mask_source, message):
+    path = write(tmp_path / "a.jsonl", [answer(number, **fields) for number in range(3)])
+    with pytest.raises(DataError, match=message):
+        read_answers(path, QUESTIONS, mask_source=mask_source)
+
+
+@pytest.mark.parametrize("field", ["given_spans", "generated_spans", "generated_parts", "true_tags"])
+def test_a_field_that_some_predictions_of_evaluate_plum_lack_is_named(tmp_path, field):
+    truth = answer_without_model("ground_truth", QUESTIONS)
+    extra = {"generated_parts": ["hull"], "true_tags": [(0, 1)], "predicted_tags": [(0, 1)]}
+    whole = [replace(prediction, generated_spans=prediction.given_spans, **extra) for prediction in truth]
+    without = {"true_tags": None, "predicted_tags": None} if field == "true_tags" else {field: None}
+    append_predictions(tmp_path / "p.jsonl", [whole[0], replace(whole[1], **without), whole[2]])
+    _, (problem,) = read_answers(tmp_path / "p.jsonl", QUESTIONS)
+    assert f"line 2: {field!r} is missing, though 2 of 3 lines have it" in problem
 
 
 def test_a_choice_may_be_named_by_its_text(tmp_path):

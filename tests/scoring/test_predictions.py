@@ -88,6 +88,7 @@ def changed(**fields):
             r"field 'given_spans\[0\]', field 'score': expected a finite number, found '0.5'",
         ),
         (lambda record: json.dumps({**record, "choice_scores": []}), "'q1': choice_scores must be finite"),
+        (changed(predicted_tags=None), "'q1': expected both true_tags and predicted_tags, found one"),
         (
             lambda record: json.dumps(record).replace('"size": [4, 5]', '"size": [4, 6]', 1),
             r"field 'given_spans\[0\]', field 'rle': the counts decode to 20 pixels",
@@ -126,6 +127,13 @@ def test_a_folder_is_accepted_by_the_run_it_belongs_to_and_refused_to_any_other(
     check_run(tmp_path, {"split": "test", "limit": None})
     with pytest.raises(DataError, match=r"contains another run, with split 'test' \(now 'train'\)"):
         check_run(tmp_path, {"split": "train", "limit": None})
+
+
+@pytest.mark.parametrize("content", [b"[]", b"3", b"", b'{"split": ', b"\xff\xfe\x00", b"[" * 100_000])
+def test_a_run_whose_settings_cannot_be_read_is_refused(tmp_path, content):
+    (tmp_path / "run.json").write_bytes(content)
+    with pytest.raises(DataError, match=r"run.json: expected .*; give another folder\.$"):
+        check_run(tmp_path, {"split": "test"})
 
 
 def test_predictions_of_an_unknown_run_are_refused(tmp_path):
