@@ -146,8 +146,8 @@ class Question:
         return re.sub(rf"(?<=.)[#-]{re.escape(self.image_label)}$", "", self.image_id)
 
     def validate(self, *, where: str) -> None:
-        """Raise DataError that names the field, unless the choices differ and the correct one has masks for all its
-        parts.
+        """Raise DataError that names the field, unless the choices differ, each part has one mask, and the correct
+        choice has masks for all its parts.
         """
         if self.question_type not in QUESTION_TYPES:
             known = ", ".join(QUESTION_TYPES)
@@ -163,7 +163,11 @@ class Question:
         empty = [index for index, parts in enumerate(part_sets) if not parts]
         if empty:
             raise DataError(f"{where}, field 'choice_parts': choice {empty[0]} names no part")
-        unmasked = sorted(part_sets[self.correct] - {mask.label for mask in self.masks})
+        labels = [mask.label for mask in self.masks]
+        if len(set(labels)) != len(labels):
+            repeated = next(label for label in labels if labels.count(label) > 1)
+            raise DataError(f"{where}, field 'masks': two masks are named {repeated!r}; merge them into one")
+        unmasked = sorted(part_sets[self.correct] - set(labels))
         if unmasked:
             raise DataError(f"{where}, field 'masks': the correct answer names {unmasked}, which have no mask")
         self._validate_object_fields(where=where)

@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,12 @@ import datasets
 from PIL import Image
 
 from plum_partonomy import images
+from plum_partonomy.features import QUESTION_FEATURES
 from plum_partonomy.loading import load_split
-from plum_partonomy.masks import DataError
+from plum_partonomy.masks import DataError, validate_rle
 from plum_partonomy.records import PartMask, Question, as_row
 from plum_partonomy.seeding import seeded_generator
+from plum_partonomy.sources.untrusted import typed
 
 __all__ = [
     "CONTROL_SEED",
@@ -29,9 +31,12 @@ __all__ = [
     "make_batches",
     "pick_wrong_images",
     "read_image",
+    "read_masks",
+    "select_fields",
 ]
 
 CONTROL_SEED = 0
+REQUIRED = [item.name for item in fields(Question) if item.default is MISSING and item.name != "image"]
 
 
 @dataclass(frozen=True)
@@ -62,16 +67,20 @@ def load_questions(
         DataError: The data set, configuration or split does not exist, is empty or contains no questions, or a record
             is not valid.
     """
-    asked = _describe(dataset, name, split)
+    asked = f"data set {dataset!r}, name {name!r}, split {split!r}"
     rows = load_rows(dataset, name=name, split=split, limit=limit, **options)
-    columns = [item.name for item in fields(Question)]
-    missing = sorted(set(columns) - set(rows.column_names))
+    missing = sorted(QUESTION_FEATURES.keys() - set(rows.column_names))
     if missing:
         raise DataError(f"The {asked} has no questions, its records lack {missing}: give another name.")
-    questions, ids = [], set()
-    for index, record in enumerate(rows.select_columns(columns).remove_columns("image")):
+    features = {name: feature for name, feature in QUESTION_FEATURES.items() if name != "image"}
+    questions, ids, valid = [], set(), set()
+    for index, record in enumerate(select_fields(rows, features, where=f"The {asked}")):
         where = f"{asked}, record {index}"
-        question = Question(image=None, **{**record, "masks": [PartMask(**mask) for mask in record["masks"]]})
+        for name in REQUIRED:
+            if record[name] is None:
+                raise DataError(f"{where}, field {name!r}: expected a value, found null")
+        masks = read_masks(record["masks"], where=where, valid=valid)
+        question = Question(image=None, **{**record, "masks": masks})
         question.validate(where=where)
         if question.id in ids:
             raise DataError(f"{where}, field 'id': {question.id!r} occurs more than once")
@@ -90,8 +99,45 @@ def load_rows(dataset: str, *, name: str, split: str, limit: int | None = None, 
     return images.undecoded(rows)
 
 
-def _describe(dataset: str, name: str, split: str) -> str:
-    return f"data set {dataset!r}, name {name!r}, split {split!r}"
+def select_fields(rows: datasets.Dataset, features: dict[str, Any], *, where: str) -> datasets.Dataset:
+    """Return these fields of the records, with these types.
+
+    Raises:
+        DataError: Starting with `where`, if a field has another type that cannot be converted.
+    """
+    rows, wanted = rows.select_columns(list(features)), datasets.Features(features)
+    differing = [name for name in features if rows.features[name] != wanted[name]]
+    if not differing:
+        return rows
+    try:
+        return rows.cast(wanted)
+    except (TypeError, ValueError, NotImplementedError) as error:  # those of datasets and of pyarrow
+        listed = "; ".join(f"{name!r} is {rows.features[name]}, expected {wanted[name]}" for name in differing)
+        raise DataError(f"{where} has fields of other types than its task needs: {listed}.") from error
+
+
+def read_masks(masks: list[dict] | None, *, where: str, valid: set[str]) -> list[PartMask]:
+    """Return the masks of a record.
+
+    Args:
+        masks: {"label", "rle"} each.
+        valid: The RLEs that were found valid before, to which those of the record are added; the questions about one
+            image have the same.
+
+    Raises:
+        DataError: Starting with `where`, if a mask has no name or no valid RLE, or their sizes differ.
+    """
+    found: list[PartMask] = []
+    for number, mask in enumerate(masks or ()):
+        place = f"{where}, field 'masks[{number}]'"
+        label, rle = typed(mask, "label", str, where=place), typed(mask, "rle", dict, where=place)
+        if repr(rle) not in valid:
+            validate_rle(rle, where=place)
+            valid.add(repr(rle))
+        if found and found[0].rle["size"] != rle["size"]:
+            raise DataError(f"{place}: has size {rle['size']}, but the first mask {found[0].rle['size']}")
+        found.append(PartMask(label, rle))
+    return found
 
 
 def load_image(rows: datasets.Dataset, index: int, question: Question) -> Image.Image:

@@ -123,7 +123,7 @@ def score(
     mask_source: MaskSource,
     training_curves: Path | None = None,
 ) -> dict[str, Any]:
-    """Write metrics.json and report.html from questions and predictions; return the metrics.
+    """Write report.html and metrics.json from questions and predictions; return the metrics.
 
     Args:
         rows: The data set, whose records contain the images of the questions.
@@ -135,7 +135,6 @@ def score(
     """
     metrics = evaluate_predictions(questions, predictions, mask_source=mask_source, intervals=True)
     metrics |= {"by_part": iou_per_part(questions, predictions, mask_source=mask_source), "run": run}
-    write_whole(output_dir / "metrics.json", [json.dumps(metrics, indent=2, allow_nan=False), "\n"])
     row_of_question = {name: index for index, name in enumerate(rows["id"])}
     write_report(
         output_dir / "report.html",
@@ -145,6 +144,8 @@ def score(
         load_image=lambda question: load_image(rows, row_of_question[question.id], question),
         training_curves=training_curves if training_curves is not None and training_curves.is_file() else None,
     )
+    # last, because the report raises an error for an image of another size than its masks
+    write_whole(output_dir / "metrics.json", [json.dumps(metrics, indent=2, allow_nan=False), "\n"])
     return metrics
 
 

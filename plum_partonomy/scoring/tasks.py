@@ -20,11 +20,12 @@ from typing import Any
 import datasets
 from PIL import Image
 
+from plum_partonomy.features import GROUNDED_CONVERSATION_FEATURES
 from plum_partonomy.files import write_whole
 from plum_partonomy.masks import DataError
-from plum_partonomy.records import PartMask, tagged_phrases
+from plum_partonomy.records import PartMask, check_turns, tagged_phrases
 from plum_partonomy.scoring.answers import LineReader, check_fields, collect_answers, read_span
-from plum_partonomy.scoring.benchmark import load_rows, read_image
+from plum_partonomy.scoring.benchmark import load_rows, read_image, read_masks, select_fields
 from plum_partonomy.scoring.bootstrap import Tally
 from plum_partonomy.scoring.overlays import panel, pick_colours
 from plum_partonomy.scoring.pages import pick_evenly, render_page
@@ -43,6 +44,11 @@ __all__ = [
 ]
 
 FIELDS = ("id", "answer", "masks")
+CONVERSATION_FEATURES = {
+    name: GROUNDED_CONVERSATION_FEATURES[name] for name in ("id", "image_id", "messages", "masks")
+}
+TEXT = datasets.Value("string")
+TEXT_FEATURES = {"id": TEXT, "question": TEXT, "answers": datasets.List(TEXT)}
 COUNTS = ("n", "photographs")
 
 
@@ -80,16 +86,20 @@ def load_task_questions(
         DataError: The split cannot be loaded, its records are not of the task's kind, or an id repeats.
     """
     rows = load_rows(dataset, name=name, split=split, limit=limit, **options)
-    columns = ("id", "image_id", "messages", "masks") if task in MASK_TASKS else ("id", "question", "answers")
-    missing = sorted(set(columns) - set(rows.column_names))
+    features = CONVERSATION_FEATURES if task in MASK_TASKS else TEXT_FEATURES
+    missing = sorted(features.keys() - set(rows.column_names))
     if missing:
-        raise DataError(f"Records of the task {task!r} have {list(columns)}; those of {dataset!r} lack {missing}.")
-    read = _turns if task in MASK_TASKS else _words
-    questions, ids = [], set()
-    for row, record in enumerate(rows.select_columns(list(columns))):
-        for question in read(record, row):
+        raise DataError(f"Records of the task {task!r} have {list(features)}; those of {dataset!r} lack {missing}.")
+    questions, ids, valid = [], set(), set()
+    for row, record in enumerate(select_fields(rows, features, where=f"The data set {dataset!r}")):
+        where = f"data set {dataset!r}, record {row}"
+        if task in MASK_TASKS:
+            found = _turns(record, row, read_masks(record["masks"], where=where, valid=valid), where=where)
+        else:
+            found = [_text_question(record, row, where=where)]
+        for question in found:
             if question.id in ids:
-                raise DataError(f"data set {dataset!r}, record {row}, field 'id': {question.id!r} occurs before.")
+                raise DataError(f"{where}, field 'id': {question.id!r} occurs before.")
             ids.add(question.id)
             questions.append(question)
     if task == "semantic_parts":
@@ -101,26 +111,27 @@ def load_task_questions(
     return rows, questions
 
 
-def _turns(record: dict[str, Any], row: int) -> list[TaskQuestion]:
+def _turns(record: dict[str, Any], row: int, masks: list[PartMask], *, where: str) -> list[TaskQuestion]:
+    check_turns(record["messages"] or [], len(masks), where=where)
     turns = list(zip(record["messages"][::2], record["messages"][1::2], strict=True))
-    masks = iter(PartMask(**mask) for mask in record["masks"])
+    rest = iter(masks)
     return [
         TaskQuestion(
             id=record["id"] if len(turns) == 1 else f"{record['id']}/{number}",
             image_id=record["image_id"],
             row=row,
             text=user["content"],
-            masks=[next(masks) for _ in tagged_phrases(assistant["content"], where=f"record {record['id']!r}")],
+            masks=[next(rest) for _ in tagged_phrases(assistant["content"], where=where)],
         )
         for number, (user, assistant) in enumerate(turns)
     ]
 
 
-def _words(record: dict[str, Any], row: int) -> list[TaskQuestion]:
+def _text_question(record: dict[str, Any], row: int, *, where: str) -> TaskQuestion:
     if not record["answers"]:
-        raise DataError(f"record {record['id']!r}, field 'answers': expected at least one answer, found none.")
+        raise DataError(f"{where}, field 'answers': expected at least one answer, found none.")
     fields = {"text": record["question"], "answers": record["answers"], "image_id": record["id"]}
-    return [TaskQuestion(id=record["id"], row=row, **fields)]
+    return TaskQuestion(id=record["id"], row=row, **fields)
 
 
 def load_task_image(rows: datasets.Dataset, question: TaskQuestion) -> Image.Image:
@@ -213,7 +224,6 @@ def score_task(
         "intervals": {"overall": intervals},
         "run": run,
     }
-    write_whole(output_dir / "metrics.json", [json.dumps(metrics, indent=2, allow_nan=False), "\n"])
     order = sorted(range(len(pairs)), key=lambda index: (-_shown_score(tallies[index]), questions[index].id))
     shown = pick_evenly(order)
     page = render_page(
@@ -233,6 +243,7 @@ def score_task(
         ],
     )
     write_whole(output_dir / "report.html", [page])
+    write_whole(output_dir / "metrics.json", [json.dumps(metrics, indent=2, allow_nan=False), "\n"])
     return metrics
 
 

@@ -174,6 +174,16 @@ def test_a_question_that_means_parts_of_several_names_is_no_semantic_part(conver
         load_task_questions("semantic_parts", str(tmp_path / "several"), name="default", split="test")
 
 
+def test_a_record_whose_masks_do_not_fit_its_answers_is_named(conversations, tmp_path):
+    rows = datasets.load_dataset(conversations, split="test").to_list()
+    rows[1]["masks"].pop()
+    folder = tmp_path / "lacking"
+    folder.mkdir()
+    datasets.Dataset.from_list(rows, features=GROUNDED_CONVERSATION_FEATURES).to_parquet(folder / "test.parquet")
+    with pytest.raises(DataError, match="lacking', record 1, field 'masks': 2 span tags, but 1 masks"):
+        load_task_questions("referring", str(folder), name="default", split="test")
+
+
 def test_records_of_another_kind_are_refused(conversations, tmp_path):
     with pytest.raises(
         DataError, match=r"task 'gqa' have \['id', 'question', 'answers'\]; .*lack \['answers', 'question'\]"

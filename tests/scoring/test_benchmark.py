@@ -8,7 +8,16 @@ from PIL import Image
 from plum_partonomy.features import QUESTION_FEATURES
 from plum_partonomy.masks import DataError, encode
 from plum_partonomy.records import PartMask, Question, as_row
-from plum_partonomy.scoring.benchmark import fingerprint, load_image, load_questions, make_batches, pick_wrong_images
+from plum_partonomy.scoring.baselines import answer_without_model
+from plum_partonomy.scoring.benchmark import (
+    fingerprint,
+    load_image,
+    load_questions,
+    make_batches,
+    pick_wrong_images,
+    read_masks,
+)
+from plum_partonomy.scoring.results import score
 
 
 def make_question(number, *, image_number=0, size=(6, 8), **changes):
@@ -25,6 +34,9 @@ def make_question(number, *, image_number=0, size=(6, 8), **changes):
         "masks": [PartMask("hull", encode(np.ones(size, bool)))],
     }
     return Question(**(fields | changes))
+
+
+HULL = PartMask("hull", encode(np.ones((6, 8), bool)))
 
 
 def save(questions, folder, split="test"):
@@ -74,11 +86,51 @@ def test_records_that_are_no_questions_are_an_error_that_lists_what_they_lack(tm
         ({"correct": 2}, "record 1, field 'correct'"),
         ({"choice_parts": [["keel"], ["mast"]]}, "record 1, field 'masks'.*keel"),
         ({"id": "q0"}, "record 1, field 'id': 'q0' occurs more than once"),
+        ({"choices": None}, "record 1, field 'choices': expected a value, found null"),
     ],
 )
 def test_an_invalid_record_is_named_by_its_index_and_field(tmp_path, changes, message):
     folder = save([make_question(0), make_question(1, **changes)], tmp_path)
     with pytest.raises(DataError, match=message):
+        load_questions(folder, name="default", split="test")
+
+
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        (
+            {"label": "mast", "rle": {"size": [8, 6], "counts": "`1"}},
+            r"has size \[8, 6\], but the first mask \[6, 8\]",
+        ),
+        ({"label": "mast", "rle": {"size": [6, 8], "counts": "Pm2"}}, "the counts decode to more than 48 pixels"),
+        ({"label": "mast", "rle": None}, "field 'rle': expected dict, found None"),
+        ({"label": None, "rle": HULL.rle}, "field 'label': expected str, found None"),
+        (None, "field 'label' is missing"),
+    ],
+)
+def test_a_damaged_mask_of_a_record_is_named_before_it_is_compared(second, message):
+    hull = {"label": "hull", "rle": HULL.rle}
+    assert (
+        read_masks([hull], where="record 1", valid=set()) == [HULL] and read_masks(None, where="", valid=set()) == []
+    )
+    with pytest.raises(DataError, match=rf"record 1, field 'masks\[1\]'.* {message}"):
+        read_masks([hull, second], where="record 1", valid=set())
+
+
+def test_two_masks_of_one_part_are_an_error():
+    with pytest.raises(DataError, match="record 1, field 'masks': two masks are named 'hull'; merge them into one"):
+        make_question(1, masks=[HULL, HULL]).validate(where="record 1")
+
+
+def test_fields_of_other_types_are_converted_or_named(tmp_path):
+    folder = save([make_question(0)], tmp_path)
+    rows = datasets.load_dataset(folder, split="test")
+    rows.cast_column("correct", datasets.Value("int64")).to_parquet(tmp_path / "test.parquet")
+    assert load_questions(folder, name="default", split="test")[1][0].correct == 0
+    rows.remove_columns("choices").add_column("choices", ["hull, mast"]).to_parquet(tmp_path / "test.parquet")
+    with pytest.raises(
+        DataError, match=r"other types than its task needs: 'choices' is Value\('string'\), expected L"
+    ):
         load_questions(folder, name="default", split="test")
 
 
@@ -89,6 +141,10 @@ def test_an_image_that_is_damaged_or_not_of_its_masks_size_is_named(tmp_path):
         load_image(rows, 0, loaded[0])
     with pytest.raises(DataError, match="'q1', image 'i0': not a readable image"):
         load_image(rows, 1, loaded[1])
+    options = {"output_dir": tmp_path, "run": {}, "mask_source": "gt_answer"}
+    with pytest.raises(DataError, match="'q0': its image has"):
+        score(rows, loaded[:1], answer_without_model("ground_truth", loaded[:1]), **options)
+    assert not (tmp_path / "metrics.json").exists()
 
 
 def test_the_fingerprint_changes_with_content_and_order_and_not_with_how_an_image_is_held():
