@@ -240,15 +240,25 @@ def supervise_masks(
     `(S, 4)` sizes of each span's image, each None if not needed.
 
     Raises:
-        ValueError: True masks or sizes are missing, or a mask has no group.
+        ValueError: Inputs are missing, or not one for each span or mask.
     """
-    if span_groups is None and teacher_forced is None and prompt_rounds is None:
+    of_spans = {"span_groups": span_groups, "teacher_forced": teacher_forced}
+    of_spans |= {"prompt_rounds": prompt_rounds, "prompt_draws": prompt_draws}
+    of_spans = {name: values for name, values in of_spans.items() if values is not None}
+    if not of_spans:
         return None, None
     if not mask_labels or sizes is None:
         raise ValueError(
-            "teacher_forced, span_groups, mask_groups and prompt_rounds need the true masks: pass mask_labels, "
-            "original_sizes and reshaped_input_sizes as well."
+            f"{', '.join(of_spans)} need the true masks: pass mask_labels, original_sizes and reshaped_input_sizes "
+            "as well."
         )
+    if (span_groups is None) != (mask_groups is None) or (prompt_rounds is None) != (prompt_draws is None):
+        raise ValueError(
+            f"Found {', '.join(of_spans)}; pass span_groups with mask_groups, and prompt_rounds with prompt_draws."
+        )
+    for name, values in of_spans.items():
+        if len(values) != len(sizes):
+            raise ValueError(f"Found {len(values)} {name} for {len(sizes)} spans; give one each.")
     if span_groups is None:
         span_groups = mask_groups = torch.arange(len(sizes), device=sizes.device)
     if len(mask_groups) != len(mask_labels):

@@ -5,6 +5,8 @@ each with its image, and masks span by span.
     python perf/evaluation.py
 """
 
+from itertools import chain
+
 import torch
 from choices import segment_span_by_span
 from measure import compare
@@ -66,7 +68,8 @@ def main() -> list[dict]:
     wrong = pick_wrong_images(questions)
     shown = [(each, each.image_id) for each in questions] + [(each, wrong[each.image_id]) for each in questions]
     asked = [Asked(question, images[image_id], image_id) for question, image_id in shown]
-    batches = [batch + [index + len(questions) for index in batch] for batch in make_batches(questions, BATCH)]
+    groups = make_batches(questions, BATCH)
+    batches = [batch + [index + len(questions) for index in batch] for batch in chain.from_iterable(groups)]
 
     def one_by_one(count):
         one = OneByOne(model, processor)

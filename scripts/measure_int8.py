@@ -12,6 +12,7 @@ import copy
 import time
 import warnings
 from collections.abc import Sequence
+from itertools import chain
 
 import torch
 from PIL import Image
@@ -49,7 +50,7 @@ def measure(plum: Plum, questions: Sequence[Question], images: dict[str, Image.I
     )
     started = time.perf_counter()
     predictions = []
-    for batch in make_batches(questions, BATCH_SIZE):
+    for batch in chain.from_iterable(make_batches(questions, BATCH_SIZE)):
         asked = [questions[index] for index in batch]
         predictions += predictor.predict([Asked(each, images[each.image_id], each.image_id) for each in asked])
     seconds = (time.perf_counter() - started) / len(questions)

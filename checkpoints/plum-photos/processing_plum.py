@@ -426,6 +426,8 @@ class PlumProcessor(ProcessorMixin):
         names = ["attention_mask", *next(filter(None, image_tokens), {"input_ids": []})]
         rows = {name: [] for name in [*names, "offset_mapping"]}
         for ids, offsets, image in zip(encoded["input_ids"], encoded["offset_mapping"], image_tokens, strict=True):
+            if not ids:
+                raise ValueError(f"Text {len(rows['input_ids'])} has no tokens; give a prompt with words.")
             row = {name: [0] * len(ids) for name in names} | {"input_ids": ids, "offset_mapping": offsets}
             if image is not None:
                 at = ids.index(self.image_token_id)

@@ -156,7 +156,7 @@ class PlumImages:
 
     def sizes_of(self, spans: torch.LongTensor) -> torch.LongTensor | None:
         """Return `(S, 4)`: original and reshaped size of the image of each span `[row, start, end)`, if known."""
-        if self.original_sizes is None:
+        if self.original_sizes is None or self.reshaped_sizes is None:
             return None
         return torch.cat([self.original_sizes, self.reshaped_sizes], dim=1)[self.index[spans[:, 0]]]
 

@@ -367,6 +367,8 @@ class PlumForConditionalGeneration(
             )
             pred_masks, iou_scores = self.decode_masks(*given, targets=targets, sampled=sampled)
 
+        if mask_labels and sizes is None:
+            raise ValueError("mask_labels need spans, original_sizes and reshaped_input_sizes; pass them as well.")
         config, losses = self.config, {}
         counts = loss_counts or modules.count_loss_items(
             config, labels, span_labels, spans, mask_labels, prompt_rounds

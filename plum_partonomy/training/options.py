@@ -11,6 +11,7 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from configuration_plum import PlumConfig
+from inputs_plum import check_number
 from plum_partonomy.command_line import Options, as_options, nearest
 from plum_partonomy.inference.checkpoint import with_floats
 from plum_partonomy.masks import DataError
@@ -84,6 +85,10 @@ class ModelArguments:
     )
 
     def __post_init__(self):
+        for name, least in (("tokenizer_vocab_size", 1), ("lora_r", 0), ("lora_alpha", 1)):
+            check_number(getattr(self, name), name=name, least=least, whole=True)
+        if not 0 <= self.lora_dropout < 1:
+            raise DataError(f"lora_dropout must be at least 0 and below 1, found {self.lora_dropout}.")
         if self.model_config is not None:
             self.model_config = with_floats(_parse_mapping(self.model_config, "model_config"), PlumConfig())
         if self.vlm_image_options is not None:
@@ -173,6 +178,10 @@ class DataArguments:
     sources: list[Source] = field(init=False)
 
     def __post_init__(self):
+        for name, least in (("turns_per_record", 0), ("max_spans", 1), ("max_length", 1)):
+            if getattr(self, name) is not None:
+                check_number(getattr(self, name), name=name, least=least, whole=True)
+        check_number(self.color_jitter, name="color_jitter", least=0)
         if not 0 <= self.random_crop < 1:
             raise DataError(f"random_crop must be at least 0 and below 1, found {self.random_crop}.")
         if not 0 <= self.random_affine <= 0.5:
@@ -212,6 +221,8 @@ class PlumTrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.muon_learning_rate is not None:
+            check_number(self.muon_learning_rate, name="muon_learning_rate", least=0)
         # Each process reads its own part of a stream, because lists of masks cannot be split and sent.
         self.accelerator_config.dispatch_batches = False
 

@@ -1,12 +1,17 @@
 """Smaller and exported models."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from plum_partonomy.inference.one_image import Plum, segment_words
-from scripts.measure_int8 import quantise, weigh
+from plum_partonomy.inference.one_image import Plum, load_model, segment_words
+from plum_partonomy.scoring.benchmark import load_image, load_questions
+from scripts.measure_int8 import measure, quantise, weigh
 from tests.tiny import random_image, tiny_model, tiny_processor
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("shared_vision", [True, False])
@@ -38,6 +43,14 @@ def test_int8_weights_are_those_of_the_language_model_and_if_asked_of_the_encode
     )
     assert not torch.equal(found, expected)
     assert torch.allclose(found, expected, atol=0.1 * expected.abs().max().item())
+
+
+def test_the_effect_of_int8_is_measured_with_the_metrics_of_an_evaluation():
+    rows, questions = load_questions(str(ROOT / "partonomy"), name="mini_questions", split="test", limit=3)
+    images = {question.image_id: load_image(rows, index, question) for index, question in enumerate(questions)}
+    _, plum = load_model(ROOT / "checkpoints" / "plum-tiny")
+    giou, seconds = measure(plum, questions, images)
+    assert 0.5 < giou <= 1 and seconds > 0
 
 
 @pytest.mark.slow

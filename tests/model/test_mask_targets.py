@@ -100,10 +100,12 @@ def test_how_often_a_span_is_forced_follows_the_probability_and_its_own_record_a
 @pytest.mark.parametrize(
     "change, message",
     [
-        (
-            {"mask_labels": None},
-            "teacher_forced, span_groups, mask_groups and prompt_rounds need the true masks: pass mask_labels",
-        ),
+        ({"mask_labels": None}, "span_groups, teacher_forced need the true masks: pass mask_labels"),
+        ({"spans": None}, "mask_labels need spans, original_sizes and reshaped_input_sizes; pass them as well."),
+        ({"reshaped_input_sizes": None}, "true masks: pass mask_labels, original_sizes and reshaped_input_sizes"),
+        ({"mask_groups": None}, "pass span_groups with mask_groups, and prompt_rounds with prompt_draws."),
+        ({"prompt_rounds": torch.ones(4, dtype=torch.long)}, "and prompt_rounds with prompt_draws."),
+        ({"teacher_forced": torch.ones(3, dtype=torch.bool)}, "Found 3 teacher_forced for 4 spans; give one each."),
         ({"mask_groups": torch.zeros(2, dtype=torch.long)}, "Found 2 mask_groups for 4 mask_labels; give one each."),
         (
             {"mask_groups": torch.tensor([0, 0, 0, 1]), "span_groups": torch.tensor([0, 0, 0, 0])},
@@ -111,10 +113,16 @@ def test_how_often_a_span_is_forced_follows_the_probability_and_its_own_record_a
         ),
     ],
 )
-def test_spans_without_a_true_mask_are_refused_by_name(change, message):
+def test_inputs_of_spans_and_masks_that_do_not_match_are_refused_by_name(change, message):
     batch = {**wheels_batch(), "teacher_forced": torch.ones(4, dtype=torch.bool), "span_groups": torch.arange(4)}
     with pytest.raises(ValueError, match=re.escape(message)):
         tiny_model()(**{**batch, "mask_groups": torch.arange(4), **change})
+
+
+@pytest.mark.parametrize("absent", ["spans", "original_sizes", "reshaped_input_sizes"])
+def test_true_masks_without_the_inputs_that_they_need_are_refused(absent):
+    with pytest.raises(ValueError, match="mask_labels need spans, original_sizes and reshaped_input_sizes"):
+        tiny_model()(**{**wheels_batch(), "span_groups": None, "mask_groups": None, absent: None})
 
 
 # ------------------------------------------------------------------------------------------------ targets

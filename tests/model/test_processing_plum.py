@@ -288,6 +288,12 @@ def test_a_special_token_that_tags_or_parts_hide_is_refused(byte_level_processor
             encode(byte_level_processor, [conversation(None, answer)])
 
 
+def test_a_prompt_without_tokens_is_refused(byte_level_processor):
+    for text in ("", ["USER: Hello ASSISTANT:", ""]):
+        with pytest.raises(ValueError, match=f"Text {len(text) and 1} has no tokens; give a prompt with words."):
+            byte_level_processor(text=text)
+
+
 def test_a_prompt_with_another_number_of_placeholders_than_images_is_refused(byte_level_processor):
     with pytest.raises(ValueError, match="Found 0 images for 1 texts with '<image>'"):
         byte_level_processor(text="USER: <image>\nHello ASSISTANT:")

@@ -233,7 +233,7 @@ def test_without_rounds_nothing_changes(batch):
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
             assert torch.equal(gradients[name], parameter.grad), name
-    with pytest.raises(ValueError, match="prompt_rounds need the true masks"):
+    with pytest.raises(ValueError, match="prompt_rounds, prompt_draws need the true masks"):
         model(**{**batch, "mask_labels": None}, **none)
 
 

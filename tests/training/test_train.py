@@ -81,6 +81,13 @@ def test_whole_numbers_may_stand_for_floats(tmp_path):
         ({"learning_rate": 1.0}, [], "Give model (a checkpoint), vlm and sam (backbones) or --model_config"),
         ({"model_config": 5}, [], "--model_config must be a mapping, found 5"),
         ({"model_config": "tiny"}, [], "model_config must be a mapping"),
+        ({"model": "m", "turns_per_record": -1}, [], "--turns_per_record must be an integer of at least 0, found -1."),
+        ({"model": "m", "max_spans": 0}, [], "--max_spans must be an integer of at least 1, found 0."),
+        ({"model": "m", "max_length": 0}, [], "--max_length must be an integer of at least 1, found 0."),
+        ({"model": "m", "color_jitter": float("nan")}, [], "color_jitter must be a finite number of at least 0"),
+        ({"model": "m", "lora_r": -2}, [], "--lora_r must be an integer of at least 0, found -2."),
+        ({"model": "m", "lora_dropout": 1.0}, [], "--lora_dropout must be at least 0 and below 1, found 1.0."),
+        ({"model": "m", "muon_learning_rate": -0.1}, [], "muon_learning_rate must be a finite number of at least 0"),
         ({"model": "m", "random_crop": 1}, [], "random_crop must be at least 0 and below 1, found 1"),
         (
             {"model": "m", "teacher_forcing_probability": 1.5},
