@@ -68,9 +68,9 @@ CHECKPOINTS = HERE.parent / "checkpoints"
 NOTHING_YET = "The answer and its masks appear here."
 QUESTION = "What visible parts does the object in the image have?"
 EXAMPLES = (0, 200, 400, 600)
-# A drawing of mini_instances, test split, on which one corrected mask improves the later ones.
-CORRECTION_EXAMPLE = 32
 """Indices of the benchmark questions whose images are the examples."""
+CORRECTION_EXAMPLE = 32
+"""Index of a drawing of mini_instances, test split, on which one corrected mask improves the later ones."""
 WAITING_REQUESTS = 64
 SECONDS_BETWEEN_UPDATES = 0.1
 """Interval of updates during generation; sending every token takes longer than generating it."""
