@@ -287,7 +287,8 @@ def _count_record_results(inputs: dict, outputs: dict, config: PlumConfig) -> to
     """Return `(records, 7)`: summed IoU, masks; correct, predicted, true spans; summed NLL, answer tokens."""
     size = config.sam_image_size
     record_of_row = inputs["record_index"].tolist()
-    counts = torch.zeros(record_of_row[-1] + 1, 7, device=inputs["input_ids"].device)
+    # Also for records without a row, which max_length left out: processes gather equal numbers.
+    counts = torch.zeros(len(inputs["record_ids"]), 7, device=inputs["input_ids"].device)
     targets = outputs.get("mask_targets")  # absent without spans
     for i, target in enumerate([] if targets is None else targets.tolist()):
         mask, row = inputs["mask_labels"][target], int(inputs["spans"][i, 0])

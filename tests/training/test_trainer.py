@@ -309,6 +309,20 @@ def test_a_split_without_masks_has_no_macro_giou(tmp_path):
     assert np.isnan(metrics["eval_strict_macro_giou"]) and np.isfinite(metrics["eval_language_modeling_loss"])
 
 
+def test_every_record_has_counts_also_one_that_max_length_leaves_out(tmp_path):
+    long, short = record(0, 1), record(1, 2)
+    long["messages"][0]["content"] = "What? " * 200
+    trainer = make_trainer(tmp_path, [long, short])
+    collator = Collator(
+        tiny_processor(), max_length=trainer.data_collator([trainer.eval_dataset[1]])["labels"].shape[1]
+    )
+    for order in ([0, 1], [1, 0]):
+        batch = collator([trainer.eval_dataset[i] for i in order])
+        assert batch["record_counts"] == {"cut": 0, "left_out": 1}
+        _, counts, _ = trainer.prediction_step(trainer.model, batch, prediction_loss_only=False)
+        assert counts[:, 1].tolist() == [2 * i for i in order]
+
+
 # ------------------------------------------------------------------------------------------------ optimizer
 
 
