@@ -1,9 +1,13 @@
 """Real models, processors and tokenizers small enough for tests; random weights, fixed seeds."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from torch.nn.modules.module import register_module_forward_hook
 from transformers import CLIPImageProcessor, CompileConfig, PreTrainedTokenizerFast, SamImageProcessor
 
 from configuration_plum import PlumConfig
@@ -194,3 +198,18 @@ def graphs_in_place() -> CompileConfig:
     config = CompileConfig(backend=compile_in_place, mode="default", fullgraph=True)
     config._compile_all_devices = True  # transformers' own switch for tests on a CPU
     return config
+
+
+@contextmanager
+def count_calls(kind: str) -> Iterator[list[str]]:
+    """Collect the name of each module of class `kind` that is called meanwhile, whichever model it belongs to."""
+    calls: list[str] = []
+
+    def note(module, *_):
+        calls.extend([kind] * (type(module).__name__ == kind))
+
+    hook = register_module_forward_hook(note)
+    try:
+        yield calls
+    finally:
+        hook.remove()

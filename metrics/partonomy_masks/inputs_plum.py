@@ -21,6 +21,7 @@ import http.client
 import io
 import math
 import re
+import sys
 import urllib.request
 from collections.abc import Sequence
 from numbers import Integral, Number, Real
@@ -131,7 +132,7 @@ def check_size(size: Any, *, where: str) -> Size:
 
 def check_number(value: Any, *, name: str, least: float = -math.inf, whole: bool = False) -> None:
     """Raise DataError unless an option is a finite number, an integer if `whole`, of at least `least`."""
-    is_number = _is_integer(value) if whole else _is_number(value) and math.isfinite(value)
+    is_number = _is_integer(value) if whole else _is_number(value) and abs(value) <= sys.float_info.max
     if not is_number or value < least:
         kind = "an integer" if whole else "a finite number"
         bound = "" if least == -math.inf else f" of at least {least}"

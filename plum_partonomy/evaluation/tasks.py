@@ -8,13 +8,13 @@ from typing import Any
 
 import datasets
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 import partonomy_dataset
 from plum_partonomy.evaluation.processes import open_state
 from plum_partonomy.files import write_whole
-from plum_partonomy.inference.one_image import Plum, ask, finish, load_model
+from plum_partonomy.inference.encoded import RecentImage
+from plum_partonomy.inference.one_image import Plum, Reply, ask, finish, load_model
 from plum_partonomy.masks import encode
 from plum_partonomy.scoring.answers import answer_files
 from plum_partonomy.scoring.benchmark import data_folder, fingerprint_rows
@@ -32,9 +32,9 @@ from plum_partonomy.scoring.tasks import (
 from plum_partonomy.sources.problems import ERRORS_FILE
 
 
-def answer_line(plum: Plum, image: Image.Image, question: str, *, max_new_tokens: int) -> dict[str, Any]:
-    """Return the generated answer to a question about an image, as a record of an answers file (scoring/tasks.py)."""
-    answer = finish(plum, ask(plum, image, question, max_new_tokens=max_new_tokens))
+def answer_line(plum: Plum, reply: Reply) -> dict[str, Any]:
+    """Return an answer as a record of an answers file (scoring/tasks.py)."""
+    answer = finish(plum, reply)
     masks = [
         # a span of blanks has a mask, but a part needs a name
         {"part": span.text.strip() or "blank", "rle": encode(np.asarray(span.mask)), "confidence": span.score}
@@ -57,10 +57,12 @@ def answer_task(
     path = output_dir / "predictions.jsonl"
     path.touch()
     done = cut_off_unfinished(path)
+    recent = RecentImage(plum.model, plum.processor)
+    options = {"max_new_tokens": arguments.max_new_tokens}
     for question in tqdm(questions, desc="answering", unit="question"):
         if question.id not in done:
             image = load_task_image(rows, question)
-            line = answer_line(plum, image, question.text, max_new_tokens=arguments.max_new_tokens)
+            line = answer_line(plum, ask(plum, image, question.text, encoded=recent.encode(image), **options))
             with path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"id": question.id, **line}, ensure_ascii=False) + "\n")
     return path

@@ -50,6 +50,23 @@ def encode_image(
     return EncodedImage(prepared, embeddings[0], features[0])
 
 
+class RecentImage:
+    """Encodes an image once for all questions about it that follow each other; equal images have equal pixels."""
+
+    def __init__(self, model, processor: PlumProcessor):
+        self.model, self.processor = model, processor
+        self._pixels: tuple | None = None
+        self._encoded: EncodedImage | None = None
+
+    def encode(self, image: Image.Image) -> EncodedImage:
+        """Return the features of an RGB image."""
+        pixels = (image.mode, image.size, image.tobytes())
+        if pixels != self._pixels:
+            self._encoded = encode_image(self.model, self.processor, image)
+            self._pixels = pixels
+        return self._encoded
+
+
 def encode_chats(
     model, processor: PlumProcessor, chats: Sequence[tuple[EncodedImage, Sequence[Message]]], **options: Any
 ) -> dict[str, Any]:

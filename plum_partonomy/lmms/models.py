@@ -6,6 +6,7 @@ which lmms-eval requests from simple models only.
 """
 
 import json
+import os
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -18,12 +19,14 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from PIL import Image
 from tqdm import tqdm
 
+from chats_plum import parse_span_tags
 from modules_plum import keep_last_answer
 from plum_partonomy.baselines.model import ask as messages_up_to
-from plum_partonomy.inference.one_image import MAX_NEW_TOKENS, Reply, ask, finish, load_model
+from plum_partonomy.inference.encoded import RecentImage, encode_chats
+from plum_partonomy.inference.one_image import MAX_NEW_TOKENS, Reply, ask, finish, load_model, segment_again
 from plum_partonomy.lmms.questions import as_question
 from plum_partonomy.masks import DataError, encode
-from plum_partonomy.records import as_chat, escape_tags
+from plum_partonomy.records import escape_tags
 
 __all__ = ["PlumChat", "PlumSimple", "manifest"]
 
@@ -42,6 +45,7 @@ class _Plum(lmms):
 
     Args:
         pretrained: Folder of a checkpoint, or its name on the Hub.
+        device: `auto` is a GPU if there is one, for each process its own.
         output: `json` with masks, or `text` for tasks that do not use masks.
         choice_reduction: Loss of a choice, as in evaluate_plum.py.
     """
@@ -49,7 +53,7 @@ class _Plum(lmms):
     def __init__(
         self,
         pretrained: str,
-        device: str = "cpu",
+        device: str = "auto",
         dtype: Literal["float32", "bfloat16"] = "float32",
         output: Literal["json", "text"] = "json",
         choice_reduction: Literal["sequence_mean", "answer_mean", "answer_sum"] = "sequence_mean",
@@ -59,18 +63,30 @@ class _Plum(lmms):
         super().__init__()
         if unknown := sorted(options.keys() - {"max_batch_size"}):  # lmms-eval always passes it
             raise DataError(f"--model_args: unknown option {unknown[0]!r}; see plum_partonomy/lmms/models.py.")
-        if output not in ("json", "text"):
-            raise DataError(f"--model_args output={output}: expected json or text.")
-        _, self.plum = load_model(pretrained, dtype=dtype, device=device)
+        for name, value, known in (
+            ("output", output, ("json", "text")),
+            ("dtype", dtype, ("float32", "bfloat16")),
+            ("choice_reduction", choice_reduction, ("sequence_mean", "answer_mean", "answer_sum")),
+        ):
+            if value not in known:
+                raise DataError(f"--model_args {name}={value}: expected {' or '.join(known)}.")
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device)
+        _, self.plum = load_model(pretrained, dtype=dtype, device=self.device)
         self.output, self.choice_reduction = output, choice_reduction
+        self.recent = RecentImage(self.plum.model, self.plum.processor)
 
     def _reply(self, image: Image.Image, messages: Sequence[dict[str, str]], options: dict[str, Any]) -> str:
         """Return the answer to messages that end with a question, or the masks of an answer at their end."""
-        if messages[-1]["role"] == "assistant":
-            reply = self._segment(image, messages)
+        *earlier, last = messages
+        encoded = self.recent.encode(image)
+        if last["role"] == "assistant":
+            text, ranges = parse_span_tags(last["content"])
+            reply = segment_again(self.plum, Reply(image, earlier, text, encoded=encoded), ranges)
         else:
-            length = options.get("max_new_tokens", MAX_NEW_TOKENS)
-            reply = ask(self.plum, image, messages[-1]["content"], history=messages[:-1], max_new_tokens=length)
+            length = _answer_length(options)
+            reply = ask(self.plum, image, last["content"], history=earlier, encoded=encoded, max_new_tokens=length)
         answer = finish(self.plum, reply)
         if self.output == "text":
             return answer.text
@@ -83,16 +99,6 @@ class _Plum(lmms):
                 "scores": [span.score for span in answer.spans],
             }
         )
-
-    @torch.no_grad()
-    def _segment(self, image: Image.Image, messages: Sequence[dict[str, str]]) -> Reply:
-        outputs = self.plum.model.segment_spans(**self._encode(image, messages))
-        return Reply(image, list(messages[:-1]), messages[-1]["content"], outputs)
-
-    def _encode(self, image: Image.Image, messages: Sequence[dict[str, str]]) -> dict[str, Any]:
-        chat = as_chat(list(messages), image)
-        inputs = self.plum.processor.apply_chat_template(chat, tokenize=True, return_dict=True)
-        return dict(inputs.to(self.plum.model.device))
 
     @abstractmethod
     def _read(self, args: tuple) -> tuple[Image.Image, list[dict[str, str]], dict]:
@@ -115,7 +121,7 @@ class PlumChat(_Plum):
 
     def _read(self, args: tuple) -> tuple[Image.Image, list[dict[str, str]], dict]:
         _, doc_to_messages, options, doc_id, task, split = args
-        return *_plain(doc_to_messages(self.task_dict[task][split][doc_id])), options
+        return *_plain(doc_to_messages(self.task_dict[task][split][doc_id]), task), options
 
 
 class PlumSimple(_Plum):
@@ -123,7 +129,7 @@ class PlumSimple(_Plum):
 
     def _read(self, args: tuple) -> tuple[Image.Image, list[dict[str, str]], dict]:
         context, options, doc_to_visual, doc_id, task, split = args
-        (image,) = doc_to_visual(self.task_dict[task][split][doc_id])
+        image = _only_image(doc_to_visual(self.task_dict[task][split][doc_id]), task)
         return image, [{"role": "user", "content": context}], options
 
     @torch.no_grad()
@@ -137,21 +143,46 @@ class PlumSimple(_Plum):
         for request in tqdm(requests, desc="scoring", unit="choice"):
             context, continuation, doc_to_visual, doc_id, task, split = request.args
             doc = self.task_dict[task][split][doc_id]
-            (image,) = doc_to_visual(doc)
+            image = _only_image(doc_to_visual(doc), task)
             messages = [{"role": "user", "content": context}]
             if "question_type" in doc:
                 messages = messages_up_to(as_question(doc))
             answer = {"role": "assistant", "content": escape_tags(continuation)}
-            inputs = self._encode(image, [*messages, answer])
+            chats = [(self.recent.encode(image), [*messages, answer])]
+            inputs = encode_chats(self.plum.model, self.plum.processor, chats)
             inputs["labels"] = keep_last_answer(inputs["labels"])
             scores = self.plum.model.score_choices(**inputs, num_choices=1, reduction=self.choice_reduction)
             losses.append((float(scores[0, 0]), False))
         return losses
 
 
-def _plain(messages: Sequence[dict[str, Any]]) -> tuple[Image.Image, list[dict[str, str]]]:
+def _answer_length(options: dict[str, Any]) -> int:
+    """Return `max_new_tokens` of the options of a task or --gen_kwargs; raises DataError if they need sampling or
+    beams.
+
+    `until` has no effect: an answer ends with the model's own token.
+    """
+    samples = options.get("do_sample")
+    if samples is None:
+        samples = options.get("temperature") not in (None, 0)
+    if samples or options.get("num_beams") not in (None, 1):
+        raise DataError(
+            f"--gen_kwargs: PLUM decodes greedily, expected do_sample=False and num_beams=1, found {options}."
+        )
+    return options.get("max_new_tokens", MAX_NEW_TOKENS)
+
+
+def _only_image(images: Sequence[Image.Image], task: str) -> Image.Image:
+    if len(images) != 1 or not isinstance(images[0], Image.Image):
+        found = [type(image).__name__ for image in images]
+        raise DataError(f"--tasks {task}: PLUM answers questions about one image, found {found}; give another task.")
+    return images[0].convert("RGB")
+
+
+def _plain(messages: Sequence[dict[str, Any]], task: str) -> tuple[Image.Image, list[dict[str, str]]]:
     """Return the image of a chat and its messages with plain texts."""
     parts = [(message["role"], message["content"]) for message in messages]
-    (image,) = (part["url"] for _, content in parts for part in content if part["type"] == "image")
+    media = [part["url"] for _, content in parts for part in content if part["type"] != "text"]
     texts = [" ".join(part["text"] for part in content if part["type"] == "text") for _, content in parts]
-    return image, [{"role": role, "content": text} for (role, _), text in zip(parts, texts, strict=True)]
+    messages = [{"role": role, "content": text} for (role, _), text in zip(parts, texts, strict=True)]
+    return _only_image(media, task), messages

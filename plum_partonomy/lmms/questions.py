@@ -10,13 +10,13 @@ question contributes addends, and the aggregation returns the ratio of their sum
 """
 
 import ast
-import json
+import re
 from collections.abc import Callable, Sequence
+from statistics import fmean
 from typing import Any
 
-import numpy as np
-
 import partonomy_dataset  # noqa: F401  registers the data set that the tasks load
+from inputs_plum import check_number
 from plum_partonomy.baselines.model import ask
 from plum_partonomy.baselines.plain_text import find_parts
 from plum_partonomy.masks import DataError, validate_rle
@@ -26,6 +26,8 @@ from plum_partonomy.scoring.bootstrap import FIGURES, Tally, summarise
 from plum_partonomy.scoring.letters import letter_question, read_letter
 from plum_partonomy.scoring.metrics import part_counts, tally, true_parts
 from plum_partonomy.scoring.predictions import Prediction, SpanMask
+from plum_partonomy.sources.json_files import parse_json
+from plum_partonomy.sources.untrusted import typed
 
 Doc = dict[str, Any]
 Addends = dict[str, Any]
@@ -42,6 +44,7 @@ MASK_METRICS = (
 )
 CHOICE_METRICS = ("choice_accuracy", "part_precision", "part_recall", "part_f1")
 ONLY = "only_"
+_FENCED = re.compile(r"\s*```(?:json)?\s*(\{.*\})\s*```\s*", re.DOTALL)
 UNREADABLE = "unreadable"
 """Metric: share of the replies with masks of another size, without a letter, or with other JSON; each counts as an
 empty answer."""
@@ -58,9 +61,16 @@ def as_question(doc: Doc) -> Question:
 # ---------------------------------------------------------------- questions
 
 
-def messages_of(doc: Doc) -> list[dict[str, Any]]:
-    """Return the part question, after the earlier messages."""
-    return _with_image(doc, ask(as_question(doc)))
+def messages_of(doc: Doc, lmms_eval_specific_kwargs: dict[str, str] | None = None) -> list[dict[str, Any]]:
+    """Return the part question, after the earlier messages, between `pre_prompt` and `post_prompt` of a model."""
+    return _with_image(doc, _prompted(doc, lmms_eval_specific_kwargs))
+
+
+def _prompted(doc: Doc, prompts: dict[str, str] | None) -> list[dict[str, str]]:
+    *earlier, last = ask(as_question(doc))
+    prompts = prompts or {}
+    content = f"{prompts.get('pre_prompt', '')}{last['content']}{prompts.get('post_prompt', '')}"
+    return [*earlier, {**last, "content": content}]
 
 
 def messages_with_answer(doc: Doc) -> list[dict[str, Any]]:
@@ -83,9 +93,9 @@ def _with_image(doc: Doc, messages: Sequence[dict[str, str]]) -> list[dict[str, 
     return chat
 
 
-def text_of(doc: Doc) -> str:
-    """Return the question as one text, after the earlier messages."""
-    return "\n".join(message["content"] for message in ask(as_question(doc)))
+def text_of(doc: Doc, lmms_eval_specific_kwargs: dict[str, str] | None = None) -> str:
+    """Return the messages of `messages_of` as one text."""
+    return "\n".join(message["content"] for message in _prompted(doc, lmms_eval_specific_kwargs))
 
 
 def text_with_letters(doc: Doc) -> str:
@@ -156,29 +166,37 @@ def score_choices(doc: Doc, results: Sequence[tuple[float, bool] | str]) -> dict
 
 
 def read_reply(reply: str, question: Question) -> tuple[str, list[SpanMask] | None, bool]:
-    """Return the answer of a reply, its masks (None if it is plain text), and whether it could not be read."""
-    if not reply.lstrip().startswith("{"):
+    """Return the answer of a reply, its masks (None if it is plain text), and whether it could not be read.
+
+    JSON may be in a code fence.
+    """
+    fenced = _FENCED.fullmatch(reply)
+    content = fenced[1] if fenced else reply
+    if not content.lstrip().startswith("{"):
         return reply, None, False
+    where, size = f"question {question.id!r}", tuple(question.masks[0].rle["size"])
     try:
-        record = json.loads(reply)
-        masks, labels = record["masks"], record["labels"]
-        scores = record.get("scores") or [1.0] * len(masks)
-        size = tuple(question.masks[0].rle["size"])
+        record = parse_json(content.encode("utf-8", "replace"), where=where)
+        masks, labels = (typed(record, name, list, where=where) for name in ("masks", "labels"))
+        scores = record.get("scores")
         spans = [
             SpanMask(
-                text=str(label),
+                text=typed({"label": label}, "label", str, where=where),
                 start=0,
                 end=0,
-                rle=validate_rle(mask, expected_size=size, where=f"question {question.id!r}"),
-                score=float(score),
+                rle=validate_rle(mask, expected_size=size, where=where),
+                score=_score(score),
             )
-            for label, mask, score in zip(labels, masks, scores, strict=True)
+            for label, mask, score in zip(labels, masks, [1.0] * len(masks) if scores is None else scores, strict=True)
         ]
-        if not np.isfinite([span.score for span in spans]).all():
-            raise ValueError(f"question {question.id!r}: scores must be finite")
         return str(record.get("answer", "")), spans, False
-    except (ValueError, KeyError, TypeError, AttributeError):  # DataError is a ValueError
+    except (ValueError, TypeError):  # other JSON (DataError is a ValueError), or lists of other lengths
         return reply, [], True
+
+
+def _score(value: Any) -> float:
+    check_number(value, name="a score")
+    return float(value)
 
 
 def _addends(question: Question, metrics: Sequence[str], **fields: Any) -> dict[str, Addends]:
@@ -199,7 +217,7 @@ def _addends(question: Question, metrics: Sequence[str], **fields: Any) -> dict[
 def _aggregation(name: str) -> Callable[[Sequence[Addends]], float | None]:
     def aggregate(items: Sequence[Addends]) -> float | None:
         if name == UNREADABLE:
-            return sum(item["ratio"][0] for item in items) / len(items)
+            return fmean(item["ratio"][0] for item in items)
         tallies = [
             Tally(
                 ratios={name: tuple(item["ratio"])} if "ratio" in item else {},
@@ -215,8 +233,10 @@ def _aggregation(name: str) -> Callable[[Sequence[Addends]], float | None]:
 
 def _subset(question_type: str) -> Callable[[Any], Any]:
     def subset(rows: Any) -> Any:
-        types = rows["question_type"]
-        return rows.select([index for index, found in enumerate(types) if found == question_type])
+        chosen = [index for index, found in enumerate(rows["question_type"]) if found == question_type]
+        if not chosen:
+            raise DataError(f"The data set has no question of the type {question_type!r}: give another task.")
+        return rows.select(chosen)
 
     return subset
 

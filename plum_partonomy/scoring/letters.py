@@ -26,12 +26,14 @@ def letter_question(messages: Sequence[dict[str, str]], choices: Sequence[str]) 
 def read_letter(text: str, count: int) -> int | None:
     """Return the index of the choice whose letter the answer gives, or None.
 
-    >>> read_letter("B", 5), read_letter("**C.** a hull", 5), read_letter("The answer is (D).", 5)
+    >>> read_letter("b", 5), read_letter("**C.** a hull", 5), read_letter("The answer is (D).", 5)
     (1, 2, 3)
-    >>> read_letter("I cannot tell.", 5) is None
-    True
+    >>> read_letter("A hull, and a mast.", 5), read_letter("I cannot tell.", 5)  # an article and a pronoun
+    (None, None)
     """
     letters = LETTERS[:count]
-    first = re.match(rf"[\W_]*([{letters}])(?![\w'])", text)
-    found = first or re.search(rf"(?<![\w'])([{letters}])(?=[).:*]|\s*$)", text)
-    return None if found is None else letters.index(found[1])
+    alone = re.fullmatch(rf"[\W_]*([{letters}])[\W_]*", text, re.ASCII | re.IGNORECASE)
+    # in other languages a letter may touch words without blanks, which are no words in ASCII
+    first = re.match(rf"[\W_]*([{letters}])(?![\w'])(?!(?<=[AI])[ \t]+[a-z])", text, re.ASCII)
+    found = alone or first or re.search(rf"(?<![\w'])([{letters}])(?=[).:*,]|\s*$)", text)
+    return None if found is None else letters.index(found[1].upper())

@@ -9,12 +9,13 @@ import pytest
 from PIL import Image
 
 from plum_partonomy.evaluation.options import EvaluationArguments
-from plum_partonomy.evaluation.tasks import evaluate_task
+from plum_partonomy.evaluation.tasks import answer_line, evaluate_task
 from plum_partonomy.features import GROUNDED_CONVERSATION_FEATURES
+from plum_partonomy.inference.one_image import Plum, ask
 from plum_partonomy.masks import DataError, encode
-from plum_partonomy.scoring.tasks import load_task_questions, read_task_answers
+from plum_partonomy.scoring.tasks import load_task_image, load_task_questions, read_task_answers
 from tests.sources.test_instructpart import HANDLE, instructpart_folder
-from tests.tiny import tiny_model, tiny_processor
+from tests.tiny import count_calls, tiny_model, tiny_processor
 
 SIZE = (4, 6)
 LEFT, FULL = np.zeros(SIZE, bool), np.ones(SIZE, bool)
@@ -108,11 +109,20 @@ def test_a_model_answers_each_question_once_and_goes_on_where_it_was_interrupted
     tiny_processor().save_pretrained(tmp_path / "model")
     fields = {"task": "referring", "dataset": conversations, "name": "default", "max_new_tokens": 4}
     run = EvaluationArguments(output_dir=str(tmp_path / "run"), model=str(tmp_path / "model"), device="cpu", **fields)
-    evaluate_task(run)
+    with count_calls("SamVisionEncoder") as encoded:
+        evaluate_task(run)
+    assert len(encoded) == 1  # the images of both records are equal
     answers, metrics = (tmp_path / "run" / name for name in ("predictions.jsonl", "metrics.json"))
     expected, figures = answers.read_bytes(), json.loads(metrics.read_text())["overall"]
     assert [json.loads(line)["id"] for line in expected.splitlines()] == ["r0/0", "r0/1", "r1"]
     assert figures["n"] == 3 and 0 <= figures["giou"] <= 1
+    plum = Plum(tiny_model().eval(), tiny_processor())
+    rows, questions = load_task_questions("referring", conversations, name="default", split="test")
+    alone = [ask(plum, load_task_image(rows, question), question.text, max_new_tokens=4) for question in questions]
+    written = [json.loads(line) for line in expected.splitlines()]
+    assert [answer_line(plum, reply) for reply in alone] == [
+        {name: line[name] for name in ("answer", "masks")} for line in written
+    ]
     answers.write_bytes(expected[:-20])
     evaluate_task(run)
     assert answers.read_bytes() == expected

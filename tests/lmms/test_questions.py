@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from plum_partonomy.baselines.vlm import LIST_PROMPT
 from plum_partonomy.lmms import questions
 from plum_partonomy.masks import DataError
 from plum_partonomy.records import QUESTION_TYPES, as_row
@@ -59,6 +60,11 @@ def test_masks_and_names_of_a_reply_are_scored_as_elsewhere():
     assert [metric(name, given) for name in questions.MASK_METRICS] == [1.0] * 6 and metric("unreadable", given) == 0
 
 
+def test_masks_in_a_code_fence_are_read():
+    found = questions.score_answer(DOC, [f"```json\n{reply()}\n```"])
+    assert metric("end_to_end_giou", found) == 1.0 and metric("unreadable", found) == 0
+
+
 def test_plain_text_is_read_for_names_and_has_no_masks():
     found = questions.score_answer(DOC, ["A left wing, and the tail."])
     assert metric("generated_exact", found) == 1.0 and "end_to_end_giou" not in found
@@ -73,6 +79,12 @@ def test_plain_text_is_read_for_names_and_has_no_masks():
         reply(labels=[]).replace('"labels": []', '"labels": ["tail"]'),
         reply(masks=[{"size": [4, 4], "counts": "0"}] * 2),
         reply(scores=[0.5, float("nan")]),
+        reply(scores=[0.5, 10**400]),
+        reply(scores=[0.5, True]),
+        reply(scores=[]),
+        reply(labels=["left wing", "tail"]).replace('"tail"', "7"),
+        '{"masks": ' + "[" * 100_000,
+        f"```json\n{reply()[:-1]}}}}}\n```",
         reply(masks=None),
         "{}",
     ],
@@ -102,6 +114,17 @@ def test_messages_hold_the_image_first_and_the_answer_in_tags_where_it_is_given(
     assert "C. It has a left wing, and tail." in questions.text_with_letters(doc)
 
 
+def test_models_of_text_are_asked_for_names_as_in_evaluate_plum_and_plum_is_not():
+    doc = as_row(make_question(question_type="whole_to_part")) | {"image": random_image(60, 84)}
+    prompts = yaml.load((TASKS / "_answer_yaml").read_text(), Loader)["lmms_eval_specific_kwargs"]
+    assert prompts["default"]["post_prompt"] == f"\n{LIST_PROMPT}"
+    for ask in (questions.messages_of, questions.text_of):
+        assert ask(doc, prompts["plum"]) == ask(doc)
+    assert questions.text_of(doc, prompts["default"]) == f"{questions.text_of(doc)}\n{LIST_PROMPT}"
+    *earlier, asked = questions.messages_of(doc, prompts["default"])
+    assert earlier == questions.messages_of(doc)[:-1] and asked["content"][0]["text"].endswith(f"?\n{LIST_PROMPT}")
+
+
 def test_a_task_with_an_unknown_metric_is_refused_by_its_name():
     with pytest.raises(
         DataError, match="A task uses 'mean_iou', which is neither a function of .*known are strict_macro"
@@ -112,6 +135,9 @@ def test_a_task_with_an_unknown_metric_is_refused_by_its_name():
 def test_there_is_a_task_for_each_way_to_ask_and_each_question_type_and_its_metrics_are_those_of_its_function():
     tasks = {path.stem: yaml.load(path.read_text(), Loader) for path in TASKS.glob("*.yaml")}
     for name in ("mini", "core"):
+        group = tasks.pop(f"partonomy_{name}_types")
+        types = [f"partonomy_{name}_{kind}" for kind in sorted(QUESTION_TYPES)]
+        assert group == {"group": f"partonomy_{name}_types", "task": types}
         expected = [f"partonomy_{name}{kind}" for kind in ("", "_masks", "_choices", "_letters")]
         expected += [f"partonomy_{name}_{kind}" for kind in QUESTION_TYPES]
         assert [task for task in sorted(tasks) if task.startswith(f"partonomy_{name}")] == sorted(expected)
@@ -136,6 +162,8 @@ def test_a_subset_holds_one_question_type(tmp_path):
 
     rows = datasets.Dataset.from_list([{"question_type": kind} for kind in ("positive", "negative", "positive")])
     assert len(questions.only_positive(rows)) == 2
+    with pytest.raises(DataError, match="no question of the type 'part_to_whole'"):
+        questions.only_part_to_whole(rows)
 
 
 # ---------------------------------------------------------------- the real program
