@@ -278,9 +278,10 @@ class PlumForConditionalGeneration(
         """
         names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
         hub_options = {key: kwargs[key] for key in names if kwargs.get(key) is not None}
-        is_there = (name := pretrained_model_name_or_path) and generation.check_generation_file(name, **hub_options)
+        name = pretrained_model_name_or_path
+        has_settings = name is not None and generation.check_generation_file(name, **hub_options)
         loaded = super().from_pretrained(name, *args, **kwargs)
-        if not is_there and kwargs.get("generation_config") is None:
+        if not has_settings and kwargs.get("generation_config") is None:
             model = loaded[0] if isinstance(loaded, tuple) else loaded
             model.generation_config = GenerationConfig.from_model_config(model.config)
         return loaded
@@ -500,7 +501,7 @@ class PlumForConditionalGeneration(
         sequences, attention_mask, answer_mask, is_truncated, hidden_states = self._answer(
             input_ids, attention_mask, images.vlm_inputs, inputs
         )
-        return self._segment_tagged(sequences, attention_mask, answer_mask, hidden_states, images, is_truncated)
+        return self._segment_tagged(sequences, attention_mask, answer_mask, is_truncated, hidden_states, images)
 
     @torch.no_grad()
     def segment_answers(
@@ -529,7 +530,8 @@ class PlumForConditionalGeneration(
                 raise ValueError(f"{name} belong to spans; pass spans as well, which segment_spans segments.")
         images, hidden_states = self._read_given(input_ids, attention_mask, hidden_states, inputs)
         answer_mask = self._mask_given_answers(labels)
-        return self._segment_tagged(input_ids, attention_mask, answer_mask, hidden_states, images)
+        is_truncated = torch.zeros_like(answer_mask[:, 0])
+        return self._segment_tagged(input_ids, attention_mask, answer_mask, is_truncated, hidden_states, images)
 
     @torch.no_grad()
     def segment_spans(
@@ -575,8 +577,10 @@ class PlumForConditionalGeneration(
         span_logits = self.tag_tokens(input_ids, hidden_states, attention_mask)
         prompts = (input_points, input_labels, input_boxes, input_masks)
         given = self._read_given_spans(spans, images, given_masks, prompts)
-        tag_scores = torch.ones(len(spans), dtype=span_logits.dtype, device=span_logits.device)
-        return self._segment(input_ids, answer_mask, hidden_states, span_logits, spans, tag_scores, images, given)
+        answers = {"sequences": input_ids, "answer_mask": answer_mask, "span_logits": span_logits, "spans": spans}
+        answers["tag_scores"] = torch.ones(len(spans), dtype=span_logits.dtype, device=span_logits.device)
+        answers["is_truncated"] = torch.zeros_like(answer_mask[:, 0])
+        return self._segment(hidden_states, images, answers, given)
 
     def _read_given(self, input_ids, attention_mask, hidden_states, inputs):
         """Return the images of conversations with answers, and their hidden states, computed unless given."""
@@ -586,7 +590,7 @@ class PlumForConditionalGeneration(
             hidden_states = self._run_language_model(input_ids, attention_mask, **images.vlm_inputs, **vlm_inputs)
         return images, hidden_states
 
-    def _segment_tagged(self, sequences, attention_mask, answer_mask, hidden_states, images, is_truncated=None):
+    def _segment_tagged(self, sequences, attention_mask, answer_mask, is_truncated, hidden_states, images):
         """Tag the tokens of answers and segment the resulting spans."""
         span_logits = self.tag_tokens(sequences, hidden_states, attention_mask)
         # A row without an image has nothing to segment.
@@ -594,28 +598,20 @@ class PlumForConditionalGeneration(
         spans = modules.decode_spans(span_logits.argmax(dim=-1), visible)
         tag_scores = 1 - span_logits.float().softmax(dim=-1)[..., modules.TAG_OUTSIDE, None]
         tag_scores = segmentation.mean_over_spans(tag_scores, spans)[:, 0]
-        return self._segment(
-            sequences, answer_mask, hidden_states, span_logits, spans, tag_scores, images, truncated=is_truncated
-        )
+        answers = {"sequences": sequences, "answer_mask": answer_mask, "is_truncated": is_truncated}
+        answers |= {"span_logits": span_logits, "spans": spans, "tag_scores": tag_scores}
+        return self._segment(hidden_states, images, answers)
 
-    def _segment(
-        self, sequences, answer_mask, hidden_states, span_logits, spans, tag_scores, images, given=None, truncated=None
-    ) -> PlumSegmentationOutput:
-        size = self.config.low_res_mask_size
+    def _segment(self, hidden_states, images, answers: dict, given=None) -> PlumSegmentationOutput:
+        """Segment the spans of answers, which are fields of the output; `given` are inputs of [`decode_masks`]."""
+        size, spans = self.config.low_res_mask_size, answers["spans"]
         pred_masks, iou_scores = hidden_states.new_zeros((0, size, size)), hidden_states.new_zeros(0)
         if len(spans):
             pred_masks, iou_scores = self.decode_masks(
                 hidden_states, spans, images.sam_embeddings, images.index, **(given or {})
             )
-        if truncated is None:
-            truncated = torch.zeros(len(sequences), dtype=torch.bool, device=sequences.device)
         return PlumSegmentationOutput(
-            sequences=sequences,
-            answer_mask=answer_mask,
-            is_truncated=truncated,
-            span_logits=span_logits,
-            spans=spans,
-            tag_scores=tag_scores,
+            **answers,
             pred_masks=pred_masks,
             iou_scores=iou_scores,
             sam_image_index=images.index,

@@ -13,16 +13,15 @@ A model under test is an object with some of these methods; missing ones are ski
 as `Predictor`, which answers whole batches with PLUM.
 """
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from plum_partonomy.baselines.plain_text import find_parts
+from plum_partonomy.inference.image_cache import ImageCache
 from plum_partonomy.masks import DataError, encode, resize
 from plum_partonomy.records import Question
 from plum_partonomy.scoring.benchmark import Asked
@@ -41,8 +40,7 @@ class UnderTest:
     """A model that is ready for questions.
 
     Attributes:
-        predictor: Has `predict(asked)`, which returns one prediction per question asked, and `summary()` of its image
-            cache.
+        predictor: Has `predict(asked)`, which returns one prediction per question asked, and its cache `images`.
         settings: Settings that its predictions depend on besides the arguments.
         choice_reduction: How a choice is scored.
         run: Its description for metrics.json.
@@ -80,9 +78,7 @@ class Asker:
         self.model = model
         self.mask_source = mask_source
         self.known_parts = list(known_parts)
-        self.size = image_cache_size
-        self.uses, self.encoded = 0, 0
-        self._seen: OrderedDict[str, Any] = OrderedDict()
+        self.images = ImageCache(getattr(model, "encode", lambda image: image), size=image_cache_size)
 
     def predict(self, asked: Sequence[Asked]) -> list[Prediction]:
         """Return one prediction per question.
@@ -92,13 +88,8 @@ class Asker:
         """
         return [self._predict(each) for each in asked]
 
-    def summary(self) -> dict[str, Any]:
-        """Return the number of requests, the number of encoded images and the hit rate."""
-        hit_rate = 1 - self.encoded / self.uses if self.uses else None
-        return {"size": self.size, "uses": self.uses, "encoded": self.encoded, "hit_rate": hit_rate}
-
     def _predict(self, asked: Asked) -> Prediction:
-        question, seen = asked.question, self._look_up(asked.image, asked.image_id)
+        question, seen = asked.question, self.images.look_up([asked])[asked.image_id]
         scores = self._choose(seen, question, ask(question), question.choices)
         object_scores = None
         if question.object_question is not None:
@@ -118,16 +109,6 @@ class Asker:
             object_choice_scores=object_scores,
             **self._answer(seen, asked),
         )
-
-    def _look_up(self, image: Image.Image, image_id: str) -> Any:
-        self.uses += 1
-        if image_id not in self._seen:
-            self.encoded += 1
-            self._seen[image_id] = self.model.encode(image) if hasattr(self.model, "encode") else image
-        self._seen.move_to_end(image_id)
-        if len(self._seen) > self.size:
-            self._seen.popitem(last=False)
-        return self._seen[image_id]
 
     def _choose(
         self, seen: Any, question: Question, messages: list[dict[str, str]], choices: Sequence[str]

@@ -174,7 +174,7 @@ def evaluate(
         described = describe_run(arguments, settings, choice_reduction=model.choice_reduction, started=started)
         run = {"model": None, **model.run, **described}
         run |= {"device": str(state.device), "processes": state.num_processes, "predictions_found": resumed}
-        run["image_cache"] = model.predictor.summary()  # of the first process
+        run["image_cache"] = model.predictor.images.summary()  # of the first process
         run |= {"left_out": 0, "records_left_out": len(unusable)}
         run["masks_resized"] = partonomy_dataset.masks_resized(rows)
         predictions = read_predictions(output_dir / "predictions.jsonl")

@@ -1,20 +1,19 @@
 """Answer benchmark questions with a PLUM model; evaluate_plum.py selects the questions and scores the predictions."""
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 from chats_plum import parse_span_tags
-from inputs_plum import check_number
 from modules_plum import decode_spans, keep_last_answer
 from plum_partonomy.inference.embedding_cache import EmbeddingCache
 from plum_partonomy.inference.encoded import EncodedImage, Message, encode_chats, encode_image
+from plum_partonomy.inference.image_cache import ImageCache
 from plum_partonomy.inference.packing import encode_conversations
 from plum_partonomy.masks import encode, resize
 from plum_partonomy.questions.spans import tag_phrases
@@ -26,49 +25,6 @@ from processing_plum import PlumProcessor
 
 IMAGES_KEPT = 128
 Row = tuple[str, list[Message]]  # image id, and a conversation about the image
-
-
-class ImageCache:
-    """
-    Features of recent images, so that an image is resized and encoded once for all its questions and, if memory
-    allows, for its use as a wrong image.
-
-    Args:
-        size: Number of images to keep.
-        embedding_cache: Embeddings of SAM's encoder on disk, if any.
-    """
-
-    def __init__(self, model, processor: PlumProcessor, *, size: int, embedding_cache: EmbeddingCache | None = None):
-        check_number(size, name="image_cache_size", least=1, whole=True)
-        self.model, self.processor, self.size = model, processor, size
-        self.embed = model.get_image_embeddings if embedding_cache is None else embedding_cache.embed
-        self._features: OrderedDict[str, EncodedImage] = OrderedDict()
-        self.uses, self.encoded = 0, 0
-
-    def look_up(self, asked: Sequence[Asked]) -> dict[str, EncodedImage]:
-        """
-        Return the features of the questions' images by image id. Missing ones are computed one image at a time, so
-        that results do not depend on the images that a resumed run has cached.
-        """
-        wanted = {each.image_id: each.image for each in asked}
-        absent = {name: image for name, image in wanted.items() if name not in self._features}
-        self._features |= {name: self._encode(image) for name, image in absent.items()}
-        self.uses += len(asked)
-        self.encoded += len(absent)
-        for name in wanted:
-            self._features.move_to_end(name)
-        found = {name: self._features[name] for name in wanted}
-        while len(self._features) > self.size:
-            self._features.popitem(last=False)
-        return found
-
-    def _encode(self, image: Image.Image) -> EncodedImage:
-        return encode_image(self.model, self.processor, image, embed=self.embed)
-
-    def summary(self) -> dict[str, Any]:
-        """Return the number of requests, the number of encoded images and the hit rate."""
-        hit_rate = 1 - self.encoded / self.uses if self.uses else None
-        return {"size": self.size, "uses": self.uses, "encoded": self.encoded, "hit_rate": hit_rate}
 
 
 @dataclass(frozen=True)
@@ -110,7 +66,8 @@ class Predictor:
         self.max_new_tokens = max_new_tokens
         self.choice_reduction = choice_reduction
         self.mask_source = mask_source
-        self.images = ImageCache(model, processor, size=image_cache_size, embedding_cache=embedding_cache)
+        embed = None if embedding_cache is None else embedding_cache.embed
+        self.images = ImageCache(partial(encode_image, model, processor, embed=embed), size=image_cache_size)
         self._features: dict[str, EncodedImage] = {}
 
     def predict(self, asked: Sequence[Asked]) -> list[Prediction]:
@@ -129,10 +86,6 @@ class Predictor:
             )
             for each, scores, of_given, of_generated in zip(asked, scored, given, generated, strict=True)
         ]
-
-    def summary(self) -> dict[str, Any]:
-        """Return the number of requests, the number of encoded images and the hit rate."""
-        return self.images.summary()
 
     def _encode(self, rows: Sequence[Row], *, prompt: bool = False) -> dict[str, torch.Tensor]:
         chats = [(self._features[name], messages) for name, messages in rows]

@@ -38,7 +38,7 @@ FREE = re.compile(
     "prediction_loss_only|debug|"
     "per_device_eval_batch_size|dry_run|sources|cache_image_embeddings|data_dir|resume_from_checkpoint|report_to|"
     "(trackio|hub|push_to_hub|logging|log|save|eval|batch_eval|do|ddp|include|load_best|metric_for|greater_is)_.*|"
-    "dataloader_.*|.*_token"
+    "dataloader_(?!drop_last).*|.*_token"
 )
 SETTINGS_OF_STREAMS = ("data_dir", "dataloader_num_workers")
 """The records of a stream are unknown before reading, and their order depends on the number of readers."""

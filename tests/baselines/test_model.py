@@ -95,7 +95,7 @@ def test_an_image_is_encoded_once_and_the_mask_of_a_wrong_one_is_stretched_to_th
     images = [random_image(60, 84), random_image(30, 20, seed=1)]
     asked = [Asked(QUESTIONS[0], image, name) for image, name in zip(images, ("right", "wrong"), strict=True)]
     predictions = asker.predict(asked * 2)
-    assert (model.encodings, asker.summary()["hit_rate"]) == (2, 0.5)
+    assert (model.encodings, asker.images.summary()["hit_rate"]) == (2, 0.5)
     for prediction in predictions:
         mask = decode(prediction.given_spans[0].rle)
         assert mask.shape == (60, 84) and mask[:, :42].all() and not mask[:, 42:].any()

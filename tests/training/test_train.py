@@ -301,6 +301,7 @@ def test_where_every_checkpoint_is_damaged_each_is_named(two_checkpoints, tmp_pa
         ({"max_spans": 1, "color_jitter": 0}, "color_jitter was 0.2, is 0.0; max_spans was 2, is 1"),
         ({"frozen_modules": "sam.vision_encoder"}, "frozen_modules was"),
         ({"train_split": "validation"}, "training records was"),
+        ({"dataloader_drop_last": True}, "dataloader_drop_last was False, is True"),
     ],
 )
 def test_a_run_of_other_options_or_records_is_not_resumed_and_the_difference_is_named(
