@@ -161,9 +161,14 @@ HULL = {"label": "hull", "rle": {"size": [1, 4], "counts": "022"}}
         ({"rle": {"size": [1, 4], "counts": "02"}}, "decode to 2 pixels"),
         ({"rle": {"size": [1, 4], "counts": "zz~~"}}, "which no RLE has"),
         ({"rle": {"size": [2, 2], "counts": "022"}}, r"has size \[2, 2\]"),
-        ({"score": float("nan")}, "expected a finite score, found nan"),
-        ({"score": "high"}, "expected a number as score, found 'high'"),
-        ({"score": None}, "expected a number as score, found None"),
+        (
+            {"rle": {"size": [1.5, 4], "counts": "022"}},
+            r"of two positive integers, found \[1.5, 4\]",
+        ),
+        ({"score": float("nan")}, "a score must be a finite number, found nan"),
+        ({"score": 10**400}, "a score must be a finite number, found 1000"),
+        ({"score": "high"}, "a score must be a finite number, found 'high'"),
+        ({"score": None}, "a score must be a finite number, found None"),
         ({"label": None}, "expected the name of a part as label, found None"),
         ({"label": " "}, "expected the name of a part as label, found ' '"),
         ({"box": [1, 2]}, r"expected a dict of label, rle, score, found \['box', 'label'"),
@@ -186,6 +191,7 @@ def test_a_damaged_mask_or_score_is_refused_naming_image_and_mask(folder, tmp_pa
         ("choices", 0.7, r"predictions\[0\]: expected the index of a choice, found 0.7"),
         ("choices", float("nan"), "expected the index of a choice, found nan"),
         ("choices", True, "expected the index of a choice, found True"),
+        ("choices", 10**30, "expected the index of a choice, found 1000"),
         ("parts", "hull, mast", r"predictions\[0\]: expected a list of part names, found 'hull, mast'"),
         ("parts", ["hull", None], r"expected a list of part names, found \['hull', None\]"),
     ],
@@ -200,10 +206,14 @@ def test_a_prediction_of_another_form_is_one_sentence_that_names_it(folder, tmp_
     assert "\n" not in str(whole.value)
 
 
-@pytest.mark.parametrize("name", ["choices", "parts"])
-def test_ratios_of_no_question_are_refused(folder, tmp_path, name):
+@pytest.mark.parametrize("name", ["choices", "masks", "parts"])
+def test_metrics_of_nothing_or_of_one_side_are_refused(folder, tmp_path, name):
+    metric = load(folder / f"partonomy_{name}", tmp_path)
     with pytest.raises(ValueError, match="Expected at least one"):
-        load(folder / f"partonomy_{name}", tmp_path).compute(predictions=[], references=[])
+        metric.compute(predictions=[], references=[])
+    one = {"masks": [HULL | {"score": 0.5}], "choices": 0, "parts": ["hull"]}[name]
+    with pytest.raises(ValueError, match="xpected a list .* references, found None"):
+        metric.compute(predictions=[one])
 
 
 def test_the_apps_of_the_metrics_are_one_file():

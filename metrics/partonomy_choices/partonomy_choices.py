@@ -40,8 +40,11 @@ class PartonomyChoices(evaluate.Metric):
     def add_batch(self, *, predictions=None, references=None, **kwargs):
         """Add predictions and references. Raises ValueError that names the first one of another form."""
         for name, indices in (("predictions", predictions), ("references", references)):
-            for number, index in enumerate(() if indices is None else indices):
-                if isinstance(index, bool) or not isinstance(index, Integral):  # a number would be cut to an integer
+            if not hasattr(indices, "__len__"):
+                raise ValueError(f"Expected a list of indices as {name}, found {indices!r:.80}.")
+            for number, index in enumerate(indices):
+                # a number would be cut to an integer
+                if isinstance(index, bool) or not isinstance(index, Integral) or abs(index) >= 2**31:
                     raise ValueError(f"{name}[{number}]: expected the index of a choice, found {index!r:.80}.")
         super().add_batch(predictions=predictions, references=references, **kwargs)
 

@@ -3,14 +3,13 @@
 It needs only `mask_metrics.py` and `inputs_plum.py` beside it, which are copies of the files in the project.
 """
 
-from math import fsum, isfinite
-from numbers import Real
+from math import fsum
 
 import datasets
 import evaluate
 import numpy as np
 
-from .inputs_plum import DataError, validate_rle
+from .inputs_plum import DataError, check_number, check_size, validate_rle
 from .mask_metrics import average_precision, count_masks
 
 _DESCRIPTION = """Compares the part masks of one image, given as COCO run lengths, with the true ones. Strict: by part
@@ -64,7 +63,9 @@ class PartonomyMasks(evaluate.Metric):
     def add_batch(self, *, predictions=None, references=None, **kwargs):
         """Add predictions and references. Raises ValueError that names the first one of another form."""
         for name, images in (("reference", references), ("prediction", predictions)):
-            for image, masks in enumerate(images if isinstance(images, (list, tuple)) else ()):
+            if not isinstance(images, (list, tuple)):
+                raise DataError(f"expected a list with the masks of each image as {name}s, found {images!r:.80}")
+            for image, masks in enumerate(images):
                 _check_form(masks, name, where=f"image {image}")
         super().add_batch(predictions=predictions, references=references, **kwargs)
 
@@ -73,6 +74,8 @@ class PartonomyMasks(evaluate.Metric):
         self.add_batch(predictions=[prediction], references=[reference], **kwargs)
 
     def _compute(self, predictions, references):
+        if not len(references):
+            raise ValueError("Expected at least one image, found none.")
         ratios, detections, true_masks = {name: [] for name in _RATIOS}, [], 0
         for image, (predicted, true) in enumerate(zip(predictions, references, strict=True)):
             predicted, true = _checked(predicted, true, image)
@@ -91,7 +94,9 @@ class PartonomyMasks(evaluate.Metric):
 
 
 def _check_form(masks, name, *, where):
-    """Raise ValueError unless the masks of an image are a list of dicts with the fields of `name` and text counts."""
+    """Raise ValueError unless the masks of an image are a list of dicts with the fields of `name`, a whole size, text
+    counts and a finite score.
+    """
     fields = ["label", "rle"] + ["score"] * (name == "prediction")
     if not isinstance(masks, (list, tuple)):
         raise DataError(f"{where}: expected a list with each {name}, found {masks!r:.80}")
@@ -102,19 +107,21 @@ def _check_form(masks, name, *, where):
             raise DataError(f"{place}: expected a dict of {', '.join(fields)}, found {found}")
         if not isinstance(mask["label"], str) or not mask["label"].strip():
             raise DataError(f"{place}: expected the name of a part as label, found {mask['label']!r:.80}")
-        if "score" in mask and (isinstance(mask["score"], bool) or not isinstance(mask["score"], Real)):
-            raise DataError(f"{place}: expected a number as score, found {mask['score']!r:.80}")
+        if "score" in mask:
+            check_number(mask["score"], name=f"{place}: a score")
         rle = mask["rle"]
         if not isinstance(rle, dict) or sorted(rle) != ["counts", "size"] or not isinstance(rle["counts"], str):
             raise DataError(
                 f"{place}: expected an RLE of size [height, width] and counts as text, found {rle!r:.80}; encode the "
                 "mask with pycocotools, and its bytes with .decode('ascii')"
             )
+        size = rle["size"]  # a number with a fraction would be cut to an integer
+        check_size(size.tolist() if isinstance(size, np.ndarray) else size, where=place)
 
 
 def _checked(predicted, true, image):
     """Return the masks of both sides with checked run lengths. Raises ValueError that names the mask unless all have
-    one size and, if predicted, a finite score.
+    one size.
     """
     size, sides = None, []
     for name, masks in (("reference", true), ("prediction", predicted)):
@@ -123,8 +130,6 @@ def _checked(predicted, true, image):
             where = f"image {image}, {name} {number}"
             rle = validate_rle(mask["rle"], expected_size=size, where=where)
             size = size or tuple(rle["size"])
-            if name == "prediction" and not isfinite(mask["score"]):
-                raise DataError(f"{where}: expected a finite score, found {mask['score']}")
             checked.append({**mask, "rle": rle})
         sides.append(checked)
     return sides[::-1]

@@ -38,7 +38,9 @@ class PartonomyParts(evaluate.Metric):
     def add_batch(self, *, predictions=None, references=None, **kwargs):
         """Add predictions and references. Raises ValueError that names the first one of another form."""
         for side, answers in (("predictions", predictions), ("references", references)):
-            for number, names in enumerate(() if answers is None else answers):
+            if not hasattr(answers, "__len__"):
+                raise ValueError(f"Expected a list of the parts in each answer as {side}, found {answers!r:.80}.")
+            for number, names in enumerate(answers):
                 if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
                     raise ValueError(f"{side}[{number}]: expected a list of part names, found {names!r:.80}.")
         super().add_batch(predictions=predictions, references=references, **kwargs)
