@@ -13,6 +13,7 @@ A model under test is an object with some of these methods; missing ones are ski
 as `Predictor`, which answers whole batches with PLUM.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,7 @@ from plum_partonomy.records import Question
 from plum_partonomy.scoring.benchmark import Asked
 from plum_partonomy.scoring.metrics import MaskSource
 from plum_partonomy.scoring.predictions import Prediction, SpanMask
+from plum_partonomy.sources.untrusted import check_unicode
 
 __all__ = ["METHODS", "Asker", "UnderTest"]
 
@@ -116,12 +118,13 @@ class Asker:
         """Return scores as in `Prediction`: the smallest is chosen."""
         if not hasattr(self.model, "choose"):
             return None
-        scores = list(self._call("choose", question, seen, messages, list(choices)))
-        if len(scores) != len(choices) or not all(np.isfinite(score) for score in scores):
+        found = self._call("choose", question, seen, messages, list(choices))
+        scores = [_finite(score) for score in _listed(found)]
+        if len(scores) != len(choices) or None in scores:
             raise DataError(
-                f"Question {question.id!r}: expected {len(choices)} finite scores from 'choose', found {scores}."
+                f"Question {question.id!r}: expected {len(choices)} finite scores from 'choose', found {found!r:.200}."
             )
-        return [-float(score) for score in scores]
+        return [-score for score in scores]
 
     def _answer(self, seen: Any, asked: Asked) -> dict[str, Any]:
         """Return the fields of the generated answer; without masks only the names of its parts."""
@@ -131,6 +134,7 @@ class Asker:
         text = self._call("answer", question, seen, ask(question))
         if not isinstance(text, str):
             raise DataError(f"Question {question.id!r}: expected a text from 'answer', found {text!r:.80}.")
+        check_unicode(text, where=f"Question {question.id!r}, 'answer'")
         parts = find_parts(text, self.known_parts)
         if not hasattr(self.model, "segment"):
             names = [name for name, _, _ in parts]
@@ -142,10 +146,12 @@ class Asker:
             return []
         question = asked.question
         names = [name for name, _, _ in parts]
-        masks = list(self._call("segment", question, seen, question, names))
-        if len(masks) != len(names):
+        found = self._call("segment", question, seen, question, names)
+        masks = _listed(found)
+        if len(masks) != len(names) or not all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in masks):
             raise DataError(
-                f"Question {question.id!r}: expected {len(names)} masks from 'segment', found {len(masks)}."
+                f"Question {question.id!r}: expected {len(names)} masks from 'segment', each with its score, found "
+                f"{len(masks)}: {found!r:.80}."
             )
         return [self._make_span(part, mask, asked) for part, mask in zip(parts, masks, strict=True)]
 
@@ -158,8 +164,8 @@ class Asker:
                 f"Question {question.id!r}: expected boolean masks of [height, width] "
                 f"{[image.height, image.width]} from 'segment', found {mask.dtype} of {list(mask.shape)}."
             )
-        if not np.isfinite(score):
-            raise DataError(f"Question {question.id!r}: expected a finite score from 'segment', found {score}.")
+        if _finite(score) is None:
+            raise DataError(f"Question {question.id!r}: expected a finite score from 'segment', found {score!r:.80}.")
         rle = resize(encode(mask), question.masks[0].rle["size"])
         return SpanMask(text=name, start=start, end=end, rle=rle, score=float(score))
 
@@ -169,6 +175,26 @@ class Asker:
             return getattr(self.model, method)(*arguments)
         except DataError as error:
             raise DataError(f"Question {question.id!r}: {error}") from error
+        except Exception as error:
+            error.add_note(f"raised by {method!r} of the model for question {question.id!r}")
+            raise
+
+
+def _listed(found: Any) -> list[Any]:
+    """Return the items of a list, array or generator; nothing for other values."""
+    try:
+        return [] if isinstance(found, str | bytes | dict) else list(found)
+    except TypeError:
+        return []
+
+
+def _finite(value: Any) -> float | None:
+    """Return a finite number of any type as a float, and None for other values."""
+    try:
+        number = math.nan if isinstance(value, str | bytes) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
 
 
 def ask(question: Question) -> list[dict[str, str]]:

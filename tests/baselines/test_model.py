@@ -124,8 +124,13 @@ def returning(method: str, value):
     [
         (returning("choose", [0.0, 1.0]), "'q0': expected 3 finite scores from 'choose'"),
         (returning("choose", [0.0, 1.0, float("nan")]), "'q0': expected 3 finite scores from 'choose', found .*nan"),
+        *((returning("choose", bad), "'q0': expected 3 finite scores") for bad in (None, 1, ["a"] * 3, [10**400] * 3)),
+        (returning("answer", "\ud800"), "'q0', 'answer': expected text, found half a character"),
         (returning("answer", None), "'q0': expected a text from 'answer', found None"),
-        (returning("segment", []), "'q0': expected 2 masks from 'segment', found 0"),
+        (returning("segment", []), "'q0': expected 2 masks from 'segment', each with its score, found 0"),
+        (returning("segment", None), "'q0': expected 2 masks from 'segment', each with its score, found 0: None"),
+        (returning("segment", [np.zeros((60, 84), bool)] * 2), "masks from 'segment', each with its score, found 2"),
+        (returning("segment", [(np.zeros((60, 84), bool), "high")] * 2), "'q0': expected a finite score"),
         (
             returning("segment", [(np.zeros((84, 60), bool), 1.0)] * 2),
             r"'q0': expected boolean masks of \[height, width\] \[60, 84\] from 'segment', found bool of \[84, 60\]",
@@ -137,6 +142,15 @@ def returning(method: str, value):
 def test_what_is_no_answer_is_refused_with_the_id_of_the_question(model, message):
     with pytest.raises(DataError, match=message):
         predict(model)
+
+
+def test_an_error_of_the_model_itself_names_the_question_and_keeps_its_traceback():
+    def fail(*_):
+        raise ZeroDivisionError("own")
+
+    with pytest.raises(ZeroDivisionError, match="own") as raised:
+        predict(type("Broken", (), {"choose": fail})())
+    assert raised.value.__notes__ == ["raised by 'choose' of the model for question 'q0'"]
 
 
 def test_a_model_without_the_needed_method_is_refused():
