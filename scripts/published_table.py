@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from plum_partonomy.scoring.published import METHODS, PUBLISHED
+from plum_partonomy.scoring.results import describe_left_out
 
 
 def format_published(runs: dict[str, dict[str, Any]]) -> str:
@@ -36,7 +37,8 @@ def describe(name: str, metrics: dict[str, Any]) -> str:
     """Return one line about the data of a run."""
     run = metrics["run"]
     data = f"{run['dataset']} {run['name']}, split {run['split']}"
-    return f"{name}: {data}, {metrics['overall']['n']} questions, protocol {run['protocol']['name']}"
+    about = [f"{name}: {data}, {metrics['overall']['n']} questions, protocol {run['protocol']['name']}"]
+    return "; ".join(about + describe_left_out(run))
 
 
 def _measured(metrics: dict[str, Any], question_type: str) -> tuple[float, float] | None:

@@ -135,5 +135,6 @@ def evaluate_answers(arguments: Any) -> None:
     described = describe_run(arguments, settings, choice_reduction="as given", started=started)
     run = {"predictions": arguments.predictions, **described}
     run |= {"left_out": len(questions) - len(scored), "records_left_out": len(unusable)}
+    run["questions_fingerprint"] = fingerprint(scored)  # results of other questions are not compared with these
     run["masks_resized"] = partonomy_dataset.masks_resized(rows)
     finish(arguments, rows, scored, predictions, run=run)

@@ -19,6 +19,7 @@ import yaml
 from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml, parse_eval_result_entries
 
 from plum_partonomy.masks import DataError
+from plum_partonomy.scoring.results import describe_left_out
 
 __all__ = ["FRAMEWORK", "HEADLINES", "check_eval_yaml", "eval_results_file", "make_eval_results", "make_eval_yaml"]
 
@@ -106,6 +107,7 @@ def make_eval_results(metrics: dict[str, Any], *, benchmark: str) -> str:
     notes = f"split {run['split']}, {overall['n']} questions, protocol {run['protocol']['name']}"
     if run.get("limit") is not None:
         notes += ", the first questions of the split"
+    notes += "".join(f", {line}" for line in describe_left_out(run))
     entries = [
         EvalResultEntry(
             dataset_id=benchmark,

@@ -23,7 +23,7 @@ from plum_partonomy.features import QUESTION_FEATURES
 from plum_partonomy.inference.predictor import Predictor
 from plum_partonomy.masks import DataError, encode
 from plum_partonomy.records import PartMask, Question, as_row
-from plum_partonomy.scoring.benchmark import Asked, load_questions
+from plum_partonomy.scoring.benchmark import Asked, fingerprint, load_questions
 from plum_partonomy.scoring.metrics import evaluate_predictions, true_masks
 from plum_partonomy.scoring.predictions import read_predictions
 from tests import forks
@@ -299,7 +299,9 @@ def test_a_file_of_answers_is_scored_without_a_model(question_set, tmp_path, cap
         evaluate_answers(replace(run, output_dir=str(tmp_path / "other")))
     assert not (tmp_path / "other").exists()
     evaluate_answers(replace(run, output_dir=str(tmp_path / "other"), on_error="report"))
-    assert json.loads((tmp_path / "other" / "metrics.json").read_text())["run"]["left_out"] == 1
+    other = json.loads((tmp_path / "other" / "metrics.json").read_text())["run"]
+    assert other["left_out"] == 1
+    assert other["questions_fingerprint"] == fingerprint(questions[:-1]) != metrics["run"]["questions_fingerprint"]
     assert len((tmp_path / "other" / "errors.jsonl").read_text().splitlines()) == 2
     assert "left out: 1 questions" in capsys.readouterr().out
     assert "Left out: 1 questions" in (tmp_path / "other" / "report.html").read_text()

@@ -42,6 +42,10 @@ def test_results_are_entries_of_the_benchmarks_tasks_without_what_was_not_measur
         ("mini_questions_choice_accuracy", 0.5),
     ]
     assert entries[0].notes == "split test, 3 questions, protocol published, the first questions of the split"
+    partial = yaml.safe_load(make_eval_results(measured(left_out=2), benchmark="user/partonomy"))
+    assert parse_eval_result_entries(partial)[0].notes.startswith(
+        "split test, 3 questions, protocol published, left out: 2 q"
+    )
 
 
 def test_results_of_other_tasks_and_without_a_headline_are_refused():
