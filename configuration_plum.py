@@ -239,6 +239,10 @@ class PlumConfig(PreTrainedConfig):
         missing = {"mean", "std", "intercept", "slope", "threshold"} - set(self.image_statistics)
         if missing:
             raise ValueError(f"image_statistics lacks {sorted(missing)}; run scripts/calibrate_confidence.py again.")
+        for name in ("intercept", "slope", "threshold"):
+            value = self.image_statistics[name]
+            if not isinstance(value, (int, float)):
+                raise ValueError(f"image_statistics has {name} = {value!r}, expected a number.")
         mean, std = (self.image_statistics[name] for name in ("mean", "std"))
         rows = [*mean, *std]
         lengths = {len(row) if isinstance(row, list) else 0 for row in rows}

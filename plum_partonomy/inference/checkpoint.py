@@ -45,6 +45,8 @@ SETTINGS_BYTES_LIMIT = 2 * 1024**2
 SETTINGS_DEPTH_LIMIT = 32
 LARGEST_SIZE = 10**6
 """Maximum of a count or size in config.json; vocabularies are the largest."""
+LONGEST = {"num_labels": 1000, "num_image_tokens": LARGEST_SIZE}
+"""Maxima of the numbers, in any settings, of which a dictionary or a text of this length is made."""
 UNCOUNTED = re.compile("position|length|theta|pixels")
 """Names of numbers in config.json that determine no tensor size."""
 # A quantised checkpoint stores up to two parameters per byte, in elements of up to four bytes.
@@ -135,7 +137,7 @@ def _check_changes(folder: Path, saved: dict[str, torch.Tensor], config: PlumCon
 
 
 def _check_report(folder: Path, report: dict, saved: dict[str, torch.Tensor], changes: dict | None) -> None:
-    """Raise `ModelError` if a checkpoint lacks tensors of its model or has them in other shapes."""
+    """Raise `ModelError` if a checkpoint lacks tensors of its model, or has others or in other shapes."""
     absent = set(report["missing_keys"])
     if changes and absent:  # modules added by a change are initialised
         absent &= saved.keys()
@@ -143,6 +145,12 @@ def _check_report(folder: Path, report: dict, saved: dict[str, torch.Tensor], ch
     if absent:
         raise ModelError(
             f"The weights of {folder} lack {len(absent)} tensors of the model, such as {min(absent)!r}; {again}."
+        )
+    if report["unexpected_keys"] and not changes:  # a change may remove modules
+        surplus = sorted(report["unexpected_keys"])
+        raise ModelError(
+            f"The weights of {folder} have {len(surplus)} tensors that are not in the model of its config, such as "
+            f"{surplus[0]!r}; {again}."
         )
     for name, found, expected in sorted(report["mismatched_keys"]):
         raise ModelError(
@@ -165,6 +173,17 @@ def _load_processor(folder: Path, config: PlumConfig) -> PlumProcessor:
         processor = PlumProcessor.from_pretrained(folder, trust_remote_code=False)
         found, side = processor.image_token_id, side_for_sam(processor.sam_image_processor)
     expected = config.vlm_config.image_token_id
+    last, rows = max(processor.tokenizer.get_vocab().values()), config.get_text_config().vocab_size
+    if last >= rows:
+        raise ModelError(
+            f"{folder}: the tokenizer has tokens up to the id {last}, the model has embeddings of {rows} tokens; save "
+            "the processor that the model was trained with."
+        )
+    if processor.vlm_image_input != config.vlm_image_input:
+        raise ModelError(
+            f"{folder}: the processor has vlm_image_input {processor.vlm_image_input!r}, the model expects "
+            f"{config.vlm_image_input!r}; save the processor that the model was trained with."
+        )
     if found != expected:
         raise ModelError(
             f"{folder}: the processor's image token {processor.image_token!r} has id {found}, the model expects "
@@ -288,10 +307,14 @@ def _walk(content: Any, depth: int = 0) -> Iterator[tuple[int, str, Any]]:
 
 
 def _check_settings(path: Path, settings: dict) -> None:
-    """Raise ModelError for settings that would make transformers import code or load weights from elsewhere."""
+    """
+    Raise ModelError for settings that would make transformers import code, load weights from elsewhere or fill memory.
+    """
     for depth, name, value in _walk(settings):
         if depth > SETTINGS_DEPTH_LIMIT:
             raise ModelError(f"{path} is nested more than {SETTINGS_DEPTH_LIMIT} levels deep.")
+        if name in LONGEST and isinstance(value, int) and value > LONGEST[name]:
+            raise ModelError(f"{path} has {name} = {value}, more than {LONGEST[name]:,}.")
         foreign = (
             (name == "auto_map" and not _is_own_code(value))
             or (name.endswith("_implementation") and isinstance(value, str) and "/" in value)

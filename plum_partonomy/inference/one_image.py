@@ -27,7 +27,7 @@ from transformers import TextIteratorStreamer
 
 from chats_plum import parse_span_tags
 from inputs_plum import check_number
-from plum_partonomy.inference.checkpoint import load_checkpoint
+from plum_partonomy.inference.checkpoint import load_checkpoint, problems_named
 from plum_partonomy.inference.encoded import EncodedImage, encode_chats, encode_image
 from plum_partonomy.inference.inputs import check_phrases, check_text
 from plum_partonomy.masks import DataError, area, encode
@@ -107,10 +107,37 @@ def load_model(name: str | Path, *, dtype: str = "float32", device: str | torch.
     """Return the folder and the model of a checkpoint, given as a folder or a name on the Hub.
 
     Raises:
-        ModelError: It is not safe to load, not a PLUM checkpoint, or its processor belongs to another model.
+        ModelError: It is not safe to load, not a PLUM checkpoint, its processor belongs to another model, or it cannot
+            answer.
     """
     model, processor = load_checkpoint(name, dtype=getattr(torch, dtype))
-    return Path(model.name_or_path), Plum(model.to(device).eval(), processor)
+    folder, plum = Path(model.name_or_path), Plum(model.to(device).eval(), processor)
+    with problems_named(f"{folder} cannot answer, its files do not fit together"):
+        _try_out(plum)
+    return folder, plum
+
+
+def _try_out(plum: Plum) -> None:
+    """
+    Let a model read a blank image and write one token of another answer, without SAM's encoder. Settings of processor,
+    template and generation that only fail then are an error of the checkpoint, not of a user's question.
+    """
+    config, question = plum.model.config, [{"role": "user", "content": "Which parts?"}]
+    width, grid = plum.model.segmenter.embedding_width(config.sam_config), config.sam_grid_size
+
+    def embed(pixels: torch.Tensor) -> torch.Tensor:
+        if not pixels.isfinite().all():
+            raise ValueError("its processor makes pixels that are not finite numbers")
+        return torch.zeros(1, width, grid, grid, device=pixels.device)
+
+    image = encode_image(plum.model, plum.processor, Image.new("RGB", (48, 32)), embed=embed)
+    encode_chats(plum.model, plum.processor, [(image, question)], add_generation_prompt=True)
+    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
+    inputs = plum.processor.apply_chat_template(question, **options).to(plum.model.device)
+    options = {"max_new_tokens": 1, "do_sample": False, "num_beams": 1}
+    options |= {"output_logits": True, "return_dict_in_generate": True}
+    if not plum.model.generate(**inputs, **options).logits[0].isfinite().all():
+        raise ValueError("its weights give numbers that are not finite")
 
 
 def find_ranges(text: str, phrases: Sequence[str], *, taken: Sequence[Range] = ()) -> list[Range]:

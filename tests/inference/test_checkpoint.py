@@ -16,6 +16,7 @@ from plum_partonomy import cli
 from plum_partonomy.evaluation.run import main as evaluate_plum
 from plum_partonomy.inference.checkpoint import check_checkpoint, load_checkpoint, load_processor
 from plum_partonomy.inference.inputs import ModelError
+from plum_partonomy.inference.one_image import load_model
 from plum_partonomy.masks import DataError
 from tests.tiny import random_image, tiny_model, tiny_processor
 
@@ -103,6 +104,18 @@ def add_to_json(name: str, **fields):
     return damage
 
 
+def change_processor(**settings):
+    """Sets fields of the image processor for SAM."""
+
+    def damage(folder: Path):
+        path = folder / "processor_config.json"
+        content = json.loads(path.read_text())
+        content["sam_image_processor"] |= settings
+        path.write_text(json.dumps(content))
+
+    return damage
+
+
 def an_adapter(folder: Path):
     (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 200000}')
 
@@ -170,6 +183,8 @@ def nested(levels: int) -> dict:
         (add_to_json("generation_config.json", penalty_alpha=0.6, top_k=4), "asks for 'contrastive_search'"),
         (add_to_json("generation_config.json", num_beams=0), "num_beams must be an integer of at least 1, found 0"),
         (lambda folder: (folder / "generation_config.json").write_text("{"), "generation_config.json cannot be read"),
+        (add_to_json("config.json", vlm_config={"num_labels": 10**5}), "has num_labels = 100000, more than 1,000"),
+        (add_to_json("processor_config.json", num_image_tokens=10**9), "num_image_tokens = 1000000000, more than"),
         (a_pipe_in_place_of_the_config, "config.json cannot be read"),
         (lambda folder: change_config(folder, model_type="llava"), "'llava' model, expected 'plum'"),
         (lambda folder: (folder / "config.json").write_text("[" * 100_000), "config.json cannot be read"),
@@ -269,6 +284,44 @@ def test_tensors_that_are_not_in_the_files_are_an_error(place, folder):
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ModelError, match=rf"lack \d+ tensors of the model, such as '{place}"):
         load_checkpoint(folder)
+
+
+def test_tensors_that_the_config_does_not_describe_are_an_error_and_not_left_out(folder):
+    tiny_processor().save_pretrained(folder)
+    change_config(folder, vlm_config__text_config__num_hidden_layers=1)
+    with pytest.raises(ModelError, match=r"have \d+ tensors that are not in the model of its config, such as 'vlm.*1"):
+        load_checkpoint(folder)
+
+
+def not_a_number(folder: Path):
+    path = sorted(folder.glob("*.safetensors"))[0]
+    tensors = load_file(path)
+    save_file({name: torch.full_like(tensor, torch.nan) for name, tensor in tensors.items()}, path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (add_to_json("processor_config.json", num_image_tokens=7), "16 features and 7 image tokens"),
+        (add_to_json("processor_config.json", num_image_tokens="x"), "cannot answer"),
+        (change_processor(image_std=[0.0] * 3), "makes pixels that are not finite numbers"),
+        (add_to_json("processor_config.json", vlm_image_input="pixel_values"), "the model expects 'sam_image_embedd"),
+        (
+            add_to_json("tokenizer_config.json", extra_special_tokens=[f"<{n}>" for n in range(99)]),
+            "tokens up to the id",
+        ),
+        (add_to_json("generation_config.json", eos_token_id="x"), "cannot answer"),
+        (add_to_json("generation_config.json", bad_words_ids=[[10**6]]), "cannot answer"),
+        (lambda folder: (folder / "chat_template.jinja").write_text("{{ 1 / 0 }}"), "division by zero"),
+        (not_a_number, "its weights give numbers that are not finite"),
+    ],
+)
+def test_files_that_do_not_fit_together_are_an_error_of_the_checkpoint_and_not_of_a_question(damage, message, folder):
+    tiny_processor().save_pretrained(folder)
+    damage(folder)
+    with pytest.raises(ModelError, match=message) as error:
+        load_model(folder)
+    assert str(folder) in str(error.value) and "\n" not in str(error.value)
 
 
 def test_only_modules_that_a_change_of_the_config_adds_may_start_from_nothing(tmp_path):

@@ -73,6 +73,7 @@ def test_a_person_is_warned_below_the_threshold_alone():
             r"a mean and a deviation of 32 channels, SAM's, .* found 1 and 1 of \[3, 32\] channels",
         ),
         ({"std": [[1.0] * 32] * 2}, "for each kind of images, found 1 and 2"),
+        ({"slope": "3"}, "image_statistics has slope = '3', expected a number"),
     ],
 )
 def test_statistics_that_do_not_fit_are_refused(changes, message):
