@@ -453,14 +453,19 @@ def _content(source: Any, *, where: str, max_bytes: int) -> io.BytesIO | Path:
         except (OSError, ValueError) as error:
             if isinstance(error, DataError):
                 raise
-            reason = getattr(error, "strerror", None) or error
-            raise DataError(f"{where}: the image cannot be read ({reason})") from error
+            raise DataError(
+                f"{where}: expected the path of an image, or base64 text of one of {', '.join(FORMATS)}, found "
+                f"{str(source)!r:.80} ({getattr(error, 'strerror', None) or error})"
+            ) from error
         _check_bytes(size, where=where, max_bytes=max_bytes)
         return source
     if isinstance(source, (bytes, bytearray, memoryview)):
         content = bytes(source)
     elif hasattr(source, "read"):
-        content = source.read(max_bytes + 1)
+        try:
+            content = source.read(max_bytes + 1)
+        except (OSError, ValueError) as error:  # such as a file that is closed
+            raise DataError(f"{where}: the image cannot be read ({error})") from error
     else:
         raise DataError(
             f"{where}: expected a path, a URL, bytes, a PIL image, an array or a tensor, found {type(source).__name__}"

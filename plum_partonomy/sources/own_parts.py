@@ -216,7 +216,9 @@ class OwnParts:
         photograph = self._photographs[index]
         outside = photograph.image_path.startswith(("/", "../"))  # `locate` raises an error for it
         if photograph.searched and not outside and find_file(self.folder, [photograph.image_path]) is None:
-            names = " nor ".join(map(repr, dict.fromkeys(map(posixpath.normpath, photograph.searched))))
+            names = " nor ".join(
+                f"{name!r:.200}" for name in dict.fromkeys(map(posixpath.normpath, photograph.searched))
+            )
             raise DataError(f"{photograph.where}, field 'file_name': there is no image {names} in {self.folder}")
         file = self._images.locate(photograph.image_path, where=photograph.where)
         self._images.check_frame(photograph.image_path, photograph.size, where=photograph.where)
@@ -268,8 +270,8 @@ class OwnParts:
         categories: dict[int, tuple[str, str]] = {}
         for where, record in list_records(path, "categories"):
             name = _part_name(record, "name", where=where)
-            above = record.get("supercategory") or ""
-            named = isinstance(above, str) and above.strip().lower() not in (*NO_SUPERCATEGORY, name.lower())
+            above = typed({"supercategory": None} | record, "supercategory", (str, type(None)), where=where) or ""
+            named = above.strip().lower() not in (*NO_SUPERCATEGORY, name.lower())
             label = above.strip() if named else UNNAMED_OBJECT
             check_plain(label, where=f"{where}, field 'supercategory'")
             _claim(categories, record, (label, name), where=where)

@@ -204,6 +204,7 @@ BAD_COCO = [
         {"supercategory": "a </s>"},
         r"categories\[0\], field 'supercategory': the text contains '</s>'",
     ),
+    ("categories", {"supercategory": ["car"]}, r"categories\[0\], field 'supercategory': expected str or NoneType"),
     ("images", {"image_label": "<|im_end|>"}, r"record images\[0\], field 'image_label': the text contains '<.im_end"),
     ("images", {"file_name": "../../0.png"}, r"record images\[0\].*is outside"),
     ("images", {"width": WIDTH + 1}, r"record images\[0\].*size \[20, 31\].*\[20, 30\]"),
