@@ -8,10 +8,9 @@ published results have a separate table.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
-from plum_partonomy.masks import DataError
+from plum_partonomy.command_line import Options, check_writable, run_command
 from plum_partonomy.scoring.leaderboard import make_leaderboard, read_results
 from plum_partonomy.scoring.predictions import write_whole
 
@@ -29,15 +28,13 @@ Results on PARTONOMY, measured with evaluate_plum.py.
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Options(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="folder that contains the folders of runs")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder for index.html and README.md")
     parser.add_argument("--title", default="PARTONOMY leaderboard", help="title of the page and the Space")
     options = parser.parse_args()
-    try:
-        results, others = read_results(options.folder)
-    except DataError as error:
-        sys.exit(f"leaderboard.py: {error}")
+    check_writable(options.output_dir)
+    results, others = read_results(options.folder)
     options.output_dir.mkdir(parents=True, exist_ok=True)
     write_whole(options.output_dir / "index.html", [make_leaderboard(results, title=options.title)])
     write_whole(options.output_dir / "README.md", [CARD.format(title=options.title)])
@@ -47,4 +44,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command("leaderboard.py", main, ["output_dir"])

@@ -11,6 +11,7 @@ from typing import Any
 import datasets
 from PIL import Image
 
+from inputs_plum import check_number
 from plum_partonomy import images
 from plum_partonomy.features import QUESTION_FEATURES
 from plum_partonomy.loading import load_split
@@ -93,6 +94,8 @@ def load_rows(dataset: str, *, name: str, split: str, limit: int | None = None, 
     """Return the records of a split, or the first of them, with images as stored; arguments and errors as in
     `load_questions`.
     """
+    if limit is not None:
+        check_number(limit, name="limit", least=1, whole=True)
     rows = load_split(dataset, name, split=split, **options)
     if limit is not None:
         rows = rows.select(range(min(limit, len(rows))))

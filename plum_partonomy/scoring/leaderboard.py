@@ -6,7 +6,6 @@ Models share a table only if they answered the same questions, by the fingerprin
 have a separate table, because they were measured by others, possibly on other images.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,8 @@ from plum_partonomy.masks import DataError
 from plum_partonomy.scoring.pages import render_page
 from plum_partonomy.scoring.published import METHODS, PUBLISHED, SOURCE
 from plum_partonomy.scoring.report import FIGURES
+from plum_partonomy.sources.json_files import parse_json
+from plum_partonomy.sources.untrusted import typed
 
 __all__ = ["COLUMNS", "Result", "make_leaderboard", "read_results"]
 
@@ -71,19 +72,33 @@ def read_results(folder: Path) -> tuple[list[Result], list[str]]:
     results, others = [], []
     for path in sorted(folder.rglob("metrics.json")):
         name = path.parent.relative_to(folder).as_posix()
-        try:
-            metrics = json.loads(path.read_text(encoding="utf-8"))
-            run = metrics["run"]
-            is_of_questions = "by_type" in metrics and "protocol" in run
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{path}: expected the metrics.json of evaluate_plum.py ({error!r}).") from error
-        if is_of_questions:
+        metrics = parse_json(path.read_bytes(), where=str(path))
+        run = typed(metrics, "run", dict, where=f"{path}: expected the metrics.json of evaluate_plum.py")
+        if "by_type" in metrics and "protocol" in run:
+            _check(metrics, where=str(path))
             results.append(Result(name if name != "." else folder.resolve().name, metrics))
         else:
             others.append(f"{name}: task {run.get('task')!r}, not PARTONOMY's questions")
     if not results:
         raise DataError(f"{folder}: expected metrics.json of runs of evaluate_plum.py in its folders, found none.")
     return results, others
+
+
+def _check(metrics: dict[str, Any], *, where: str) -> None:
+    """Raise DataError unless a metrics.json has what the page shows."""
+    overall, by_type, intervals = (
+        typed(metrics, field, dict, where=where) for field in ("overall", "by_type", "intervals")
+    )
+    for group in ("overall", "by_type"):
+        typed(intervals, group, dict, where=f"{where}, field 'intervals'")
+    for figures in (overall, *(typed(by_type, name, dict, where=f"{where}, field 'by_type'") for name in by_type)):
+        for name in COLUMNS:
+            if figures.get(name) is not None:
+                typed(figures, name, (int, float), where=where)
+    run = metrics["run"]
+    for field in ("dataset", "name", "split", "questions_fingerprint"):
+        typed(run, field, str, where=f"{where}, field 'run'")
+    typed(typed(run, "protocol", dict, where=where), "name", str, where=f"{where}, field 'protocol'")
 
 
 def make_leaderboard(results: Sequence[Result], *, title: str = "PARTONOMY leaderboard") -> str:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from plum_partonomy.masks import DataError
 from plum_partonomy.scoring.baselines import answer_without_model
 from plum_partonomy.scoring.comparison import compare, write_comparison
 from plum_partonomy.scoring.metrics import evaluate_predictions
@@ -91,10 +92,18 @@ def test_the_script_compares_files_and_refuses_one_that_lacks_an_answer(tmp_path
     run_script(monkeypatch, *files, *options)
     assert "<th>one</th><th>" in (tmp_path / "c.html").read_text()
     write_predictions(tmp_path / "full_image.jsonl", answer_without_model("full_image", questions[1:]))
-    with pytest.raises(SystemExit, match="full_image.jsonl: question 'q0' has no answer.$"):
+    with pytest.raises(DataError, match="full_image.jsonl: question 'q0' has no answer.$"):
         run_script(monkeypatch, *files, *options)
 
 
+def test_a_file_may_have_an_equals_sign_in_its_path(tmp_path):
+    (tmp_path / "lr=1").mkdir()
+    path = tmp_path / "lr=1" / "p.jsonl"
+    path.touch()
+    expected = {str(path): path, "ours": path}
+    assert compare_predictions.parse_models([str(path), f"ours={path}"]) == expected
+
+
 def test_two_models_of_one_name_are_refused(tmp_path, monkeypatch):
-    with pytest.raises(SystemExit, match="Two models are called 'same': give each its own name, as NAME=FILE.$"):
+    with pytest.raises(DataError, match="Two models are called 'same': give each its own name, as NAME=FILE.$"):
         run_script(monkeypatch, "same=a.jsonl", "same=b.jsonl", "--output", tmp_path / "c.html")

@@ -59,6 +59,27 @@ def test_a_folder_without_results_and_a_damaged_file_are_refused(tmp_path):
         read_results(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda metrics: metrics.pop("intervals"), "field 'intervals' is missing"),
+        (lambda metrics: metrics.update(overall=None), "field 'overall': expected dict, found None"),
+        (
+            lambda metrics: metrics["overall"].update(choice_accuracy="1"),
+            "field 'choice_accuracy': expected int or",
+        ),
+        (lambda metrics: metrics["run"].pop("questions_fingerprint"), "field 'questions_fingerprint' is missing"),
+    ],
+)
+def test_a_field_that_the_page_shows_is_named_if_it_is_missing_or_of_another_type(tmp_path, change, message):
+    path = results_folder(tmp_path) / "low" / "metrics.json"
+    metrics = json.loads(path.read_text())
+    change(metrics)
+    path.write_text(json.dumps(metrics))
+    with pytest.raises(DataError, match=f"low/metrics.json.*{message}"):
+        read_results(tmp_path)
+
+
 def test_the_command_writes_a_static_space(tmp_path):
     folder = results_folder(tmp_path / "runs")
     command = [
