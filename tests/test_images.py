@@ -214,11 +214,11 @@ def test_a_damaged_file_of_every_format_is_read_or_refused_with_the_documented_e
     assert refused > 0
 
 
-def zero_width_png() -> bytes:
+def empty_png(width: int, height: int) -> bytes:
     def chunk(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
-    header = struct.pack(">IIBBBBB", 0, HEIGHT, 8, 0, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
@@ -229,7 +229,9 @@ def broken_file(tmp_path, kind: str) -> bytes:
         case "empty":
             return b""
         case "zero width":
-            return zero_width_png()
+            return empty_png(0, HEIGHT)
+        case "bomb":
+            return empty_png(60_000, 60_000)
         case "float":
             Image.fromarray(RAMP.astype(np.float32)).save(path, format="TIFF")
         case "32-bit":
@@ -245,6 +247,7 @@ def broken_file(tmp_path, kind: str) -> bytes:
     [
         ("empty", "not a readable image"),
         ("zero width", r"not a readable image|no pixels, \[height, width\] \[4, 0\]"),
+        ("bomb", "the image has more than 64 megapixels; make it smaller"),
         ("truncated", "not a readable image"),
         ("float", "32-bit pixels .*'F'.*save it with 8 or 16 bits"),
         ("32-bit", "32-bit pixels .*'I'.*save it with 8 or 16 bits"),

@@ -326,6 +326,9 @@ def open_image(
     except DataError:
         raise
     except Exception as error:  # as above
+        if isinstance(error, Image.DecompressionBombError):  # Pillow's own limit, before the size is known
+            problem = f"the image has more than {max_pixels / 10**6:g} megapixels; make it smaller"
+            raise DataError(f"{where}: {problem}") from error
         if isinstance(error, Image.UnidentifiedImageError):
             reason = f"expected {', '.join(FORMATS)}, found another format or a damaged file"
             raise DataError(f"{where}: not a readable image ({reason})") from error

@@ -23,6 +23,7 @@ from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from inputs_plum import check_number
 from plum_partonomy.command_line import check_writable
 from plum_partonomy.files import write_whole
 from plum_partonomy.hub.model_card import RECIPE_FILE
@@ -144,7 +145,8 @@ def find_problem(folder: Path, run: dict) -> str | None:
     """Return why a run cannot resume from a checkpoint, as the end of a sentence; None if it can."""
     try:
         sealed = json.loads((folder / SEAL_FILE).read_text(encoding="utf-8"))
-        json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+        step = json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"]
+        check_number(step, name=f"global_step of {TRAINER_STATE_NAME}", least=1, whole=True)
         files, found = sealed["files"], sealed["run"]
         damaged = sorted(name for name in files if _digest(folder / name) != files[name])
     except FileNotFoundError as error:

@@ -262,6 +262,10 @@ def cut(path: Path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+def name_the_step(path: Path):
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"global_step": "four"}))
+
+
 def flip(path: Path):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
@@ -270,7 +274,12 @@ def flip(path: Path):
 
 @pytest.mark.parametrize(
     ("damage", "name"),
-    [(cut, name) for name in SAVED] + [(flip, name) for name in SAVED[:4]] + [(Path.unlink, name) for name in SAVED],
+    [
+        *((cut, name) for name in SAVED),
+        *((flip, name) for name in SAVED[:4]),
+        *((Path.unlink, name) for name in SAVED),
+        (name_the_step, "trainer_state.json"),
+    ],
 )
 def test_a_damaged_last_checkpoint_is_passed_over_by_name_and_the_run_ends_the_same(
     damage, name, two_checkpoints, tmp_path, capsys
