@@ -4,6 +4,9 @@ import ast
 import re
 from pathlib import Path
 
+from plum_partonomy.scoring.answers import read_answers
+from plum_partonomy.scoring.benchmark import load_questions
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -13,6 +16,17 @@ def test_every_test_that_the_page_on_reliability_names_exists():
     for file, name in named:
         functions = ast.parse((ROOT / "tests" / file).read_text()).body
         assert name in [each.name for each in functions if isinstance(each, ast.FunctionDef)], f"{file}::{name}"
+
+
+def test_the_loop_that_writes_a_file_of_answers_writes_one_that_is_scored(tmp_path, monkeypatch):
+    page = (ROOT / "docs" / "benchmark.md").read_text()
+    (loop,) = re.findall(r"```python\n(import json\n.*?)```", page, re.DOTALL)
+    questions = load_questions("partonomy", name="mini_questions", split="test", limit=3)[1]
+    monkeypatch.chdir(tmp_path)
+    exec(compile(loop.replace('split="test"', 'split="test[:3]"'), "benchmark.md", "exec"), {})
+    predictions, problems = read_answers(tmp_path / "answers.jsonl", questions)
+    assert [prediction.question_id for prediction in predictions] == [question.id for question in questions]
+    assert not problems
 
 
 def test_every_page_is_in_the_navigation_of_the_site():

@@ -1,6 +1,6 @@
 """Read the answers of any model from a file with one JSON object per question:
 
-    {"id": "mini-test-3/positive", "choice_scores": [-3.1, -1.2, -4.0, -9.5, -7.7],
+    {"id": "mini-test-00000-positive", "choice_scores": [-3.1, -1.2, -4.0, -9.5, -7.7],
      "masks": [{"part": "hull", "rle": {"size": [128, 128], "counts": "Pm2..."}, "confidence": 0.97}]}
 
 docs/predictions.schema.json is the JSON schema. `choice` (the index of the chosen answer in the order of the data set,

@@ -2,7 +2,7 @@
 
 One line of predictions.jsonl, shortened (spans are characters of the answer, tags are tokens of it):
 
-    {"question_id": "mini-test-3/positive", "image_id": "mini-test-3", "choice_scores": [0.31, 0.12, 0.4, 0.9, 0.77],
+    {"question_id": "mini-test-00000-positive", "image_id": "mini-test-00000", "choice_scores": [0.31, 0.12, 0.9],
      "given_spans": [{"text": "hull", "start": 57, "end": 61, "rle": {"size": [128, 128], "counts": "Pm2..."},
                       "score": 0.97}],
      "true_tags": [[12, 13]], "predicted_tags": [[12, 13]],
