@@ -3,6 +3,7 @@
 import base64
 import io
 import os
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,18 +18,20 @@ from plum_partonomy.seeding import seeded_generator
 __all__ = ["ServedVlm"]
 
 TIMEOUT = 120  # seconds for one answer
+HUB = re.compile(r"https://([\w-]+\.)*huggingface\.(co|cloud)(:\d+)?(/|$)")
 
 
 class ServedVlm:
     """Choices by letter and answers of the first model that an endpoint lists.
 
     Such endpoints return no likelihood of a given text. An answer without a letter counts as a guess, drawn by the
-    question, so that refusing scores at chance. The token is read from HF_TOKEN.
+    question, so that refusing scores at chance. The key is OPENAI_API_KEY, or HF_TOKEN for an endpoint of the Hub,
+    which no other server gets.
     """
 
     def __init__(self, url: str, *, max_new_tokens: int = 96):
         self.url, self.max_new_tokens = url, max_new_tokens
-        token = os.environ.get("HF_TOKEN")
+        token = os.environ.get("HF_TOKEN" if HUB.match(url) else "OPENAI_API_KEY")
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         self.client = httpx.Client(headers=headers, timeout=TIMEOUT)
         try:
@@ -66,4 +69,6 @@ class ServedVlm:
             content = reply["choices"][0]["message"]["content"]
         except (httpx.HTTPError, ValueError, KeyError, IndexError, TypeError) as error:
             raise DataError(f"the endpoint {self.url} gave no answer: {error!r}") from error
+        if not isinstance(content, str | None):
+            raise DataError(f"the endpoint {self.url} gave no text as answer, but {content!r:.80}")
         return content or ""

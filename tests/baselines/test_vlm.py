@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from transformers import BlipConfig, BlipForConditionalGeneration
 
+from plum_partonomy.baselines import served
 from plum_partonomy.baselines.sam3 import Sam3
 from plum_partonomy.baselines.served import ServedVlm
 from plum_partonomy.baselines.vlm import LIST_PROMPT, Vlm
@@ -144,7 +145,8 @@ def endpoint():
             self.reply({"data": [{"id": "served-vlm"}]})
 
         def do_POST(self):
-            asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            asked.append(body | {"authorization": self.headers["Authorization"]})
             text = replies.pop(0)
             self.reply({"choices": [{"index": 0, "message": {"role": "assistant", "content": text}}]})
 
@@ -182,6 +184,36 @@ def test_a_served_model_chooses_by_letter_and_answers(endpoint):
     assert text["text"] == letter_question(ASKED, CHOICES)[0]["content"]
     with pytest.raises(DataError, match="gave no answer"):
         vlm.answer(seen, ASKED)  # the server has no reply left
+
+
+def test_a_server_that_is_not_the_hub_gets_no_token_of_the_hub(endpoint, monkeypatch):
+    url, replies, asked = endpoint
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    for key, sent in ((None, None), ("own", "Bearer own")):
+        if key is not None:
+            monkeypatch.setenv("OPENAI_API_KEY", key)
+        replies.append("B")
+        vlm = ServedVlm(url)
+        vlm.choose(vlm.encode(random_image()), ASKED, CHOICES)
+        assert asked.pop()["authorization"] == sent
+    hosts = ("https://x.us-east-1.aws.endpoints.huggingface.cloud/v1", "https://router.huggingface.co/v1")
+    others = (
+        "http://router.huggingface.co/v1",
+        "https://huggingface.co.example.org/v1",
+        "https://nothuggingface.co/v1",
+    )
+    assert [bool(served.HUB.match(address)) for address in (*hosts, *others)] == [True] * 2 + [False] * 3
+
+
+def test_an_answer_that_is_no_text_is_one_sentence(endpoint):
+    url, replies, _ = endpoint
+    vlm = ServedVlm(url)
+    replies += [None, [{"type": "text", "text": "B"}]]
+    seen = vlm.encode(random_image())
+    assert vlm.answer(seen, ASKED) == ""
+    with pytest.raises(DataError, match="gave no text as answer, but \\[{'type'"):
+        vlm.answer(seen, ASKED)
 
 
 def test_an_address_where_nothing_answers_is_refused():
