@@ -198,6 +198,8 @@ def check_turns(messages: list[dict[str, str]], masks: int, *, where: str) -> No
         expected_role = "assistant" if index % 2 else "user"
         if message["role"] != expected_role:
             raise DataError(f"{place}: expected the role {expected_role!r}, found {message['role']!r}")
+        if not isinstance(message["content"], str):
+            raise DataError(f"{place}: expected a text, found {message['content']!r:.80}")
         phrases = tagged_phrases(message["content"], where=place)
         if phrases and (joined := _JOINED_TAGS.search(message["content"])):
             raise DataError(

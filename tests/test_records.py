@@ -112,6 +112,7 @@ def test_a_bad_question_is_refused_naming_the_record_and_the_field(changes, fiel
     [
         ({"messages": []}, "is empty"),
         ({"messages": [{"role": "assistant", "content": "Hello."}]}, "expected the role 'user'"),
+        ({"messages": [{"role": "user", "content": None}]}, "expected a text, found None"),
         ({"messages": [{"role": "user", "content": "The <p>door</p>?"}]}, "a user message contains"),
         ({"masks": [PartMask("door", RLE)]}, "2 span tags, but 1 masks"),
     ],

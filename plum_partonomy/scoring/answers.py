@@ -21,6 +21,7 @@ from plum_partonomy.scoring.metrics import MaskSource, check_fit
 from plum_partonomy.scoring.official_answers import QuestionFinder, as_answer, read_records
 from plum_partonomy.scoring.predictions import Prediction, SpanMask
 from plum_partonomy.sources.json_files import json_lines, parse_json
+from plum_partonomy.sources.untrusted import check_unicode
 
 AnswerFormat = Literal["jsonl", "official"]
 
@@ -270,6 +271,7 @@ def read_span(mask: Any, size: tuple[int, int] | None, *, where: str) -> SpanMas
     part, confidence = mask.get("part"), mask.get("confidence", 1.0)
     if not isinstance(part, str) or not part.strip():
         raise DataError(f"{where}, field 'part': expected the name of a part, found {part!r:.80}.")
+    check_unicode(part, where=f"{where}, field 'part'")
     if not _is_number(confidence):
         raise DataError(f"{where}, field 'confidence': expected a finite number, found {confidence!r:.80}.")
     rle = validate_rle(mask.get("rle"), expected_size=size, where=f"{where}, field 'rle'")

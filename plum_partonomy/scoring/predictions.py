@@ -23,7 +23,7 @@ from typing import Any
 from plum_partonomy.files import write_whole
 from plum_partonomy.masks import RLE, DataError, validate_rle
 from plum_partonomy.sources.json_files import json_lines, parse_json
-from plum_partonomy.sources.untrusted import typed
+from plum_partonomy.sources.untrusted import check_unicode, typed
 
 __all__ = [
     "Prediction",
@@ -163,6 +163,7 @@ def _number(value: Any, *, where: str) -> float:
 def _name(value: Any, *, where: str) -> str:
     if not isinstance(value, str):
         raise DataError(f"{where}: expected the name of a part, found {value!r:.80}")
+    check_unicode(value, where=where)
     return value
 
 

@@ -32,6 +32,7 @@ from plum_partonomy.scoring.pages import pick_evenly, render_page
 from plum_partonomy.scoring.predictions import Prediction
 from plum_partonomy.scoring.results import describe_left_out
 from plum_partonomy.scoring.task_metrics import MASK_TASKS, TASKS, class_name, mask_ratios, summarise_task, text_ratios
+from plum_partonomy.sources.untrusted import check_unicode, typed, typed_list
 
 __all__ = [
     "TaskQuestion",
@@ -50,6 +51,8 @@ CONVERSATION_FEATURES = {
 TEXT = datasets.Value("string")
 TEXT_FEATURES = {"id": TEXT, "question": TEXT, "answers": datasets.List(TEXT)}
 COUNTS = ("n", "photographs")
+ANNOTATORS = 4
+"""Minimum number of annotators of a question of textvqa: with fewer, no answer is correct."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +96,7 @@ def load_task_questions(
     questions, ids, valid = [], set(), set()
     for row, record in enumerate(select_fields(rows, features, where=f"The data set {dataset!r}")):
         where = f"data set {dataset!r}, record {row}"
+        typed(record, "id", str, where=where)
         if task in MASK_TASKS:
             found = _turns(record, row, read_masks(record["masks"], where=where, valid=valid), where=where)
         else:
@@ -106,6 +110,11 @@ def load_task_questions(
         for question in questions:
             if len({class_name(mask.label) for mask in question.masks}) > 1:
                 raise DataError(f"Question {question.id!r} means parts of several names; semantic_parts asks for one.")
+    if task == "textvqa" and (few := [q.id for q in questions if len(q.answers) < ANNOTATORS]):
+        raise DataError(
+            f"Question {few[0]!r}: textvqa needs the answers of {ANNOTATORS} or more annotators, because three others "
+            "must agree with each; use gqa for one answer."
+        )
     if task == "pope" and (odd := [q.id for q in questions if q.answers[0].strip().lower() not in ("yes", "no")]):
         raise DataError(f"Question {odd[0]!r}: the answer to a question of pope is yes or no.")
     return rows, questions
@@ -128,10 +137,11 @@ def _turns(record: dict[str, Any], row: int, masks: list[PartMask], *, where: st
 
 
 def _text_question(record: dict[str, Any], row: int, *, where: str) -> TaskQuestion:
-    if not record["answers"]:
+    answers = typed_list(record, "answers", str, where=where)
+    if not answers:
         raise DataError(f"{where}, field 'answers': expected at least one answer, found none.")
-    fields = {"text": record["question"], "answers": record["answers"], "image_id": record["id"]}
-    return TaskQuestion(id=record["id"], row=row, **fields)
+    text = typed(record, "question", str, where=where)
+    return TaskQuestion(id=record["id"], image_id=record["id"], row=row, text=text, answers=answers)
 
 
 def load_task_image(rows: datasets.Dataset, question: TaskQuestion) -> Image.Image:
@@ -177,6 +187,8 @@ class _TaskReader(LineReader):
             raise DataError(f"{where}: field {self.needed!r} is missing.")
         if answer is not None and not isinstance(answer, str):
             raise DataError(f"{where}, field 'answer': expected a text, found {answer!r:.80}.")
+        if answer is not None:
+            check_unicode(answer, where=f"{where}, field 'answer'")
         if masks is not None:
             masks = self._spans(masks, question, where=where)
         return Prediction(
@@ -270,6 +282,11 @@ def _example(
     image = load_image()
     for caption, masks in (("truth", question.masks), ("found", prediction.generated_spans)):
         rles = [mask.rle for mask in masks]
+        if rles and list(rles[0]["size"]) != [image.height, image.width]:
+            raise DataError(
+                f"Question {question.id!r}: its image has [height, width] {[image.height, image.width]}, a mask "
+                f"({caption}) has {list(rles[0]['size'])}: resize the mask to the image."
+            )
         example["panels"].append((caption, panel(image, rles, pick_colours(1) * len(rles))))
     return example
 

@@ -13,7 +13,7 @@ from plum_partonomy.evaluation.tasks import answer_line, evaluate_task
 from plum_partonomy.features import GROUNDED_CONVERSATION_FEATURES
 from plum_partonomy.inference.one_image import Plum, ask
 from plum_partonomy.masks import DataError, encode
-from plum_partonomy.scoring.tasks import load_task_image, load_task_questions, read_task_answers
+from plum_partonomy.scoring.tasks import TEXT_FEATURES, load_task_image, load_task_questions, read_task_answers
 from tests.sources.test_instructpart import HANDLE, instructpart_folder
 from tests.tiny import count_calls, tiny_model, tiny_processor
 
@@ -147,6 +147,10 @@ def test_a_model_answers_each_question_once_and_goes_on_where_it_was_interrupted
         ({"id": "r1"}, "line 3: field 'masks' is missing"),
         ({"id": "r1", "masks": 1}, "line 3, field 'masks': expected a list"),
         ({"id": "r1", "masks": [], "answer": 1}, "line 3, field 'answer': expected a text"),
+        (
+            {"id": "r1", "masks": [], "answer": "\ud800"},
+            "line 3, field 'answer': expected text, found half a character",
+        ),
         ({"id": "r1", "masks": [], "choice": 1}, "line 3: unknown field 'choice'"),
         (found("r1", np.ones((6, 4), bool)), r"line 3, field 'masks\[0\]', field 'rle': .*\[6, 4\]"),
         (found("r0/1", LEFT, np.ones((6, 4), bool)), r"line 3: 'r0/1' was answered before"),
@@ -192,6 +196,25 @@ def test_a_record_whose_masks_do_not_fit_its_answers_is_named(conversations, tmp
     datasets.Dataset.from_list(rows, features=GROUNDED_CONVERSATION_FEATURES).to_parquet(folder / "test.parquet")
     with pytest.raises(DataError, match="lacking', record 1, field 'masks': 2 span tags, but 1 masks"):
         load_task_questions("referring", str(folder), name="default", split="test")
+
+
+@pytest.mark.parametrize(
+    ("task", "changes", "message"),
+    [
+        ("gqa", {"id": None}, "record 0, field 'id': expected str, found None"),
+        ("gqa", {"question": None}, "record 0, field 'question': expected str, found None"),
+        ("gqa", {"answers": [None]}, r"record 0, field 'answers\[0\]': expected str, found None"),
+        ("gqa", {"answers": []}, "record 0, field 'answers': expected at least one answer"),
+        ("textvqa", {"answers": ["red"] * 3}, "Question 'q': textvqa needs the answers of 4 or more annotators"),
+    ],
+)
+def test_a_text_question_that_cannot_be_scored_is_named(tmp_path, task, changes, message):
+    record = {"id": "q", "question": "Which colour?", "answers": ["red"] * 4, **changes}
+    datasets.Dataset.from_list([record], features=datasets.Features(TEXT_FEATURES)).to_parquet(
+        tmp_path / "test.parquet"
+    )
+    with pytest.raises(DataError, match=message):
+        load_task_questions(task, str(tmp_path), name="default", split="test")
 
 
 def test_records_of_another_kind_are_refused(conversations, tmp_path):

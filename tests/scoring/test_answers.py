@@ -118,6 +118,7 @@ def mask_with(**fields):
         (answer(9), "line 2, field 'id': 'q9' is none of the 3 questions"),
         (answer(0), r"line 2: 'q0' was answered before, in .*line 1"),
         (answer(1, masks={}), "line 2, field 'masks': expected a list"),
+        (mask_with(part="\ud800"), r"line 2, field 'masks\[0\]', field 'part': expected text, found half a character"),
         (mask_with(part=" "), r"line 2, field 'masks\[0\]', field 'part'"),
         (mask_with(confidence=float("inf")), r"line 2, field 'masks\[0\]', field 'confidence': expected a finite"),
         (mask_with(rle={"size": [4, 6], "counts": "0"}), r"line 2, field 'masks\[0\]', field 'rle': .*\[4, 6\]"),

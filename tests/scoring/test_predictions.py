@@ -76,6 +76,7 @@ def changed(**fields):
         (changed(true_tags=[7]), r"field 'true_tags\[0\]': expected \[start, end\) of two integers"),
         (changed(question_id=["q"]), "field 'question_id': expected str"),
         (changed(generated_text="\ud800"), "field 'generated_text': .*half a character"),
+        (changed(generated_parts=["\ud800"]), r"field 'generated_parts\[0\]': .*half a character"),
         (changed(given_spans=[3]), r"field 'given_spans\[0\]': expected an object"),
         (changed(wrong_image=[]), "field 'wrong_image': expected dict"),
         (lambda record: "[" * 900 + "]" * 900, "more than 100 levels"),
