@@ -170,7 +170,6 @@ class PlumProcessor(ProcessorMixin):
         vlm_processor_class: str | None = None,
         vlm_processor_options: dict | None = None,
         chat_template: str | None = None,
-        **kwargs,
     ):
         self.num_image_tokens = num_image_tokens
         self.vlm_image_input = vlm_image_input

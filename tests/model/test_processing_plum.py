@@ -2,6 +2,7 @@
 
 import base64
 import copy
+import json
 
 import numpy as np
 import pytest
@@ -491,6 +492,16 @@ def test_a_tokenizer_without_the_image_token_is_refused():
     tokenizer = copy.deepcopy(processor.tokenizer)
     with pytest.raises(ValueError, match="no token '<picture>'"):
         PlumProcessor(processor.sam_image_processor, processor.sam_image_processor, tokenizer, image_token="<picture>")
+
+
+def test_an_unknown_setting_is_an_error_of_a_call_and_ignored_in_the_file_of_another_version(tmp_path):
+    processor = tiny_processor()
+    with pytest.raises(TypeError, match="num_image_token"):
+        PlumProcessor(processor.image_processor, processor.sam_image_processor, processor.tokenizer, num_image_token=3)
+    processor.save_pretrained(tmp_path)
+    file = tmp_path / "processor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"setting_of_another_version": 3}))
+    assert PlumProcessor.from_pretrained(tmp_path).num_image_tokens == processor.num_image_tokens
 
 
 def test_generation_blocks_of_the_template_are_where_answers_are_located():
