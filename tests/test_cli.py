@@ -135,7 +135,7 @@ def test_a_chat_goes_on_after_a_bad_line_and_has_failed_in_the_end(checkpoint, i
         ),
         (["ask", "IMAGE", "Which", "parts?"], 2, "found further words ['parts?']: put the question in quotes"),
         (["ask", "two\nlines.png", "Which parts?"], 1, "plum: two lines.png: there is no image file"),
-        (["ask", "x" * 1000, "Which parts?"], 1, f"plum: {'x' * 200}...: the image cannot be read"),
+        (["ask", "x" * 1000, "Which parts?"], 1, f"plum: {'x' * 200}...: expected the path of an image"),
         (["data", "preview", "mini", "--save", "absent", "--count", "0"], 2, "expected a number from 1, found '0'"),
         (["data", "validate", "descriptor", "absent"], 1, ""),
         (["eval", "--output_dir", "absent"], 2, "Expected one of --model, --predictions and --baseline"),

@@ -293,7 +293,7 @@ def _expand_recipe(parser: TrainingOptions, argv: list[str]) -> list[str]:
             others = [str(path) for path in recipe.parent.glob("*.yaml")]
             parser.error(f"recipe {recipe} does not exist{nearest(str(recipe), others)}")
         try:
-            content = yaml.safe_load(recipe.read_text())
+            content = yaml.safe_load(recipe.read_bytes())
         except yaml.YAMLError as error:
             parser.error(f"recipe {recipe} is not valid yaml: {' '.join(str(error).split())}")
         if not isinstance(content, dict):

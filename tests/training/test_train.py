@@ -51,6 +51,17 @@ def test_a_model_config_is_a_mapping_in_the_recipe_and_json_on_the_command_line(
     }
 
 
+def test_a_recipe_is_unicode_text(tmp_path, capsys):
+    recipe, words = tmp_path / "recipe.yaml", [str(tmp_path / "recipe.yaml"), "--output_dir", str(tmp_path / "out")]
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+        recipe.write_text("model: café\n", encoding=encoding)
+        assert parse_arguments(words)[0].model == "café"
+    recipe.write_text("model: café\n", encoding="latin-1")
+    with pytest.raises(SystemExit):
+        parse_arguments(words)
+    assert "recipe.yaml is not valid yaml" in capsys.readouterr().err
+
+
 def test_no_in_yaml_is_the_choice_of_that_name(tmp_path):
     training = parse(tmp_path, "model: m\neval_strategy: no\nsave_strategy: no\nbf16: no\n")[2]
     assert (training.eval_strategy, training.save_strategy, training.bf16) == ("no", "no", False)
