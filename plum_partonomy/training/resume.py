@@ -143,6 +143,8 @@ def find_checkpoint(args: TrainingArguments, run: dict) -> str | None:
 
 def find_problem(folder: Path, run: dict) -> str | None:
     """Return why a run cannot resume from a checkpoint, as the end of a sentence; None if it can."""
+    if not folder.is_dir():
+        return "is not a folder"
     try:
         sealed = json.loads((folder / SEAL_FILE).read_text(encoding="utf-8"))
         step = json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"]

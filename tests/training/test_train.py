@@ -22,6 +22,7 @@ from plum_partonomy.inference.checkpoint import check_config_fields, load_checkp
 from plum_partonomy.masks import DataError
 from plum_partonomy.training.model import build_from_scratch, freeze, load_model
 from plum_partonomy.training.options import ModelArguments, parse_arguments
+from plum_partonomy.training.resume import find_problem
 from processing_plum import PlumProcessor
 from tests import forks
 from tests.runs import EVALUATED, ROOT, base_options, batch_of, losses_by_step, make_records, record, run_main
@@ -299,6 +300,11 @@ def test_a_damaged_last_checkpoint_is_passed_over_by_name_and_the_run_ends_the_s
     assert f"Resuming from {copy / 'checkpoint-2'}, as checkpoint-4 is " in (said := capsys.readouterr().err)
     assert name in said or damage is cut and name.endswith(".json")
     assert same_weights(copy, Path(two_checkpoints["output_dir"]))
+
+
+def test_a_checkpoint_that_is_not_a_folder_is_named(tmp_path):
+    (tmp_path / "checkpoint-4").write_text("")
+    assert {find_problem(tmp_path / name, {}) for name in ("checkpoint-4", "none")} == {"is not a folder"}
 
 
 def test_where_every_checkpoint_is_damaged_each_is_named(two_checkpoints, tmp_path):
