@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
-from PIL import Image
+from PIL import Image, ImageOps
 from pycocotools import mask as coco
 
 
@@ -39,7 +39,7 @@ def write_answers(shards: list[Path], output: Path, segment) -> None:
 
 def answer(row: dict, segment) -> list[dict]:
     """Return the masks of one question as described in docs/predictions.schema.json."""
-    image = Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB")
+    image = ImageOps.exif_transpose(Image.open(io.BytesIO(row["image"]["bytes"]))).convert("RGB")
     masks = []
     for part in row["choice_parts"][row["correct"]]:
         mask = segment(image, part)

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from chats_plum import parse_span_tags
 from modules_plum import keep_last_answer
 from plum_partonomy.baselines.model import ask as messages_up_to
+from plum_partonomy.images import read_image
 from plum_partonomy.inference.encoded import RecentImage, encode_chats
 from plum_partonomy.inference.one_image import MAX_NEW_TOKENS, Reply, ask, finish, load_model, segment_again
 from plum_partonomy.lmms.questions import as_question
@@ -176,7 +177,7 @@ def _only_image(images: Sequence[Image.Image], task: str) -> Image.Image:
     if len(images) != 1 or not isinstance(images[0], Image.Image):
         found = [type(image).__name__ for image in images]
         raise DataError(f"--tasks {task}: PLUM answers questions about one image, found {found}; give another task.")
-    return images[0].convert("RGB")
+    return read_image(images[0], where=f"--tasks {task}")
 
 
 def _plain(messages: Sequence[dict[str, Any]], task: str) -> tuple[Image.Image, list[dict[str, str]]]:

@@ -19,6 +19,7 @@ import partonomy_dataset  # noqa: F401  registers the data set that the tasks lo
 from inputs_plum import check_number
 from plum_partonomy.baselines.model import ask
 from plum_partonomy.baselines.plain_text import find_parts
+from plum_partonomy.images import read_image
 from plum_partonomy.masks import DataError, validate_rle
 from plum_partonomy.questions.spans import tag_phrases
 from plum_partonomy.records import QUESTION_TYPES, PartMask, Question
@@ -110,8 +111,8 @@ def text_with_answer(doc: Doc) -> str:
 
 
 def image_of(doc: Doc) -> list[Any]:
-    """Return the image as RGB, in a list; an empty list if lmms-eval removed it from the record."""
-    return [doc["image"].convert("RGB")] if "image" in doc else [None]
+    """Return the image as RGB, in a list, or None in its place if lmms-eval removed it from the record."""
+    return [read_image(doc["image"], where=f"question {doc['id']!r}")] if "image" in doc else [None]
 
 
 def choices_of(doc: Doc) -> list[str]:

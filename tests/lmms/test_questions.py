@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 
 from plum_partonomy.baselines.vlm import LIST_PROMPT
 from plum_partonomy.lmms import questions
@@ -112,6 +113,12 @@ def test_messages_hold_the_image_first_and_the_answer_in_tags_where_it_is_given(
     given = questions.messages_with_answer(doc)
     assert given[-1]["content"][0]["text"] == "It has a <p>left wing</p>, and <p>tail</p>."
     assert "C. It has a left wing, and tail." in questions.text_with_letters(doc)
+
+
+def test_an_image_with_transparency_is_the_one_that_evaluate_plum_shows():
+    image = Image.new("RGBA", (84, 60), (200, 0, 0, 0))
+    (shown,) = questions.image_of({**DOC, "image": image})
+    assert shown.mode == "RGB" and shown.getpixel((0, 0)) == (255, 255, 255)
 
 
 def test_models_of_text_are_asked_for_names_as_in_evaluate_plum_and_plum_is_not():
