@@ -146,7 +146,7 @@ class PlumSimple(_Plum):
             doc = self.task_dict[task][split][doc_id]
             image = _only_image(doc_to_visual(doc), task)
             messages = [{"role": "user", "content": context}]
-            if "question_type" in doc:
+            if "choice_parts" in doc:
                 messages = messages_up_to(as_question(doc))
             answer = {"role": "assistant", "content": escape_tags(continuation)}
             chats = [(self.recent.encode(image), [*messages, answer])]

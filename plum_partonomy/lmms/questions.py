@@ -9,7 +9,7 @@ A reply of a model is plain text, or the JSON of lmms-eval's `saco` tasks with l
 question contributes addends, and the aggregation returns the ratio of their sums.
 """
 
-import ast
+import math
 import re
 from collections.abc import Callable, Sequence
 from statistics import fmean
@@ -45,10 +45,11 @@ MASK_METRICS = (
 )
 CHOICE_METRICS = ("choice_accuracy", "part_precision", "part_recall", "part_f1")
 ONLY = "only_"
+_LOSS = re.compile(r"\((?:[\w.]+\()?([^,()]+)")
 _FENCED = re.compile(r"\s*```(?:json)?\s*(\{.*\})\s*```\s*", re.DOTALL)
 UNREADABLE = "unreadable"
-"""Metric: share of the replies with masks of another size, without a letter, or with other JSON; each counts as an
-empty answer."""
+"""Metric: share of the replies with masks of another size, without a letter or a finite loss, or with other JSON; each
+counts as an empty answer."""
 
 
 def as_question(doc: Doc) -> Question:
@@ -151,19 +152,39 @@ def score_letter(doc: Doc, results: Sequence[str]) -> dict[str, Addends]:
     question = as_question(doc)
     index = read_letter(results[0], len(question.choices))
     if index is None:
-        ratios = {"choice_accuracy": (0, 1), **part_counts([], true_parts(question)).ratios("part")}
-        return {name: {"ratio": ratio} for name, ratio in {**ratios, UNREADABLE: (1, 1)}.items()}
-    scores = [float(position != index) for position in range(len(question.choices))]
-    return _addends(question, CHOICE_METRICS, choice_scores=scores) | {UNREADABLE: {"ratio": (0, 1)}}
+        return _no_choice(question)
+    return _choice(question, [float(position != index) for position in range(len(question.choices))])
 
 
 def score_choices(doc: Doc, results: Sequence[tuple[float, bool] | str]) -> dict[str, Addends]:
     """Return the addends of the choice with the smallest loss, as returned by lmms-eval's models.
 
-    lmms-eval 0.7.3 passes the result of a model, (loss, is greedy), as text.
+    A loss that is not a finite number is never the smallest; without a finite loss nothing is chosen.
     """
-    pairs = [ast.literal_eval(result) if isinstance(result, str) else result for result in results]
-    return _addends(as_question(doc), CHOICE_METRICS, choice_scores=[float(loss) for loss, _ in pairs])
+    losses = [_loss(result) for result in results]
+    finite = [loss for loss in losses if math.isfinite(loss)]
+    if not finite:
+        return _no_choice(as_question(doc))
+    return _choice(as_question(doc), [loss if math.isfinite(loss) else max(finite) + 1 for loss in losses])
+
+
+def _loss(result: tuple[float, bool] | str) -> float:
+    """Return the loss of a result (loss, is greedy), which lmms-eval 0.7.3 passes as text, or NaN."""
+    text = result if isinstance(result, str) else str(tuple(result))
+    found = _LOSS.match(text)  # such as (0.5, False) or (np.float64(0.5), False)
+    try:
+        return float(found[1]) if found else math.nan
+    except ValueError:
+        return math.nan
+
+
+def _choice(question: Question, scores: list[float]) -> dict[str, Addends]:
+    return _addends(question, CHOICE_METRICS, choice_scores=scores) | {UNREADABLE: {"ratio": (0, 1)}}
+
+
+def _no_choice(question: Question) -> dict[str, Addends]:
+    ratios = {"choice_accuracy": (0, 1), **part_counts([], true_parts(question)).ratios("part"), UNREADABLE: (1, 1)}
+    return {name: {"ratio": ratio} for name, ratio in ratios.items()}
 
 
 def read_reply(reply: str, question: Question) -> tuple[str, list[SpanMask] | None, bool]:

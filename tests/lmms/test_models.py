@@ -114,3 +114,11 @@ def test_unknown_options_of_the_model_are_named(folder):
     ):
         with pytest.raises(DataError, match=f"--model_args:? {message}"):
             PlumChat(folder, **options)
+
+
+def test_a_question_of_another_benchmark_is_asked_in_its_own_words(folder):
+    model = PlumSimple(folder)
+    model.task_dict["t"] = {"test": [{"question_type": "multiple-choice", "image": IMAGES[0]}]}
+    asked = request("loglikelihood", "Which?", "A wing", lambda doc: [doc["image"]], doc=0)
+    ((loss, is_greedy),) = model.loglikelihood([asked])
+    assert loss > 0 and is_greedy is False

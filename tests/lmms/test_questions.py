@@ -103,6 +103,10 @@ def test_letters_and_losses_choose():
     assert set(right) == set(none)
     losses = questions.score_choices(DOC, [(0.5, False), (0.7, False), "(0.4, False)"])
     assert metric("choice_accuracy", losses) == 1.0
+    odd = questions.score_choices(DOC, ["(nan, False)", (float("-inf"), False), "(np.float64(0.4), False)"])
+    nothing = questions.score_choices(DOC, ["(nan, False)", "None", (float("inf"), False)])
+    assert metric("choice_accuracy", odd, nothing) == metric("unreadable", odd, nothing) == 0.5
+    assert set(odd) == set(nothing) == set(right)
 
 
 def test_messages_hold_the_image_first_and_the_answer_in_tags_where_it_is_given():
