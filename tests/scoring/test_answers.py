@@ -176,7 +176,7 @@ def test_a_question_without_a_line_is_named(tmp_path):
     [
         (b"", "a.jsonl is empty: expected an answer to each question"),
         (b"\n \r\n", "a.jsonl is empty: expected an answer to each question"),
-        (gzip.compress(b"{}"), "a.jsonl: expected text, found a gzip file; unpack it with gunzip"),
+        (gzip.compress(b"{}", mtime=0), "a.jsonl: expected text, found a gzip file; unpack it with gunzip"),
         (b"[{}]", "a.jsonl, line 1: expected one JSON object, .*; write one object per line"),
     ],
 )

@@ -115,7 +115,11 @@ def test_another_encoding_is_named(tmp_path, text, encoding, named):
 
 @pytest.mark.parametrize(
     ("content", "found"),
-    [(gzip.compress(b"{}"), "a gzip file; unpack it"), (b"PK\3\4..", "a zip file"), (b"\x89PNG\r\n", "a PNG image")],
+    [
+        (gzip.compress(b"{}", mtime=0), "a gzip file; unpack it"),
+        (b"PK\3\4..", "a zip file"),
+        (b"\x89PNG\r\n", "a PNG image"),
+    ],
 )
 def test_what_is_no_text_is_named(tmp_path, content, found):
     path = tmp_path / "file.json"
