@@ -1,5 +1,6 @@
 """PLUM as a model of lmms-eval."""
 
+import importlib.util
 import json
 
 import pytest
@@ -13,11 +14,15 @@ from plum_partonomy.records import as_row
 from tests.baselines.tiny_models import make_question
 from tests.tiny import count_calls, random_image, tiny_model, tiny_processor
 
-pytest.importorskip("lmms_eval", reason="pip install .[lmms_eval]")
+if importlib.util.find_spec("lmms_eval") is not None:
+    from lmms_eval.api.instance import Instance
 
-from lmms_eval.api.instance import Instance  # noqa: E402
+    from plum_partonomy.lmms.models import PlumChat, PlumSimple
 
-from plum_partonomy.lmms.models import PlumChat, PlumSimple  # noqa: E402
+pytestmark = [
+    pytest.mark.slow,  # lmms-eval is installed for the slow tests alone
+    pytest.mark.skipif(importlib.util.find_spec("lmms_eval") is None, reason="pip install .[lmms_eval]"),
+]
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "temperature": 0}
 IMAGES = [random_image(60, 84, seed=seed) for seed in (0, 1)]
@@ -36,17 +41,17 @@ def folder(tmp_path_factory) -> str:
     return str(folder)
 
 
-def request(kind: str, *arguments, doc: int) -> Instance:
+def request(kind: str, *arguments, doc: int) -> "Instance":
     return Instance(kind, (*arguments, doc, "t", "test"), 0, metadata={"task": "t", "doc_id": doc, "repeats": 1})
 
 
-def chat_requests(doc_to_messages, **options) -> list[Instance]:
+def chat_requests(doc_to_messages, **options) -> "list[Instance]":
     options = {**GREEDY, **options}
     return [request("generate_until", "", doc_to_messages, options, doc=doc) for doc in range(len(DOCS))]
 
 
 @pytest.fixture(scope="module")
-def chat(folder) -> PlumChat:
+def chat(folder) -> "PlumChat":
     model = PlumChat(folder)
     model.task_dict["t"] = {"test": DOCS}
     return model
@@ -84,7 +89,7 @@ def test_the_loss_of_a_choice_does_not_depend_on_the_questions_before(folder):
     assert alone == losses[-3:]
 
 
-def fresh(model: PlumSimple) -> PlumSimple:
+def fresh(model: "PlumSimple") -> "PlumSimple":
     """Forget the encoded image."""
     model.recent = type(model.recent)(model.plum.model, model.plum.processor)
     return model
