@@ -328,7 +328,7 @@ class PlumForConditionalGeneration(
             span_labels (`(B, L)`): 0 = O, 1 = B, 2 = I, -100 where unsupervised.
             spans (`(S, 3)`): Spans `[row, start, end)` to segment, rows ascending, in the order of the conversation.
             mask_labels (S tensors `(H, W)`, 0/1): The mask of each span, at the size of its image or of `label_frame`.
-            span_groups, mask_groups (`(S,)`, `(M,)`): Group of each span and of each of then M `mask_labels`; spans of
+            span_groups, mask_groups (`(S,)`, `(M,)`): Group of each span and of each of the M `mask_labels`; spans of
                 a group may take its masks in any order (see [`MaskTargets`]). Default: mask i belongs to span i.
             teacher_forced (`(S,)` bool): Spans whose true mask, not the predicted one, is fed back to later spans.
             prompt_rounds (`(S,)`), prompt_draws (`(S, PROMPT_DRAWS)`): Number of further decodes of each span with
