@@ -60,7 +60,7 @@ def test_a_wrong_option_of_an_evaluation_is_named_in_one_sentence(capfd):
 def test_a_data_set_that_cannot_be_loaded_says_so_in_words():
     for name, split, message in (
         ("mini_instnces", "test", "there is no name 'mini_instnces'; did you mean mini_instances?"),
-        ("mini", "tset", "Unknown split"),
+        ("mini_instances", "tset", "Unknown split"),
         ("own_parts", "test", "reads your files: give their folder as data_dir=FOLDER"),
     ):
         with pytest.raises(DataError, match=message.replace("?", r"\?")):

@@ -28,6 +28,7 @@ MAX_JSON_DEPTH = 100
 MAX_DIGITS = 1000
 """Maximum length of a number; Python refuses integers of more than 4300 digits, and ijson crashes on one."""
 
+_MAX_BLOCK_BYTES = 16 * 1024**2
 _BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -233,9 +234,17 @@ class CheckedJSON:
     def __init__(self, file: BinaryIO, *, where: str, for_ijson: bool = True):
         self._file, self._where, self._for_ijson = file, where, for_ijson
         self._depth, self._in_string, self._word = 0, False, b""
+        self._open_string = 0  # at least the number of bytes read of a string that has not ended
         self._decoder = codecs.getincrementaldecoder("utf-8")()
 
     def read(self, size: int) -> bytes:
+        """
+        Return the next bytes, all with a negative `size`. Within a long string they are more than `size`: ijson scans
+        a string from its start with each further block, which takes a time proportional to its length only if the
+        blocks grow with it.
+        """
+        if 0 <= size < self._open_string:
+            size = max(size, min(self._open_string, _MAX_BLOCK_BYTES))
         block = self._file.read(size)
         while _OPEN_ESCAPE.search(block[-12:]) and (following := self._file.read(1)):  # escapes stay in one block
             block += following
@@ -249,6 +258,7 @@ class CheckedJSON:
         pieces = block.replace(rb"\\", b"").replace(rb"\"", b"").split(b'"')
         outside = self._word + b" ".join(pieces[self._in_string :: 2])
         self._in_string ^= len(pieces) % 2 == 0
+        self._open_string = (self._open_string * (len(pieces) == 1) + len(block)) if self._in_string else 0
         self._check(outside)
         # a number or a name may continue in the next block
         self._word = b"" if self._in_string else outside[len(outside.rstrip(_WORD)) :][-MAX_DIGITS - 1 :]

@@ -13,6 +13,8 @@ from scripts.train_prompts import compute_loss, draw, encode_examples, main
 from tests.runs import ROOT
 
 CHECKPOINT = ROOT / "checkpoints" / "plum-tiny"
+SHORT = [str(ROOT / "recipes" / "clicks_plum_tiny.yaml"), "--mixture", '{"name": "mini_instances"}', "--batches", "1"]
+SHORT += ["--max_steps", "2", "--per_device_train_batch_size", "2", "--fresh_records", "false", "--output_dir"]
 
 
 def test_the_losses_are_those_of_a_forward_pass():
@@ -37,8 +39,7 @@ def test_the_losses_are_those_of_a_forward_pass():
 
 def test_answers_stay_and_masks_change(tmp_path):
     output = tmp_path / "run"
-    options = ["--batches", "1", "--max_steps", "2", "--per_device_train_batch_size", "2", "--fresh_records", "false"]
-    main([str(ROOT / "recipes" / "clicks_plum_tiny.yaml"), *options, "--output_dir", str(output)])
+    main([*SHORT, str(output)])
     before, after = (PlumForConditionalGeneration.from_pretrained(folder) for folder in (CHECKPOINT, output))
     changed = set()
     for name, weight in before.named_parameters():
@@ -49,10 +50,8 @@ def test_answers_stay_and_masks_change(tmp_path):
 
 
 def test_weights_are_a_mean_of_those_before_and_after(tmp_path):
-    recipe = str(ROOT / "recipes" / "clicks_plum_tiny.yaml")
-    options = ["--batches", "1", "--max_steps", "2", "--per_device_train_batch_size", "2", "--fresh_records", "false"]
     for keep in ("0", "0.25", "1"):
-        main([recipe, *options, "--keep", keep, "--output_dir", str(tmp_path / keep)])
+        main([*SHORT, str(tmp_path / keep), "--keep", keep])
     name = "sam.prompt_encoder.point_embed.1.weight"
     models = [PlumForConditionalGeneration.from_pretrained(tmp_path / keep) for keep in ("0", "0.25", "1")]
     after, mixed, before = (model.get_parameter(name) for model in models)

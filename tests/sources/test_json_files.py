@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import itertools
 import json
 import tracemalloc
 from unicodedata import normalize
@@ -178,6 +179,17 @@ def test_records_stream_without_the_file_in_memory(tmp_path):
     tracemalloc.stop()
     assert count == 5000
     assert peak < path.stat().st_size / 5
+
+
+@pytest.mark.parametrize("character", ["a", r"\n", r"\"", r"\u00e9"])
+def test_a_long_string_is_read_in_blocks_that_grow_with_it_and_shrink_after_it(character):
+    """With blocks of one size, each of which has the string scanned from its start, a photograph takes seconds."""
+    text = f'["{character * (2**20 // len(character))}"]{" " * 2**21}'.encode()
+    file = CheckedJSON(io.BytesIO(text), where="file.json")
+    blocks = list(iter(lambda: file.read(2**14), b""))
+    assert b"".join(blocks) == text
+    within = sum(end <= 2**20 for end in itertools.accumulate(map(len, blocks)))
+    assert within < 8 and len(blocks[-1]) <= 2**14
 
 
 def test_what_a_damaged_file_lost_shows_once_its_beginning_is_out(tmp_path):

@@ -193,8 +193,9 @@ def test_a_checkpoint_in_bfloat16_is_trained_in_float32(tmp_path):
     ids=["adamw", "muon_turns", "forcing", "lora", "streaming"],
 )
 def test_a_run_that_goes_on_from_the_middle_of_an_epoch_ends_bit_for_bit_as_if_never_stopped(
-    trained, data_folder, tmp_path, options
+    trained, data_folder, tmp_path, monkeypatch, options
 ):
+    monkeypatch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)  # of a worker that reads a stream
     options = base_options(data_folder, tmp_path / "whole") | {"model": trained} | options
     run_main(options)
     # What a run leaves that is killed after its eighth step, in the middle of its second epoch or of a stream.
