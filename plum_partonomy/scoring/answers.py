@@ -10,11 +10,11 @@ or its text) may replace `choice_scores` (larger is better). The part-whole type
 average precision.
 """
 
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from inputs_plum import check_number
 from plum_partonomy.masks import DataError, validate_rle
 from plum_partonomy.records import Question
 from plum_partonomy.scoring.metrics import MaskSource, check_fit
@@ -87,7 +87,7 @@ def read_answers(
         raise DataError(f"{path}: expected 'choice', 'choice_scores' or 'masks' on every line, found none of them.")
     if predictions and mask_source == "generated" and "generated_spans" not in scored:
         raise DataError(f"{path}: --mask_source generated needs the masks of a generated answer, found none.")
-    words = {} if getattr(reader, "own", False) else WORDS
+    words = {} if reader.is_predictions_file else WORDS
     return predictions, problems + _differing(predictions, {q.id: q for q in questions}, place_of, words)
 
 
@@ -177,7 +177,7 @@ class LineReader:
         self.questions = {question.id: question for question in questions}
         self.mask_source = mask_source
         _, first = next(json_lines(path), ("", b""))
-        self.own = b'"question_id"' in first[:1000]
+        self.is_predictions_file = b'"question_id"' in first[:1000]
 
     def records(self) -> Iterator[tuple[str, bytes]]:
         """Yield (place, line) for each line that is not blank."""
@@ -190,7 +190,7 @@ class LineReader:
         return record
 
     def question(self, record: dict[str, Any], *, where: str) -> Question:
-        field = "question_id" if self.own else "id"
+        field = "question_id" if self.is_predictions_file else "id"
         name = record.get(field)
         if not isinstance(name, str):
             raise DataError(f"{where}, field {field!r}: expected the id of a question, found {name!r:.80}.")
@@ -203,7 +203,7 @@ class LineReader:
         return self.questions[name]
 
     def prediction(self, record: dict[str, Any], question: Question, *, where: str) -> Prediction:
-        if not self.own:
+        if not self.is_predictions_file:
             return make_prediction(record, question, mask_source=self.mask_source, where=where)
         prediction = Prediction.from_dict(record, where=where)
         check_fit(question, prediction)
@@ -212,6 +212,8 @@ class LineReader:
 
 class _OfficialReader:
     """Reads the authors' predictions json."""
+
+    is_predictions_file = False
 
     def __init__(self, path: Path, questions: Sequence[Question]):
         self.files = answer_files(path, format="official")
@@ -257,9 +259,8 @@ def _scores(record: dict[str, Any], name: str, choices: Sequence[str], *, where:
         return None
     if not isinstance(scores, list) or len(scores) != count:
         raise DataError(f"{where}, field '{name}_scores': expected {count} numbers, found {scores!r:.80}.")
-    bad = [score for score in scores if not _is_number(score)]
-    if bad:
-        raise DataError(f"{where}, field '{name}_scores': expected finite numbers, found {bad[0]!r:.80}.")
+    for i, score in enumerate(scores):
+        check_number(score, name=f"{where}, field '{name}_scores[{i}]'")
     return [-float(score) for score in scores]
 
 
@@ -272,14 +273,9 @@ def read_span(mask: Any, size: tuple[int, int] | None, *, where: str) -> SpanMas
     if not isinstance(part, str) or not part.strip():
         raise DataError(f"{where}, field 'part': expected the name of a part, found {part!r:.80}.")
     check_unicode(part, where=f"{where}, field 'part'")
-    if not _is_number(confidence):
-        raise DataError(f"{where}, field 'confidence': expected a finite number, found {confidence!r:.80}.")
+    check_number(confidence, name=f"{where}, field 'confidence'")
     rle = validate_rle(mask.get("rle"), expected_size=size, where=f"{where}, field 'rle'")
     return SpanMask(text=part, start=0, end=0, rle=rle, score=float(confidence))
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def _differing(

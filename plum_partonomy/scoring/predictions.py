@@ -14,12 +14,12 @@ import dataclasses
 import json
 import math
 import os
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from inputs_plum import check_number
 from plum_partonomy.files import write_whole
 from plum_partonomy.masks import RLE, DataError, validate_rle
 from plum_partonomy.sources.json_files import json_lines, parse_json
@@ -155,8 +155,7 @@ def _optional_list(fields: dict[str, Any], name: str, read: Callable[..., Any], 
 
 
 def _number(value: Any, *, where: str) -> float:
-    if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:
-        raise DataError(f"{where}: expected a finite number, found {value!r:.80}")
+    check_number(value, name=where)
     return value
 
 
@@ -177,7 +176,7 @@ def _span(value: Any, *, where: str) -> SpanMask:
     fields = _known_fields(value, [item.name for item in dataclasses.fields(SpanMask)], where=where)
     for name, kind in (("text", str), ("start", int), ("end", int)):
         typed(fields, name, kind, where=where)
-    _number(fields["score"], where=f"{where}, field 'score'")
+    check_number(fields["score"], name=f"{where}, field 'score'")
     fields["rle"] = validate_rle(fields["rle"], where=f"{where}, field 'rle'")
     return SpanMask(**fields)
 

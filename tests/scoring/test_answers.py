@@ -58,7 +58,7 @@ def test_the_predictions_of_evaluate_plum_are_read_with_the_same_checks(tmp_path
     text = path.read_text()
     path.write_text(text.replace('"choice_scores": [0.0', '"choice_scores": [NaN', 1)[:-40])
     _, problems = read_answers(path, QUESTIONS)
-    assert f"{path}, line 1, field 'choice_scores[0]': expected a finite number, found nan" in problems[0]
+    assert f"{path}, line 1, field 'choice_scores[0]' must be a finite number, found nan" in problems[0]
     assert f"{path}, line 4: expected JSON, found no valid JSON" in problems[1]
     path.write_text(text.replace("[4, 5]", "[5, 4]"))
     assert f"{path}, line 1: Question 'q0' has an image" in read_answers(path, QUESTIONS)[1][0]
@@ -102,10 +102,10 @@ def mask_with(**fields):
         ("[1]", r"line 2: expected one JSON object, found \[1\]"),
         (
             '{"id": "q1", "choice_scores": [NaN, 0, 0]}',
-            "line 2, field 'choice_scores': expected finite numbers, found nan",
+            "line 2, field 'choice_scores.0.' must be a finite number, found nan",
         ),
-        (answer(1, choice_scores=[10**400, 0, 0]), "line 2, field 'choice_scores': expected finite numbers"),
-        (answer(1, choice_scores=[True, 0, 0]), "line 2, field 'choice_scores': expected finite numbers, found True"),
+        (answer(1, choice_scores=[10**400, 0, 0]), "line 2, field 'choice_scores.0.' must be a finite number"),
+        (answer(1, choice_scores=[True, 0, 0]), "line 2, field 'choice_scores.0.' .*found True"),
         (answer(1, choice_scores=[0, 1]), "line 2, field 'choice_scores': expected 3 numbers"),
         (answer(1, choice=0), "line 2: both 'choice' and 'choice_scores'"),
         (answer(1, choice=3, choice_scores=None), "line 2, field 'choice': expected an index into 3 choices, found 3"),
@@ -120,7 +120,7 @@ def mask_with(**fields):
         (answer(1, masks={}), "line 2, field 'masks': expected a list"),
         (mask_with(part="\ud800"), r"line 2, field 'masks\[0\]', field 'part': expected text, found half a character"),
         (mask_with(part=" "), r"line 2, field 'masks\[0\]', field 'part'"),
-        (mask_with(confidence=float("inf")), r"line 2, field 'masks\[0\]', field 'confidence': expected a finite"),
+        (mask_with(confidence=float("inf")), r"line 2, field 'masks\[0\]', field 'confidence' must be a finite"),
         (mask_with(rle={"size": [4, 6], "counts": "0"}), r"line 2, field 'masks\[0\]', field 'rle': .*\[4, 6\]"),
         (mask_with(rle={"size": [4, 5], "counts": "0" * 9}), r"line 2, field 'masks\[0\]', field 'rle'"),
         (mask_with(rle=None), r"line 2, field 'masks\[0\]', field 'rle': expected an RLE"),
