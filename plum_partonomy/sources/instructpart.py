@@ -11,8 +11,9 @@ One record of `data_test.json`, shortened (licence: MIT, by the publishers' repo
     FOLDER/train/train1800/data_train.json  FOLDER/train/train1800/images/  FOLDER/train/train1800/masks/
     FOLDER/test/data_test.json              FOLDER/test/images/             FOLDER/test/masks/
 
-The image and mask files of an entry of `part_list` are named "cup1-cup-handle", with underscores for blanks; an image
-may also have its own name. A mask is a grey image whose part pixels are not 0 (in a JPEG: brighter than 127).
+The image and mask files of an entry of `part_list` are named "cup1-cup-handle", with underscores for blanks in
+object and part; an image may also have its own name. A mask is a grey image whose part pixels are not 0 (in a JPEG:
+brighter than 127).
 
 `instructpart` asks with the instruction written by a person, and the answer names the part. `instructpart_names` asks
 with the name of the part, "handle of the cup", as in the published comparison of the two.
@@ -101,7 +102,8 @@ class InstructPart:
             raise found
         where, image_name, entry = found
         label, part = (typed(entry, field, str, where=where).strip() for field in ("object", "part"))
-        stem = f"{PurePosixPath(image_name).stem}-{label}-{part}".replace(" ", "_")
+        named = f"{label}-{part}".replace(" ", "_")
+        stem = f"{PurePosixPath(image_name).stem}-{named}"
         image_path = self._find("images", [f"{stem}.jpg", f"{stem}.png", image_name], where=where)
         instructions = typed_list(entry, "instruction", str, where=where)
         if len(instructions) != INSTRUCTIONS or not instructions[self.instruction].strip():

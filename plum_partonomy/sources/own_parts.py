@@ -20,6 +20,9 @@ the supercategory is empty, "none" or the name of the category itself, as some t
 In a Labelme file (see labelme.py) the label of a shape is a part, and the one flag that is set is the object; without
 one it is "object". Older files without the image size, or with null instead of flags, are accepted.
 
+A mask or box of the whole object is not a part and is skipped: one with the name of its object, or of a category that
+has no object and is the object of other categories.
+
 An image has one example for each object label. Masks of one part are merged. The possible parts of an object are all
 parts that any photograph of it shows.
 """
@@ -111,6 +114,12 @@ def open_own_parts(folder: str | Path, *, on_error: OnError = refuse) -> "OwnPar
         found.setdefault("conversations" if path.suffix == ".jsonl" else _kind_of_json(path), []).append(path)
     unknown = found.pop("unknown", [])
     if not found:
+        inner = next((path for path in sorted(folder.glob("*/*/*.json")) if "/." not in path.as_posix()), None)
+        if inner is not None:
+            raise DataError(
+                f"{folder}: no annotations of parts here or one folder below; if {inner.relative_to(folder)} holds "
+                f"them, give {folder / inner.relative_to(folder).parts[0]} instead"
+            )
         others = f" ({len(unknown)} json files are neither, such as {unknown[0].name})" if unknown else ""
         raise DataError(
             f"{folder}: no annotations of parts; expected a COCO file, Labelme files{others}, {DESCRIPTOR_FILE} or "
@@ -153,6 +162,7 @@ class OwnParts:
 
     Attributes:
         unannotated: Listed images without parts. They have no example.
+        whole_objects: Names of objects whose own masks are skipped.
     """
 
     name = "own_parts"
@@ -170,6 +180,7 @@ class OwnParts:
         self.folder, self.kind, self.others = folder, kind, others
         self.path = paths[0] if kind == "COCO" and len(paths) == 1 else folder
         self.unannotated: list[str] = []
+        self.whole_objects: set[str] = set()
         self._images = ImageFiles(folder, field="file_name" if kind == "COCO" else "imagePath")
         if kind == "COCO":
             kept = _kept_splits(paths)
@@ -275,6 +286,7 @@ class OwnParts:
             label = above.strip() if named else UNNAMED_OBJECT
             check_plain(label, where=f"{where}, field 'supercategory'")
             _claim(categories, record, (label, name), where=where)
+        objects = {label.lower() for label, _ in categories.values()} - {UNNAMED_OBJECT}
         images: dict[int, _Photograph] = {}
         for where, record in list_records(path, "images"):
             try:
@@ -288,6 +300,11 @@ class OwnParts:
             try:
                 image = images[known_id(record, "image_id", images, where=where)]
                 label, part = categories[known_id(record, "category_id", categories, where=where)]
+                is_object = label == UNNAMED_OBJECT and part.lower() in objects
+                label = image.image_label or label
+                if is_object or _is_whole(part, label):
+                    self.whole_objects.add(part)
+                    continue
                 segmentation = typed(record, "segmentation", (list, dict), where=where)
                 if not segmentation:
                     raise DataError(f"{where}, field 'segmentation': a box without a mask; outline the part")
@@ -296,7 +313,6 @@ class OwnParts:
                 incomplete.add(image_id)
                 continue
             seen.add(image_id)
-            label = image.image_label or label
             new = replace(image, image_label=label, segmentations={})
             photograph = photographs.setdefault((image_id, label), new)
             place = f"{where}, field 'segmentation'"
@@ -350,8 +366,16 @@ class OwnParts:
         for number, shape in enumerate(typed_list(content, "shapes", dict, where=where)):
             place = f"{where}, field 'shapes[{number}]'"
             part = _part_name(shape, "label", where=place)
-            photograph.segmentations.setdefault(part, []).append((place, shape))
+            if _is_whole(part, photograph.image_label):
+                self.whole_objects.add(part)
+            else:
+                photograph.segmentations.setdefault(part, []).append((place, shape))
         return photograph
+
+
+def _is_whole(part: str, label: str) -> bool:
+    """Return whether a label names the object itself."""
+    return label != UNNAMED_OBJECT and part.lower() == label.lower()
 
 
 def _part_name(record: Any, field: str, *, where: str) -> str:

@@ -192,7 +192,8 @@ class ImageFiles:
         if image_path in self._turned and tuple(annotated) == size[::-1]:
             raise DataError(
                 f"{where}: {image_path!r} is turned by its EXIF orientation to [height, width] {list(size)}, but its "
-                f"masks are drawn on the unturned image {list(annotated)}; remove the orientation from the file"
+                f"masks are drawn on the unturned image {list(annotated)}; remove the orientation from all images of "
+                "the folder, because half a turn does not show in the size"
             )
 
 

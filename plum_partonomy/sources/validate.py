@@ -96,6 +96,9 @@ def _check_own_parts(folder: Path, report: Report) -> None:
         report.notes.append(f"{source.kind} in {source.path}: {objects}")
         _note_left_out(report, "files are no annotations", [path.name for path in source.others])
         _note_left_out(report, "images show no part", source.unannotated)
+        if source.whole_objects:
+            names = ", ".join(sorted(source.whole_objects))
+            report.notes.append(f"masks and boxes of whole objects are no parts and are left out: {names}")
     splits = source.splits(seed=DEFAULT_SEED)
     _check_drawn_splits(folder, source, splits, report)
     if not report.problems:

@@ -47,6 +47,17 @@ def test_an_entry_becomes_a_conversation_whose_answer_names_the_part(tmp_path, s
     assert found.image["path"].endswith(f"test/images/{STEM}.jpg")
 
 
+def test_blanks_in_the_name_of_an_image_are_kept(tmp_path):
+    folder = instructpart_folder(tmp_path)
+    records = json.loads((folder / "test" / "data_test.json").read_text())
+    records[0]["image_path"] = "my cup.jpg"
+    (folder / "test" / "data_test.json").write_text(json.dumps(records))
+    for path in list((folder / "test").glob(f"*/{STEM}.*")):
+        path.rename(path.with_stem(STEM.replace("cup1", "my cup")))
+    (found,) = InstructPart(folder, split="test").conversations(0, seed=0)
+    np.testing.assert_array_equal(decode(found.masks[0].rle), HANDLE)
+
+
 def test_an_image_may_lie_under_its_own_name_and_an_empty_mask_asks_nothing(tmp_path):
     folder = instructpart_folder(tmp_path)
     (folder / "test" / "images" / f"{STEM}.jpg").rename(folder / "test" / "images" / "cup1.jpg")

@@ -109,6 +109,12 @@ def test_what_lies_in_the_folder_says_what_it_is(tmp_path):
     assert all(isinstance(open_own_parts(folder), kind) for folder, kind in folders.values())
 
 
+def test_annotations_two_folders_below_are_named(tmp_path):
+    folder = coco_folder(tmp_path / "project" / "task 1", coco_content(), images="images/")
+    with pytest.raises(DataError, match=re.escape(f"instances_default.json holds them, give {folder} instead")):
+        open_own_parts(folder.parent)
+
+
 def test_a_folder_of_no_kind_or_of_several_is_one_clear_error(tmp_path):
     with pytest.raises(DataError, match="no such folder; data_dir must be the folder that holds your annotations"):
         open_own_parts(tmp_path / "none")
@@ -170,6 +176,31 @@ def test_an_image_of_two_objects_gives_an_example_of_each_and_masks_of_one_part_
     wheels = np.zeros_like(INSIDE)
     wheels[2:8, 2:8] = wheels[2:8, 12:18] = True
     np.testing.assert_array_equal(decode(car.masks[1].rle), wheels)
+
+
+@pytest.mark.parametrize(
+    ("whole", "image_label"),
+    [({"name": "Car", "supercategory": ""}, ""), ({"name": "car", "supercategory": "car"}, ""),
+     ({"name": "sedan", "supercategory": "vehicle"}, "sedan"), ({"name": "car"}, "sedan")],
+)  # fmt: skip
+def test_masks_and_boxes_of_whole_objects_are_no_parts(tmp_path, whole, image_label):
+    content = coco_content(images=2)
+    content["categories"].append({"id": 3} | whole)
+    content["images"][0]["image_label"] = image_label
+    content["annotations"] += [
+        {"id": 7, "image_id": 0, "category_id": 3, "segmentation": [SQUARE]},
+        {"id": 8, "image_id": 0, "category_id": 3, "segmentation": []},
+    ]
+    source = open_own_parts(coco_folder(tmp_path / "data", content))
+    assert source.part_graph == dict.fromkeys(sorted({"car", image_label or "car"}), ["door", "wheel"])
+    assert source.whole_objects == {whole["name"]}
+
+
+def test_a_part_with_parts_of_its_own_stays_a_part(tmp_path):
+    content = coco_content()
+    content["categories"][0] |= {"name": "spoke", "supercategory": "door"}
+    source = open_own_parts(coco_folder(tmp_path / "data", content))
+    assert source.part_graph == {"car": ["door"], "door": ["spoke"]}
 
 
 BAD_COCO = [
@@ -359,12 +390,14 @@ def test_shapes_of_labelme_become_masks(tmp_path):
 
 
 def test_the_flag_that_is_set_names_the_object_and_empty_files_are_counted(tmp_path):
-    named = labelme_content(shape(), flags={"sedan": True, "pickup": False}, imagePath="..\\data\\0.png")
+    flags = {"sedan": True, "pickup": False}
+    named = labelme_content(shape(), shape(label="Sedan"), flags=flags, imagePath="..\\data\\0.png")
     folder = labelme_folder(tmp_path / "data", named, labelme_content(imagePath="1.png"))
     (folder / ".checkpoints").mkdir()
     (folder / ".checkpoints" / "0.json").write_text((folder / "0.json").read_text())
     source = open_own_parts(folder)
     assert (source.example(0).image_label, source.unannotated) == ("sedan", ["1.png"])
+    assert (source.part_graph, source.whole_objects) == ({"sedan": ["wheel"]}, {"Sedan"})
 
 
 @pytest.mark.parametrize(
@@ -501,16 +534,19 @@ def test_an_object_without_a_name_is_not_asked_for_nor_compared_with(tmp_path):
 def test_the_command_takes_the_folder_alone_and_says_what_will_be_trained(tmp_path, capsys):
     content = coco_content(images=20)
     content["images"].append({"id": 99, "file_name": "empty.png", "height": HEIGHT, "width": WIDTH})
+    content["categories"].append({"id": 3, "name": "car"})
+    content["annotations"].append({"id": 999, "image_id": 0, "category_id": 3, "segmentation": [SQUARE]})
     folder = coco_folder(tmp_path / "data", content)
     assert main(["data", "validate", str(folder)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"COCO in {folder}/annotations/instances_default.json: car (2 parts)"
     assert lines[1] == "1 images show no part and are left out, such as annotations/empty.png"
-    assert lines[2].startswith("train: 16 images, 16 conversations, ") and lines[2].endswith(" spans of 32 masks")
-    assert lines[3].startswith("validation: 2 images, 2 conversations, ")
-    assert lines[4].startswith("test: 2 images, 2 conversations, ")
-    assert lines[5] == "1 images are in no annotation and are left out, such as 20.png"
-    assert lines[6] == f"{folder} is complete"
+    assert lines[2] == "masks and boxes of whole objects are no parts and are left out: car"
+    assert lines[3].startswith("train: 16 images, 16 conversations, ") and lines[3].endswith(" spans of 32 masks")
+    assert lines[4].startswith("validation: 2 images, 2 conversations, ")
+    assert lines[5].startswith("test: 2 images, 2 conversations, ")
+    assert lines[6] == "1 images are in no annotation and are left out, such as 20.png"
+    assert lines[7] == f"{folder} is complete"
 
 
 @pytest.mark.parametrize("kind", ["COCO", "Labelme", "conversations"])
