@@ -262,7 +262,7 @@ def find_last_phrase(text: str) -> int:
 # --------------------------------------------------------------- templates
 
 
-def check_options(options: dict, template: str, num_chats: int) -> dict:
+def check_options(options: dict, num_texts: int, template: str = "") -> dict:
     """
     Return the variables of the Jinja template among the options of a call.
 
@@ -271,7 +271,7 @@ def check_options(options: dict, template: str, num_chats: int) -> dict:
     """
     variables = {}
     for name, value in options.items():
-        alone = name == "padding" and num_chats == 1 and value in (False, "do_not_pad")
+        alone = name == "padding" and num_texts == 1 and value in (False, "do_not_pad")
         if name in FIXED_OPTIONS:
             if not alone and value not in FIXED_OPTIONS[name]:
                 expected = " or ".join(map(repr, FIXED_OPTIONS[name]))
@@ -279,9 +279,7 @@ def check_options(options: dict, template: str, num_chats: int) -> dict:
         elif re.search(rf"\b{re.escape(name)}\b", template):
             variables[name] = value
         elif value is not None:
-            raise ValueError(
-                f"{name!r} is neither an option of apply_chat_template nor a variable of the chat template."
-            )
+            raise ValueError(f"{name!r} is neither an option of PlumProcessor nor a variable of its chat template.")
     return variables
 
 

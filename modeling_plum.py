@@ -43,7 +43,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers import initialization as init
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, can_return_tuple
 
 # transformers copies the files that are named in `from .file import name`, not those in `from . import file`.
 try:
@@ -93,6 +93,8 @@ class PlumOutput(ModelOutput):
         iou_scores (`torch.FloatTensor` of shape `(S,)`): SAM's predicted IoU of each mask.
         mask_targets (`torch.LongTensor` of shape `(S,)`): Index of each span's mask in `mask_labels`.
         last_hidden_state (`torch.FloatTensor` of shape `(B, L, D)`): The language model's output after its final norm.
+        hidden_states, attentions (`tuple[torch.FloatTensor]`): Those of the language model's layers, if
+            `output_hidden_states` and `output_attentions` ask for them.
     """
 
     loss: torch.FloatTensor | None = None
@@ -103,6 +105,8 @@ class PlumOutput(ModelOutput):
     iou_scores: torch.FloatTensor | None = None
     mask_targets: torch.LongTensor | None = None
     last_hidden_state: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
 
 
 @dataclass
@@ -187,7 +191,7 @@ class PlumForConditionalGeneration(
                 f"vlm_config is a {config.vlm_config.model_type!r} model, and {type(self.vlm).__name__} has no model "
                 "without language-modeling head, whose hidden states PLUM tags; choose another family."
             )
-        generation.let_observe(self.vlm.get_decoder())
+        generation.let_observe(self.get_decoder())
         self.sam = AutoModel.from_config(config.sam_config)
         self.segmenter = SEGMENTERS[config.sam_config.model_type]
         self.span_tagger = modules.SPAN_TAGGERS[config.span_source](config)
@@ -220,7 +224,7 @@ class PlumForConditionalGeneration(
             model = cls(cls.config_class(vlm_config=vlm_config, sam_config=sam_config, **plum_options))
         config = model.config
         model.vlm = backbones.load_whole(AutoModelForImageTextToText, vlm, config.vlm_config, dtype)
-        generation.let_observe(model.vlm.get_decoder())
+        generation.let_observe(model.get_decoder())
         model.sam = backbones.load_whole(type(model.sam), sam, config.sam_config, model.vlm.dtype)
         model.generation_config = model.vlm.generation_config
         for module in (model.span_tagger, model.span_projector, model.mask_feedback):
@@ -253,6 +257,9 @@ class PlumForConditionalGeneration(
     def set_output_embeddings(self, value: nn.Module):
         self.vlm.set_output_embeddings(value)
 
+    def get_decoder(self) -> nn.Module:
+        return self.vlm.get_decoder()
+
     @property
     def device(self) -> torch.device:
         """The device of inputs: that of the weights or, with offloaded weights, the one that computes."""
@@ -265,10 +272,10 @@ class PlumForConditionalGeneration(
 
     def enable_input_require_grads(self):
         """Enable gradients of word embeddings only; frozen image encoders would store activations needlessly."""
-        self.vlm.get_decoder().enable_input_require_grads()
+        self.get_decoder().enable_input_require_grads()
 
     def disable_input_require_grads(self):
-        self.vlm.get_decoder().disable_input_require_grads()
+        self.get_decoder().disable_input_require_grads()
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
@@ -302,6 +309,7 @@ class PlumForConditionalGeneration(
 
     # ---------------------------------------------------------------- training
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor,
@@ -348,8 +356,9 @@ class PlumForConditionalGeneration(
         if spans is not None:
             modules.check_spans(spans, input_ids.shape)
         images, vlm_inputs = self._take_images(input_ids, inputs)
-        with generation.RecordedInputs(self.vlm.get_decoder()) as recorded:
-            hidden_states = self._run_language_model(input_ids, attention_mask, **images.vlm_inputs, **vlm_inputs)
+        with generation.RecordedInputs(self.get_decoder()) as recorded:
+            outputs = self._run_language_model(input_ids, attention_mask, **images.vlm_inputs, **vlm_inputs)
+        hidden_states = outputs.last_hidden_state
         logits_of = partial(backbones.next_token_logits, self.vlm)
         span_logits = self.tag_tokens(input_ids, hidden_states, attention_mask)
         pred_masks = iou_scores = targets = sampled = sizes = None
@@ -401,6 +410,8 @@ class PlumForConditionalGeneration(
             iou_scores=iou_scores,
             mask_targets=None if targets is None else targets.of_span,
             last_hidden_state=hidden_states,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
         )
 
     @property
@@ -415,19 +426,22 @@ class PlumForConditionalGeneration(
             "teacher_kl": self.config.teacher_kl_loss_weight,
         }
 
-    def _run_language_model(self, input_ids, attention_mask, **vlm_inputs) -> torch.Tensor:
-        """Return the hidden states `(B, L, D)` after the language model's final norm, aligned with `input_ids`."""
+    def _run_language_model(self, input_ids, attention_mask, **vlm_inputs) -> ModelOutput:
+        """
+        Return the output of the language model, whose `last_hidden_state` `(B, L, D)` after its final norm is aligned
+        with `input_ids`.
+        """
         self._check_image_tokens(input_ids, vlm_inputs)
         if "inputs_embeds" not in vlm_inputs:
             vlm_inputs["input_ids"] = input_ids
-        outputs = self.vlm.model(attention_mask=attention_mask, use_cache=False, **vlm_inputs)
-        hidden_states = outputs.last_hidden_state.to(input_ids.device)
+        outputs = self.vlm.model(attention_mask=attention_mask, **{**vlm_inputs, "use_cache": False})
+        outputs.last_hidden_state = hidden_states = outputs.last_hidden_state.to(input_ids.device)
         if hidden_states.shape[:2] != input_ids.shape:
             raise ValueError(
                 f"{type(self.vlm).__name__} returns {tuple(hidden_states.shape[:2])} hidden states for input_ids of "
                 f"shape {tuple(input_ids.shape)}; PLUM needs a family with one for each token."
             )
-        return hidden_states
+        return outputs
 
     def tag_tokens(
         self, input_ids: torch.LongTensor, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None
@@ -466,6 +480,8 @@ class PlumForConditionalGeneration(
     def _generate(self, input_ids, attention_mask, **kwargs) -> tuple[torch.LongTensor, GenerationConfig, dict]:
         """Return the result of `generate`, the settings that it used, and the arguments that are not settings."""
         self._check_image_tokens(input_ids, kwargs)
+        if attention_mask is not None and (attention_mask[:, -1] == 0).any():
+            raise ValueError("Prompts must be padded on the left to be continued; pass padding_side='left'.")
         # The settings loaded with this model, or changed on it by the caller, apply to the whole model.
         self.vlm.generation_config = self.generation_config
         settings, kwargs = generation.settle_options(self.generation_config, kwargs, input_ids.shape[1])
@@ -587,7 +603,8 @@ class PlumForConditionalGeneration(
         images, inputs = self._take_images(input_ids, inputs)
         if hidden_states is None:
             vlm_inputs = {name: value for name, value in inputs.items() if name not in GIVEN_ANSWERS + GIVEN_SPANS}
-            hidden_states = self._run_language_model(input_ids, attention_mask, **images.vlm_inputs, **vlm_inputs)
+            outputs = self._run_language_model(input_ids, attention_mask, **images.vlm_inputs, **vlm_inputs)
+            hidden_states = outputs.last_hidden_state
         return images, hidden_states
 
     def _segment_tagged(self, sequences, attention_mask, answer_mask, is_truncated, hidden_states, images):
@@ -637,9 +654,7 @@ class PlumForConditionalGeneration(
         Return generated sequences with their attention mask, answer mask, truncation and the hidden states of
         `generate` itself.
         """
-        if (attention_mask[:, -1] == 0).any():
-            raise ValueError("Prompts must be padded on the left to be continued; pass padding_side='left'.")
-        with generation.GeneratedStates(self.vlm.get_decoder()) as observed:
+        with generation.GeneratedStates(self.get_decoder()) as observed:
             sequences, settings, rest = self._generate(prompt, attention_mask, **vlm_inputs, **inputs)
         sequences = sequences.sequences if isinstance(sequences, ModelOutput) else sequences
         if len(sequences) != len(prompt):
@@ -653,7 +668,7 @@ class PlumForConditionalGeneration(
             # Among the arguments that are not settings, tensors are inputs of the model; streamers are not.
             vlm_inputs |= {name: value for name, value in rest.items() if isinstance(value, torch.Tensor)}
             vlm_inputs = self._extend_to_answers(vlm_inputs, prompt, sequences)
-            hidden_states = self._run_language_model(sequences, attention_mask, **vlm_inputs)
+            hidden_states = self._run_language_model(sequences, attention_mask, **vlm_inputs).last_hidden_state
         return sequences, attention_mask, answer_mask, is_truncated, hidden_states.to(sequences.device)
 
     def _extend_to_answers(self, vlm_inputs: dict, prompt, sequences) -> dict:

@@ -304,10 +304,12 @@ class PlumProcessor(ProcessorMixin):
                 size from its image; a role, part or option is unknown; a text contains a special token. Tags outside
                 assistant texts are plain text.
         """
-        is_batched = not (conversation and isinstance(conversation[0], dict))
+        if isinstance(conversation, (str, dict)) or not len(conversation):
+            raise ValueError(
+                f"Expected a conversation, a list of messages, or at least one in a list, found {conversation!r:.80}."
+            )
+        is_batched = not isinstance(conversation[0], dict)
         conversation = list(conversation) if is_batched else [conversation]
-        if not conversation:
-            raise ValueError("Expected at least one conversation, found none.")
         special_tokens = self._special_tokens
         conversations = [
             without_images(messages, special_tokens, where=f"Conversation {row}")
@@ -315,7 +317,7 @@ class PlumProcessor(ProcessorMixin):
         ]
         template, options = chat_template or self.chat_template, {**(processor_kwargs or {}), **kwargs}
         padding_side = options.pop("padding_side", padding_side)
-        variables = self._template_variables | check_options(options, template, len(conversations))
+        variables = self._template_variables | check_options(options, len(conversations), template)
         ends = {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
         self._check_ends(conversations, **ends)
         rendered = render_chats(conversations, template, variables, **ends)
@@ -368,13 +370,18 @@ class PlumProcessor(ProcessorMixin):
 
         Args:
             images: An image, in any form that [`read_image`] takes, or a list with one for each text with a
-                placeholder, in order.
+                placeholder, in order, or with a list for each text.
             text: A prompt or a list of prompts.
+            kwargs: Options of transformers, which raise an error if they are not supported, such as `truncation`.
         """
-        if text is None:
-            raise ValueError("PlumProcessor needs text; pass text='USER: <image>\\n... ASSISTANT:' or use a chat.")
-        texts = [text] if isinstance(text, str) else list(text)
-        images = [] if images is None else list(images) if isinstance(images, (list, tuple)) else [images]
+        texts = [text] if isinstance(text, str) else text
+        if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
+            raise ValueError(
+                f"Expected a prompt, such as 'USER: {self.image_token}\\n... ASSISTANT:', or a list of prompts, found "
+                f"{text!r:.80}; conversations are for apply_chat_template."
+            )
+        check_options(kwargs, len(texts))
+        images = list(_flatten(images))
         wanted = [self.image_token in text for text in texts]
         if sum(wanted) != len(images):
             raise ValueError(f"Found {len(images)} images for {sum(wanted)} texts with {self.image_token!r}.")
@@ -623,6 +630,15 @@ class PlumProcessor(ProcessorMixin):
         sizes = (getattr(outputs, f"{name}_sizes")[image].tolist() for name in ("reshaped_input", "original"))
         logits = upscale_masks(outputs.pred_masks[index, None].float(), side_for_sam(self.sam_image_processor), *sizes)
         return (logits[0] > mask_threshold).cpu().numpy()
+
+
+def _flatten(images) -> Iterator:
+    """Yield the images of nested lists."""
+    for image in images if isinstance(images, (list, tuple)) else [images]:
+        if isinstance(image, (list, tuple)):
+            yield from _flatten(image)
+        elif image is not None:
+            yield image
 
 
 def _read_images(sources: list) -> list:

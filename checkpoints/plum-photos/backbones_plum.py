@@ -215,7 +215,7 @@ class PlumVision:
 
     def _take_images(self, input_ids, inputs: dict) -> tuple[PlumImages, dict]:
         """Return the images among the inputs of a call, and the other inputs."""
-        inputs = dict(inputs)
+        inputs = {name: value for name, value in inputs.items() if value is not None}
         pixels, sam_pixels, embeddings, index, features = (inputs.pop(name, None) for name in IMAGE_INPUTS)
         if embeddings is None and sam_pixels is not None and len(sam_pixels):
             embeddings = self.get_image_embeddings(sam_pixels)
@@ -230,6 +230,8 @@ class PlumVision:
                 )
             rows = torch.arange(len(input_ids), device=input_ids.device)
             index = rows if count else torch.full_like(rows, -1)
+        elif embeddings is not None:
+            self._check_index(index, len(embeddings), len(input_ids))
         vlm_inputs = {}
         if self.config.vlm_image_input == "sam_image_embeddings":
             if embeddings is not None:
@@ -242,6 +244,19 @@ class PlumVision:
             vlm_inputs["pixel_values"] = pixels.to(self.vlm.dtype)
         sizes = (inputs.pop("original_sizes", None), inputs.pop("reshaped_input_sizes", None))
         return PlumImages(vlm_inputs, embeddings, index, *sizes), inputs
+
+    @staticmethod
+    def _check_index(sam_image_index: torch.LongTensor, images: int, rows: int):
+        """
+        Raise `ValueError` unless the index has one of the images, or -1, for each row, and every image has a row.
+        Batches that were concatenated without new indices have images without rows.
+        """
+        found = set(sam_image_index.flatten().tolist())
+        if tuple(sam_image_index.shape) != (rows,) or found - {-1} != set(range(images)):
+            raise ValueError(
+                f"sam_image_index is {sam_image_index.tolist()}, expected for each of {rows} rows the index of one of "
+                f"{images} images, or -1, and each image at least once; encode all conversations of a batch together."
+            )
 
     def _check_embeddings(self, sam_image_embeddings: torch.Tensor):
         """Raise `ValueError` if embeddings are those of another segmenter or image size."""

@@ -241,7 +241,7 @@ def test_losses_over_parts_of_a_batch_add_up_to_those_of_the_whole(model_and_pro
     counts = count_loss_items(
         model.config, **{name: whole[name] for name in ("labels", "span_labels", "spans", "mask_labels")}
     )
-    total = 0.0
+    total, of_images = 0.0, ("sam_pixel_values", "original_sizes", "reshaped_input_sizes")
     for rows, members in (([0], slice(0, 3)), ([1, 2, 3], slice(3, 4))):
         images = whole["sam_image_index"][rows]
         part = {name: whole[name][rows] for name in ("input_ids", "attention_mask", "labels", "span_labels")}
@@ -254,7 +254,7 @@ def test_losses_over_parts_of_a_batch_add_up_to_those_of_the_whole(model_and_pro
             spans=spans,
             mask_labels=whole["mask_labels"][members],
             sam_image_index=images,
-            **{name: whole[name] for name in ("sam_pixel_values", "original_sizes", "reshaped_input_sizes")},
+            **{name: whole[name][: images.max() + 1] for name in of_images},
             loss_counts=counts,
         )
         outputs.loss.backward()
@@ -515,6 +515,9 @@ def test_auto_classes_load_the_model_as_remote_code_from_another_folder(tmp_path
     "change, words",
     [
         ({"sam_image_index": torch.tensor([-1, 1, 0, -1])}, "Rows \\[0\\] have spans to segment but no image"),
+        ({"sam_image_index": torch.tensor([0, 0, 0, -1])}, "expected for each of 4 rows the index of one of 2 images"),
+        ({"sam_image_index": torch.tensor([0, 1, 2, -1])}, "expected for each of 4 rows the index of one of 2 images"),
+        ({"sam_image_index": torch.tensor([0, 1])}, "expected for each of 4 rows the index of one of 2 images"),
         ({"mask_labels": [torch.zeros(50, 70)]}, "Found 1 mask_labels for 4 spans"),
         ({"mask_labels": [torch.zeros(9, 9)] * 4}, r"\(9, 9\) pixels but its image is \(50, 70\)"),
         ({"spans": torch.tensor([[1, 2, 3], [0, 2, 3], [0, 4, 5], [0, 6, 7]])}, "sorted by row"),
@@ -539,6 +542,28 @@ def test_wrong_links_between_spans_masks_and_images_are_refused(change, words):
     model, processor = tiny_model(shared_vision=False), tiny_processor(shared_vision=False)
     with pytest.raises(ValueError, match=words):
         model(**{**mixed_batch(processor), **change})
+
+
+def test_prompts_padded_on_the_right_are_refused(model_and_processor):
+    model, processor = model_and_processor
+    chats = [conversation(random_image(), None), conversation(None, None)]
+    batch = processor.apply_chat_template(chats, add_generation_prompt=True, tokenize=True, return_dict=True)
+    for continued in (model.generate, model.segment):
+        with pytest.raises(ValueError, match="padded on the left"):
+            continued(**batch, max_new_tokens=2)
+
+
+@torch.no_grad()
+def test_arguments_that_wrappers_add_to_every_call_change_nothing_but_the_form(model_and_processor):
+    model, processor = model_and_processor
+    batch = mixed_batch(processor)
+    expected = model(**batch)
+    unset = dict.fromkeys(("inputs_embeds", "output_attentions", "return_dict", "task_ids"))
+    called = model(**batch, **unset, use_cache=False, output_hidden_states=True)
+    assert torch.equal(called.hidden_states[-1], called.last_hidden_state)
+    assert called.loss == expected.loss and torch.equal(called.logits, expected.logits)
+    values = model(**batch, return_dict=False)
+    assert values[0] == expected.loss and len(values) == len(expected.to_tuple())
 
 
 def test_a_processor_with_another_count_of_image_tokens_is_refused_by_the_model(model_and_processor):

@@ -384,8 +384,9 @@ def test_all_texts_of_a_message_are_rendered_and_other_parts_refused(byte_level_
             encode(processor, [[{"role": "user", "content": [part]}]])
     with pytest.raises(ValueError, match="has no messages"):
         encode(processor, [NEXT, []])
-    with pytest.raises(ValueError, match="at least one conversation"):
-        encode(processor, [])
+    for found in ([], {"role": "user", "content": "Hello"}, "Hello"):
+        with pytest.raises(ValueError, match="Expected a conversation, a list of messages"):
+            processor.apply_chat_template(found)
 
 
 @pytest.mark.parametrize(
@@ -408,6 +409,8 @@ def test_an_option_of_transformers_that_would_be_ignored_is_refused(byte_level_p
     name = next(iter(options.get("processor_kwargs", options)))
     with pytest.raises(ValueError, match=f"{name}.*(is not supported|nor a variable)"):
         encode(byte_level_processor, [HISTORY, HISTORY], **options)
+    with pytest.raises(ValueError, match=f"{name}.*(is not supported|nor a variable)"):
+        byte_level_processor(text=["USER: Hello ASSISTANT:"] * 2, **options.get("processor_kwargs", options))
 
 
 def test_options_of_transformers_that_ask_for_what_is_done_and_variables_of_the_template_pass(byte_level_processor):
@@ -430,11 +433,15 @@ def test_a_rendered_prompt_is_encoded_as_the_chat_it_came_from(byte_level_proces
     chat, image = conversation(random_image(), None), random_image()
     prompt = byte_level_processor.apply_chat_template(chat, add_generation_prompt=True)
     assert prompt == "USER: <image>\nWhich parts can you see? ASSISTANT:"
-    called = byte_level_processor(images=image, text=prompt)
     expected = encode(byte_level_processor, [chat], add_generation_prompt=True)
-    assert called.keys() == expected.keys()
-    for name, value in expected.items():
-        assert torch.equal(called[name], value), name
+    for images, text in ((image, prompt), ([image], [prompt]), ([[image]], [prompt]), ([[None, image]], (prompt,))):
+        called = byte_level_processor(images, text, padding=True, return_tensors="pt", videos=None)
+        assert called.keys() == expected.keys()
+        for name, value in expected.items():
+            assert torch.equal(called[name], value), name
+    for text in (None, image, [None]):
+        with pytest.raises(ValueError, match="Expected a prompt, .* or a list of prompts"):
+            byte_level_processor(image, text)
 
 
 def test_results_are_the_words_and_masks_of_the_answer_at_the_size_of_the_image(processor):
