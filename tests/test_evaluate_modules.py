@@ -14,6 +14,7 @@ from pathlib import Path
 import evaluate
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from plum_partonomy.scoring.baselines import answer_without_model
@@ -72,6 +73,9 @@ def test_both_metrics_combine(folder, tmp_path):
     names = [["hull"], ["mast"]]
     metric = evaluate.combine([load(folder / "partonomy_parts", tmp_path), load(folder / "partonomy_parts", tmp_path)])
     assert set(metric.compute(predictions=names, references=names).values()) == {1.0}
+    for name in names:
+        metric.add(prediction=name, reference=name)
+    assert set(metric.compute().values()) == {1.0}
 
 
 PROCESS = """
@@ -102,6 +106,9 @@ def test_choices_have_the_accuracy_of_the_library_and_indices_beyond_the_choices
     assert metric.compute(num_choices=3) == {
         name: pytest.approx(overall[name]) for name in ("choice_accuracy", "choice_accuracy_random")
     }
+    metric.add_batch(predictions=torch.tensor(predictions[1:]), references=np.array(references[1:]))
+    metric.add(predictions=torch.tensor(predictions[0]), references=references[0])
+    assert metric.compute(num_choices=3)["choice_accuracy"] == pytest.approx(overall["choice_accuracy"])
     with pytest.raises(ValueError, match="Expected indices into 2 choices, found 2"):
         metric.compute(predictions=[2], references=[0], num_choices=2)
 
@@ -166,6 +173,7 @@ HULL = {"label": "hull", "rle": {"size": [1, 4], "counts": "022"}}
             r"of two positive integers, found \[1.5, 4\]",
         ),
         ({"score": float("nan")}, "a score must be a finite number, found nan"),
+        ({"score": np.float32("inf")}, "a score must be a finite number, found .*inf"),
         ({"score": 10**400}, "a score must be a finite number, found 1000"),
         ({"score": "high"}, "a score must be a finite number, found 'high'"),
         ({"score": None}, "a score must be a finite number, found None"),

@@ -132,8 +132,9 @@ def check_size(size: Any, *, where: str) -> Size:
 
 def check_number(value: Any, *, name: str, least: float = -math.inf, whole: bool = False) -> None:
     """Raise DataError unless an option is a finite number, an integer if `whole`, of at least `least`."""
-    is_number = _is_integer(value) if whole else _is_number(value) and abs(value) <= sys.float_info.max
-    if not is_number or value < least:
+    number = value.item() if isinstance(value, np.generic) else value  # float32 would be compared in its own range
+    is_number = _is_integer(number) if whole else _is_number(number) and abs(number) <= sys.float_info.max
+    if not is_number or number < least:
         kind = "an integer" if whole else "a finite number"
         bound = "" if least == -math.inf else f" of at least {least}"
         raise DataError(f"{name} must be {kind}{bound}, found {value!r:.80}.")

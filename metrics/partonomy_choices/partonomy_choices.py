@@ -39,18 +39,21 @@ class PartonomyChoices(evaluate.Metric):
 
     def add_batch(self, *, predictions=None, references=None, **kwargs):
         """Add predictions and references. Raises ValueError that names the first one of another form."""
-        for name, indices in (("predictions", predictions), ("references", references)):
+        columns = {"predictions": predictions, "references": references}
+        for name, indices in columns.items():
             if not hasattr(indices, "__len__"):
                 raise ValueError(f"Expected a list of indices as {name}, found {indices!r:.80}.")
+            indices = columns[name] = [index.tolist() if hasattr(index, "tolist") else index for index in indices]
             for number, index in enumerate(indices):
                 # a number would be cut to an integer
                 if isinstance(index, bool) or not isinstance(index, Integral) or abs(index) >= 2**31:
                     raise ValueError(f"{name}[{number}]: expected the index of a choice, found {index!r:.80}.")
-        super().add_batch(predictions=predictions, references=references, **kwargs)
+        super().add_batch(**columns, **kwargs)
 
     def add(self, *, prediction=None, reference=None, **kwargs):
         """Add one prediction and its reference, as `add_batch`."""
-        self.add_batch(predictions=[prediction], references=[reference], **kwargs)
+        one = {"predictions": prediction, "references": reference, **kwargs}  # `combine` passes these names
+        self.add_batch(**{name: [value] for name, value in one.items()})
 
     def _compute(self, predictions, references, num_choices=5):
         if isinstance(num_choices, bool) or not isinstance(num_choices, Integral) or num_choices < 1:

@@ -47,7 +47,8 @@ class PartonomyParts(evaluate.Metric):
 
     def add(self, *, prediction=None, reference=None, **kwargs):
         """Add one prediction and its reference, as `add_batch`."""
-        self.add_batch(predictions=[prediction], references=[reference], **kwargs)
+        one = {"predictions": prediction, "references": reference, **kwargs}  # `combine` passes these names
+        self.add_batch(**{name: [value] for name, value in one.items()})
 
     def _compute(self, predictions, references, protocol="strict"):
         if not len(predictions):
