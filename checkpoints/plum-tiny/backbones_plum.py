@@ -270,8 +270,8 @@ class PlumVision:
             )
 
     def _check_image_tokens(self, input_ids, vlm_inputs: dict):
-        """Raise `ValueError` if the vision-language model would read image tokens as words."""
-        given = vlm_inputs.keys() & {"inputs_embeds", "pixel_values", "mm_encoder_outputs"}
+        """Raise `ValueError` if the vision-language model would read image tokens as words; a cache has read them."""
+        given = vlm_inputs.keys() & {"inputs_embeds", "pixel_values", "mm_encoder_outputs", "past_key_values"}
         if not given and (input_ids == self.config.vlm_config.image_token_id).any():
             raise ValueError(
                 "input_ids contain image tokens, but no image is passed with them; pass pixel_values, or what "

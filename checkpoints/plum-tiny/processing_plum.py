@@ -588,9 +588,11 @@ class PlumProcessor(ProcessorMixin):
             phrase but not its start, so the text of its span comes from [`find_last_phrase`].
 
         Raises:
-            ValueError: `mask_threshold` is not a finite number.
+            ValueError: `mask_threshold` is not a finite number, or the outputs lack the sizes of the images.
         """
         check_number(mask_threshold, name="mask_threshold")
+        if len(outputs.spans) and (outputs.original_sizes is None or outputs.reshaped_input_sizes is None):
+            raise ValueError("Masks need original_sizes and reshaped_input_sizes; pass them to the model as well.")
         ids = [row[mask].tolist() for row, mask in zip(outputs.sequences, outputs.answer_mask, strict=True)]
         # Spans of earlier answers were segmented only to guide later ones.
         in_answer = outputs.answer_mask[outputs.spans[:, 0], outputs.spans[:, 1]].tolist()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 from torch.testing import assert_close
-from transformers import GenerationConfig
+from transformers import DynamicCache, GenerationConfig
 
 from generation_plum import DEFAULT_MAX_NEW_TOKENS, GeneratedStates, settle_options
 from modeling_plum import PlumForConditionalGeneration
@@ -65,6 +65,17 @@ def test_options_that_save_time_or_change_the_form_leave_answer_and_masks_as_the
     assert torch.equal(found.sequences, plain.sequences) and torch.equal(found.spans, plain.spans)
     assert len(plain.spans) and torch.equal(found.is_truncated, plain.is_truncated)
     assert_close(found.pred_masks, plain.pred_masks, rtol=1e-4, atol=1e-4)
+
+
+def test_a_kept_cache_continues_a_chat_whose_image_it_has_read(plum):
+    model, processor, _ = plum
+    batch, cache = encode(processor, CHATS[:1]), DynamicCache()
+    answered = model.generate(**batch, past_key_values=cache, **OPTIONS)
+    follow_up = processor.tokenizer(" USER: Any other? ASSISTANT:", return_tensors="pt")["input_ids"]
+    longer = {"input_ids": torch.cat([answered, follow_up], dim=1)}
+    longer["attention_mask"] = torch.ones_like(longer["input_ids"])
+    expected = model.generate(**{**batch, **longer}, **OPTIONS)
+    assert torch.equal(model.generate(**longer, past_key_values=cache, **OPTIONS), expected)
 
 
 @pytest.mark.parametrize("plum", [True], indirect=True, ids=["shared_vision"])

@@ -481,6 +481,13 @@ def test_an_empty_mask_has_no_box(byte_level_processor):
     assert span.box is None and not span.mask.any()
 
 
+def test_masks_without_the_sizes_of_their_images_are_refused(byte_level_processor):
+    batch = encode(byte_level_processor, [conversation(random_image(), "A <p>wheel</p>.")])
+    outputs = tiny_model().segment_spans(**{name: value for name, value in batch.items() if "sizes" not in name})
+    with pytest.raises(ValueError, match="Masks need original_sizes and reshaped_input_sizes"):
+        byte_level_processor.post_process_segmentation(outputs)
+
+
 @pytest.mark.parametrize("shared_vision", [True, False])
 def test_a_saved_processor_loads_to_the_same_function(tmp_path, shared_vision):
     processor = tiny_processor(shared_vision)
