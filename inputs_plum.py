@@ -122,6 +122,7 @@ def polygons_to_rle(polygons: Any, *, size: Size, where: str = "polygon") -> RLE
 
 def check_size(size: Any, *, where: str) -> Size:
     """Return an untrusted (height, width). Raises DataError unless it is two positive integers within MAX_PIXELS."""
+    size = size.tolist() if hasattr(size, "tolist") else size  # `datasets` stores lists as arrays or tensors
     valid = isinstance(size, list | tuple) and len(size) == 2 and all(_is_integer(side) and side > 0 for side in size)
     if not valid:
         raise DataError(f"{where}: expected a size [height, width] of two positive integers, found {size!r:.80}")

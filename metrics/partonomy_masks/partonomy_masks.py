@@ -116,8 +116,7 @@ def _check_form(masks, name, *, where):
                 f"{place}: expected an RLE of size [height, width] and counts as text, found {rle!r:.80}; encode the "
                 "mask with pycocotools, and its bytes with .decode('ascii')"
             )
-        size = rle["size"]  # a number with a fraction would be cut to an integer
-        check_size(size.tolist() if isinstance(size, np.ndarray) else size, where=place)
+        check_size(rle["size"], where=place)  # a number with a fraction would be cut to an integer
 
 
 def _checked(predicted, true, image):

@@ -139,6 +139,8 @@ def test_masks_in_every_form_are_the_same_mask():
         compressed,
         {"size": [50, 70], "counts": compressed["counts"].decode()},
         {"size": [50, 70], "counts": runs},
+        {"size": torch.tensor([50, 70]), "counts": runs},  # as `datasets` returns it `with_format("torch")`
+        {"size": np.array([50, 70], dtype=np.int32), "counts": runs},
         [[20, 10, 60, 10, 60, 30, 20, 30]],
         [np.array([20, 10, 60, 10, 60, 30, 20, 30], dtype=np.float32)],
         ((20, 10, 60, 10, 60, 30, 20, 30),),
@@ -160,6 +162,7 @@ def test_masks_in_every_form_are_the_same_mask():
     [
         (np.zeros((9, 9)), r"A mask is \(9, 9\).*image is \(50, 70\)"),
         ({"size": [9, 9], "counts": "0"}, r"size \[9, 9\].*image has \[height, width\] \[50, 70\]"),
+        ({"size": np.array([50.5, 70.0]), "counts": "0"}, r"two positive integers, found \[50.5, 70.0\]"),
         ({"size": [50, 70], "counts": "0PPPPPPPPP7"}, "'P', which no RLE has at this place"),
         ({"size": [50, 70], "counts": ""}, r"decode to 0 pixels, but size \[50, 70\]"),
         ({"size": [50, 70], "counts": b"\xff"}, "which no RLE has"),
