@@ -75,6 +75,8 @@ def run_command(name: str, main: Callable[[], None], options: Sequence[str] = ()
     except ImportError as error:
         if error.name is None or error.name.partition(".")[0] == "plum_partonomy":
             raise
+        if not re.fullmatch(r"[\w.]+", error.name):  # a sentence in place of the name
+            end(name, error.name, WRONG_USE)
         end(name, f"this needs the package {error.name}: pip install {error.name.partition('.')[0]}.", WRONG_USE)
     except OSError as error:  # such as a folder without write permission or a full disk
         place = f"{error.filename}: " if error.filename else ""

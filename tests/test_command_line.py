@@ -4,6 +4,7 @@ import errno
 import os
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,7 @@ def fails(error):
             ModuleNotFoundError("No module named 'wandb.sdk'", name="wandb.sdk"),
             "pip install wandb.",
         ),
+        (PackageNotFoundError("The 'deepspeed>=1' package is missing"), "x.py: The 'deepspeed>=1' package is missing"),
         (RuntimeError("server failed to listen on port: 29500, EADDRINUSE"), "x.py: port 29500 is in use: choose"),
     ],
 )

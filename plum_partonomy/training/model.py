@@ -12,9 +12,10 @@ from backbones_plum import image_processor_class
 from chats_plum import parse_span_tags
 from configuration_plum import PlumConfig
 from modeling_plum import PlumForConditionalGeneration
+from plum_partonomy.command_line import nearest
 from plum_partonomy.inference.checkpoint import check_config_fields, load_checkpoint, load_processor
 from plum_partonomy.masks import DataError
-from plum_partonomy.training.options import ModelArguments
+from plum_partonomy.training.options import LORA_TRAINED_WHOLE, ModelArguments
 from processing_plum import PlumProcessor
 
 # Token after each grounded phrase for a model from scratch with span_source "seg_token".
@@ -165,10 +166,28 @@ def span_token_rows(model: PlumForConditionalGeneration, trained_whole: list[str
     return dict.fromkeys(names, [model.config.seg_token_id]) or None
 
 
+def check_trained_whole(model: PlumForConditionalGeneration, arguments: ModelArguments):
+    """Raise `DataError` that names a module of `lora_trained_whole` that is frozen or that the model does not have."""
+    modules = [name for name, _ in model.named_modules()]
+    for name in arguments.lora_trained_whole:
+        found = [module for module in modules if f".{module}".endswith(f".{name}")]
+        if not found and name not in LORA_TRAINED_WHOLE:  # a model may lack some of these
+            known = {module.rpartition(".")[2] for module in modules}
+            raise DataError(
+                f"lora_trained_whole has {name!r}, which is not a module of the model{nearest(name, known)}"
+            )
+        for frozen in arguments.frozen_modules:
+            if any(f"{module}.".startswith(f"{frozen}.") or frozen.startswith(f"{module}.") for module in found):
+                raise DataError(
+                    f"frozen_modules freezes {frozen!r}, but lora_trained_whole trains {name!r}; remove one of them."
+                )
+
+
 def add_lora(model: PlumForConditionalGeneration, arguments: ModelArguments) -> nn.Module:
     """Add LoRA to the language model's attention, with the modules of `lora_trained_whole` trained whole."""
     from peft import LoraConfig, get_peft_model
 
+    check_trained_whole(model, arguments)
     # Families name it language_model or text_model, and their vision towers have projections with the same names.
     decoder = next(name for name, module in model.named_modules() if module is model.vlm.get_decoder())
     return get_peft_model(

@@ -3,12 +3,14 @@
 import argparse
 import dataclasses
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 
 from configuration_plum import PlumConfig
 from inputs_plum import check_number
@@ -32,6 +34,29 @@ and `trust_remote_code=True`), `recipe.yaml` (all options of the run, for anothe
 
 # The published run trains these modules whole, in addition to LoRA on the language model's attention.
 LORA_TRAINED_WHOLE = ["lm_head", "embed_tokens", "span_tagger", "span_projector", "mask_feedback", "mask_decoder"]
+
+
+METRICS = ("strict_macro_giou", "strict_micro_giou", "span_f1", "language_modeling_loss")
+"""Metrics of validation during training; all but the last need records with masks."""
+LEAST = {
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "dataloader_num_workers": 0,
+    "num_train_epochs": 0,
+    "learning_rate": 0,
+    "weight_decay": 0,
+    "seed": 0,
+}
+"""Option of `TrainingArguments` -> its least value."""
+FIXED = {
+    "batch_eval_metrics": "validation gathers a few counts per record",
+    "label_smoothing_factor": "the losses have no label smoothing",
+    "prediction_loss_only": "validation computes no total loss",
+    "remove_unused_columns": "images are read when a batch is made",
+    "use_liger_kernel": "it has no kernels for this model",
+}
+"""Option of `TrainingArguments` that must keep its default -> the reason."""
 
 
 def _parse_mapping(value: dict | str, name: str) -> dict:
@@ -197,6 +222,8 @@ class DataArguments:
             raise DataError("fresh_records makes records by their number, which a stream has not; leave one out.")
         defaults = {name: getattr(self, name) for name in ("dataset", "name", "data_dir", "train_split", "eval_split")}
         entries = [_parse_mapping(entry, "an entry of mixture") for entry in self.mixture]
+        if not entries:
+            raise DataError("mixture must name at least one data set, found none.")
         self.sources = [parse_source(entry, defaults) for entry in entries]
 
 
@@ -220,11 +247,48 @@ class PlumTrainingArguments(TrainingArguments):
     ddp_find_unused_parameters: bool | None = field(default=True, metadata={"help": "Needed with text-only rows."})
 
     def __post_init__(self):
-        super().__post_init__()
-        if self.muon_learning_rate is not None:
-            check_number(self.muon_learning_rate, name="muon_learning_rate", least=0)
+        for name, least in LEAST.items():
+            check_number(getattr(self, name), name=name, least=least, whole=isinstance(getattr(self, name), int))
+        if self.seed >= 2**32:
+            raise DataError(f"seed must be below 2**32, found {self.seed}.")
+        if self.max_steps == 0:
+            raise DataError("max_steps must be at least 1, or -1 for num_train_epochs, found 0.")
+        try:
+            super().__post_init__()
+        except TypeError as error:  # an unknown field of a mapping, such as accelerator_config
+            raise DataError(f"the options cannot be used: {error}.") from error
+        self._check_unsupported()
+        if self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):  # which would minimise any metric
+            self.lr_scheduler_kwargs = {"mode": "max" if self.greater_is_better else "min"} | (
+                self.lr_scheduler_kwargs or {}
+            )
         # Each process reads its own part of a stream, because lists of masks cannot be split and sent.
         self.accelerator_config.dispatch_batches = False
+
+    def _check_unsupported(self):
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for name, reason in FIXED.items():
+            if getattr(self, name) != defaults[name]:
+                raise DataError(f"{name} must be {defaults[name]}, found {getattr(self, name)}: {reason}.")
+        if self.train_sampling_strategy not in ("random", "sequential"):
+            raise DataError(
+                f"train_sampling_strategy must be random or sequential, found {self.train_sampling_strategy}: the "
+                "length of a conversation is unknown before its images are read."
+            )
+        if self.metric_for_best_model.removeprefix("eval_") not in METRICS:
+            raise DataError(
+                f"metric_for_best_model must be one of {', '.join(METRICS)}, found {self.metric_for_best_model!r}."
+            )
+        if self.muon_learning_rate is not None:
+            check_number(self.muon_learning_rate, name="muon_learning_rate", least=0)
+            if self.optim != defaults["optim"]:
+                raise DataError("muon_learning_rate trains with Muon and AdamW; leave it out, or leave optim out.")
+        if self.dataloader_persistent_workers and not self.dataloader_num_workers:
+            raise DataError("dataloader_persistent_workers needs workers; set dataloader_num_workers above 0.")
+        if self.accelerator_config.dispatch_batches:
+            raise DataError("accelerator_config cannot dispatch batches: masks of several sizes cannot be sent.")
+        if missing := sorted(set(self.report_to) - set(get_available_reporting_integrations())):
+            raise DataError(f"report_to has {missing[0]!r}, which is misspelt or not installed; install its package.")
 
     def __getstate__(self) -> dict:
         """Return the state for `training_args.bin`, which is saved with checkpoints, without tokens."""
@@ -241,13 +305,31 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Plu
     """
     parser = _make_parser()
     words = _expand_recipe(parser, argv)
+    _, left = parser.parse_known_args(words)
+    if left:
+        parser.error(f"{left[0]!r} belongs to no option; a recipe comes first, and there is at most one")
     try:
         model, data, args = parser.parse_args_into_dataclasses(words, look_for_args_file=False)
+        _check_together(model, data, args)
     except ValueError as error:
         parser.error(as_options(str(error), option_names()))
+    return model, data, args
+
+
+def _check_together(model: ModelArguments, data: DataArguments, args: PlumTrainingArguments):
     if model.frozen_dtype is not None and not args.bf16:
         raise DataError("frozen_dtype needs autocast to the same precision; add bf16: true, or leave it out.")
-    return model, data, args
+    if model.frozen_dtype is not None and not (model.lora_r or model.frozen_modules):
+        raise DataError("frozen_dtype needs frozen layers; set lora_r or frozen_modules, or leave it out.")
+    if data.streaming and args.max_steps < 1:
+        raise DataError("streaming never ends and needs max_steps above 0.")
+    if evaluates(args) and not any(source.eval_split for source in data.sources):
+        raise DataError("validation needs an eval_split of some entry of mixture; name one, or set eval_strategy=no.")
+
+
+def evaluates(args: TrainingArguments) -> bool:
+    """Return whether a run evaluates during training."""
+    return args.eval_strategy != "no" or args.eval_on_start
 
 
 def read_options(argv: list[str]) -> dict:
@@ -272,6 +354,9 @@ class TrainingOptions(Options, HfArgumentParser):
     def choices_of(self, name: str) -> list[str]:
         return self._option_string_actions[f"--{name}"].choices or []
 
+    def takes_list(self, name: str) -> bool:
+        return self._option_string_actions[f"--{name}"].nargs == "*"
+
 
 def option_names() -> list[str]:
     """Return the names of all options of a training run."""
@@ -281,7 +366,27 @@ def option_names() -> list[str]:
 def _make_parser() -> TrainingOptions:
     arguments = [ModelArguments, DataArguments, PlumTrainingArguments]
     kind = argparse.RawDescriptionHelpFormatter
-    return TrainingOptions(arguments, prog="train.py", description=USAGE, allow_abbrev=False, formatter_class=kind)
+    parser = TrainingOptions(arguments, prog="train.py", description=USAGE, allow_abbrev=False, formatter_class=kind)
+    for action in parser._actions:
+        if action.nargs == "+":
+            action.nargs = "*"  # a list may be empty, as in frozen_modules: []
+    return parser
+
+
+class _RecipeLoader(yaml.SafeLoader):
+    """Yaml without repeated names, whose last value would win, and with 1e-4 as a number, as in yaml 1.2."""
+
+    def construct_mapping(self, node, deep=False):
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for name in names:
+            if names.count(name) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"{name!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_RecipeLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+\Z"), list("-+0123456789")
+)
 
 
 def _expand_recipe(parser: TrainingOptions, argv: list[str]) -> list[str]:
@@ -293,18 +398,20 @@ def _expand_recipe(parser: TrainingOptions, argv: list[str]) -> list[str]:
             others = [str(path) for path in recipe.parent.glob("*.yaml")]
             parser.error(f"recipe {recipe} does not exist{nearest(str(recipe), others)}")
         try:
-            content = yaml.safe_load(recipe.read_bytes())
+            content = yaml.load(recipe.read_bytes(), Loader=_RecipeLoader)
         except yaml.YAMLError as error:
             parser.error(f"recipe {recipe} is not valid yaml: {' '.join(str(error).split())}")
         if not isinstance(content, dict):
             parser.error(f"recipe {recipe} must be a yaml mapping of options, found {type(content).__name__}")
         known = {field.name for part in parser.dataclass_types for field in dataclasses.fields(part)}
-        for name in sorted(set(content) - known):
+        for name in sorted(map(str, content.keys() - known)):
             parser.error(f"recipe {recipe} has the unknown option {name!r}{nearest(name, known)}")
         # As command line words, so that values are checked in the same way and later words override.
         for name, value in content.items():
             if value is None:
                 parser.error(f"recipe {recipe} gives option {name!r} no value; remove it to use its default")
+            if isinstance(value, list) and not parser.takes_list(name):
+                parser.error(f"recipe {recipe} gives option {name!r} a list; it takes one value")
             if value is False and "no" in parser.choices_of(name):
                 value = "no"  # which yaml reads as false, as in eval_strategy: no
             options += [f"--{name}", *_as_words(value)]

@@ -15,7 +15,15 @@ from plum_partonomy.training.examples import Collator, ConversationDataset, Fres
 from plum_partonomy.training.fresh import open_fresh
 from plum_partonomy.training.mixture import load_eval_records, load_records, mix
 from plum_partonomy.training.model import add_lora, load_model, load_processor_alone, store_frozen
-from plum_partonomy.training.options import DataArguments, ModelArguments, parse_arguments, read_options
+from plum_partonomy.training.options import (
+    METRICS,
+    DataArguments,
+    ModelArguments,
+    PlumTrainingArguments,
+    evaluates,
+    parse_arguments,
+    read_options,
+)
 from plum_partonomy.training.preview import format_table, survey, write_samples
 from plum_partonomy.training.resume import check_output_folder, describe_run, find_checkpoint
 from plum_partonomy.training.trainer import PlumTrainer, TrainingCurves
@@ -35,9 +43,7 @@ def main(argv: list[str]):
     train_records = mix(parts, [source.rate for source in sources], args.seed)
     train_dataset = make_train_dataset(train_records, parts, data_arguments, args.seed)
     turns_per_record, max_length = data_arguments.turns_per_record, data_arguments.max_length
-    eval_dataset = load_eval_records(sources, streaming)
-    if eval_dataset is not None:
-        eval_dataset = ConversationDataset(eval_dataset, turns_per_record=None if turns_per_record is None else 0)
+    eval_dataset = make_eval_dataset(data_arguments, args) if evaluates(args) else None
 
     # Model
     model, processor = None, load_processor_alone(model_arguments) if data_arguments.dry_run else None
@@ -124,6 +130,19 @@ def make_train_dataset(
     ]
     mixed = mix(places, [source.rate for source in arguments.sources], seed)
     return FreshConversationDataset(mixed, makers, **options)
+
+
+def make_eval_dataset(arguments: DataArguments, args: PlumTrainingArguments) -> ConversationDataset:
+    """Return the examples for validation. Raises `DataError` if they have no value of the metric that is needed."""
+    records = load_eval_records(arguments.sources, arguments.streaming)
+    metric = args.metric_for_best_model.removeprefix("eval_")
+    selects = args.load_best_model_at_end or args.save_strategy == "best"
+    if selects and metric != METRICS[-1] and not any(records["masks"]):
+        raise DataError(
+            f"metric_for_best_model={metric} needs masks, which no record of the eval_split has; set it to "
+            f"{METRICS[-1]}."
+        )
+    return ConversationDataset(records, turns_per_record=None if arguments.turns_per_record is None else 0)
 
 
 def open_embedding_cache(model: nn.Module, arguments: DataArguments) -> EmbeddingCache | None:

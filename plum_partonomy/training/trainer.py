@@ -29,13 +29,15 @@ from segmenters_plum import upscale_masks
 class MuonWithAdamW(torch.optim.Optimizer):
     """Muon (as in torch) for weight matrices and AdamW for the rest, as one optimizer."""
 
-    def __init__(self, model: nn.Module, muon_learning_rate: float, learning_rate: float, weight_decay: float, betas):
+    def __init__(
+        self, model: nn.Module, muon_learning_rate: float, learning_rate: float, weight_decay: float, betas, eps=1e-8
+    ):
         matrices, others, undecayed = self._split(model)
         muon = torch.optim.Muon(
             matrices, lr=muon_learning_rate, weight_decay=weight_decay, ns_steps=4, adjust_lr_fn="match_rms_adamw"
         )
         groups = [{"params": others, "weight_decay": weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
-        self.optimizers = [torch.optim.AdamW(groups, lr=learning_rate, betas=betas), muon]
+        self.optimizers = [torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=eps), muon]
         super().__init__([group for optimizer in self.optimizers for group in optimizer.param_groups], {})
         self._share_groups()
 
@@ -110,7 +112,13 @@ class PlumTrainer(Trainer):
 
     def __init__(self, *args, embedding_cache: EmbeddingCache | None = None, run: dict | None = None, **kwargs):
         """`run` contains the settings that a resumed run must match (plum_partonomy/training/resume.py)."""
-        super().__init__(*args, **kwargs, compute_metrics=_summarise_counts)
+        try:
+            super().__init__(*args, **kwargs, compute_metrics=_summarise_counts)
+        except ValueError as error:  # options that exclude each other or need a launcher
+            raise DataError(f"The training cannot start: {error}") from error
+        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+            raise DataError("frozen_modules freezes all weights; leave one out.")
+        self.model.register_forward_hook(_use_a_parameter)
         self.embedding_cache, self.run = embedding_cache, run or {}
         self.teacher = build_teacher(self.model)
         self.add_callback(EpochSetter)
@@ -153,13 +161,18 @@ class PlumTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not batches:
+            raise DataError(
+                "dataloader_drop_last leaves no batch of an epoch: it has fewer records than one batch of all "
+                "processes; lower per_device_train_batch_size."
+            )
         self._steps_summed += 1
         for batch in batches:
             self._rows = {name: self._rows[name] + count for name, count in batch["record_counts"].items()}
         config = self.accelerator.unwrap_model(self.model).config
         names = ("labels", "span_labels", "spans", "mask_labels", "prompt_rounds")
         counts = [count_loss_items(config, **{name: batch[name] for name in names}) for batch in batches]
-        total = {name: sum(count[name] for count in counts).to(device) for name in counts[0]} if counts else None
+        total = {name: sum(count[name] for count in counts).to(device) for name in counts[0]}
         return batches, self.accelerator.reduce(total, "sum")
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -168,7 +181,7 @@ class PlumTrainer(Trainer):
         loss = outputs["loss"]
         if not loss.isfinite():
             values = ", ".join(f"{name} {value.item():.3g}" for name, value in outputs["losses"].items())
-            raise FloatingPointError(
+            raise DataError(
                 f"The loss of step {self.state.global_step + 1} is {loss.item()} ({values}) on the records "
                 f"{', '.join(record_ids)}; look at these, or lower the learning rate."
             )
@@ -230,18 +243,31 @@ class PlumTrainer(Trainer):
         super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
 
     def create_optimizer(self, model=None):
-        if self.args.muon_learning_rate is None:
-            return super().create_optimizer(model)
-        if self.optimizer is None:
-            args = self.args
-            self.optimizer = MuonWithAdamW(
-                self.model,
-                args.muon_learning_rate,
-                args.learning_rate,
-                args.weight_decay,
-                (args.adam_beta1, args.adam_beta2),
-            )
+        args = self.args
+        try:
+            if args.muon_learning_rate is None:
+                return super().create_optimizer(model)
+            if self.optimizer is None:
+                self.optimizer = MuonWithAdamW(
+                    self.model,
+                    args.muon_learning_rate,
+                    args.learning_rate,
+                    args.weight_decay,
+                    (args.adam_beta1, args.adam_beta2),
+                    args.adam_epsilon,
+                )
+        except (ImportError, ValueError) as error:  # a package or a number that the optimizer needs
+            raise DataError(f"The optimizer {args.optim.value} cannot be made: {error}.") from error
         return self.optimizer
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        try:
+            return super().create_scheduler(num_training_steps, optimizer)
+        except (TypeError, ValueError) as error:
+            kind, options = self.args.lr_scheduler_type, self.args.lr_scheduler_kwargs or {}
+            raise DataError(
+                f"lr_scheduler_type={kind.value} cannot be used with lr_scheduler_kwargs={options}: {error}."
+            ) from error
 
     @torch.no_grad()
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
@@ -265,6 +291,16 @@ class PlumTrainer(Trainer):
             with self.accelerator.autocast():
                 inputs["sam_image_embeddings"] = self.embedding_cache.embed(inputs.pop("sam_pixel_values"))
         return inputs
+
+
+def _use_a_parameter(model: nn.Module, _, outputs: ModelOutput):
+    """
+    A batch may have no loss that depends on a trained weight, such as one without masks where only the mask branch is
+    trained. Its gradient is zero.
+    """
+    if model.training and outputs.loss is not None and not outputs.loss.requires_grad:
+        trained = (p for p in model.parameters() if p.requires_grad and not isinstance(p, DTensor))
+        outputs["loss"] = outputs.loss + 0.0 * next(trained).sum()
 
 
 def _use_every_parameter(model: nn.Module, _, inputs: dict, outputs: ModelOutput):

@@ -199,7 +199,7 @@ def test_the_option_of_train_fills_the_folder_that_it_announced(checkpoint, data
     options = base_options(data_folder, tmp_path / "out") | {"model": checkpoint, "max_steps": 2, "color_jitter": 0}
     options |= {"frozen_modules": "sam.vision_encoder", "cache_image_embeddings": tmp_path / "cache"}
     run_main(options)
-    assert "image embeddings: 4096 bytes each, for at most 31 images" in capsys.readouterr().out
+    assert "image embeddings: 4096 bytes each, for at most 24 images" in capsys.readouterr().out
     assert 0 < len(entries(tmp_path / "cache")) <= 8
 
 

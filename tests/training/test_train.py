@@ -23,6 +23,7 @@ from plum_partonomy.masks import DataError
 from plum_partonomy.training.model import build_from_scratch, freeze, load_model
 from plum_partonomy.training.options import ModelArguments, parse_arguments
 from plum_partonomy.training.resume import find_problem
+from plum_partonomy.training.run import make_eval_dataset
 from processing_plum import PlumProcessor
 from tests import forks
 from tests.runs import EVALUATED, ROOT, base_options, batch_of, losses_by_step, make_records, record, run_main
@@ -100,6 +101,46 @@ def test_whole_numbers_may_stand_for_floats(tmp_path):
         ({"model": "m", "lora_r": -2}, [], "--lora_r must be an integer of at least 0, found -2."),
         ({"model": "m", "lora_dropout": 1.0}, [], "--lora_dropout must be at least 0 and below 1, found 1.0."),
         ({"model": "m", "muon_learning_rate": -0.1}, [], "muon_learning_rate must be a finite number of at least 0"),
+        ("model: m\nlearning_rate: 0.1\nlearning_rate: 0.2\n", [], "'learning_rate' is given twice"),
+        ("model: m\nmodel_config: {span_loss_weight: 1.0, span_loss_weight: 2.0}\n", [], "given twice"),
+        ("model: m\n1: 2\n", [], "has the unknown option '1'"),
+        ({"model": "m", "learning_rate": [0.1, 0.2]}, [], "gives option 'learning_rate' a list; it takes one value"),
+        ({"model": "m", "mixture": []}, [], "mixture must name at least one data set"),
+        ({"model": "m"}, ["other.yaml"], "'other.yaml' belongs to no option; a recipe comes first"),
+        ({"model": "m", "streaming": True}, [], "streaming never ends and needs --max_steps above 0"),
+        ({"model": "m", "frozen_dtype": "bfloat16", "lora_r": 2}, [], "--frozen_dtype needs autocast to the same"),
+        (
+            {"model": "m", "frozen_dtype": "bfloat16", "bf16": True},
+            ["--use_cpu"],
+            "--frozen_dtype needs frozen layers",
+        ),
+        (
+            {"model": "m", "eval_strategy": "epoch", "mixture": [{"eval_split": None}]},
+            [],
+            "needs an --eval_split",
+        ),
+        ({"model": "m", "label_smoothing_factor": 0.1}, [], "--label_smoothing_factor must be 0.0, found 0.1"),
+        ({"model": "m", "remove_unused_columns": True}, [], "--remove_unused_columns must be False"),
+        ({"model": "m", "prediction_loss_only": True}, [], "--prediction_loss_only must be False"),
+        ({"model": "m", "train_sampling_strategy": "group_by_length"}, [], "must be random or sequential"),
+        (
+            {"model": "m", "metric_for_best_model": "loss"},
+            [],
+            "--metric_for_best_model must be one of strict_macro",
+        ),
+        ({"model": "m", "muon_learning_rate": 0.1, "optim": "sgd"}, [], "--muon_learning_rate trains with Muon"),
+        ({"model": "m", "dataloader_persistent_workers": True}, [], "--dataloader_persistent_workers needs workers"),
+        ({"model": "m", "accelerator_config": {"dispatch_batches": True}}, [], "cannot dispatch batches"),
+        ({"model": "m", "accelerator_config": {"dispatch": True}}, [], "unexpected keyword argument 'dispatch'"),
+        ({"model": "m", "report_to": "tensorbord"}, [], "--report_to has 'tensorbord', which is misspelt or not inst"),
+        (
+            {"model": "m", "gradient_accumulation_steps": 0},
+            [],
+            "--gradient_accumulation_steps must be an integer",
+        ),
+        ({"model": "m", "max_steps": 0}, [], "--max_steps must be at least 1, or -1 for --num_train_epochs, found 0"),
+        ({"model": "m", "num_train_epochs": -1}, [], "--num_train_epochs must be a finite number of at least 0"),
+        ({"model": "m", "seed": 2**32}, [], "seed must be below 2**32"),
         ({"model": "m", "random_crop": 1}, [], "random_crop must be at least 0 and below 1, found 1"),
         (
             {"model": "m", "teacher_forcing_probability": 1.5},
@@ -117,6 +158,30 @@ def test_a_wrong_recipe_or_option_ends_with_one_error_that_names_it(tmp_path, ca
         parse(tmp_path, content, *words)
     assert message in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "out").exists()
+
+
+def test_recipes_have_numbers_as_in_yaml_1_2_and_empty_lists(tmp_path):
+    recipe = "model: m\nlr_scheduler_kwargs: {min_lr: 1e-5}\nweight_decay: 1E+2\n"
+    recipe += "frozen_modules: []\nlora_trained_whole: []\n"
+    model, _, training = parse(tmp_path, recipe)
+    assert (model.frozen_modules, model.lora_trained_whole) == ([], [])
+    assert (training.lr_scheduler_kwargs, training.weight_decay) == ({"min_lr": 1e-5}, 100.0)
+
+
+@pytest.mark.parametrize(("metric", "mode"), [("span_f1", "max"), ("language_modeling_loss", "min")])
+def test_a_scheduler_of_a_metric_knows_whether_more_is_better(tmp_path, metric, mode):
+    recipe = {"model": "m", "eval_strategy": "epoch", "metric_for_best_model": metric}
+    recipe |= {"lr_scheduler_type": "reduce_lr_on_plateau", "lr_scheduler_kwargs": {"patience": 2}}
+    assert parse(tmp_path, recipe)[2].lr_scheduler_kwargs == {"mode": mode, "patience": 2}
+
+
+def test_a_best_checkpoint_by_masks_needs_masks(data_folder, tmp_path):
+    recipe = {"model": "m", "dataset": str(data_folder), "name": "default", "eval_split": "validation[2:3]"}
+    recipe |= {"eval_strategy": "epoch", "save_strategy": "best"}
+    with pytest.raises(DataError, match="metric_for_best_model=strict_macro_giou needs masks.*language_modeling_loss"):
+        make_eval_dataset(*parse(tmp_path, recipe)[1:])
+    recipe["metric_for_best_model"] = "language_modeling_loss"
+    assert len(make_eval_dataset(*parse(tmp_path, recipe)[1:])) == 1
 
 
 def test_a_missing_recipe_is_named(capsys):
@@ -147,7 +212,8 @@ def test_a_field_that_no_config_knows_is_refused_wherever_it_stands():
 
 
 def test_frozen_modules_keep_their_weights_and_the_others_learn(trained, data_folder, tmp_path):
-    run_main(base_options(data_folder, tmp_path) | {"model": trained, "frozen_modules": "sam.vision_encoder"})
+    options = {"model": trained, "frozen_modules": "sam.vision_encoder"}
+    run_main(base_options(data_folder, tmp_path) | options | {"eval_split": "none"})  # unused without evaluation
     before, after = (load_file(Path(folder) / "model.safetensors") for folder in (trained, tmp_path))
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed and not any(name.startswith("sam.vision_encoder.") for name in changed)
@@ -462,7 +528,7 @@ def test_the_output_folder_loads_with_the_auto_classes(trained):
 def test_an_empty_split_and_a_split_of_other_records_are_errors_before_any_training(trained, data_folder, tmp_path):
     options = base_options(data_folder, tmp_path / "out") | {"model": trained}
     with pytest.raises(ValueError, match=r"validation\[:0\]"):
-        run_main(options | {"eval_split": "validation[:0]"})
+        run_main(options | {"eval_split": "validation[:0]", "eval_strategy": "epoch"})
     Dataset.from_dict({"id": ["a"], "question": ["b"]}).to_parquet(tmp_path / "questions" / "train.parquet")
     with pytest.raises(ValueError, match=r"has no columns \['image', 'masks', 'messages'\]"):
         run_main(options | {"dataset": tmp_path / "questions"})

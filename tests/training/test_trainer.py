@@ -15,8 +15,10 @@ from datasets import IterableDataset
 from torch.testing import assert_close
 from transformers import TrainerCallback
 
+from plum_partonomy.masks import DataError
 from plum_partonomy.training.examples import Collator, ConversationDataset, stream_examples
 from plum_partonomy.training.mixture import mix
+from plum_partonomy.training.model import freeze
 from plum_partonomy.training.options import PlumTrainingArguments
 from plum_partonomy.training.trainer import MuonWithAdamW, PlumTrainer
 from tests import forks
@@ -227,10 +229,40 @@ def test_compiled_layers_give_the_gradients_weights_and_losses_of_the_model_as_i
 def test_a_loss_that_is_no_number_stops_the_run_and_names_its_records(tmp_path):
     trainer = make_trainer(tmp_path, [record(number, 1) for number in range(3)], per_device_train_batch_size=3)
     torch.nn.init.constant_(trainer.model.span_projector[0].bias, float("nan"))
-    with pytest.raises(
-        FloatingPointError, match=r"loss of step 1 is nan .*mask_bce nan.* on the records record-\d, rec"
-    ):
+    with pytest.raises(DataError, match=r"loss of step 1 is nan .*mask_bce nan.* on the records record-\d, rec"):
         trainer.train()
+
+
+def test_batches_without_masks_change_nothing_where_only_the_mask_branch_is_trained(tmp_path):
+    options = {"per_device_train_batch_size": 1, "max_steps": 3, "save_strategy": "no", "weight_decay": 0.0}
+    trainer = make_trainer(tmp_path, [record(number, 0) for number in range(3)], **options)
+    freeze(trainer.model, ["vlm", "span_tagger", "sam.vision_encoder", "sam.shared_image_embedding"])
+    before = copy.deepcopy(trainer.model.state_dict())
+    trainer.train()
+    assert all(torch.equal(weight, before[name]) for name, weight in trainer.model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"adam_beta1": 1.5}, "optimizer adamw_torch.* cannot be made: Invalid beta parameter at index 0: 1.5."),
+        ({"muon_learning_rate": 0.1, "adam_beta1": 1.5}, "cannot be made: Invalid beta parameter at index 0: 1.5."),
+        ({"lr_scheduler_type": "warmup_stable_decay"}, "lr_scheduler_type=warmup_stable_decay .*num_decay_steps"),
+        ({"lr_scheduler_kwargs": {"rate": 1}}, "lr_scheduler_type=linear .*kwargs={'rate': 1}: .*argument 'rate'"),
+        ({"dataloader_drop_last": True}, "dataloader_drop_last leaves no batch of an epoch"),
+    ],
+    ids=str,
+)
+def test_options_that_no_training_can_use_are_one_sentence(tmp_path, options, message):
+    trainer = make_trainer(tmp_path, [record(0, 1)], max_steps=1, **options)
+    with pytest.raises(DataError, match=message):
+        trainer.train()
+
+
+def test_a_model_without_weights_to_train_is_refused(tmp_path):
+    trainer = make_trainer(tmp_path, [record(0, 1)])
+    with pytest.raises(DataError, match="frozen_modules freezes all weights"):
+        PlumTrainer(trainer.model.requires_grad_(False), trainer.args, data_collator=trainer.data_collator)
 
 
 # ------------------------------------------------------------------------------------------------ evaluation
@@ -343,6 +375,15 @@ def test_muon_gets_the_matrices_of_layers_and_adamw_embeddings_head_and_the_rest
     assert all(model.get_parameter(name).ndim == 1 for name in undecayed)
     assert all(model.get_parameter(name).ndim == 2 and name.endswith("weight") for name in muon)
     assert {"span_projector.0.weight", "span_tagger.layers.0.self_attn.in_proj_weight"} <= muon
+
+
+def test_muon_with_adamw_takes_the_numbers_of_the_options(tmp_path):
+    numbers = {"learning_rate": 0.1, "weight_decay": 0.2, "adam_beta1": 0.5, "adam_epsilon": 0.3}
+    adamw, _, muon = (
+        make_trainer(tmp_path, [record(0, 1)], muon_learning_rate=0.4, **numbers).create_optimizer().param_groups
+    )
+    assert (adamw["lr"], adamw["weight_decay"], adamw["betas"], adamw["eps"]) == (0.1, 0.2, (0.5, 0.999), 0.3)
+    assert (muon["lr"], muon["weight_decay"]) == (0.4, 0.2)
 
 
 def optimise(model, optimizer, scheduler, steps: range):
