@@ -763,6 +763,11 @@ class PlumPipeline(Pipeline):
         ]
         return {"generated_text": answer.text, "is_truncated": answer.is_truncated, "segments": segments}
 
+    def save_pretrained(self, save_directory, **kwargs):
+        """Save model and processor. transformers' pipelines save no processor, and could not be loaded again."""
+        self.model.save_pretrained(save_directory, **kwargs)
+        self.processor.save_pretrained(save_directory, **kwargs)
+
     # Rows of a batch share images and differ in their number of spans: they are batched as conversations, and neither
     # padded nor split by the base class.
     def get_iterator(

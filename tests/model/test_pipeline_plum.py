@@ -198,9 +198,8 @@ def test_a_conversation_that_is_already_answered_is_refused(pipe):
         pipe(conversation(None, "It is red."))
 
 
-def test_a_saved_model_brings_its_pipeline_as_remote_code(pipe, inputs, answers, tmp_path):
-    pipe.model.save_pretrained(tmp_path)
-    pipe.processor.save_pretrained(tmp_path)
+def test_a_saved_pipeline_loads_as_remote_code(pipe, inputs, answers, tmp_path):
+    pipe.save_pretrained(tmp_path)
     loaded = pipeline(model=str(tmp_path), trust_remote_code=True)
     assert type(loaded).__module__.startswith("transformers_modules") and loaded.task == "grounded-image-text-to-text"
     assert_equal(loaded(inputs, batch_size=3, **OPTIONS), answers)
