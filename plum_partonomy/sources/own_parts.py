@@ -6,7 +6,9 @@ The format is detected from the files of the folder:
     FOLDER/*.jsonl                               grounded conversations, see conversation_file.py
     FOLDER/*.json or FOLDER/*/*.json             one COCO file, as CVAT ("COCO 1.0") and others export it
     FOLDER/{train,valid,test}/_annotations.coco.json   a COCO file for each split, as Roboflow exports them
-    FOLDER/*.json or FOLDER/*/*.json             Labelme files, one for each photograph
+    FOLDER/annotations/instances_{train,val,test}.json   the same, as CVAT and Datumaro export subsets of these names
+    FOLDER/*.json or FOLDER/*/*.json             Labelme files, one for each photograph, in one folder or in folders of
+                                                 splits (train, val, test)
 
 Records of a COCO file, shortened; images may be beside the file, in FOLDER, in images/ or in images/SUBSET/:
 
@@ -57,8 +59,8 @@ from plum_partonomy.sources.untrusted import (
 
 LICENCE = "not stated"
 SPLIT_FILE = "_annotations.coco.json"
-SPLIT_FOLDERS = {"train": "train", "valid": "validation", "test": "test"}
-"""Folder of Roboflow's export, with a COCO file and its images -> split."""
+SPLITS = {"train": "train", "val": "validation", "valid": "validation", "validation": "validation", "test": "test"}
+"""Name of a folder or in the name of a COCO file, without a year -> split."""
 NO_SUPERCATEGORY = ("", "none")
 
 
@@ -126,22 +128,27 @@ def open_own_parts(folder: str | Path, *, on_error: OnError = refuse) -> "OwnPar
             "*.jsonl with conversations. From CVAT export 'COCO 1.0'; its XML and pictures of masks are not read"
         )
     (kind, paths), *others = found.items()
-    if others or (kind != "Labelme" and len(paths) > 1 and not (kind == "COCO" and _kept_splits(paths))):
+    if others or (kind != "Labelme" and len(paths) > 1 and not (kind == "COCO" and _kept_splits(paths, kind))):
         listed = "; ".join(f"{kind}: {', '.join(path.name for path in paths[:3])}" for kind, paths in found.items())
         raise DataError(
             f"{folder}: expected one COCO file, one file of conversations or Labelme files alone, found {listed}; "
-            "leave one of them in the folder"
+            "leave one of them in the folder, or COCO files named by their splits (train.json, val.json, test.json)"
         )
     if kind == "conversations":
         return ConversationFile(paths[0], on_error=on_error)
     return OwnParts(folder, kind=kind, paths=paths, others=unknown, on_error=on_error)
 
 
-def _kept_splits(paths: list[Path]) -> dict[Path, str]:
-    """Return the split of each file of Roboflow's layout; empty for any other layout."""
-    if len(paths) < 2 or any(path.name != SPLIT_FILE or path.parent.name not in SPLIT_FOLDERS for path in paths):
-        return {}
-    return {path: SPLIT_FOLDERS[path.parent.name] for path in paths}
+def _kept_splits(paths: list[Path], kind: str) -> dict[Path, str]:
+    """Return the split of each file if their names or folders say it; empty for any other layout."""
+    splits = {}
+    for path in paths:
+        in_folder = kind == "Labelme" or path.name == SPLIT_FILE
+        name = path.parent.name if in_folder else path.stem.removeprefix("instances_")
+        splits[path] = SPLITS.get(name.lower().rstrip("0123456789"))
+    found = set(splits.values())
+    one_each = kind == "Labelme" or len(found) == len(paths)
+    return splits if one_each and len(found) > 1 and None not in found else {}
 
 
 def _kind_of_json(path: Path) -> str:
@@ -182,11 +189,11 @@ class OwnParts:
         self.unannotated: list[str] = []
         self.whole_objects: set[str] = set()
         self._images = ImageFiles(folder, field="file_name" if kind == "COCO" else "imagePath")
+        kept = _kept_splits(paths, kind)
         if kind == "COCO":
-            kept = _kept_splits(paths)
             photographs = [found for path in paths for found in self._read_coco(path, on_error, split=kept.get(path))]
         else:
-            photographs = self._read_labelme(paths, on_error)
+            photographs = self._read_labelme(paths, on_error, kept)
         self._photographs = self._check_identities(photographs, on_error)
         if not self._photographs:
             raise DataError(f"{folder}: no image shows a part")
@@ -213,7 +220,7 @@ class OwnParts:
         """Return split -> indices: the splits of the files, or else those of `hold_out`."""
         if self._photographs[0].split is None:
             return hold_out([self.image_path(index) for index in range(len(self))], seed=seed)
-        splits: dict[str, list[int]] = {split: [] for split in SPLIT_FOLDERS.values()}
+        splits: dict[str, list[int]] = {split: [] for split in SPLITS.values()}
         for index, photograph in enumerate(self._photographs):
             splits[photograph.split].append(index)
         return splits
@@ -335,11 +342,11 @@ class OwnParts:
 
     # ---------------------------------------------------------------- Labelme
 
-    def _read_labelme(self, paths: list[Path], on_error: OnError) -> list[_Photograph]:
+    def _read_labelme(self, paths: list[Path], on_error: OnError, kept: dict[Path, str]) -> list[_Photograph]:
         photographs = []
         for path in paths:
             try:
-                photograph = self._read_labelme_file(path)
+                photograph = self._read_labelme_file(path, split=kept.get(path))
             except DataError as error:
                 on_error(error)
                 continue
@@ -349,7 +356,7 @@ class OwnParts:
                 self.unannotated.append(photograph.image_path)
         return photographs
 
-    def _read_labelme_file(self, path: Path) -> _Photograph:
+    def _read_labelme_file(self, path: Path, *, split: str | None) -> _Photograph:
         content, where = read_json(path), str(path)
         image = typed(content, "imagePath", str, where=where).replace("\\", "/")
         image = self._images.spell(posixpath.join(path.parent.relative_to(self.folder).as_posix(), image))
@@ -361,7 +368,7 @@ class OwnParts:
         labels = [name.strip() for name, is_set in flags.items() if is_set is True]
         if len(labels) > 1:
             raise DataError(f"{where}, field 'flags': the flag that is set names the object, found several: {labels}")
-        photograph = _Photograph(where, image, size, labels[0] if labels else UNNAMED_OBJECT)
+        photograph = _Photograph(where, image, size, labels[0] if labels else UNNAMED_OBJECT, split=split)
         check_plain(photograph.image_label, where=f"{where}, field 'flags'")
         for number, shape in enumerate(typed_list(content, "shapes", dict, where=where)):
             place = f"{where}, field 'shapes[{number}]'"

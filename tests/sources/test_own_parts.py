@@ -300,6 +300,42 @@ def test_the_layout_of_roboflow_keeps_its_splits(tmp_path):
     assert rows["test"]["image_label"][:] == ["car"] * 3
 
 
+@pytest.mark.parametrize("name", ["annotations/instances_{}.json", "{}2017.json"])
+def test_coco_files_named_by_their_splits_keep_them(tmp_path, name):
+    for number, (split, count) in enumerate({"Train": 4, "Val": 2}.items()):
+        content = coco_content(count)
+        for image in content["images"]:
+            image["file_name"] = f"{number}{image['file_name']}"
+        save_images(tmp_path / "images" / split, *(image["file_name"] for image in content["images"]))
+        path = tmp_path / name.format(split)
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(content))
+        (tmp_path / "images" / f"{split}").rename(tmp_path / "images" / path.stem.removeprefix("instances_"))
+    source = open_own_parts(tmp_path)
+    assert {split: len(indices) for split, indices in source.splits(seed=0).items()} == {
+        "train": 4, "validation": 2, "test": 0
+    }  # fmt: skip
+    (tmp_path / name.format("Other")).write_text(json.dumps(coco_content()))
+    with pytest.raises(DataError, match="leave one of them in the folder, or COCO files named by their splits"):
+        open_own_parts(tmp_path)
+
+
+def test_labelme_files_in_folders_of_splits_keep_them(tmp_path):
+    for split, count in (("train", 3), ("val", 2)):
+        save_images(tmp_path / split, *(f"{number}.png" for number in range(count)))
+        for number in range(count):
+            content = labelme_content(shape(), imagePath=f"{number}.png")
+            (tmp_path / split / f"{number}.json").write_text(json.dumps(content))
+    source = open_own_parts(tmp_path)
+    assert source.splits(seed=0) == {"train": [0, 1, 2], "validation": [3, 4], "test": []}
+    (tmp_path / "other").mkdir()
+    shutil.copy(tmp_path / "val" / "0.json", tmp_path / "other")
+    save_images(tmp_path / "other", "0.png")
+    assert sorted(index for split in open_own_parts(tmp_path).splits(seed=0).values() for index in split) == [
+        *range(6)
+    ]
+
+
 def test_the_layout_of_roboflow_without_a_validation_split_is_a_problem(tmp_path):
     (problem,) = validate("own_parts", roboflow_folder(tmp_path / "data", train=12, test=3)).problems
     assert "the split validation has no image with a part" in problem
