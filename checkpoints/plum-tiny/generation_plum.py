@@ -205,7 +205,8 @@ def settle_options(
             "not given".
 
     Raises:
-        ValueError: A number is out of range, or the caller passes its own decoding code, `custom_generate`.
+        ValueError: A number is out of range, or the caller passes its own decoding code, `custom_generate`, or changes
+            the prompt, `token_healing`.
     """
     options = {name: value for name, value in options.items() if value is not None}
     given = options.pop("generation_config", None)
@@ -233,6 +234,8 @@ def settle_options(
             )
     if rest.get("custom_generate"):
         raise ValueError("custom_generate is not supported: PLUM decodes as transformers does; leave it out.")
+    if settings.token_healing:
+        raise ValueError("token_healing is not supported: it takes the image out of the prompt; leave it out.")
     return settings, rest
 
 

@@ -183,6 +183,7 @@ class PlumForConditionalGeneration(
 
     def __init__(self, config: PlumConfig):
         super().__init__(config)
+        config.validate_architecture()  # `from_pretrained` sets fields of a config that was checked before
         text_width = config.vlm_config.get_text_config().hidden_size
         sam_width = config.sam_width
         self.vlm = AutoModelForImageTextToText.from_config(config.vlm_config, trust_remote_code=False)

@@ -604,6 +604,22 @@ def test_a_config_that_does_not_fit_together_names_both_values(options, words):
         tiny_config(**options)
 
 
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"span_class_weights": [1.0, 1.0]}, "three weights"),
+        ({"mask_feedback_num_heads": 5}, "mask_feedback_num_heads is 5.*width 32"),
+        ({"span_source": "seg_token"}, "span_source is 'seg_token' but seg_token_id is None"),
+    ],
+)
+def test_fields_changed_after_the_check_are_checked_by_the_model(options, words):
+    config = tiny_config()
+    for name, value in options.items():
+        setattr(config, name, value)
+    with pytest.raises(ValueError, match=words):
+        PlumForConditionalGeneration(config)
+
+
 def test_spans_given_by_hand_are_checked_before_they_are_segmented():
     model, batch = tiny_model(), mixed_batch(tiny_processor())
     answers = batch["labels"] != -100
