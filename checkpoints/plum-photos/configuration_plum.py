@@ -92,6 +92,7 @@ class PlumConfig(PreTrainedConfig):
 
     model_type = "plum"
     sub_configs = {"vlm_config": AutoConfig, "sam_config": AutoConfig}
+    keys_to_ignore_at_inference = ["last_hidden_state", "losses"]  # a Trainer would collect them for metrics
 
     # The two backbones
     vlm_config: dict | PreTrainedConfig | None = None

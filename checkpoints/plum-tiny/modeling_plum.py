@@ -86,7 +86,6 @@ class PlumOutput(ModelOutput):
 
     Args:
         loss (`torch.FloatTensor` of shape `(1,)`): Weighted sum of `losses`.
-        losses (`dict[str, torch.FloatTensor]`): The unweighted losses by name, each a scalar.
         logits (`torch.FloatTensor` of shape `(B, L, vocab_size)`): Next-token logits; None in training with labels.
         span_logits (`torch.FloatTensor` of shape `(B, L, 3)`): Logits of O, B and I (see `tag_tokens`).
         pred_masks (`torch.FloatTensor` of shape `(S, 4G, 4G)`): Low-res mask logits, one per span of `spans`.
@@ -95,10 +94,10 @@ class PlumOutput(ModelOutput):
         last_hidden_state (`torch.FloatTensor` of shape `(B, L, D)`): The language model's output after its final norm.
         hidden_states, attentions (`tuple[torch.FloatTensor]`): Those of the language model's layers, if
             `output_hidden_states` and `output_attentions` ask for them.
+        losses (`dict[str, torch.FloatTensor]`): The unweighted losses by name, each a scalar.
     """
 
     loss: torch.FloatTensor | None = None
-    losses: dict[str, torch.FloatTensor] | None = None
     logits: torch.FloatTensor | None = None
     span_logits: torch.FloatTensor | None = None
     pred_masks: torch.FloatTensor | None = None
@@ -107,6 +106,7 @@ class PlumOutput(ModelOutput):
     last_hidden_state: torch.FloatTensor | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
+    losses: dict[str, torch.FloatTensor] | None = None
 
 
 @dataclass

@@ -112,7 +112,7 @@ def test_an_assistant_that_only_saves_time_changes_nothing(plum, plain):
     assert_close(found.pred_masks, plain.pred_masks, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("option", [{"custom_generate": lambda *_: None}, {"token_healing": True}], ids=list)
+@pytest.mark.parametrize("option", [{"custom_generate": lambda *_: None}, {"token_healing": True}])
 def test_options_that_decode_otherwise_are_refused(plum, option):
     model, _, batch = plum
     with pytest.raises(ValueError, match=f"{next(iter(option))} is not supported"):

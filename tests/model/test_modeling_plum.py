@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import nn
 from torch.testing import assert_close
+from transformers import Trainer, TrainingArguments
 from transformers.utils import ModelOutput
 
 import modules_plum
@@ -563,7 +564,18 @@ def test_arguments_that_wrappers_add_to_every_call_change_nothing_but_the_form(m
     assert torch.equal(called.hidden_states[-1], called.last_hidden_state)
     assert called.loss == expected.loss and torch.equal(called.logits, expected.logits)
     values = model(**batch, return_dict=False)
-    assert values[0] == expected.loss and len(values) == len(expected.to_tuple())
+    assert values[0] == expected.loss and torch.equal(values[1], expected.logits)
+
+
+@torch.no_grad()
+def test_the_predictions_of_transformers_trainer_start_with_the_logits(model_and_processor, tmp_path):
+    model, processor = model_and_processor
+    arguments = TrainingArguments(tmp_path, report_to="none", use_cpu=True, remove_unused_columns=False)
+    trainer = Trainer(model, arguments, data_collator=lambda rows: mixed_batch(processor))
+    logits, span_logits, *_ = trainer.predict(range(4)).predictions
+    expected = model(**mixed_batch(processor))
+    assert_close(torch.from_numpy(logits), expected.logits, **EXACT)
+    assert_close(torch.from_numpy(span_logits), expected.span_logits, **EXACT)
 
 
 def test_a_processor_with_another_count_of_image_tokens_is_refused_by_the_model(model_and_processor):
