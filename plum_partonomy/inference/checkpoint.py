@@ -254,11 +254,14 @@ def check_checkpoint(folder: str | Path) -> PlumForConditionalGeneration:
         ModelError: One sentence that names the file.
     """
     folder = Path(folder)
+    for path in sorted(folder.glob("adapter_*")):  # a checkpoint of a training with LoRA has no config.json
+        raise ModelError(
+            f"{path} belongs to an adapter, which is not used here: merge it into the weights first, as train.py does "
+            "at the end of a training."
+        )
     settings = _read_json(folder / "config.json", SETTINGS_BYTES_LIMIT)
     if settings.get("model_type") != "plum":
         raise ModelError(f"{folder} contains a {settings.get('model_type')!r} model, expected 'plum'.")
-    for path in sorted(folder.glob("adapter_*")):
-        raise ModelError(f"{path} belongs to an adapter, which is not used here: merge it into the weights first.")
     for path in sorted(folder.glob("*.json")):
         if path.name.endswith("config.json"):
             _check_settings(path, _read_json(path, SETTINGS_BYTES_LIMIT))

@@ -120,6 +120,11 @@ def an_adapter(folder: Path):
     (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 200000}')
 
 
+def an_adapter_alone(folder: Path):
+    an_adapter(folder)
+    (folder / "config.json").unlink()
+
+
 def a_million_layers_of(family: str, name: str):
     """A language model of another family, whose config calls its number of layers `name`."""
 
@@ -168,6 +173,7 @@ def nested(levels: int) -> dict:
         (a_million_layers_of("bloom", "n_layer"), "more parameters"),
         (a_million_layers_of("gpt_neox", "num_hidden_layers"), "more parameters"),
         (an_adapter, "adapter_config.json belongs to an adapter, which is not used"),
+        (an_adapter_alone, "adapter_config.json belongs to an adapter, which is not used"),
         (add_to_json("config.json", inner=nested(40)), "nested more than 32 levels deep"),
         (add_to_json("config.json", auto_map={"AutoModel": "evil.Evil"}), "code or weights from elsewhere"),
         (add_to_json("config.json", vlm_config={"auto_map": {"AutoModel": "evil.Evil"}}), "from elsewhere"),
