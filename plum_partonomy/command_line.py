@@ -80,7 +80,7 @@ def run_command(name: str, main: Callable[[], None], options: Sequence[str] = ()
         end(name, f"this needs the package {error.name}: pip install {error.name.partition('.')[0]}.", WRONG_USE)
     except OSError as error:  # such as a folder without write permission or a full disk
         place = f"{error.filename}: " if error.filename else ""
-        end(name, f"{place}{error.strerror or error}.", WRONG_USE)
+        end(name, f"{place}{str(error.strerror or error).rstrip('.')}.", WRONG_USE)
     except RuntimeError as error:
         port = re.search(r"port:? (\d+)", str(error))
         if "EADDRINUSE" not in str(error) or port is None:

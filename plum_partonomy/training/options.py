@@ -321,6 +321,8 @@ def _check_together(model: ModelArguments, data: DataArguments, args: PlumTraini
         raise DataError("frozen_dtype needs autocast to the same precision; add bf16: true, or leave it out.")
     if model.frozen_dtype is not None and not (model.lora_r or model.frozen_modules):
         raise DataError("frozen_dtype needs frozen layers; set lora_r or frozen_modules, or leave it out.")
+    if model.lora_r and args.push_to_hub and args.hub_strategy != "end":
+        raise DataError("hub_strategy must be end with LoRA: an adapter must not remain beside the merged weights.")
     if data.streaming and args.max_steps < 1:
         raise DataError("streaming never ends and needs max_steps above 0.")
     if evaluates(args) and not any(source.eval_split for source in data.sources):

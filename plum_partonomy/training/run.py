@@ -96,6 +96,8 @@ def save_result(trainer: PlumTrainer, arguments: ModelArguments, argv: list[str]
         write_recipe(folder, read_options(argv))
         make_model_card(folder).save(folder / "README.md")
         print(f"The trained model, its processor and its curves are in {folder}")
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub("Card and recipe")
 
 
 def make_train_dataset(

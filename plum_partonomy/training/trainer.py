@@ -216,6 +216,9 @@ class PlumTrainer(Trainer):
         finally:
             self.model.__class__ = found
 
+    def create_model_card(self, *args, **kwargs):
+        """Write nothing in a push to the Hub: run.py writes the card, which shows the recipe, after the training."""
+
     def _save_rng_state(self, output_dir):
         """Save the last file needed for a resume; the Trainer's state follows, and older checkpoints are deleted."""
         super()._save_rng_state(output_dir)

@@ -26,6 +26,7 @@ from plum_partonomy.training.resume import find_problem
 from plum_partonomy.training.run import make_eval_dataset
 from processing_plum import PlumProcessor
 from tests import forks
+from tests.hub_stub import HubStub
 from tests.runs import EVALUATED, ROOT, base_options, batch_of, losses_by_step, make_records, record, run_main
 from tests.tiny import CORPUS, tiny_config, tiny_model, tiny_processor
 
@@ -119,6 +120,7 @@ def test_whole_numbers_may_stand_for_floats(tmp_path):
             [],
             "needs an --eval_split",
         ),
+        ({"model": "m", "lora_r": 2, "push_to_hub": True}, [], "--hub_strategy must be end with LoRA"),
         ({"model": "m", "label_smoothing_factor": 0.1}, [], "--label_smoothing_factor must be 0.0, found 0.1"),
         ({"model": "m", "remove_unused_columns": True}, [], "--remove_unused_columns must be False"),
         ({"model": "m", "prediction_loss_only": True}, [], "--prediction_loss_only must be False"),
@@ -520,6 +522,21 @@ def test_the_output_folder_loads_with_the_auto_classes(trained):
     assert answer.text == "I can see a wheel, a left wing."
     assert [(span.text, span.mask.shape) for span in answer.spans] == [("wheel", (40, 70)), ("left wing", (40, 70))]
     assert (trained / "recipe.yaml").read_text() in ModelCard.load(trained / "README.md").text
+
+
+@pytest.mark.parametrize("options", [{}, {"lora_r": 2, "hub_strategy": "end"}], ids=["all weights", "lora"])
+def test_a_push_to_the_hub_is_the_output_folder_with_its_card(data_folder, trained, tmp_path, monkeypatch, options):
+    options = base_options(data_folder, tmp_path) | {"model": trained, "max_steps": 1, "save_steps": 1} | options
+    with HubStub() as hub:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+        monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)  # it keeps its endpoint
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+        run_main(options | {"push_to_hub": True, "hub_model_id": "user/plum", "hub_token": "any"})
+        pushed = hub.files("model", "user/plum")
+    assert {path.name for path in tmp_path.iterdir() if path.is_file()} <= pushed.keys()
+    assert pushed["README.md"] == (tmp_path / "README.md").read_bytes()
+    assert b"any" not in pushed["recipe.yaml"] and not [name for name in pushed if "adapter" in name]
 
 
 # ------------------------------------------------------------------------------------------------ bad input
