@@ -58,6 +58,7 @@ from plum_partonomy.questions.part_statistics import PartKnowledge
 from plum_partonomy.records import QUESTION_TYPES, UNNAMED_OBJECT, GroundedConversation, PartExample, Question, as_row
 from plum_partonomy.sources.catalogue import SOURCES
 from plum_partonomy.sources.descriptor import DESCRIPTOR_FILE
+from plum_partonomy.sources.json_files import stream_records
 from plum_partonomy.sources.official import QUESTIONS_FILE, read_questions
 from plum_partonomy.sources.own_parts import record_files
 from plum_partonomy.sources.problems import ERRORS_FILE, read_problems, write_problems
@@ -162,6 +163,8 @@ class Partonomy(datasets.GeneratorBasedBuilder):
         knowledge = None
         if name == "core":
             members = {"test": None}
+            # `datasets` would hide that the folder or its file is missing behind an error of its own
+            next(stream_records(self._data_dir() / QUESTIONS_FILE), None)
             if skips and not sum(1 for _ in self._core_questions(on_error, resized=[])):
                 raise DataError(f"not one question can be used; the first problem: {problems[0]}")
         elif name in PART_SOURCES:
