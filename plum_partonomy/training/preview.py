@@ -17,7 +17,7 @@ from datasets import Dataset, IterableDataset
 
 from chats_plum import parse_span_tags
 from plum_partonomy.files import write_whole
-from plum_partonomy.records import check_turns, tagged_phrases
+from plum_partonomy.records import DataError, check_turns, tagged_phrases
 from plum_partonomy.scoring.overlays import highlight, panel, pick_colours
 from plum_partonomy.scoring.pages import render_page
 from plum_partonomy.scoring.predictions import SpanMask
@@ -43,7 +43,8 @@ def survey(
     Return a row of `COLUMNS` for each source.
 
     Raises:
-        DataError: A record that cannot be used; the message names it and the field.
+        DataError: A record that cannot be used; the message names it and the field. Or `max_length` leaves out all
+            measured conversations of a source.
     """
     total = sum(source.rate for source in sources)
     rows = []
@@ -51,7 +52,7 @@ def survey(
         row = {"source": str(source), "share": f"{source.rate / total:.1%}"}
         streamed = isinstance(records, IterableDataset)
         row |= dict.fromkeys(COLUMNS[2:5], "unknown") if streamed else _count(records)
-        rows.append(row | _measure(records, processor, max_length, turns_per_record))
+        rows.append(row | _measure(source, records, processor, max_length, turns_per_record))
     return rows
 
 
@@ -70,7 +71,7 @@ def _count(records: Dataset) -> dict[str, str]:
     return {"records": f"{len(records):,}", "masks": f"{masks:,}", "spans per answer": mean}
 
 
-def _measure(records, processor, max_length, turns_per_record) -> dict[str, str]:
+def _measure(source: Source, records, processor, max_length, turns_per_record) -> dict[str, str]:
     """Return lengths in tokens, numbers of cut and left out conversations, and image sizes of some records."""
     collate, lengths, sizes = Collator(processor), [], set()
     cut = left_out = 0
@@ -82,6 +83,11 @@ def _measure(records, processor, max_length, turns_per_record) -> dict[str, str]
         if max_length is not None and batch["attention_mask"].shape[1] > max_length:
             rows = cut_answers(batch, max_length, pad_token_id=0)
             cut, left_out = cut + len(rows[0]), left_out + len(rows[1])
+    if left_out == len(lengths):
+        raise DataError(
+            f"max_length={max_length} leaves out all {left_out} measured conversations of {source}: images and first "
+            f"questions take more tokens; whole conversations have up to {max(lengths)}."
+        )
     ordered = sorted(sizes, key=lambda size: (size[0] * size[1], size))
     ends = dict.fromkeys(f"{width} x {height}" for width, height in (ordered[:1] + ordered[-1:]))
     return {

@@ -307,8 +307,9 @@ def test_the_survey_counts_records_masks_spans_tokens_cut_conversations_and_imag
     assert [row["tokens"] for row in (with_images, text)] == [f"{length} (up to {length})" for length in longest]
     assert (with_images["cut"], text["cut"]) == ("12 of 12", "0 of 12")
     assert (with_images["left out"], text["left out"]) == ("0 of 12", "0 of 12")
-    (nothing_fits,) = survey(folders[:1], parts[:1], tiny_processor(), max_length=8)
-    assert (nothing_fits["cut"], nothing_fits["left out"]) == ("0 of 12", "12 of 12")
+    nothing_fits = f"max_length=8 leaves out all 12 measured conversations of {folders[0]}"
+    with pytest.raises(DataError, match=re.escape(nothing_fits)):
+        survey(folders, parts, tiny_processor(), max_length=8)
     assert (with_images["image sizes"], text["image sizes"]) == ("60 x 40", "no images")
     table = format_table([with_images, text]).splitlines()
     assert len(table) == 4 and len({len(line) for line in table}) == 1

@@ -466,7 +466,7 @@ def test_the_curves_hold_every_named_loss_and_metric_of_the_log(trained):
         assert image.format == "PNG" and image.width > image.height > 100
 
 
-@pytest.mark.parametrize(("max_length", "fits"), [(8, False), (45, True)])
+@pytest.mark.parametrize(("max_length", "fits"), [(30, False), (45, True)])
 def test_the_log_counts_the_conversations_that_max_length_cuts_or_leaves_out(
     max_length, fits, trained, data_folder, tmp_path
 ):
