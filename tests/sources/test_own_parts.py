@@ -415,7 +415,12 @@ def test_shapes_of_labelme_become_masks(tmp_path):
     shapes = {
         "polygon": shape(),
         "rectangle": shape("rectangle", [(2, 2), (8, 8)]),
+        "corners": shape("rectangle", [(2, 2), (8, 2), (8, 8), (2, 8)]),
+        "rotated": shape("rotation", [(2, 2), (8, 2), (8, 8), (2, 8)]),
+        "oriented": shape("oriented_rectangle", [(8, 2), (8, 8), (2, 8), (2, 2)]),
         "mask": shape("mask", [(2, 2), (7, 7)], mask=drawn),
+        "moved mask": shape("mask", [(1.6, 2.4), (6.6, 7.4)], mask=drawn),
+        "moved to a half": shape("mask", [(1.7, 1.5), (6.4, 6.5)], mask=drawn),
     }
     for name, found in shapes.items():
         source = open_own_parts(labelme_folder(tmp_path / name, labelme_content(found)))
@@ -443,7 +448,10 @@ def test_the_flag_that_is_set_names_the_object_and_empty_files_are_counted(tmp_p
             labelme_content(shape("line", [(1, 1), (5, 5)])),
             r"shapes\[0\]'.*expected polygon, rectangle, circle or mask",
         ),
-        (labelme_content(shape("rectangle", [(1, 1)])), r"field 'shapes\[0\]', field 'points': expected 2 points"),
+        (
+            labelme_content(shape("rectangle", [(1, 1)])),
+            r"field 'shapes\[0\]', field 'points': expected 2 or 4 points",
+        ),
         (labelme_content(shape("mask", [(0, 0), (3, 3)], mask="AAAA")), "field 'mask': not a readable image"),
         (labelme_content(shape(), flags={"a": True, "b": True}), "field 'flags': the flag that is set names the obj"),
         (labelme_content(shape(), imageHeight=None), "field 'imageHeight': expected int"),
