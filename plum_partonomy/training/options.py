@@ -239,6 +239,9 @@ class PlumTrainingArguments(TrainingArguments):
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Keep False: images are read in the collator."}
     )
+    report_to: list[str] = field(
+        default_factory=lambda: ["none"], metadata={"help": "Trackers of the log, such as tensorboard, or none."}
+    )
     metric_for_best_model: str = field(
         default="strict_macro_giou",
         metadata={"help": "Metric that selects the best checkpoint."},

@@ -162,6 +162,16 @@ def test_a_wrong_recipe_or_option_ends_with_one_error_that_names_it(tmp_path, ca
     assert not (tmp_path / "out").exists()
 
 
+def test_several_trackers_may_be_given(tmp_path):
+    assert parse(tmp_path, {"model": "m"})[2].report_to == []
+    assert parse(tmp_path, {"model": "m", "report_to": "none"})[2].report_to == []
+    assert parse(tmp_path, {"model": "m", "report_to": ["tensorboard"]})[2].report_to == ["tensorboard"]
+    assert (
+        parse(tmp_path, {"model": "m"}, "--report_to", "tensorboard", "tensorboard")[2].report_to
+        == ["tensorboard"] * 2
+    )
+
+
 def test_recipes_have_numbers_as_in_yaml_1_2_and_empty_lists(tmp_path):
     recipe = "model: m\nlr_scheduler_kwargs: {min_lr: 1e-5}\nweight_decay: 1E+2\n"
     recipe += "frozen_modules: []\nlora_trained_whole: []\n"
