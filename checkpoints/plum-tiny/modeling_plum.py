@@ -336,7 +336,8 @@ class PlumForConditionalGeneration(
             labels (`(B, L)`): Tokens of the answers, -100 elsewhere; not shifted.
             span_labels (`(B, L)`): 0 = O, 1 = B, 2 = I, -100 where unsupervised.
             spans (`(S, 3)`): Spans `[row, start, end)` to segment, rows ascending, in the order of the conversation.
-            mask_labels (S tensors `(H, W)`, 0/1): The mask of each span, at the size of its image or of `label_frame`.
+            mask_labels (S tensors `(H, W)`, 0/1): The mask of each span, at the size of its image or of `label_frame`;
+                one tensor `(S, H, W)` for masks of one size.
             span_groups, mask_groups (`(S,)`, `(M,)`): Group of each span and of each of the M `mask_labels`; spans of
                 a group may take its masks in any order (see [`MaskTargets`]). Default: mask i belongs to span i.
             teacher_forced (`(S,)` bool): Spans whose true mask, not the predicted one, is fed back to later spans.
@@ -356,6 +357,7 @@ class PlumForConditionalGeneration(
         """
         if spans is not None:
             modules.check_spans(spans, input_ids.shape)
+        mask_labels = None if mask_labels is None else list(mask_labels)
         images, vlm_inputs = self._take_images(input_ids, inputs)
         with generation.RecordedInputs(self.get_decoder()) as recorded:
             outputs = self._run_language_model(input_ids, attention_mask, **images.vlm_inputs, **vlm_inputs)
@@ -401,9 +403,8 @@ class PlumForConditionalGeneration(
             losses |= dict.fromkeys(modules.MASK_LOSSES, torch.zeros((), device=hidden_states.device))
         if teacher is not None:
             losses["teacher_kl"] = self._teacher_loss(hidden_states, teacher, recorded.inputs, spans, counts["spans"])
-        weights = self.loss_weights
         return PlumOutput(
-            loss=sum(weights[name] * value for name, value in losses.items()) if losses else None,
+            loss=sum(self.loss_weights[name] * value for name, value in losses.items()) if losses else None,
             losses=losses or None,
             logits=None if self.training and labels is not None else logits_of(hidden_states),
             span_logits=span_logits,

@@ -568,6 +568,17 @@ def test_arguments_that_wrappers_add_to_every_call_change_nothing_but_the_form(m
 
 
 @torch.no_grad()
+def test_masks_of_one_size_may_be_one_tensor():
+    chat, masks = (
+        conversation(random_image(), "A <p>wheel</p> and a <p>tail</p>."),
+        [random_mask(), random_mask(seed=1)],
+    )
+    batch = tiny_processor().apply_chat_template(chat, masks=masks, tokenize=True, return_dict=True)
+    model, stacked = tiny_model(), torch.stack(batch["mask_labels"])
+    assert model(**{**batch, "mask_labels": stacked}).loss == model(**batch).loss
+
+
+@torch.no_grad()
 def test_the_predictions_of_transformers_trainer_start_with_the_logits(model_and_processor, tmp_path):
     model, processor = model_and_processor
     arguments = TrainingArguments(tmp_path, report_to="none", use_cpu=True, remove_unused_columns=False)
