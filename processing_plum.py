@@ -285,7 +285,8 @@ class PlumProcessor(ProcessorMixin):
             add_generation_prompt: End with the prompt for an assistant's answer.
             continue_final_message: End in the last message, an assistant's, which the model continues.
             masks: For each conversation (or for the only one) the masks of its span tags in order, in any form that
-                [`to_binary_mask`] takes, or `None` for a conversation without supervision of spans.
+                [`to_binary_mask`] takes, or as one array `(spans, height, width)`; or `None` for a conversation
+                without supervision of spans.
             padding_side: As in tokenizers; prompts that are continued need `padding_side="left"`.
             kwargs, processor_kwargs: Variables of the template; and options of transformers, which raise an error if
                 they are not supported, such as `truncation`.
@@ -477,14 +478,14 @@ class PlumProcessor(ProcessorMixin):
     def _prepare_masks(self, texts, image_inputs, masks) -> list[torch.Tensor]:
         prepared = []
         for text, image, row in zip(texts, image_inputs["sam_image_index"].tolist(), masks, strict=True):
-            count = len(row or [])
-            if count != len(text.spans):
+            row = [] if row is None else list(row)
+            if len(row) != len(text.spans):
                 answers = " ".join(text.text[start:end].strip() for start, end in text.answers)
-                raise ValueError(f"Found {len(text.spans)} span tags but {count} masks for the text {answers!r}.")
-            if not count:
+                raise ValueError(f"Found {len(text.spans)} span tags but {len(row)} masks for the text {answers!r}.")
+            if not row:
                 continue
             if image < 0:
-                raise ValueError(f"Found {count} masks for a conversation without an image.")
+                raise ValueError(f"Found {len(row)} masks for a conversation without an image.")
             original, reshaped = (
                 image_inputs[f"{name}_sizes"][image].tolist() for name in ("original", "reshaped_input")
             )

@@ -127,6 +127,16 @@ def test_a_count_of_masks_that_differs_from_the_tags_names_both_and_the_text(byt
         encode(byte_level_processor, [chat], masks=masks)
 
 
+def test_the_masks_of_a_conversation_may_be_one_array(byte_level_processor):
+    chat = conversation(random_image(), "A <p>wheel</p> and a <p>tail</p>.")
+    masks = np.stack([random_mask(seed=1), random_mask(seed=2)])
+    expected = torch.stack(encode(byte_level_processor, [chat], masks=[list(masks)])["mask_labels"])
+    for array in (masks, torch.from_numpy(masks)):
+        for batch in (encode(byte_level_processor, [chat], masks=[array]),
+                      encode(byte_level_processor, chat, masks=array)):  # fmt: skip
+            assert torch.equal(torch.stack(batch["mask_labels"]), expected)
+
+
 def test_masks_in_every_form_are_the_same_mask():
     mask = np.zeros((50, 70), dtype=bool)
     mask[10:30, 20:60] = True
