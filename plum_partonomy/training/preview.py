@@ -51,13 +51,13 @@ def survey(
     for source, records in zip(sources, parts, strict=True):
         row = {"source": str(source), "share": f"{source.rate / total:.1%}"}
         streamed = isinstance(records, IterableDataset)
-        row |= dict.fromkeys(COLUMNS[2:5], "unknown") if streamed else _count(records)
+        row |= dict.fromkeys(COLUMNS[2:5], "unknown") if streamed else count_records(records)
         rows.append(row | _measure(source, records, processor, max_length, turns_per_record))
     return rows
 
 
-def _count(records: Dataset) -> dict[str, str]:
-    """Return the counts of all records that follow from their turns."""
+def count_records(records: Dataset) -> dict[str, str]:
+    """Return the counts of all records that follow from their turns. Raises DataError for bad turns, tags or masks."""
     spans, masks = [], 0
     tables = records.select_columns(["id", "messages", "masks"]).with_format("arrow")
     for table in tables.iter(batch_size=1000):

@@ -24,7 +24,7 @@ from plum_partonomy.training.options import (
     parse_arguments,
     read_options,
 )
-from plum_partonomy.training.preview import format_table, survey, write_samples
+from plum_partonomy.training.preview import count_records, format_table, survey, write_samples
 from plum_partonomy.training.resume import check_output_folder, describe_run, find_checkpoint
 from plum_partonomy.training.trainer import PlumTrainer, TrainingCurves
 
@@ -135,8 +135,15 @@ def make_train_dataset(
 
 
 def make_eval_dataset(arguments: DataArguments, args: PlumTrainingArguments) -> ConversationDataset:
-    """Return the examples for validation. Raises `DataError` if they have no value of the metric that is needed."""
+    """
+    Return the examples for validation.
+
+    Raises:
+        DataError: Turns, tags and masks of a record do not match, which would otherwise stop the run at its first
+            evaluation; or the records have no value of the metric that selects checkpoints.
+    """
     records = load_eval_records(arguments.sources, arguments.streaming)
+    count_records(records)
     metric = args.metric_for_best_model.removeprefix("eval_")
     selects = args.load_best_model_at_end or args.save_strategy == "best"
     if selects and metric != METRICS[-1] and not any(records["masks"]):

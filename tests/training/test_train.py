@@ -196,6 +196,13 @@ def test_a_best_checkpoint_by_masks_needs_masks(data_folder, tmp_path):
     assert len(make_eval_dataset(*parse(tmp_path, recipe)[1:])) == 1
 
 
+def test_a_bad_record_for_validation_is_named_before_the_training(tmp_path):
+    make_records([record(0, 1), record(1, 2) | {"masks": []}]).to_parquet(tmp_path / "validation.parquet")
+    recipe = {"model": "m", "dataset": str(tmp_path), "name": "default", "eval_strategy": "epoch"}
+    with pytest.raises(DataError, match="record record-1, field 'masks': 2 span tags, but 0 masks"):
+        make_eval_dataset(*parse(tmp_path, recipe)[1:])
+
+
 def test_a_missing_recipe_is_named(capsys):
     with pytest.raises(SystemExit):
         parse_arguments(["recipes/none.yaml"])
