@@ -38,7 +38,7 @@ from typing import Any
 from PIL import Image
 
 from inputs_plum import FORMATS
-from plum_partonomy.masks import RLE, DataError, Size, area, union, validate_rle
+from plum_partonomy.masks import RLE, DataError, Size, area, union
 from plum_partonomy.questions.conversations import converse
 from plum_partonomy.records import UNNAMED_OBJECT, GroundedConversation, PartExample, PartMask, check_plain
 from plum_partonomy.sources.conversation_file import ConversationFile
@@ -51,7 +51,7 @@ from plum_partonomy.sources.untrusted import (
     check_labels,
     find_file,
     known_id,
-    read_polygons,
+    read_segmentation,
     refuse,
     typed,
     typed_list,
@@ -153,7 +153,7 @@ def _kept_splits(paths: list[Path], kind: str) -> dict[Path, str]:
 
 def _kind_of_json(path: Path) -> str:
     for name in stream_fields(path):
-        if name in ("images", "annotations", "categories"):
+        if name in ("images", "annotations"):
             return "COCO"
         if name in ("shapes", "imagePath"):
             return "Labelme"
@@ -268,9 +268,7 @@ class OwnParts:
     def _read_mask(self, found: Any, *, size: Size, where: str) -> RLE:
         if self.kind == "Labelme":
             return read_shape(found, size=size, where=where)
-        if isinstance(found, list):
-            return read_polygons(found, size=size, where=where)
-        return validate_rle(found, expected_size=size, where=where)
+        return read_segmentation(found, size=size, where=where)
 
     def _check_identities(self, photographs: list[_Photograph], on_error: OnError) -> list[_Photograph]:
         kept: dict[tuple[str, str], _Photograph] = {}
@@ -312,7 +310,8 @@ class OwnParts:
                 if is_object or _is_whole(part, label):
                     self.whole_objects.add(part)
                     continue
-                segmentation = typed(record, "segmentation", (list, dict), where=where)
+                segmentation = {"segmentation": None} | record
+                segmentation = typed(segmentation, "segmentation", (list, dict, type(None)), where=where)
                 if not segmentation:
                     raise DataError(f"{where}, field 'segmentation': a box without a mask; outline the part")
             except DataError as error:

@@ -41,7 +41,7 @@ def save_images(folder: Path, *names: str) -> Path:
 
 
 def coco_content(images: int = 1) -> dict:
-    """Each image shows a wheel, as polygon, and a door, as run lengths."""
+    """Each image shows a wheel, as polygon, and a door, as run lengths or a list of them."""
     return {
         "info": {"description": "mine"},
         "categories": [
@@ -54,7 +54,7 @@ def coco_content(images: int = 1) -> dict:
         "annotations": [
             {"id": 10 * number + part, "image_id": number, "category_id": part, "segmentation": segmentation}
             for number in range(images)
-            for part, segmentation in ((1, [SQUARE]), (2, encode(INSIDE)))
+            for part, segmentation in ((1, [SQUARE]), (2, encode(INSIDE) if number % 2 == 0 else [encode(INSIDE)]))
         ],
     }
 
@@ -122,7 +122,7 @@ def test_a_folder_of_no_kind_or_of_several_is_one_clear_error(tmp_path):
     with pytest.raises(DataError, match="photos.zip: expected a folder, found a file; unpack it"):
         open_own_parts(tmp_path / "photos.zip")
     (tmp_path / "annotations.xml").write_text("<xml/>")
-    (tmp_path / "settings.json").write_text('{"colour": 1}')
+    (tmp_path / "settings.json").write_text('{"categories": {"label": {}}, "items": []}')  # Datumaro's own format
     with pytest.raises(
         DataError, match=r"no annotations of parts; .* \(1 json files are neither, such as settings.json\).*CVAT"
     ):
@@ -211,6 +211,7 @@ BAD_COCO = [
         r"record annotations\[0\], field 'category_id': no usable record has the id 9",
     ),
     ("annotations", {"segmentation": []}, r"annotations\[0\], field 'segmentation': a box without a mask"),
+    ("annotations", {"segmentation": None}, r"annotations\[0\], field 'segmentation': a box without a mask"),
     ("annotations", {"segmentation": [[1, 1, 5, 5]]}, r"annotations\[0\], field 'segmentation'.*three x, y pairs"),
     ("annotations", {"segmentation": [[1, 1, 1, 1, 1, 1]]}, r"annotations\[0\].*the mask of 'wheel' covers no pixel"),
     ("annotations", {"segmentation": encode(INSIDE.T)}, r"annotations\[0\].*the mask has size \[30, 20\]"),
