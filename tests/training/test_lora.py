@@ -49,6 +49,14 @@ def test_a_module_trained_whole_exists_and_is_not_frozen(arguments, message):
         add_lora(tiny_model(), lora_arguments(**arguments))
 
 
+def test_a_language_model_without_the_adapted_projections_is_named():
+    model = tiny_model()
+    for layer in model.vlm.get_decoder().layers:
+        del layer.self_attn.q_proj, layer.self_attn.v_proj
+    with pytest.raises(DataError, match="lora_r adapts q_proj and v_proj, which this language model does not have"):
+        add_lora(model, lora_arguments())
+
+
 def test_lora_alone_is_trained_where_no_module_is_trained_whole():
     model = add_lora(tiny_model(mask_feedback=False), lora_arguments(lora_trained_whole=[], frozen_modules=["sam"]))
     assert all("lora_" in name for name, weight in model.named_parameters() if weight.requires_grad)
