@@ -375,8 +375,8 @@ class PlumProcessor(ProcessorMixin):
             text: A prompt or a list of prompts.
             kwargs: Options of transformers, which raise an error if they are not supported, such as `truncation`.
         """
-        texts = [text] if isinstance(text, str) else text
-        if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
+        texts = list(text) if hasattr(text, "__iter__") and not isinstance(text, str) else [text]
+        if not all(isinstance(text, str) for text in texts):
             raise ValueError(
                 f"Expected a prompt, such as 'USER: {self.image_token}\\n... ASSISTANT:', or a list of prompts, found "
                 f"{text!r:.80}; conversations are for apply_chat_template."

@@ -447,7 +447,12 @@ def test_a_rendered_prompt_is_encoded_as_the_chat_it_came_from(byte_level_proces
     prompt = byte_level_processor.apply_chat_template(chat, add_generation_prompt=True)
     assert prompt == "USER: <image>\nWhich parts can you see? ASSISTANT:"
     expected = encode(byte_level_processor, [chat], add_generation_prompt=True)
-    for images, text in ((image, prompt), ([image], [prompt]), ([[image]], [prompt]), ([[None, image]], (prompt,))):
+    for images, text in (
+        (image, prompt),
+        ([image], [prompt]),
+        ([[image]], [prompt]),
+        ([[None, image]], np.array([prompt])),
+    ):
         called = byte_level_processor(images, text, padding=True, return_tensors="pt", videos=None)
         assert called.keys() == expected.keys()
         for name, value in expected.items():
