@@ -416,9 +416,12 @@ class PlumProcessor(ProcessorMixin):
         for row, (text, image) in enumerate(zip(texts, images, strict=True)):
             found, expected = text.text.count(self.image_token), int(image is not None)
             if found != expected:
+                hint = "it must not occur in a message's text"
+                if found < expected:
+                    hint = "the chat template leaves the image out, so put it into a message of the user"
                 raise ValueError(
                     f"Conversation {row} has {found} image placeholders {self.image_token!r} for {expected} images; "
-                    "the placeholder must not occur in a message's text."
+                    f"{hint}."
                 )
 
     def _tokenize(self, texts, image_tokens, padding_side) -> dict[str, torch.Tensor]:

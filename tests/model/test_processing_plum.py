@@ -436,6 +436,12 @@ def test_options_of_transformers_that_ask_for_what_is_done_and_variables_of_the_
     assert text == "Hello. USER: And its colour? "
 
 
+def test_an_image_that_the_template_leaves_out_is_refused(byte_level_processor):
+    answer = {"role": "assistant", "content": [{"type": "image", "image": random_image()}]}
+    with pytest.raises(ValueError, match="0 image placeholders .* the chat template leaves the image out"):
+        encode(byte_level_processor, [[*NEXT, answer]])
+
+
 def test_two_images_in_one_conversation_are_refused(byte_level_processor):
     chat = conversation(random_image(), "Yes.") + conversation(random_image(seed=1), "No.")
     with pytest.raises(ValueError, match="one image per conversation, found 2"):
