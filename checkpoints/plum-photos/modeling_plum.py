@@ -611,6 +611,11 @@ class PlumForConditionalGeneration(
 
     def _segment_tagged(self, sequences, attention_mask, answer_mask, is_truncated, hidden_states, images):
         """Tag the tokens of answers and segment the resulting spans."""
+        if images.sam_embeddings is None and (sequences == self.config.vlm_config.image_token_id).any():
+            raise ValueError(
+                "The conversations have images, but nothing to segment them with; pass sam_pixel_values and the other "
+                "image inputs of the processor, or sam_image_embeddings."
+            )
         span_logits = self.tag_tokens(sequences, hidden_states, attention_mask)
         # A row without an image has nothing to segment.
         visible = answer_mask & (images.index >= 0)[:, None]

@@ -614,6 +614,17 @@ def test_image_tokens_without_an_image_are_refused_instead_of_being_read_as_word
         model.generate(input_ids=prompts["input_ids"], attention_mask=prompts["attention_mask"], max_new_tokens=2)
 
 
+@torch.no_grad()
+def test_images_that_sam_has_not_seen_are_not_taken_for_images_without_parts(model_and_processor):
+    model, processor = model_and_processor
+    chats = [conversation(random_image(), "Yes.")]
+    batch = dict(processor.apply_chat_template(chats, tokenize=True, return_dict=True))
+    batch["hidden_states"] = model.encode_conversations(**batch)
+    batch = {name: value for name, value in batch.items() if not name.startswith(("sam_", "pixel_values"))}
+    with pytest.raises(ValueError, match="have images, but nothing to segment them with; pass sam_pixel_values"):
+        model.segment_answers(**batch)
+
+
 @pytest.mark.parametrize(
     "options, words",
     [
