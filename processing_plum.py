@@ -640,11 +640,11 @@ class PlumProcessor(ProcessorMixin):
 
 def _flatten(images) -> Iterator:
     """Yield the images of nested lists."""
-    for image in images if isinstance(images, (list, tuple)) else [images]:
-        if isinstance(image, (list, tuple)):
+    if isinstance(images, (list, tuple)):
+        for image in images:
             yield from _flatten(image)
-        elif image is not None:
-            yield image
+    elif images is not None:
+        yield images
 
 
 def _read_images(sources: list) -> list:

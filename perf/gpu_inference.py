@@ -82,7 +82,7 @@ def measure_answers(model, config: PlumConfig, card: Card) -> None:
     del prompts["labels"]
     # With random weights the most likely token depends on rounding, so every answer consists of the same tokens.
     options = {"max_new_tokens": ANSWER_TOKENS, "prefix_allowed_tokens_fn": lambda row, ids: [10 + len(ids)]}
-    read = [*model.vlm.get_decoder().layers.parameters(), *model.vlm.get_output_embeddings().parameters()]
+    read = [*model.get_decoder().layers.parameters(), *model.vlm.get_output_embeddings().parameters()]
     handle = model.span_tagger.register_forward_hook(tag_evenly)
     try:
         floor = {

@@ -126,7 +126,7 @@ def build(
         mask_iou_loss_weight=0.1,
     )
     model = PlumForConditionalGeneration(config)
-    model.vlm.get_decoder().load_state_dict(language_model.model.state_dict())
+    model.get_decoder().load_state_dict(language_model.model.state_dict())
     model.get_output_embeddings().load_state_dict(language_model.lm_head.state_dict())
     model.generation_config = language_model.generation_config
     chat_template = accept_parts(tokenizer.chat_template)

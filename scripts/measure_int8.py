@@ -33,7 +33,7 @@ def quantise(model, *, encoder: bool):
     model = copy.deepcopy(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns that torchao will replace it
-        quantize_dynamic(model.vlm.get_decoder(), {torch.nn.Linear}, inplace=True)
+        quantize_dynamic(model.get_decoder(), {torch.nn.Linear}, inplace=True)
         if encoder:
             quantize_dynamic(model.sam.vision_encoder, {torch.nn.Linear}, inplace=True)
     return model

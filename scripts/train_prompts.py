@@ -96,7 +96,13 @@ def main(argv: list[str]):
     collator = Collator(processor, order_free_targets=data.order_free_targets)
     batches = list(encode_examples(model.eval(), dataset, collator, batches=own.batches, batch_size=size))
     before = {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad}
-    rates = (args.muon_learning_rate, args.learning_rate, args.weight_decay, (args.adam_beta1, args.adam_beta2))
+    rates = (
+        args.muon_learning_rate,
+        args.learning_rate,
+        args.weight_decay,
+        (args.adam_beta1, args.adam_beta2),
+        args.adam_epsilon,
+    )
     optimizer = MuonWithAdamW(model, *rates)
     scheduler = get_scheduler(
         args.lr_scheduler_type, optimizer, args.warmup_steps, args.max_steps, args.lr_scheduler_kwargs

@@ -436,7 +436,8 @@ class PlumForConditionalGeneration(
         self._check_image_tokens(input_ids, vlm_inputs)
         if "inputs_embeds" not in vlm_inputs:
             vlm_inputs["input_ids"] = input_ids
-        outputs = self.vlm.model(attention_mask=attention_mask, **{**vlm_inputs, "use_cache": False})
+        vlm_inputs["use_cache"] = False
+        outputs = self.vlm.model(attention_mask=attention_mask, **vlm_inputs)
         outputs.last_hidden_state = hidden_states = outputs.last_hidden_state.to(input_ids.device)
         if hidden_states.shape[:2] != input_ids.shape:
             raise ValueError(

@@ -47,7 +47,7 @@ def encode_conversations(
     has_image = (input_ids == model.config.vlm_config.image_token_id).any(dim=1)
     unknown = torch.arange(len(input_ids), device=input_ids.device) - 1 - len(input_ids)
     roots = torch.where(has_image & (images < 0), unknown, images)
-    with SharedBeginnings(model.vlm.get_decoder(), pack_rows(input_ids, attention_mask, roots.tolist())):
+    with SharedBeginnings(model.get_decoder(), pack_rows(input_ids, attention_mask, roots.tolist())):
         return model.encode_conversations(input_ids, attention_mask, **inputs)
 
 

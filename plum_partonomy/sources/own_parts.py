@@ -310,8 +310,9 @@ class OwnParts:
                 if is_object or _is_whole(part, label):
                     self.whole_objects.add(part)
                     continue
-                segmentation = {"segmentation": None} | record
-                segmentation = typed(segmentation, "segmentation", (list, dict, type(None)), where=where)
+                segmentation = record.get("segmentation")
+                if segmentation is not None:
+                    typed(record, "segmentation", (list, dict), where=where)
                 if not segmentation:
                     raise DataError(f"{where}, field 'segmentation': a box without a mask; outline the part")
             except DataError as error:

@@ -187,13 +187,13 @@ def add_lora(model: PlumForConditionalGeneration, arguments: ModelArguments) -> 
     """Add LoRA to the language model's attention, with the modules of `lora_trained_whole` trained whole."""
     from peft import LoraConfig, get_peft_model
 
-    if not any(name.endswith(LORA_TARGETS) for name, _ in model.vlm.get_decoder().named_modules()):
+    if not any(name.endswith(LORA_TARGETS) for name, _ in model.get_decoder().named_modules()):
         raise DataError(
             f"lora_r adapts {' and '.join(LORA_TARGETS)}, which this language model does not have; set lora_r=0."
         )
     check_trained_whole(model, arguments)
     # Families name it language_model or text_model, and their vision towers have projections with the same names.
-    decoder = next(name for name, module in model.named_modules() if module is model.vlm.get_decoder())
+    decoder = next(name for name, module in model.named_modules() if module is model.get_decoder())
     return get_peft_model(
         model,
         LoraConfig(

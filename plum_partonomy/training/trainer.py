@@ -80,12 +80,12 @@ def build_teacher(model: nn.Module) -> Callable[..., ModelOutput] | None:
     if not model.config.teacher_kl_loss_weight:
         return None
     if not isinstance(model, PeftModel):
-        frozen = copy.deepcopy(model.vlm.get_decoder()).eval().requires_grad_(False)
+        frozen = copy.deepcopy(model.get_decoder()).eval().requires_grad_(False)
         return lambda **inputs: frozen.to(inputs["inputs_embeds"].device)(**inputs)
 
     def without_adapter(**inputs) -> ModelOutput:
         with model.disable_adapter():
-            return model.get_base_model().vlm.get_decoder()(**inputs)
+            return model.get_base_model().get_decoder()(**inputs)
 
     return without_adapter
 
@@ -118,13 +118,16 @@ class PlumTrainer(Trainer):
             raise DataError(f"The training cannot start: {error}") from error
         if not any(parameter.requires_grad for parameter in self.model.parameters()):
             raise DataError("frozen_modules freezes all weights; leave one out.")
-        self.model.register_forward_hook(_use_a_parameter)
         self.embedding_cache, self.run = embedding_cache, run or {}
         self.teacher = build_teacher(self.model)
         self.add_callback(EpochSetter)
         if embedding_cache is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             embedding_cache.copy_sam()
-        self._outline = self._prepare_for_fsdp() if self.is_fsdp_enabled else None
+        self._outline = None
+        if self.is_fsdp_enabled:
+            self._outline = self._prepare_for_fsdp()
+        else:
+            self.model.register_forward_hook(_use_a_parameter)
         if self.args.torch_compile:
             self._compile_layers()
         # The losses are already divided by the counts of the global batch; the Trainer must not divide them again.
@@ -156,7 +159,7 @@ class PlumTrainer(Trainer):
         """
         self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
         encoder = [m for m in self.model.sam.vision_encoder.modules() if isinstance(m, GradientCheckpointingLayer)]
-        for layer in [*encoder, *self.model.vlm.get_decoder().layers]:
+        for layer in [*encoder, *self.model.get_decoder().layers]:
             layer.compile(backend=self.args.torch_compile_backend, mode=self.args.torch_compile_mode)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
@@ -302,8 +305,7 @@ def _use_a_parameter(model: nn.Module, _, outputs: ModelOutput):
     trained. Its gradient is zero.
     """
     if model.training and outputs.loss is not None and not outputs.loss.requires_grad:
-        trained = (p for p in model.parameters() if p.requires_grad and not isinstance(p, DTensor))
-        outputs["loss"] = outputs.loss + 0.0 * next(trained).sum()
+        outputs["loss"] = outputs.loss + 0.0 * next(p for p in model.parameters() if p.requires_grad).sum()
 
 
 def _use_every_parameter(model: nn.Module, _, inputs: dict, outputs: ModelOutput):
