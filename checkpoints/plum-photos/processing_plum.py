@@ -708,7 +708,8 @@ class PlumPipeline(Pipeline):
 
     An input is `{"image": ..., "text": question}` (an image in any form that the processor reads, or None; further
     fields are ignored), `{"text": question}`, or a conversation as for `PlumProcessor.apply_chat_template` that ends
-    with the user. `start` and `end` of a segment are characters of the text, `box` is `(x0, y0, x1, y1)` in pixels or
+    with the user. An output has `generated_text`, `is_truncated` and `confidence` as in [`PlumAnswer`], and
+    `segments`: `start` and `end` of a segment are characters of the text, `box` is `(x0, y0, x1, y1)` in pixels or
     None, `mask` is an image of 0 and 255 of the size of the input. `mask_threshold` is a logit; other options are
     those of `generate`.
     """
@@ -765,7 +766,10 @@ class PlumPipeline(Pipeline):
             }
             for span in answer.spans
         ]
-        return {"generated_text": answer.text, "is_truncated": answer.is_truncated, "segments": segments}
+        return {
+            **{"generated_text": answer.text, "is_truncated": answer.is_truncated},
+            **{"confidence": answer.confidence, "segments": segments},
+        }
 
     def save_pretrained(self, save_directory, **kwargs):
         """Save model and processor. transformers' pipelines save no processor, and could not be loaded again."""

@@ -3,7 +3,7 @@
 A request and its answer. An image is a URL or base64; RLE counts are COCO's uncompressed run lengths:
 
     {"inputs": {"image": "https://...", "text": "Which parts does it have?"}, "parameters": {"max_new_tokens": 64}}
-    {"generated_text": "It has a wheel.", "is_truncated": false, "segments": [
+    {"generated_text": "It has a wheel.", "is_truncated": false, "confidence": 0.98, "segments": [
         {"label": "wheel", "start": 9, "end": 14, "score": 0.9, "box": [3, 40, 38, 77],
          "rle": {"size": [480, 640], "counts": [1021, 12, ...]}}]}
 

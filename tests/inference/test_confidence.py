@@ -10,6 +10,7 @@ import torch
 from configuration_plum import PlumConfig
 from plum_partonomy.inference.checkpoint import load_checkpoint
 from plum_partonomy.inference.one_image import Plum, ask, finish, segment_phrases, warn_of_unknown_image
+from processing_plum import PlumPipeline
 from scripts import calibrate_confidence as script
 from tests.runs import make_records, record
 from tests.tiny import conversation, random_image, tiny_config, tiny_model, tiny_processor
@@ -48,6 +49,10 @@ def test_answers_carry_the_confidence_of_their_own_image_and_none_without_one():
     assert answers[1].confidence is None
     assert [answers[2].confidence, answers[0].confidence] == pytest.approx(alone, rel=1e-4)
     assert alone[0] != alone[1]
+    pipe = PlumPipeline(model, processor=processor)
+    questions = [{"image": image, "text": "Which parts?"} for image in (images[1], None, images[0])]
+    found = [answer["confidence"] for answer in pipe(questions, batch_size=3, max_new_tokens=1)]
+    assert found[1] is None and [found[2], found[0]] == pytest.approx(alone, rel=1e-4)
 
 
 def test_a_person_is_warned_below_the_threshold_alone():
