@@ -761,14 +761,20 @@ class PlumPipeline(Pipeline):
     def postprocess(self, answer) -> dict:
         segments = [
             {
-                **{"label": span.text, "start": span.start, "end": span.end, "score": span.score},
-                **{"box": span.box, "mask": Image.fromarray(span.mask).convert("L")},
+                "label": span.text,
+                "start": span.start,
+                "end": span.end,
+                "score": span.score,
+                "box": span.box,
+                "mask": Image.fromarray(span.mask).convert("L"),
             }
             for span in answer.spans
         ]
         return {
-            **{"generated_text": answer.text, "is_truncated": answer.is_truncated},
-            **{"confidence": answer.confidence, "segments": segments},
+            "generated_text": answer.text,
+            "is_truncated": answer.is_truncated,
+            "confidence": answer.confidence,
+            "segments": segments,
         }
 
     def save_pretrained(self, save_directory, **kwargs):
