@@ -62,9 +62,9 @@ def compute_loss(model, batch: dict, **drawn: torch.Tensor) -> tuple[torch.Tenso
     targets, sampled = supervise_masks(model.config, batch["mask_labels"], sizes, **groups, **drawn)
     inputs = batch["hidden_states"], spans, batch["sam_image_embeddings"], batch["sam_image_index"]
     own = model.decode_masks(*inputs, targets=targets, sampled=sampled)
-    of_span, masks, *labelled = sampled.with_own(*own, batch["mask_labels"], sizes)
+    indices, masks, *labelled = sampled.with_own(*own, batch["mask_labels"], sizes)
     losses = mask_losses(model.config, masks, *labelled, torch.tensor(float(len(masks))))
-    found, true = masks.detach() > 0, (sampled.true_masks > 0)[of_span]
+    found, true = masks.detach() > 0, targets.low_res_masks[indices] > 0
     ious = (found & true).sum(dim=(1, 2)) / (found | true).sum(dim=(1, 2)).clamp(min=1)
     figures = {"own": float(ious[: len(spans)].mean()), "prompted": float(ious[len(spans) :].mean())}
     return sum(model.loss_weights[name] * value for name, value in losses.items()), figures

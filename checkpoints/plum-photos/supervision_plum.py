@@ -19,10 +19,13 @@ except ImportError:
     from configuration_plum import PlumConfig
     from segmenters_plum import GIVEN_MASK_LOGIT, SpanPrompt, downscale_masks, label_frame, label_in_frame
 
-# Random numbers that determine the prompts of one span in training, and the largest number of its prompted decodes.
-PROMPT_DRAWS, MAX_PROMPT_ROUNDS = 11, 5
-# Probability that they come without the query of their span.
-BLIND = 0.5
+# Largest number of prompted decodes of one span in training, and the random numbers that determine their prompts: the
+# kind of the first, a pixel for each click, the displacement of a box's sides, whether there is a query, the instance.
+MAX_PROMPT_ROUNDS = 5
+DRAWN = (1, MAX_PROMPT_ROUNDS, 4, 1, 1)
+PROMPT_DRAWS = sum(DRAWN)
+# Probability that they come without the query of their span, and that they mean any mask with its words.
+BLIND, ANY_INSTANCE = 0.5, 0.5
 # Standard deviation of a box in training as a share of its sides, and the largest displacement in pixels, as in SAM.
 BOX_NOISE, MAX_BOX_NOISE = 0.1, 20.0
 
@@ -100,6 +103,13 @@ class MaskTargets:
         return torch.where(self.forced[members, None, None], true, logits)
 
 
+def _nth(candidates: torch.BoolTensor, draws: torch.Tensor) -> torch.LongTensor:
+    """Return one of the candidates of each row `(n,)`, by numbers `(n,)` in [0, 1); larger ones give the last."""
+    count = candidates.sum(dim=1)
+    number = torch.minimum((draws * count).long(), count - 1)
+    return (candidates.cumsum(dim=1) > number[:, None]).int().argmax(dim=1)
+
+
 class SampledPrompts:
     """
     Further decodes of spans in training with prompts by chance, as SAM was trained (arXiv 2304.02643, appendix A).
@@ -111,12 +121,13 @@ class SampledPrompts:
 
     Half of the spans are decoded without their query: only prompts and mask say what is meant. Beside a query that
     finds its part already, nothing depends on where a click is, and a decoder trained from scratch does not learn it.
+    For the same reason the prompts of half of the spans mean any mask with the words of the span, so that a click on
+    another instance leads there.
 
     Args:
         targets: Receives the true mask of each span during decoding.
         rounds: `(S,)` number of prompted decodes of each span, 0 for none.
-        draws: `(S, PROMPT_DRAWS)` numbers in [0, 1): the kind of the first prompt, the pixel of each click, the
-            displacement of the box's sides, and whether the query is left out.
+        draws: `(S, PROMPT_DRAWS)` numbers in [0, 1), the columns of DRAWN.
         frames: `(S, 2)` (height, width) in pixels of each span's image within SAM's input.
         image_size: Side of SAM's input in pixels.
     """
@@ -129,9 +140,11 @@ class SampledPrompts:
         frames: torch.LongTensor,
         image_size: int,
     ):
-        self.targets, self.rounds, self.draws = targets, rounds, draws
+        self.targets, self.rounds = targets, rounds
         self.frames, self.image_size = frames, image_size
-        self.blind = draws[:, -1] < BLIND  # spans decoded without their query
+        kind, self.pixels, self.sides, query, instance = draws.split(DRAWN, dim=1)
+        self.kind, self.instance = kind[:, 0], instance[:, 0]
+        self.blind = query[:, 0] < BLIND  # spans decoded without their query
         self.dense_prompts: dict[int, torch.Tensor] = {}  # (C, G, G) of the own decode of each span
         self.decoded: list[tuple[torch.LongTensor, torch.Tensor, torch.Tensor]] = []  # spans, masks, scores
 
@@ -140,12 +153,12 @@ class SampledPrompts:
         Run all rounds, once spans have their own masks `(S, 4G, 4G)` and targets. `decode(spans, dense_prompts,
         prompts)` returns masks and scores.
         """
-        corrects, boxed = self.draws[:, 0] < 0.5, self.draws[:, 0] >= 0.75
+        corrects, boxed = self.kind < 0.5, self.kind >= 0.75
         present = torch.where(corrects[:, None, None], own_masks.detach().float(), -GIVEN_MASK_LOGIT)
         prompts: dict[int, SpanPrompt] = {}
         for number in range(int(self.rounds.max())):
             members = (self.rounds > number).nonzero()[:, 0]
-            points, labels = self._click(members, present, self.draws[members, 1 + number])
+            points, labels = self._click(members, present, self.pixels[members, number])
             boxes = self._boxes(members) if number == 0 else None
             for place, span in enumerate(members.tolist()):
                 point, label, before = points[place, None], labels[place, None], prompts.get(span)
@@ -166,21 +179,25 @@ class SampledPrompts:
 
     def with_own(self, masks, scores, mask_labels, sizes):
         """
-        Return the spans `(S + R,)` of own decodes followed by the R prompted ones, with their masks, scores, labels
-        and sizes, from masks, scores and sizes of the S own ones and all labels.
+        Return the true masks `(S + R,)` by index of own decodes followed by the R prompted ones, with their masks,
+        scores, labels and sizes, from masks, scores and sizes of the S own ones and all labels.
         """
-        own = torch.arange(len(masks), device=masks.device), masks, scores
-        spans, masks, scores = map(torch.cat, zip(own, *self.decoded, strict=True))
-        return spans, masks, scores, [mask_labels[i] for i in self.targets.of_span[spans].tolist()], sizes[spans]
+        own = torch.arange(len(masks), device=masks.device), self.targets.of_span, masks, scores
+        prompted = [(spans, self.meant[spans], *decoded) for spans, *decoded in self.decoded]
+        spans, true, masks, scores = map(torch.cat, zip(own, *prompted, strict=True))
+        return true, masks, scores, [mask_labels[i] for i in true.tolist()], sizes[spans]
 
-    @property
-    def true_masks(self) -> torch.Tensor:
-        return self.targets.low_res_masks[self.targets.of_span]
+    @cached_property
+    def meant(self) -> torch.LongTensor:
+        """The mask `(S,)`, by index, that the prompts of each span mean: the one it took, or any with its words."""
+        same_words = self.targets.span_groups[:, None] == self.targets.mask_groups  # (S, M)
+        any_instance = _nth(same_words, self.instance / ANY_INSTANCE)
+        return torch.where(self.instance < ANY_INSTANCE, any_instance, self.targets.of_span)
 
     @cached_property
     def _regions(self) -> tuple[torch.BoolTensor, torch.BoolTensor]:
-        """The true masks `(S, 4G, 4G)`, never empty unless the mask is, and the cells of the images."""
-        low_res = self.true_masks
+        """The meant masks `(S, 4G, 4G)`, never empty unless the mask is, and the cells of the images."""
+        low_res = self.targets.low_res_masks[self.meant]
         largest = low_res.amax(dim=(1, 2), keepdim=True)  # a part thinner than half a cell has no logit above 0
         true = (low_res > 0) | ((low_res == largest) & (low_res > -GIVEN_MASK_LOGIT))
         side = low_res.shape[-1]
@@ -197,10 +214,7 @@ class SampledPrompts:
         region = torch.where(adds[:, None, None], missed, excess)
         for other in (true & visible, visible):  # without an error, inside the mask; without a mask, anywhere
             region = torch.where(region.any(dim=(1, 2))[:, None, None], region, other)
-        cells = region.flatten(1)
-        count = cells.sum(dim=1)
-        number = torch.minimum((draws * count).long(), count - 1)
-        index = (cells.cumsum(dim=1) > number[:, None]).int().argmax(dim=1)
+        index = _nth(region.flatten(1), draws)
         side = true.shape[-1]
         points = torch.stack([index % side, index // side], dim=1)
         # SAM's prompt encoder adds half a pixel.
@@ -218,7 +232,7 @@ class SampledPrompts:
         x0, x1, y0, y1 = (end * (self.image_size / true.shape[-1]) for end in ends)
         sides = torch.stack([x1 - x0, y1 - y0], dim=1).repeat(1, 2)
         # Up to 4.75 standard deviations, so that the corners stay in their order.
-        normal = torch.special.ndtri(self.draws[members, -5:-1].double().clamp(1e-6, 1 - 1e-6)).float()
+        normal = torch.special.ndtri(self.sides[members].double().clamp(1e-6, 1 - 1e-6)).float()
         noise = (normal * BOX_NOISE * sides).clamp(-MAX_BOX_NOISE, MAX_BOX_NOISE)
         limits = self.frames[members].flip(1).repeat(1, 2)
         return (torch.stack([x0, y0, x1, y1], dim=1) + noise).clamp(min=0).minimum(limits)

@@ -17,6 +17,7 @@ EXACT = {"rtol": 1e-5, "atol": 1e-5}
 FRAMES = torch.tensor([[46, 64], [64, 28]])  # (height, width) of a wide and a tall image in SAM's input
 CORRECTION, CLICK, BOX = 0.1, 0.6, 0.9
 WITH_QUERY, BLIND = 0.9, 0.1
+OWN = 0.9
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +88,7 @@ def test_clicks_are_uniform_over_the_region():
 
 def test_later_rounds_add_clicks_to_the_first_prompt_and_take_the_mask_before():
     true, own = [rectangle(8, 24, 8, 24)] * 3, [rectangle(8, 20, 4, 24)] * 3
-    draws = [[kind, 0.0, 0.0, 0.999, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, BLIND] for kind in (CORRECTION, CLICK, BOX)]
+    draws = [[kind, 0.0, 0.0, 0.999, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, BLIND, OWN] for kind in (CORRECTION, CLICK, BOX)]
     prompted, sampled = sample(true, own, draws, rounds=[3, 1, 2])
     assert [sorted(prompts) for prompts in prompted] == [[0, 1, 2], [0, 2], [0]]
     correction, click, box = prompted[0].values()
@@ -101,11 +102,38 @@ def test_later_rounds_add_clicks_to_the_first_prompt_and_take_the_mask_before():
     assert pixel_of(prompted[0][0]) == (20, 8)  # the first missed pixel: 64 of them, and 48 in excess
     assert pixel_of(prompted[2][0]) == (23, 23)  # the last
     labels, sizes = [torch.tensor(i) for i in range(3)], torch.arange(3)
-    spans, masks, scores, labels, sizes = sampled.with_own(torch.stack(own), torch.ones(3), labels, sizes)
-    assert spans.tolist() == [0, 1, 2, 0, 1, 2, 0, 2, 0]
+    true, masks, scores, labels, sizes = sampled.with_own(torch.stack(own), torch.ones(3), labels, sizes)
+    assert true.tolist() == [0, 1, 2, 0, 1, 2, 0, 2, 0]
     assert torch.equal(masks[:3], torch.stack(own)) and torch.equal(masks[3:], after.expand(6, -1, -1))
     assert scores.tolist() == [1] * 3 + [0] * 6
-    assert labels == sampled.targets.of_span[spans].tolist() and sizes.tolist() == spans.tolist()
+    assert labels == true.tolist() == sizes.tolist()
+
+
+def test_half_of_the_prompts_mean_any_mask_with_the_words_of_their_span():
+    true = torch.stack([rectangle(4 * i, 4 * i + 3, 0, 8) for i in range(5)])
+    groups = torch.tensor([0, 1, 0, 0, 1]), torch.tensor([0, 1, 0, 1, 0])
+    targets = MaskTargets(true, *groups, torch.zeros(5, dtype=torch.bool))
+    targets.of_span = torch.tensor([2, 1, 0, 4, 3])
+    draws = torch.full((5, PROMPT_DRAWS), CLICK)
+    meant, expected = [], torch.tensor([[0, 1, 0, 0, 1], [2, 1, 2, 2, 1], [4, 3, 4, 4, 3], [2, 1, 0, 4, 3]])
+    for instance in (0.1, 0.24, 0.49, OWN):
+        draws[:, -1] = instance
+        frames = torch.full((5, 2), IMAGE_SIZE)
+        sampled = SampledPrompts(targets, torch.ones(5, dtype=torch.long), draws, frames, IMAGE_SIZE)
+        sampled.dense_prompts = {span: torch.zeros(1) for span in range(5)}
+        clicked = []
+
+        def decode(members, dense, prompts, clicked=clicked):
+            clicked += [pixel_of(prompt)[0] // 4 for prompt in prompts.values()]
+            return true[members], torch.zeros(5)
+
+        sampled.decode(true, decode)
+        meant.append(sampled.meant)
+        indices, *_, labels, sizes = sampled.with_own(true, torch.zeros(5), list(range(5)), torch.arange(5))
+        assert clicked == sampled.meant.tolist()
+        assert indices.tolist() == labels == [*targets.of_span.tolist(), *clicked]
+        assert sizes.tolist() == [*range(5), *range(5)]
+    assert torch.equal(torch.stack(meant), expected)
 
 
 def test_boxes_are_displaced_by_a_tenth_of_their_sides_and_stay_in_the_image():
@@ -120,7 +148,7 @@ def test_boxes_are_displaced_by_a_tenth_of_their_sides_and_stay_in_the_image():
     noise = boxes - torch.tensor([16.0, 16.0, 48.0, 48.0])
     assert_close(noise.mean(dim=0), torch.zeros(4), rtol=0, atol=0.2)
     assert_close(noise.std(dim=0), torch.full((4,), 3.2), rtol=0.05, atol=0)
-    extremes = [[BOX, 0, 0, 0, 0, 0, low, low, high, high, BLIND] for low, high in ((0.0, 1.0), (1.0, 0.0))]
+    extremes = [[BOX, 0, 0, 0, 0, 0, low, low, high, high, BLIND, OWN] for low, high in ((0.0, 1.0), (1.0, 0.0))]
     true = [rectangle(0, 23, 0, 32), rectangle(0, 32, 0, 14)]
     for frame, mask in zip(FRAMES, true, strict=True):
         prompted, _ = sample([mask] * 2, [mask] * 2, extremes, [1, 1], frame.expand(2, 2))
@@ -150,7 +178,7 @@ def test_clicks_stay_inside_the_image_and_masks_thin_or_absent_have_one():
 def test_prompted_decodes_are_those_of_the_same_prompts_given_and_their_losses_are_averaged_in(batch):
     model, count = tiny_model(), len(batch["spans"])
     draws = torch.rand(count, PROMPT_DRAWS, generator=torch.Generator().manual_seed(3))
-    draws[:, 0], draws[:, -1] = torch.tensor([CORRECTION, CLICK, BOX, CORRECTION]), WITH_QUERY
+    draws[:, 0], draws[:, -2] = torch.tensor([CORRECTION, CLICK, BOX, CORRECTION]), WITH_QUERY
     rounds = torch.tensor([1, 3, 2, 0])
     inputs = {name: value for name, value in batch.items() if name not in ("mask_labels", "span_labels")}
     own = model.segment_spans(**inputs)
@@ -162,8 +190,8 @@ def test_prompted_decodes_are_those_of_the_same_prompts_given_and_their_losses_a
     masks, scores = model.decode_masks(*given, targets=targets, sampled=sampled)
     assert_close(masks, own.pred_masks, **EXACT)
     of_own = batch["mask_labels"], sizes
-    spans, masks, scores, *labelled = sampled.with_own(masks, scores, *of_own)
-    assert spans.tolist() == [0, 1, 2, 3, 0, 1, 2, 1, 2, 1]
+    true, masks, scores, *labelled = sampled.with_own(masks, scores, *of_own)
+    assert true.tolist() == [0, 1, 2, 3, 0, 1, 2, 1, 2, 1]
 
     def decode_alone(members, _, prompts):
         """Each span as inference decodes it, with the same prompts in pixels of its image."""
@@ -186,13 +214,13 @@ def test_prompted_decodes_are_those_of_the_same_prompts_given_and_their_losses_a
     assert not torch.allclose(masks[4:7], masks[:3], atol=1e-3)
 
     outputs = model(**batch, prompt_rounds=rounds, prompt_draws=draws)
-    labels = [batch["mask_labels"][i] for i in spans.tolist()]
-    assert all(map(torch.equal, labelled[0], labels)) and torch.equal(labelled[1], sizes[spans])
-    expected = mask_losses(model.config, masks, scores, *labelled, torch.tensor(float(len(spans))))
+    labels = [batch["mask_labels"][i] for i in true.tolist()]
+    assert all(map(torch.equal, labelled[0], labels)) and torch.equal(labelled[1], sizes[true])
+    expected = mask_losses(model.config, masks, scores, *labelled, torch.tensor(float(len(true))))
     assert_close({name: outputs.losses[name] for name in MASK_LOSSES}, expected, **EXACT)
     names = ("labels", "span_labels", "spans", "mask_labels")
     counts = count_loss_items(model.config, *(batch[name] for name in names), rounds)
-    assert counts["masks"] == len(spans) and counts["spans"] == count
+    assert counts["masks"] == len(true) and counts["spans"] == count
     assert_close(outputs.pred_masks, own.pred_masks, **EXACT)
 
 
@@ -206,7 +234,7 @@ def test_half_of_the_spans_are_decoded_from_their_prompts_alone(batch):
 
     def decode_first(states, draw):
         """A click on the first span, whose dense prompt has no earlier mask."""
-        draws[:, -1] = draw
+        draws[:, -2] = draw
         drawn = {"prompt_rounds": torch.ones(count, dtype=torch.long), "prompt_draws": draws}
         targets, sampled = supervise_masks(model.config, batch["mask_labels"], sizes, **drawn)
         model.decode_masks(
