@@ -82,7 +82,7 @@ class _Answers:
         answers = self.processor.post_process_segmentation(outputs)
         return [[encode(span.mask) for span in answer.spans] for answer in answers], outputs.pred_masks
 
-    def click(self, targets: Sequence[Sequence[int]], count: int) -> Iterator[list[list[RLE]]]:
+    def click(self, targets: Sequence[Sequence[int | None]], count: int) -> Iterator[list[list[RLE]]]:
         """
         Yield the masks of each answer after 1 to `count` clicks on each span.
 
@@ -91,7 +91,7 @@ class _Answers:
         an error gets no further click, and its mask stays.
 
         Args:
-            targets: Index of the true mask of each span, by answer.
+            targets: Index of the true mask that the clicks on each span mean, by answer; None for no clicks.
         """
         masks, logits = self._run()
         clicks: dict[int, list[Click]] = defaultdict(list)
@@ -99,18 +99,20 @@ class _Answers:
             clicked = {}
             for row, of_row in enumerate(targets):
                 for span, target in enumerate(of_row):
-                    click = next_click(decode(masks[row][span]), self.true[row][target])
+                    meant = None if target is None else self.true[row][target]
+                    click = None if meant is None else next_click(decode(masks[row][span]), meant)
                     if click is not None:
                         clicked[self.first[row] + span] = row, span
                         clicks[self.first[row] + span].append(click)
-            found, found_logits = self._run(
-                input_points={i: [click[:2] for click in clicks[i]] for i in clicked},
-                input_labels={i: [click.inside for click in clicks[i]] for i in clicked},
-                input_masks={i: logits[i] for i in clicked},
-            )
-            masks, logits = [list(of_row) for of_row in masks], logits.clone()
-            for i, (row, span) in clicked.items():
-                masks[row][span], logits[i] = found[row][span], found_logits[i]
+            if clicked:
+                found, found_logits = self._run(
+                    input_points={i: [click[:2] for click in clicks[i]] for i in clicked},
+                    input_labels={i: [click.inside for click in clicks[i]] for i in clicked},
+                    input_masks={i: logits[i] for i in clicked},
+                )
+                masks, logits = [list(of_row) for of_row in masks], logits.clone()
+                for i, (row, span) in clicked.items():
+                    masks[row][span], logits[i] = found[row][span], found_logits[i]
             yield masks
 
     def compare(self, masks: Sequence[Sequence[RLE]]) -> list[np.ndarray]:
@@ -133,6 +135,7 @@ def measure_answers(model, processor: PlumProcessor, answers: Sequence[dict[str,
     given, matched_given = _give_in_listed_order(batch, ious)
     curves, corrected, after = _give_worst_first(batch, ious, targets)
     clicked, after_clicks = _click(batch, targets)
+    moved, _ = _click(batch, [_next_equal(targets[row], batch.phrases[row]) for row in rows])
     return [
         CorrectedAnswer(
             id=answers[row]["id"],
@@ -147,6 +150,7 @@ def measure_answers(model, processor: PlumProcessor, answers: Sequence[dict[str,
             repeats=_repeats(before[row], batch.phrases[row]),
             curve=curves[row],
             clicked=clicked[row],
+            moved=moved[row],
             corrected=corrected[row],
             true=[batch.true_rles[row][mask] for mask in targets[row]],
             before=before[row],
@@ -202,16 +206,32 @@ def _give_worst_first(
     return curves, corrected, after
 
 
-def _click(batch: _Answers, targets: Sequence[Sequence[int]]) -> tuple[list[list[list[float]]], list[list[RLE]]]:
-    """Return the IoU of each span after 1, 2, ... clicks on it, by answer, and the masks after SHOWN_CLICKS."""
+def _click(
+    batch: _Answers, targets: Sequence[Sequence[int | None]]
+) -> tuple[list[list[list[float]]], list[list[RLE]]]:
+    """
+    Return the IoU of each span that has a target with it after 1, 2, ... clicks on it, by answer, and the masks after
+    SHOWN_CLICKS.
+    """
     clicked: list[list[list[float]]] = [[] for _ in targets]
     shown = []
     for count, masks in enumerate(batch.click(targets, max(CLICKS)), 1):
         for row, matrix in enumerate(batch.compare(masks)):
-            clicked[row].append([float(matrix[span, mask]) for span, mask in enumerate(targets[row])])
+            ious = [float(matrix[span, mask]) for span, mask in enumerate(targets[row]) if mask is not None]
+            clicked[row].append(ious)
         if count == SHOWN_CLICKS:
             shown = masks
     return clicked, shown
+
+
+def _next_equal(targets: Sequence[int], phrases: Sequence[str]) -> list[int | None]:
+    """Return the target of the next span with the same words, the first after the last; None for spans without one."""
+    following: list[int | None] = []
+    for i, phrase in enumerate(phrases):
+        equal = [j for j, other in enumerate(phrases) if other == phrase]
+        after = equal[(equal.index(i) + 1) % len(equal)]
+        following.append(None if after == i else targets[after])
+    return following
 
 
 def _repeats(masks: Sequence[RLE], phrases: Sequence[str]) -> list[float]:

@@ -4,7 +4,8 @@
 
 Spans of one answer with the same words are *equal*, and their masks are interchangeable. A *matched* IoU compares each
 span with the true mask assigned to it by a Hungarian assignment among equal spans. IoUs after clicks (see clicks.py)
-use the same true mask. All other IoUs compare spans and true masks in the order of the answer.
+use the same true mask, or, where clicks move a mask to another instance, that of the next equal span. All other IoUs
+compare spans and true masks in the order of the answer.
 """
 
 import dataclasses
@@ -41,9 +42,8 @@ CLICKS, SHOWN_CLICKS = (1, 3, 5), 3
 """Numbers of clicks on each span with a metric, and the number in the pictures of the report."""
 
 
-def after_clicks(count: int) -> str:
-    """Return the name of the metric after some clicks."""
-    return f"iou_after_{count}_click{'s' if count > 1 else ''}"
+def _after(count: int) -> str:
+    return f"after_{count}_click{'s' if count > 1 else ''}"
 
 
 METRICS = {
@@ -53,10 +53,13 @@ METRICS = {
     "matched_iou": "IoU after matching equal spans, predicted masks",
     "matched_iou_given": "IoU after matching equal spans, masks that follow 1, 2, ... given true masks",
     **{
-        after_clicks(
-            count
-        ): f"matched_iou of the same spans after {count} click{'s' if count > 1 else ''} on each, in "
-        "its largest error region"
+        f"iou_{_after(count)}": f"matched_iou of the same spans {_after(count).replace('_', ' ')} on each, in its "
+        "largest error region"
+        for count in CLICKS
+    },
+    **{
+        f"moved_iou_{_after(count)}": "IoU of each span that has an equal one with the true mask of the next such "
+        f"span, {_after(count).replace('_', ' ')} that mean it: whether a click chooses the instance"
         for count in CLICKS
     },
     "repeat_overlap": "largest IoU of a mask with an earlier one of the same words; low is good",
@@ -76,6 +79,8 @@ class CorrectedAnswer:
         repeats: For each span with an earlier equal span, its largest IoU with the mask of such a span.
         curve: For k = 0, 1, ... given masks, worst first, the mean matched IoU of the spans without a given mask.
         clicked: For 1, 2, ... clicks on each span, the matched IoU of each.
+        moved: For 1, 2, ... clicks on each span that has an equal one, which mean the true mask of the next such span,
+            the IoU with that mask of each.
         corrected: Index of the span whose mask was given first.
         true, before, after, after_clicks: Masks in the order of the spans: matched true masks, predicted masks, masks
             after the first was given, and masks after SHOWN_CLICKS clicks on each.
@@ -93,6 +98,7 @@ class CorrectedAnswer:
     repeats: list[float]
     curve: list[float]
     clicked: list[list[float]]
+    moved: list[list[float]]
     corrected: int
     true: list[RLE]
     before: list[RLE]
@@ -149,7 +155,10 @@ def tally(answer: CorrectedAnswer) -> Tally:
         "matched_iou": (fsum(answer.matched), len(answer.matched)),
         "matched_iou_given": (fsum(remaining), len(remaining)),
     }
-    ratios |= {after_clicks(count): (fsum(answer.clicked[count - 1]), len(answer.matched)) for count in CLICKS}
+    for count in CLICKS:
+        ratios[f"iou_{_after(count)}"] = (fsum(answer.clicked[count - 1]), len(answer.matched))
+        if answer.moved[count - 1]:
+            ratios[f"moved_iou_{_after(count)}"] = (fsum(answer.moved[count - 1]), len(answer.moved[count - 1]))
     if answer.repeats:
         ratios["repeat_overlap"] = (fsum(answer.repeats), len(answer.repeats))
     ratios |= {_point(k): (iou, 1) for k, iou in enumerate(answer.curve)}

@@ -90,32 +90,40 @@ def test_the_curve_gives_the_worst_mask_first_and_looks_at_those_not_given(measu
         assert len(found.curve) == min(4, len(true))
 
 
+def click_alone(model, processor, asked: dict, span: int, target: int) -> list:
+    """Clicks on one span, with the masks and IoUs after each."""
+    chat = conversation(asked["image"], asked["messages"][1]["content"], "Which?")
+    inputs = processor.apply_chat_template([chat], masks=[asked["masks"]], tokenize=True, return_dict=True)
+    outputs, true, clicks, results = model.segment_spans(**inputs), asked["masks"][target], [], []
+    for _ in range(5):
+        clicks.append(next_click(processor.post_process_segmentation(outputs)[0].spans[span].mask, true))
+        outputs = model.segment_spans(
+            **inputs,
+            input_points={span: [(x, y) for x, y, _ in clicks]},
+            input_labels={span: [int(inside) for *_, inside in clicks]},
+            input_masks={span: outputs.pred_masks[span]},
+        )
+        mask = processor.post_process_segmentation(outputs)[0].spans[span].mask
+        results.append((clicks[-1], encode(mask), (mask & true).sum() / (mask | true).sum()))
+    return results
+
+
 def test_clicks_are_those_on_each_span_alone_with_its_present_mask(measured):
     model, processor, answers, results = measured
-    clicks_of_spans = []
+    clicks, next_equal = set(), {WHEELS: {0: 1, 1: 3, 3: 0}, TWO: {0: 1, 1: 0}}
     for asked, found in zip(answers, results, strict=True):
-        chat = conversation(asked["image"], asked["messages"][1]["content"], "Which?")
-        inputs = processor.apply_chat_template([chat], masks=[asked["masks"]], tokenize=True, return_dict=True)
         own = iou_matrix(segment_alone(model, processor, asked, {}), [encode(mask) for mask in asked["masks"]])
         targets = match_equal(own, found.phrases, {})
         for span, target in enumerate(targets):
-            outputs, clicks, true = model.segment_spans(**inputs), [], asked["masks"][target]
-            for number in range(5):
-                mask = processor.post_process_segmentation(outputs)[0].spans[span].mask
-                clicks.append(next_click(mask, true))
-                outputs = model.segment_spans(
-                    **inputs,
-                    input_points={span: [(x, y) for x, y, _ in clicks]},
-                    input_labels={span: [int(inside) for *_, inside in clicks]},
-                    input_masks={span: outputs.pred_masks[span]},
-                )
-                mask = processor.post_process_segmentation(outputs)[0].spans[span].mask
-                iou = (mask & true).sum() / (mask | true).sum()
-                assert found.clicked[number][span] == pytest.approx(iou, abs=1e-6)
-                if number == 2:
-                    assert found.after_clicks[span] == encode(mask)
-            clicks_of_spans.append(clicks)
-    assert len({click for clicks in clicks_of_spans for click in clicks}) > 20
+            alone = click_alone(model, processor, asked, span, target)
+            assert [ious[span] for ious in found.clicked] == pytest.approx([iou for *_, iou in alone], abs=1e-6)
+            assert found.after_clicks[span] == alone[2][1]
+            clicks |= {click for click, *_ in alone}
+        for place, (span, other) in enumerate(next_equal[asked["messages"][1]["content"]].items()):
+            alone = click_alone(model, processor, asked, span, targets[other])
+            assert [ious[place] for ious in found.moved] == pytest.approx([iou for *_, iou in alone], abs=1e-6)
+        assert {len(ious) for ious in found.moved} == {len(next_equal[asked["messages"][1]["content"]])}
+    assert len(clicks) > 20
 
 
 def test_a_mask_without_errors_gets_no_click_and_stays(measured):
@@ -125,6 +133,15 @@ def test_a_mask_without_errors_gets_no_click_and_stays(measured):
     (found,) = measure_answers(model, processor, [{**answers[1], "masks": own}])
     assert found.matched == [1, 1] and found.clicked == [[1, 1]] * 5
     assert found.after_clicks == found.before
+
+
+def test_an_answer_without_equal_words_has_no_other_instance_to_click_on(measured):
+    model, processor, *_ = measured
+    results = measure_answers(model, processor, [answer(4, "A <p>wheel</p> and a <p>tail</p>.")])
+    assert results[0].moved == [[]] * 5
+    metrics = summarise_corrections(results)
+    assert metrics["overall"]["moved_iou_after_1_click"] is None and metrics["overall"]["iou_after_1_click"] >= 0
+    assert "moved_iou_after_1_click" not in metrics["intervals"]["overall"]
 
 
 def test_equal_spans_are_matched_among_themselves_and_without_those_given():
@@ -150,6 +167,8 @@ def test_metrics_are_means_over_spans_with_intervals_over_images(measured):
         clicked = np.concatenate([found.clicked[count - 1] for found in results])
         assert overall[name] == pytest.approx(clicked.mean())
         assert intervals[name][0] <= overall[name] <= intervals[name][1]
+        moved = np.concatenate([found.moved[count - 1] for found in results])
+        assert len(moved) == 3 + 2 + 3 and overall[f"moved_{name}"] == pytest.approx(moved.mean())
     repeats = np.concatenate([found.repeats for found in results])
     assert len(repeats) == 2 + 1 + 2 and overall["repeat_overlap"] == pytest.approx(repeats.mean())
     assert overall["correction_curve"][2] == pytest.approx(np.mean([results[0].curve[2], results[2].curve[2]]))
