@@ -9,6 +9,7 @@ import json
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,11 @@ class _Answers:
         self.inputs["sam_image_embeddings"] = model.get_image_embeddings(self.inputs.pop("sam_pixel_values"))
         self.inputs["hidden_states"] = encode_conversations(model, **self.inputs)
 
+    @cached_property
+    def own(self) -> tuple[list[list[RLE]], torch.Tensor]:
+        """The masks of each answer without corrections, and their low-res logits."""
+        return self._run()
+
     def segment(self, given: Sequence[Given]) -> list[list[RLE]]:
         """Return the masks of each answer, with the given true masks in their places."""
         masks = {
@@ -93,14 +99,15 @@ class _Answers:
         Args:
             targets: Index of the true mask that the clicks on each span mean, by answer; None for no clicks.
         """
-        masks, logits = self._run()
+        masks, logits = self.own
         clicks: dict[int, list[Click]] = defaultdict(list)
         for _ in range(count):
             clicked = {}
             for row, of_row in enumerate(targets):
                 for span, target in enumerate(of_row):
-                    meant = None if target is None else self.true[row][target]
-                    click = None if meant is None else next_click(decode(masks[row][span]), meant)
+                    if target is None:
+                        continue
+                    click = next_click(decode(masks[row][span]), self.true[row][target])
                     if click is not None:
                         clicked[self.first[row] + span] = row, span
                         clicks[self.first[row] + span].append(click)
@@ -129,7 +136,7 @@ def measure_answers(model, processor: PlumProcessor, answers: Sequence[dict[str,
         answers: `id`, `image_id`, `row`, `image` (RGB), `messages` (two) and `masks` (bool, of the image's size).
     """
     batch, rows = _Answers(model, processor, answers), range(len(answers))
-    before = batch.segment([{}] * len(answers))
+    before, _ = batch.own
     ious = batch.compare(before)
     targets = [match_equal(ious[row], batch.phrases[row], {}) for row in rows]
     given, matched_given = _give_in_listed_order(batch, ious)
