@@ -12,9 +12,11 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 
 import torch
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import get_scheduler, set_seed
 
@@ -32,30 +34,47 @@ from plum_partonomy.training.trainer import MuonWithAdamW
 from supervision_plum import MAX_PROMPT_ROUNDS, PROMPT_DRAWS, supervise_masks
 
 OF_IMAGES = ("input_ids", "attention_mask", "sam_image_index", "original_sizes", "reshaped_input_sizes")
-OF_MASKS = ("spans", "mask_labels", "span_groups", "mask_groups", "sam_image_index")
+OF_MASKS = ("spans", "span_groups", "mask_groups", "sam_image_index")
 
 
 @torch.no_grad()
-def encode_examples(model, dataset, collator: Collator, *, batches: int, batch_size: int) -> Iterator[dict]:
-    """Yield batches of spans and masks with hidden states, image embeddings and the sizes of each span's image."""
-    order = torch.randperm(len(dataset)).tolist()
-    order *= -(-batches * batch_size // len(order))
-    for start in tqdm(range(0, batches * batch_size, batch_size), desc="encoding", unit="batch"):
-        batch = collator([dataset[index] for index in order[start : start + batch_size]])
+def encode_examples(
+    model, dataset, collator: Collator, *, batches: int, batch_size: int, workers: int = 0
+) -> Iterator[dict]:
+    """
+    Yield batches of spans and masks with hidden states, image embeddings and the sizes of each span's image, all on
+    the device of the model. Each pass over the data set is an epoch of it, with other augmentation.
+    """
+    for batch in tqdm(
+        load_batches(dataset, collator, batches, batch_size, workers), desc="encoding", unit="batch", total=batches
+    ):
+        masks = [mask.bool().to(model.device) for mask in batch.pop("mask_labels")]
+        batch = {name: batch[name].to(model.device) for name in {*OF_IMAGES, *OF_MASKS, "sam_pixel_values"}}
         embeddings = model.get_image_embeddings(batch["sam_pixel_values"])
         inputs = {name: batch[name] for name in OF_IMAGES}
         states = model.encode_conversations(sam_image_embeddings=embeddings, **inputs)
         sizes = batch["original_sizes"], batch["reshaped_input_sizes"]
         images = PlumImages({}, embeddings, batch["sam_image_index"], *sizes)
         kept = {name: batch[name] for name in OF_MASKS}
-        sizes = images.sizes_of(batch["spans"])
-        yield {**kept, "hidden_states": states, "sam_image_embeddings": embeddings, "sizes": sizes}
+        encoded = {"hidden_states": states, "sam_image_embeddings": embeddings, "mask_labels": masks}
+        yield {**kept, **encoded, "sizes": images.sizes_of(batch["spans"])}
 
 
-def compute_loss(model, batch: dict, **drawn: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
+def load_batches(dataset, collator: Collator, batches: int, batch_size: int, workers: int) -> Iterator[dict]:
+    """Yield a number of batches of the data set in random order, of as many epochs as they need."""
+    for epoch in count():
+        dataset.set_epoch(epoch)
+        order = [indices.tolist() for indices in torch.randperm(len(dataset)).split(batch_size)[:batches]]
+        yield from DataLoader(dataset, batch_sampler=order, collate_fn=collator, num_workers=workers)
+        batches -= len(order)
+        if not batches:
+            return
+
+
+def compute_loss(model, batch: dict, **drawn: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """
-    Return the weighted mask losses of own and prompted decodes, those of `forward`, and the IoUs of both. `drawn` is
-    the result of [`draw`].
+    Return the weighted mask losses of own and prompted decodes, those of `forward`, and the mean IoUs of both. `drawn`
+    is the result of [`draw`].
     """
     spans, sizes = batch["spans"], batch["sizes"]
     groups = {name: batch[name] for name in ("span_groups", "mask_groups")}
@@ -63,20 +82,21 @@ def compute_loss(model, batch: dict, **drawn: torch.Tensor) -> tuple[torch.Tenso
     inputs = batch["hidden_states"], spans, batch["sam_image_embeddings"], batch["sam_image_index"]
     own = model.decode_masks(*inputs, targets=targets, sampled=sampled)
     indices, masks, *labelled = sampled.with_own(*own, batch["mask_labels"], sizes)
-    losses = mask_losses(model.config, masks, *labelled, torch.tensor(float(len(masks))))
+    losses = mask_losses(model.config, masks, *labelled, torch.tensor(float(len(masks)), device=masks.device))
     found, true = masks.detach() > 0, targets.low_res_masks[indices] > 0
     ious = (found & true).sum(dim=(1, 2)) / (found | true).sum(dim=(1, 2)).clamp(min=1)
-    figures = {"own": float(ious[: len(spans)].mean()), "prompted": float(ious[len(spans) :].mean())}
+    figures = {"own": ious[: len(spans)].mean(), "prompted": ious[len(spans) :].mean()}
     return sum(model.loss_weights[name] * value for name, value in losses.items()), figures
 
 
-def draw(count: int, teacher_forcing_probability: float) -> dict[str, torch.Tensor]:
-    """Return the random arguments of [`compute_loss`] for a number of spans, all of which are prompted."""
-    return {
-        "teacher_forced": torch.rand(count) < teacher_forcing_probability,
-        "prompt_rounds": torch.randint(1, MAX_PROMPT_ROUNDS + 1, (count,)),
-        "prompt_draws": torch.rand(count, PROMPT_DRAWS),
+def draw(spans: torch.LongTensor, teacher_forcing_probability: float) -> dict[str, torch.Tensor]:
+    """Return the random arguments of [`compute_loss`] for the spans of a batch, all of which are prompted."""
+    drawn = {
+        "teacher_forced": torch.rand(len(spans)) < teacher_forcing_probability,
+        "prompt_rounds": torch.randint(1, MAX_PROMPT_ROUNDS + 1, (len(spans),)),
+        "prompt_draws": torch.rand(len(spans), PROMPT_DRAWS),
     }
+    return {name: values.to(spans.device) for name, values in drawn.items()}
 
 
 def main(argv: list[str]):
@@ -91,10 +111,11 @@ def main(argv: list[str]):
     parts = [load_records(source, source.train_split, streaming=False) for source in data.sources]
     records = mix(parts, [source.rate for source in data.sources], args.seed)
     model, processor = load_model(model_arguments, records)
-    freeze(model, model_arguments.frozen_modules)
-    dataset, size = make_train_dataset(records, parts, data, args.seed), args.per_device_train_batch_size
+    freeze(model.to(args.device).eval(), model_arguments.frozen_modules)
+    dataset = make_train_dataset(records, parts, data, args.seed)
     collator = Collator(processor, order_free_targets=data.order_free_targets)
-    batches = list(encode_examples(model.eval(), dataset, collator, batches=own.batches, batch_size=size))
+    amount = {"batches": own.batches, "batch_size": args.per_device_train_batch_size}
+    batches = list(encode_examples(model, dataset, collator, **amount, workers=args.dataloader_num_workers))
     before = {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad}
     rates = (
         args.muon_learning_rate,
@@ -110,16 +131,16 @@ def main(argv: list[str]):
     history, progress = [], tqdm(range(args.max_steps), desc="training", unit="step")
     for step in progress:
         batch = batches[int(torch.randint(len(batches), ()))]
-        loss, figures = compute_loss(model, batch, **draw(len(batch["spans"]), data.teacher_forcing_probability))
+        loss, figures = compute_loss(model, batch, **draw(batch["spans"], data.teacher_forcing_probability))
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
         optimizer.step()
         scheduler.step()
-        history.append({"loss": float(loss.detach()), **figures})
+        history.append({"loss": loss.detach(), **figures})
         if (step + 1) % args.logging_steps == 0:
             last = history[-args.logging_steps :]
-            progress.set_postfix({name: round(sum(line[name] for line in last) / len(last), 3) for name in last[0]})
+            progress.set_postfix({name: f"{sum(line[name] for line in last) / len(last):.3f}" for name in last[0]})
     with torch.no_grad():  # a mean of both keeps more of what the model could do before (arXiv 2109.01903)
         for name, weight in before.items():
             model.get_parameter(name).lerp_(weight, own.keep)
@@ -127,6 +148,7 @@ def main(argv: list[str]):
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     write_recipe(folder, read_options(rest))
+    history = [{name: float(value) for name, value in line.items()} for line in history]
     write_whole(folder / "history.json", [json.dumps(history), "\n"])
     print(f"The trained model, its processor and the losses of each step are in {folder}")
 

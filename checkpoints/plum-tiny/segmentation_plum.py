@@ -8,7 +8,6 @@ square input.
 
 import math
 from collections.abc import Mapping
-from functools import partial
 
 import numpy as np
 import torch
@@ -206,7 +205,7 @@ class PlumMaskDecoding:
             embeddings = sam_image_embeddings.to(queries)
             positions = self._grid_positions(queries)
 
-            def decode(members: torch.LongTensor, dense: torch.Tensor, prompts: dict, *, queries=queries):
+            def decode(members: torch.LongTensor, dense: torch.Tensor, prompts: dict):
                 return self._decode_prompted(members, queries, images, embeddings, positions, dense, prompts)
 
             if self.mask_feedback is None and not given_masks and targets is None:
@@ -215,7 +214,12 @@ class PlumMaskDecoding:
             given = given_masks or {}, prompts or {}
             masks, scores = self._decode_in_lock_step(decode, queries, rows, positions, *given, targets, sampled)
             if sampled is not None:
-                sampled.decode(masks, partial(decode, queries=queries.masked_fill(sampled.blind[:, None], 0)))
+                seen = queries.masked_fill(sampled.blind[:, None], 0)
+
+                def decode_form(members: torch.LongTensor, dense: torch.Tensor, prompts: SpanPrompt):
+                    return self._decode_form(seen[members], images[members], embeddings, positions, dense, prompts)
+
+                sampled.decode(masks, decode_form)
             return masks, scores
 
     @staticmethod
@@ -259,13 +263,17 @@ class PlumMaskDecoding:
             size = self.config.low_res_mask_size
             masks, scores = dense.new_empty(len(members), size, size), dense.new_empty(len(members))
         for places in forms.values():
-            some = [prompts[span] for span in members[places].tolist()]
-            further, of_masks = self.segmenter.embed_prompts(self.sam, some, like=queries)
-            tokens = sparse[places] if further is None else torch.cat([sparse[places], further], dim=1)
-            masks[places], scores[places] = self._decode_step(
-                tokens, images[places], embeddings, positions, dense[places] if of_masks is None else of_masks
+            some = SpanPrompt.batch([prompts[span] for span in members[places].tolist()])
+            masks[places], scores[places] = self._decode_form(
+                queries[members[places]], images[places], embeddings, positions, dense[places], some
             )
         return masks, scores
+
+    def _decode_form(self, queries, images, embeddings, positions, dense, prompts: SpanPrompt):
+        """Decode n masks of a batch of prompts beside their queries `(n, C)`; as [`_decode_prompted`]."""
+        further, of_masks = self.segmenter.embed_prompts(self.sam, prompts, like=queries)
+        tokens = queries[:, None] if further is None else torch.cat([queries[:, None], further], dim=1)
+        return self._decode_step(tokens, images, embeddings, positions, dense if of_masks is None else of_masks)
 
     def _decode_step(self, sparse, images, embeddings, positions, dense) -> tuple[torch.Tensor, torch.Tensor]:
         """
@@ -373,7 +381,7 @@ class PlumMaskDecoding:
                 targets.assign(members, decoded)
                 fed_back = targets.feed_back(members, decoded)
             if sampled is not None:
-                sampled.dense_prompts |= zip(members.tolist(), dense, strict=True)
+                sampled.dense_prompts.append((members, dense))
             masks.append(decoded)
             iou_scores.append(scores)
             members_of_step.append(members)

@@ -13,7 +13,7 @@ A *low-res mask* has 4G x 4G logits in the frame of SAM's square input.
 import math
 from collections.abc import Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -58,12 +58,8 @@ def label_frame(original_size: tuple[int, int], reshaped_size: tuple[int, int]) 
 
 
 def shrink_mask(mask: torch.Tensor, size: tuple[int, int]) -> torch.BoolTensor:
-    """
-    Return a mask `(H, W)` at a smaller size. A pixel is inside if half of its area is; in a mask too thin for that,
-    the pixels with the largest area are inside.
-    """
-    share = F.interpolate(mask[None, None].float(), tuple(size), mode="area")[0, 0]
-    return (share > 0) & (share >= share.max().clamp(max=0.5))
+    """Return a mask `(H, W)` at a smaller size, by [`largest_share`]."""
+    return largest_share(F.interpolate(mask[None, None].float(), tuple(size), mode="area")[0])[0]
 
 
 def downscale_masks(
@@ -80,10 +76,30 @@ def downscale_masks(
     Returns:
         `(S, 4G, 4G)` logits between -10 and 10.
     """
+    return low_res_logits(masks_in_frame(masks, sam_image_size, reshaped_size), low_res_size)
+
+
+def masks_in_frame(masks: torch.Tensor, sam_image_size: int, reshaped_size: tuple[int, int]) -> torch.Tensor:
+    """
+    Return binary masks `(S, height, width)` of an original image in SAM's padded square input, as the share
+    `(S, sam_image_size, sam_image_size)` of each pixel that is inside. Arguments as in [`downscale_masks`].
+    """
     masks = F.interpolate(masks[:, None].float(), tuple(reshaped_size), mode="bilinear", antialias=True)
-    masks = F.pad(masks, (0, sam_image_size - reshaped_size[1], 0, sam_image_size - reshaped_size[0]))
-    masks = F.interpolate(masks, (low_res_size,) * 2, mode="area")[:, 0]
-    return (2 * masks - 1) * GIVEN_MASK_LOGIT
+    return F.pad(masks, (0, sam_image_size - reshaped_size[1], 0, sam_image_size - reshaped_size[0]))[:, 0]
+
+
+def low_res_logits(shares: torch.Tensor, low_res_size: int) -> torch.Tensor:
+    """Return the result of [`masks_in_frame`] as low-res logits `(S, 4G, 4G)`."""
+    shares = F.interpolate(shares[:, None], (low_res_size,) * 2, mode="area")[:, 0]
+    return (2 * shares - 1) * GIVEN_MASK_LOGIT
+
+
+def largest_share(shares: torch.Tensor) -> torch.BoolTensor:
+    """
+    Return the pixels of masks `(S, H, W)` with half of their area inside or, in a mask too thin for that, with the
+    largest share.
+    """
+    return (shares > 0) & (shares >= shares.amax(dim=(1, 2), keepdim=True).clamp(max=0.5))
 
 
 def label_in_frame(mask: torch.Tensor, original: tuple[int, int], frame: tuple[int, int]) -> torch.Tensor:
@@ -108,7 +124,8 @@ def weights_in_place(*modules: nn.Module):
 @dataclass(frozen=True, kw_only=True)
 class SpanPrompt:
     """
-    The prompts of one span beside its query, in pixels of SAM's square input; None for those absent.
+    The prompts of one span beside its query, in pixels of SAM's square input; None for those absent. A batch of
+    prompts of one form has a dimension n before those named here.
 
     Args:
         points: `(K, 2)` x, y.
@@ -126,6 +143,16 @@ class SpanPrompt:
     def form(self) -> tuple[int, bool, bool]:
         """Number of points, and whether there is a box and a mask. Prompts of one form are decoded together."""
         return 0 if self.points is None else len(self.points), self.box is not None, self.mask is not None
+
+    @classmethod
+    def batch(cls, prompts: Sequence["SpanPrompt"]) -> "SpanPrompt":
+        """Return prompts of one form as a batch."""
+
+        def stack(name: str) -> torch.Tensor | None:
+            values = [getattr(prompt, name) for prompt in prompts]
+            return None if values[0] is None else torch.stack(values)
+
+        return cls(**{field.name: stack(field.name) for field in fields(cls)})
 
 
 class SamSegmenter:
@@ -150,18 +177,15 @@ class SamSegmenter:
         return sam.vision_encoder(pixel_values).last_hidden_state
 
     def embed_prompts(
-        self, sam: nn.Module, prompts: Sequence[SpanPrompt], like: torch.Tensor
+        self, sam: nn.Module, prompts: SpanPrompt, like: torch.Tensor
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """
-        Return the sparse prompts `(n, P, C)` and dense prompts `(n, C, G, G)` of n prompts of one form, each None
+        Return the sparse prompts `(n, P, C)` and dense prompts `(n, C, G, G)` of a batch of n prompts, each None
         without any, on the device and in the precision of `like`.
         """
-
-        def stack(name: str) -> torch.Tensor | None:
-            values = [getattr(prompt, name) for prompt in prompts]
-            return None if values[0] is None else torch.stack(values)[:, None].to(like.device)  # (n, 1, ...)
-
-        points, labels, boxes, masks = map(stack, ("points", "labels", "box", "mask"))
+        given = (getattr(prompts, field.name) for field in fields(prompts))
+        # transformers' prompt encoders take several masks for each image, here one: (n, 1, ...)
+        points, labels, boxes, masks = (None if each is None else each[:, None].to(like.device) for each in given)
         encoder = sam.prompt_encoder
         with weights_in_place(*[module for module in encoder.modules() if isinstance(module, nn.Embedding)]):
             sparse, dense = encoder(points, labels, boxes, None if masks is None else masks.to(like))

@@ -9,15 +9,32 @@ from collections.abc import Callable
 from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 
 try:
     from .configuration_plum import PlumConfig
-    from .segmenters_plum import GIVEN_MASK_LOGIT, SpanPrompt, downscale_masks, label_frame, label_in_frame
+    from .segmenters_plum import (
+        GIVEN_MASK_LOGIT,
+        SpanPrompt,
+        label_frame,
+        label_in_frame,
+        largest_share,
+        low_res_logits,
+        masks_in_frame,
+    )
 except ImportError:
     if __package__:
         raise
     from configuration_plum import PlumConfig
-    from segmenters_plum import GIVEN_MASK_LOGIT, SpanPrompt, downscale_masks, label_frame, label_in_frame
+    from segmenters_plum import (
+        GIVEN_MASK_LOGIT,
+        SpanPrompt,
+        label_frame,
+        label_in_frame,
+        largest_share,
+        low_res_logits,
+        masks_in_frame,
+    )
 
 # Largest number of prompted decodes of one span in training, and the random numbers that determine their prompts: the
 # kind of the first, a pixel for each click, the displacement of a box's sides, whether there is a query, the instance.
@@ -25,29 +42,32 @@ MAX_PROMPT_ROUNDS = 5
 DRAWN = (1, MAX_PROMPT_ROUNDS, 4, 1, 1)
 PROMPT_DRAWS = sum(DRAWN)
 # Probability that they come without the query of their span, and that they mean any mask with its words.
-BLIND, ANY_INSTANCE = 0.5, 0.5
+BLIND, ANY_INSTANCE = 0.5, 0.25
 # Standard deviation of a box in training as a share of its sides, and the largest displacement in pixels, as in SAM.
 BOX_NOISE, MAX_BOX_NOISE = 0.1, 20.0
 
 
-def shrink_mask_labels(
+def resize_mask_labels(
     mask_labels: list[torch.Tensor], sizes: torch.LongTensor, sam_image_size: int, low_res_size: int
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.BoolTensor]:
     """
-    Return true masks as low-res logits `(M, 4G, 4G)`.
+    Return true masks as low-res logits `(M, 4G, 4G)`, and `(M, 8G, 8G)`, in which clicks are drawn.
 
     Args:
         mask_labels: M masks `(H, W)`, 0/1, at the size of their image or of `label_frame`.
         sizes: `(M, 4)`, (height, width) in pixels of each mask's image as given and as resized for SAM.
     """
-    shrunk = torch.empty(len(mask_labels), low_res_size, low_res_size, device=sizes.device)
+    low_res = torch.empty(len(mask_labels), low_res_size, low_res_size, device=sizes.device)
+    fine = low_res.new_empty(len(mask_labels), 2 * low_res_size, 2 * low_res_size, dtype=torch.bool)
     for size in sizes.unique(dim=0):
         members = (sizes == size).all(dim=1).nonzero()[:, 0]
         original, reshaped = tuple(size[:2].tolist()), tuple(size[2:].tolist())
         frame = label_frame(original, reshaped)
         masks = torch.stack([label_in_frame(mask_labels[i], original, frame) for i in members.tolist()])
-        shrunk[members] = downscale_masks(masks.to(sizes.device), sam_image_size, reshaped, low_res_size)
-    return shrunk
+        shares = masks_in_frame(masks.to(sizes.device), sam_image_size, reshaped)
+        low_res[members] = low_res_logits(shares, low_res_size)
+        fine[members] = largest_share(F.interpolate(shares[:, None], fine.shape[1:], mode="area")[:, 0])
+    return low_res, fine
 
 
 class MaskTargets:
@@ -107,7 +127,32 @@ def _nth(candidates: torch.BoolTensor, draws: torch.Tensor) -> torch.LongTensor:
     """Return one of the candidates of each row `(n,)`, by numbers `(n,)` in [0, 1); larger ones give the last."""
     count = candidates.sum(dim=1)
     number = torch.minimum((draws * count).long(), count - 1)
-    return (candidates.cumsum(dim=1) > number[:, None]).int().argmax(dim=1)
+    return (candidates.cumsum(dim=1, dtype=torch.int32) > number[:, None]).int().argmax(dim=1)
+
+
+def _inner_part(regions: torch.BoolTensor) -> tuple[torch.BoolTensor, torch.LongTensor]:
+    """
+    Return regions `(n, s, s)` without their pixels near the border, and numbers `(n,)` that order regions by depth
+    and, if it is equal, by size. As many pixels are removed, 1, 2, 4, ... on all sides, as leave some.
+    """
+    inner, order, left, radius = regions, regions.sum(dim=(1, 2)), regions, 0
+    while left.any():
+        step = max(1, radius)
+        for axis in (1, 2):
+            sides = _both_sides(left, step, axis)
+            left = sides if radius else left & sides  # pixels already stand for their neighbours
+        radius += step
+        remain = left.any(dim=2).any(dim=1)
+        inner = torch.where(remain[:, None, None], left, inner)
+        order = order + remain * regions[0].numel()
+    return inner, order
+
+
+def _both_sides(regions: torch.BoolTensor, step: int, axis: int) -> torch.BoolTensor:
+    """Return the pixels of which both pixels `step` away along an axis are inside the regions `(n, s, s)`."""
+    padding = [0, 0, step, step] if axis == 1 else [step, step]
+    padded, size = F.pad(regions, padding), regions.shape[axis]
+    return padded.narrow(axis, 0, size) & padded.narrow(axis, 2 * step, size)
 
 
 class SampledPrompts:
@@ -116,16 +161,18 @@ class SampledPrompts:
 
     The first decode of a span has a click in the error region of its own mask, with this mask, in one half of all
     cases, and a click inside the true mask or a box around it in a quarter each. Each further decode adds a click in
-    the error region of the decode before, whose mask it gets. A click is a uniformly drawn pixel of the larger of the
-    two error regions, missed and excess pixels.
+    the error region of the decode before, whose mask it gets. A click is a uniformly drawn pixel of the inner part of
+    the deeper of the two error regions, missed and excess pixels, at twice the resolution of low-res masks: in these,
+    errors of a good mask vanish, and a click on one would mean more than in training.
 
     Half of the spans are decoded without their query: only prompts and mask say what is meant. Beside a query that
     finds its part already, nothing depends on where a click is, and a decoder trained from scratch does not learn it.
-    For the same reason the prompts of half of the spans mean any mask with the words of the span, so that a click on
-    another instance leads there.
+    For the same reason the prompts of a quarter of the spans mean any mask with the words of the span, so that a click
+    on another instance leads there.
 
     Args:
         targets: Receives the true mask of each span during decoding.
+        true_masks: `(M, 8G, 8G)` bool, the masks of `targets` at twice their resolution.
         rounds: `(S,)` number of prompted decodes of each span, 0 for none.
         draws: `(S, PROMPT_DRAWS)` numbers in [0, 1), the columns of DRAWN.
         frames: `(S, 2)` (height, width) in pixels of each span's image within SAM's input.
@@ -135,47 +182,52 @@ class SampledPrompts:
     def __init__(
         self,
         targets: MaskTargets,
+        true_masks: torch.BoolTensor,
         rounds: torch.LongTensor,
         draws: torch.Tensor,
         frames: torch.LongTensor,
         image_size: int,
     ):
-        self.targets, self.rounds = targets, rounds
-        self.frames, self.image_size = frames, image_size
+        self.targets, self.true_masks, self.rounds, self.frames = targets, true_masks, rounds, frames
+        self.cell = image_size / true_masks.shape[-1]  # side in pixels
         kind, self.pixels, self.sides, query, instance = draws.split(DRAWN, dim=1)
         self.kind, self.instance = kind[:, 0], instance[:, 0]
         self.blind = query[:, 0] < BLIND  # spans decoded without their query
-        self.dense_prompts: dict[int, torch.Tensor] = {}  # (C, G, G) of the own decode of each span
+        self.dense_prompts: list[tuple[torch.LongTensor, torch.Tensor]] = []  # of own decodes: spans, (n, C, G, G)
         self.decoded: list[tuple[torch.LongTensor, torch.Tensor, torch.Tensor]] = []  # spans, masks, scores
 
     def decode(self, own_masks: torch.Tensor, decode: Callable[..., tuple[torch.Tensor, torch.Tensor]]):
         """
         Run all rounds, once spans have their own masks `(S, 4G, 4G)` and targets. `decode(spans, dense_prompts,
-        prompts)` returns masks and scores.
+        prompts)` returns masks and scores of spans with a batch of prompts.
         """
         corrects, boxed = self.kind < 0.5, self.kind >= 0.75
+        spans, dense = map(torch.cat, zip(*self.dense_prompts, strict=True))
+        dense, boxes = dense[spans.argsort()], self._boxes()
         present = torch.where(corrects[:, None, None], own_masks.detach().float(), -GIVEN_MASK_LOGIT)
-        prompts: dict[int, SpanPrompt] = {}
+        points, labels = boxes.new_zeros(*self.pixels.shape, 2), torch.zeros_like(self.pixels, dtype=torch.long)
         for number in range(int(self.rounds.max())):
-            members = (self.rounds > number).nonzero()[:, 0]
-            points, labels = self._click(members, present, self.pixels[members, number])
-            boxes = self._boxes(members) if number == 0 else None
-            for place, span in enumerate(members.tolist()):
-                point, label, before = points[place, None], labels[place, None], prompts.get(span)
-                if before is None and boxed[span]:
-                    prompts[span] = SpanPrompt(box=boxes[place])
-                elif before is None:
-                    prompts[span] = SpanPrompt(
-                        points=point, labels=label, mask=present[span] if corrects[span] else None
+            goes_on, masked = self.rounds > number, corrects | (number > 0)
+            members = goes_on.nonzero()[:, 0]
+            points[members, number], labels[members, number] = self._click(
+                members, present, self.pixels[members, number]
+            )
+            found = []
+            for has_box, has_mask in ((False, False), (False, True), (True, False), (True, True)):
+                members = (goes_on & (boxed == has_box) & (masked == has_mask)).nonzero()[:, 0]
+                if len(members):
+                    clicks = slice(int(has_box), number + 1)  # a box comes instead of the first click
+                    clicked = clicks.start < clicks.stop
+                    prompts = SpanPrompt(
+                        points=points[members, clicks] if clicked else None,
+                        labels=labels[members, clicks] if clicked else None,
+                        box=boxes[members] if has_box else None,
+                        mask=present[members] if has_mask else None,
                     )
-                else:
-                    if before.points is not None:
-                        point, label = torch.cat([before.points, point]), torch.cat([before.labels, label])
-                    prompts[span] = SpanPrompt(points=point, labels=label, box=before.box, mask=present[span])
-            dense = torch.stack([self.dense_prompts[span] for span in members.tolist()])
-            masks, scores = decode(members, dense, prompts)
+                    found.append((members, *decode(members, dense[members], prompts)))
+            members, masks, scores = map(torch.cat, zip(*found, strict=True))
+            present[members] = masks.detach().float()
             self.decoded.append((members, masks, scores))
-            present = present.index_put((members,), masks.detach().float())
 
     def with_own(self, masks, scores, mask_labels, sizes):
         """
@@ -196,45 +248,39 @@ class SampledPrompts:
 
     @cached_property
     def _regions(self) -> tuple[torch.BoolTensor, torch.BoolTensor]:
-        """The meant masks `(S, 4G, 4G)`, never empty unless the mask is, and the cells of the images."""
-        low_res = self.targets.low_res_masks[self.meant]
-        largest = low_res.amax(dim=(1, 2), keepdim=True)  # a part thinner than half a cell has no logit above 0
-        true = (low_res > 0) | ((low_res == largest) & (low_res > -GIVEN_MASK_LOGIT))
-        side = low_res.shape[-1]
-        centres = (torch.arange(side, device=low_res.device) + 0.5) * (self.image_size / side)
+        """The meant masks `(S, 8G, 8G)`, and the cells of the images."""
+        centres = (torch.arange(self.true_masks.shape[-1], device=self.frames.device) + 0.5) * self.cell
         rows, columns = (centres < self.frames[:, axis, None] for axis in (0, 1))
-        return true, rows[:, :, None] & columns[:, None]
+        return self.true_masks[self.meant], rows[:, :, None] & columns[:, None]
 
     def _click(self, members, present, draws) -> tuple[torch.Tensor, torch.LongTensor]:
         """Return a point `(n, 2)` in pixels of SAM's input and a label `(n,)` for each of the spans `members`."""
         true, visible = (region[members] for region in self._regions)
-        found = present[members] > 0
-        missed, excess = true & ~found & visible, found & ~true & visible
-        adds = missed.sum(dim=(1, 2)) >= excess.sum(dim=(1, 2))
-        region = torch.where(adds[:, None, None], missed, excess)
+        found = F.interpolate(present[members, None], true.shape[1:], mode="bilinear", align_corners=False)[:, 0] > 0
+        missed, excess = (_inner_part(errors & visible) for errors in (true & ~found, found & ~true))
+        adds = missed[1] >= excess[1]
+        region = torch.where(adds[:, None, None], missed[0], excess[0])
         for other in (true & visible, visible):  # without an error, inside the mask; without a mask, anywhere
             region = torch.where(region.any(dim=(1, 2))[:, None, None], region, other)
-        index = _nth(region.flatten(1), draws)
-        side = true.shape[-1]
+        index, side = _nth(region.flatten(1), draws), true.shape[-1]
         points = torch.stack([index % side, index // side], dim=1)
-        # SAM's prompt encoder adds half a pixel.
-        points = (points + 0.5) * (self.image_size / side) - 0.5
+        points = (points + 0.5) * self.cell - 0.5  # SAM's prompt encoder adds half a pixel
         return points, (adds & true.any(dim=2).any(dim=1)).long()
 
-    def _boxes(self, members) -> torch.Tensor:
-        """Return displaced boxes `(n, 4)` around the true masks of spans, in pixels of SAM's input."""
-        true, visible = (region[members] for region in self._regions)
+    def _boxes(self) -> torch.Tensor:
+        """Return displaced boxes `(S, 4)` around the true masks of spans, in pixels of SAM's input."""
+        true, visible = self._regions
         region = torch.where(true.any(dim=2).any(dim=1)[:, None, None], true, visible)
         ends = []
         for axis in (1, 2):  # columns, rows
-            inside = region.any(dim=axis).int()  # (n, 4G)
+            inside = region.any(dim=axis).int()  # (S, 8G)
             ends += [inside.argmax(dim=1), inside.shape[1] - inside.flip(1).argmax(dim=1)]
-        x0, x1, y0, y1 = (end * (self.image_size / true.shape[-1]) for end in ends)
+        x0, x1, y0, y1 = (end * self.cell for end in ends)
         sides = torch.stack([x1 - x0, y1 - y0], dim=1).repeat(1, 2)
         # Up to 4.75 standard deviations, so that the corners stay in their order.
-        normal = torch.special.ndtri(self.sides[members].double().clamp(1e-6, 1 - 1e-6)).float()
+        normal = torch.special.ndtri(self.sides.double().clamp(1e-6, 1 - 1e-6)).float()
         noise = (normal * BOX_NOISE * sides).clamp(-MAX_BOX_NOISE, MAX_BOX_NOISE)
-        limits = self.frames[members].flip(1).repeat(1, 2)
+        limits = self.frames.flip(1).repeat(1, 2)
         return (torch.stack([x0, y0, x1, y1], dim=1) + noise).clamp(min=0).minimum(limits)
 
 
@@ -281,8 +327,11 @@ def supervise_masks(
         teacher_forced = torch.zeros_like(span_groups, dtype=torch.bool)
     # All masks of a group are about one image, that of its first span.
     first_span = (span_groups == mask_groups[:, None]).int().argmax(dim=1)
-    low_res_masks = shrink_mask_labels(mask_labels, sizes[first_span], config.sam_image_size, config.low_res_mask_size)
+    sides = config.sam_image_size, config.low_res_mask_size
+    low_res_masks, true_masks = resize_mask_labels(mask_labels, sizes[first_span], *sides)
     targets = MaskTargets(low_res_masks, span_groups, mask_groups, teacher_forced)
     if prompt_rounds is None:
         return targets, None
-    return targets, SampledPrompts(targets, prompt_rounds, prompt_draws, sizes[:, 2:], config.sam_image_size)
+    return targets, SampledPrompts(
+        targets, true_masks, prompt_rounds, prompt_draws, sizes[:, 2:], config.sam_image_size
+    )

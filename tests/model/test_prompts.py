@@ -85,7 +85,7 @@ def test_a_decode_without_the_query_is_that_of_transformers_own_model(sam, names
     fields = {"input_points": "points", "input_labels": "labels", "input_boxes": "box", "input_masks": "mask"}
     prompt = SpanPrompt(**{fields[name]: value[0, 0] for name, value in own.items()})
     embeddings = segmenter.encode(sam, pixels)
-    sparse, dense = segmenter.embed_prompts(sam, [prompt], like=embeddings)
+    sparse, dense = segmenter.embed_prompts(sam, SpanPrompt.batch([prompt]), like=embeddings)
     dense = sam.prompt_encoder(None, None, None, None)[1] if dense is None else dense
     masks, scores = segmenter.decode(sam, embeddings, sam.get_image_wide_positional_embeddings(), sparse, dense)
     assert_close(masks, expected.pred_masks[:, 0, 0], **EXACT)

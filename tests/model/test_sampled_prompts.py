@@ -1,8 +1,11 @@
 """Prompts by chance in training: which clicks and boxes the numbers give, and what is decoded from them."""
 
+from dataclasses import fields
+
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.testing import assert_close
 
 from modules_plum import MASK_LOSSES, count_loss_items, mask_losses
@@ -39,28 +42,75 @@ def sample(true: list[torch.Tensor], own: list[torch.Tensor], draws: list[list[f
     targets.of_span = count
     frames = torch.full((len(true), 2), IMAGE_SIZE) if frames is None else frames
     rounds = torch.tensor([3] * len(true) if rounds is None else rounds)
-    sampled, prompted = SampledPrompts(targets, rounds, torch.tensor(draws), frames, IMAGE_SIZE), []
+    sampled, seen = (
+        SampledPrompts(targets, in_frame(torch.stack(true)), rounds, torch.tensor(draws), frames, IMAGE_SIZE),
+        [],
+    )
 
     def decode(members, dense, prompts):
         assert dense[:, 0].tolist() == members.tolist()
-        prompted.append({span: prompts[span] for span in members.tolist()})
+        seen.append(unbatch(members, prompts))
         decoded = torch.stack([own[span] for span in members.tolist()])
         decoded[:, :, SIDE // 2 :] = -GIVEN_MASK_LOGIT
         return decoded, torch.zeros(len(members))
 
-    sampled.dense_prompts = {span: torch.tensor([span]) for span in range(len(true))}
+    sampled.dense_prompts = [(count.flip(0), count.flip(0)[:, None])]
     sampled.decode(torch.stack(own), decode)
-    return prompted, sampled
+    prompted = [{} for _ in range(int(rounds.max()))]
+    for prompts in seen:
+        for span, prompt in prompts.items():
+            prompted[next(number for number, already in enumerate(prompted) if span not in already)][span] = prompt
+    return [dict(sorted(prompts.items())) for prompts in prompted], sampled
+
+
+def unbatch(members: torch.LongTensor, prompts: SpanPrompt) -> dict[int, SpanPrompt]:
+    """The prompts of each of the spans `members`."""
+    batched = {field.name: getattr(prompts, field.name) for field in fields(prompts)}
+    batched = {name: value for name, value in batched.items() if value is not None}
+    assert all(len(value) == len(members) for value in batched.values())
+    return {
+        span: SpanPrompt(**{name: value[place] for name, value in batched.items()})
+        for place, span in enumerate(members.tolist())
+    }
+
+
+def in_frame(logits: torch.Tensor) -> torch.BoolTensor:
+    """Low-res masks `(n, SIDE, SIDE)` in SAM's input, as inference scales them."""
+    return F.interpolate(logits[:, None], (IMAGE_SIZE, IMAGE_SIZE), mode="bilinear")[:, 0] > 0
 
 
 def pixel_of(prompt: SpanPrompt, number: int = -1) -> tuple[int, int]:
-    """Row and column of a point in the low-res frame."""
-    x, y = ((prompt.points[number] + 0.5) / 2).tolist()
-    assert x % 1 == y % 1 == 0.5  # the centre of a low-res pixel, after SAM's half pixel
+    """Row and column of a point in SAM's input."""
+    x, y = prompt.points[number].tolist()
+    assert x % 1 == y % 1 == 0  # SAM's prompt encoder adds half a pixel
     return int(y), int(x)
 
 
-def test_clicks_are_the_nth_pixel_of_the_larger_error_region_with_its_label():
+def inner_part(region: np.ndarray) -> tuple[int, np.ndarray]:
+    """How often a region can lose 1, then 2, 4, ... pixels on all sides, and what is left, pixel by pixel."""
+    level, inner = 0, region
+    while True:
+        radius = 2**level
+        padded, window = np.pad(region, radius), 2 * radius + 1
+        windows = np.lib.stride_tricks.sliding_window_view(padded, (window, window))
+        left = windows.all(axis=(2, 3))
+        if not left.any():
+            return level, inner
+        level, inner = level + 1, left
+
+
+def expected_click(true: torch.Tensor, found: torch.Tensor, draw: float) -> tuple[tuple[int, int], int]:
+    """The clicked pixel and its label from low-res logits `(SIDE, SIDE)`."""
+    true, found = (in_frame(logits[None])[0].numpy() for logits in (true, found))
+    regions = []
+    for label, region in ((1, true & ~found), (0, found & ~true)):
+        level, inner = inner_part(region)
+        regions.append((level, int(region.sum()), label, np.argwhere(inner).tolist()))
+    *_, label, pixels = max(regions)
+    return tuple(pixels[int(draw * len(pixels))]), label
+
+
+def test_clicks_are_the_nth_inner_pixel_of_the_deeper_error_region_with_its_label():
     generator = np.random.default_rng(0)
     true = [torch.from_numpy(generator.normal(size=(SIDE, SIDE)).astype(np.float32)) for _ in range(8)]
     own = [torch.from_numpy(generator.normal(size=(SIDE, SIDE)).astype(np.float32) + i / 4 - 1) for i in range(8)]
@@ -69,20 +119,18 @@ def test_clicks_are_the_nth_pixel_of_the_larger_error_region_with_its_label():
     (first, *_), _ = sample(true, own, draws.tolist())
     labels = set()
     for span, prompt in first.items():
-        missed, excess = (true[span] > 0) & (own[span] <= 0), (own[span] > 0) & (true[span] <= 0)
-        inside = bool(missed.sum() >= excess.sum())
-        pixels = (missed if inside else excess).nonzero().tolist()
-        assert pixel_of(prompt) == tuple(pixels[int(draws[span, 1] * len(pixels))])
-        assert prompt.labels.tolist() == [int(inside)]
+        pixel, label = expected_click(true[span], own[span], draws[span, 1])
+        assert pixel_of(prompt) == pixel and prompt.labels.tolist() == [label]
         assert torch.equal(prompt.mask, own[span]) and prompt.box is None
-        labels.add(inside)
-    assert labels == {True, False}
+        labels.add(label)
+    assert labels == {0, 1}
 
 
-def test_clicks_are_uniform_over_the_region():
-    draws = [[CLICK, (i + 0.5) / 12, *[0.0] * (PROMPT_DRAWS - 2)] for i in range(12)]
-    (first, *_), _ = sample([rectangle(4, 7, 10, 14)] * 12, [rectangle(0, 9, 0, 9)] * 12, draws)
-    assert sorted(map(pixel_of, first.values())) == [(row, column) for row in (4, 5, 6) for column in range(10, 14)]
+def test_clicks_are_uniform_over_the_inner_part_of_the_region():
+    draws = [[CLICK, (i + 0.5) / 8, *[0.0] * (PROMPT_DRAWS - 2)] for i in range(8)]
+    (first, *_), _ = sample([rectangle(4, 7, 10, 14)] * 8, [rectangle(0, 9, 0, 9)] * 8, draws)
+    # Of 6 rows and 8 columns of pixels, without two at each border.
+    assert sorted(map(pixel_of, first.values())) == [(row, column) for row in (10, 11) for column in range(22, 26)]
     assert all(prompt.labels.tolist() == [1] and prompt.mask is None for prompt in first.values())
 
 
@@ -99,32 +147,45 @@ def test_later_rounds_add_clicks_to_the_first_prompt_and_take_the_mask_before():
         assert torch.equal(prompts[0].mask, after) and prompts[0].form == (1 + number, False, True)
         assert torch.equal(prompts[0].points[:number], prompted[number - 1][0].points)
     assert prompted[1][2].form == (1, True, True) and torch.equal(prompted[1][2].box, box.box)
-    assert pixel_of(prompted[0][0]) == (20, 8)  # the first missed pixel: 64 of them, and 48 in excess
-    assert pixel_of(prompted[2][0]) == (23, 23)  # the last
+    assert pixel_of(prompted[0][0]) == (42, 18)  # of the missed pixels, equally deep as those in excess, but more
+    for number, draw in enumerate([0.0, 0.0, 0.999]):
+        found = own[0] if number == 0 else after
+        assert (pixel_of(prompted[number][0]), 1) == expected_click(true[0], found, draw)
     labels, sizes = [torch.tensor(i) for i in range(3)], torch.arange(3)
     true, masks, scores, labels, sizes = sampled.with_own(torch.stack(own), torch.ones(3), labels, sizes)
-    assert true.tolist() == [0, 1, 2, 0, 1, 2, 0, 2, 0]
+    assert true.tolist() == [0, 1, 2, 1, 0, 2, 0, 2, 0]  # in each round by the form of the prompts
     assert torch.equal(masks[:3], torch.stack(own)) and torch.equal(masks[3:], after.expand(6, -1, -1))
     assert scores.tolist() == [1] * 3 + [0] * 6
     assert labels == true.tolist() == sizes.tolist()
 
 
-def test_half_of_the_prompts_mean_any_mask_with_the_words_of_their_span():
+def test_a_part_thinner_than_half_a_pixel_of_sams_input_can_be_clicked():
+    label = torch.zeros(256, 128)
+    label[40:60, 31] = 1
+    sizes = torch.tensor([[256, 128, 64, 32]])
+    config = tiny_model().config
+    drawn = {"prompt_rounds": torch.ones(1, dtype=torch.long), "prompt_draws": torch.full((1, PROMPT_DRAWS), CLICK)}
+    _, sampled = supervise_masks(config, [label], sizes, **drawn)
+    pixels = sampled.true_masks[0].nonzero()
+    assert set(pixels[:, 1].tolist()) <= {7, 8} and {11, 12, 13} <= set(pixels[:, 0].tolist()) <= set(range(9, 16))
+
+
+def test_a_quarter_of_the_prompts_mean_any_mask_with_the_words_of_their_span():
     true = torch.stack([rectangle(4 * i, 4 * i + 3, 0, 8) for i in range(5)])
     groups = torch.tensor([0, 1, 0, 0, 1]), torch.tensor([0, 1, 0, 1, 0])
     targets = MaskTargets(true, *groups, torch.zeros(5, dtype=torch.bool))
     targets.of_span = torch.tensor([2, 1, 0, 4, 3])
     draws = torch.full((5, PROMPT_DRAWS), CLICK)
     meant, expected = [], torch.tensor([[0, 1, 0, 0, 1], [2, 1, 2, 2, 1], [4, 3, 4, 4, 3], [2, 1, 0, 4, 3]])
-    for instance in (0.1, 0.24, 0.49, OWN):
+    for instance in (0.05, 0.12, 0.245, OWN):
         draws[:, -1] = instance
         frames = torch.full((5, 2), IMAGE_SIZE)
-        sampled = SampledPrompts(targets, torch.ones(5, dtype=torch.long), draws, frames, IMAGE_SIZE)
-        sampled.dense_prompts = {span: torch.zeros(1) for span in range(5)}
+        sampled = SampledPrompts(targets, in_frame(true), torch.ones(5, dtype=torch.long), draws, frames, IMAGE_SIZE)
+        sampled.dense_prompts = [(torch.arange(5), torch.zeros(5, 1))]
         clicked = []
 
         def decode(members, dense, prompts, clicked=clicked):
-            clicked += [pixel_of(prompt)[0] // 4 for prompt in prompts.values()]
+            clicked += [pixel_of(prompt)[0] // 8 for prompt in unbatch(members, prompts).values()]
             return true[members], torch.zeros(5)
 
         sampled.decode(true, decode)
@@ -157,19 +218,17 @@ def test_boxes_are_displaced_by_a_tenth_of_their_sides_and_stay_in_the_image():
             assert 0 <= x0 < x1 <= frame[1] and 0 <= y0 < y1 <= frame[0]
 
 
-def test_clicks_stay_inside_the_image_and_masks_thin_or_absent_have_one():
-    everywhere, thin, nothing = rectangle(0, SIDE, 0, SIDE), torch.full((SIDE, SIDE), -10.0), rectangle(0, 0, 0, 0)
-    thin[5, 3:9] = -4.0  # thinner than half a low-res pixel
-    true = [rectangle(0, 2, 0, 2), thin, nothing, nothing, rectangle(3, 5, 3, 5)]
-    own = [everywhere, nothing, nothing, rectangle(4, 6, 4, 6), rectangle(3, 5, 3, 5)]
+def test_clicks_stay_inside_the_image_and_masks_that_are_right_or_absent_have_one():
+    everywhere, nothing = rectangle(0, SIDE, 0, SIDE), rectangle(0, 0, 0, 0)
+    true = [rectangle(0, 2, 0, 2), nothing, nothing, rectangle(3, 5, 3, 5)]
+    own = [everywhere, nothing, rectangle(4, 6, 4, 6), rectangle(3, 5, 3, 5)]
     for draw in (0.0, 0.5, 1.0):
-        draws = [[CORRECTION, draw, *[0.5] * (PROMPT_DRAWS - 2)]] * 5
-        prompted, _ = sample(true, own, draws, [1] * 5, FRAMES[0].expand(5, 2))
+        draws = [[CORRECTION, draw, *[0.5] * (PROMPT_DRAWS - 2)]] * 4
+        prompted, _ = sample(true, own, draws, [1] * 4, FRAMES[0].expand(4, 2))
         places = [pixel_of(prompt) for prompt in prompted[0].values()]
-        assert [prompt.labels.item() for prompt in prompted[0].values()] == [0, 1, 0, 0, 1]
-        assert all(row < 23 for row, _ in places)  # 46 of 64 pixels are the image
-        assert places[1][0] == 5 and 3 <= places[1][1] < 9
-        assert {4, 5} >= set(places[3]) and {3, 4} >= set(places[4])
+        assert [prompt.labels.item() for prompt in prompted[0].values()] == [0, 0, 0, 1]
+        assert all(row < 46 for row, _ in places)  # of 64 pixels
+        assert {9, 10} >= set(places[2]) and {6, 7, 8, 9} >= set(places[3])
     prompted, _ = sample([nothing], [nothing], [[BOX, *[0.5] * (PROMPT_DRAWS - 1)]], [1], FRAMES[:1])
     assert prompted[0][0].box.tolist() == [0.0, 0.0, 64.0, 46.0]
 
@@ -191,13 +250,13 @@ def test_prompted_decodes_are_those_of_the_same_prompts_given_and_their_losses_a
     assert_close(masks, own.pred_masks, **EXACT)
     of_own = batch["mask_labels"], sizes
     true, masks, scores, *labelled = sampled.with_own(masks, scores, *of_own)
-    assert true.tolist() == [0, 1, 2, 3, 0, 1, 2, 1, 2, 1]
+    assert true.tolist() == [0, 1, 2, 3, 1, 0, 2, 1, 2, 1]
 
     def decode_alone(members, _, prompts):
         """Each span as inference decodes it, with the same prompts in pixels of its image."""
         found = []
-        for span in members.tolist():
-            prompt, scale = prompts[span], sizes[span, [1, 0]] / sizes[span, [3, 2]]
+        for span, prompt in unbatch(members, prompts).items():
+            scale = sizes[span, [1, 0]] / sizes[span, [3, 2]]
             given = {"input_labels": prompt.labels, "input_masks": prompt.mask}
             given["input_points"] = None if prompt.points is None else prompt.points * scale
             given["input_boxes"] = None if prompt.box is None else prompt.box * scale.repeat(2)
@@ -206,12 +265,12 @@ def test_prompted_decodes_are_those_of_the_same_prompts_given_and_their_losses_a
             found.append((outputs.pred_masks[span], outputs.iou_scores[span]))
         return tuple(map(torch.stack, zip(*found, strict=True)))
 
-    alone = SampledPrompts(targets, rounds, draws, sizes[:, 2:], IMAGE_SIZE)
+    alone = SampledPrompts(targets, sampled.true_masks, rounds, draws, sizes[:, 2:], IMAGE_SIZE)
     alone.dense_prompts = sampled.dense_prompts
     alone.decode(own.pred_masks, decode_alone)
     expected = alone.with_own(own.pred_masks, own.iou_scores, *of_own)
     assert_close((masks, scores), expected[1:3], **EXACT)
-    assert not torch.allclose(masks[4:7], masks[:3], atol=1e-3)
+    assert not torch.allclose(masks[4:7], masks[true[4:7]], atol=1e-3)
 
     outputs = model(**batch, prompt_rounds=rounds, prompt_draws=draws)
     labels = [batch["mask_labels"][i] for i in true.tolist()]

@@ -28,7 +28,7 @@ def test_the_losses_are_those_of_a_forward_pass():
     whole = collator([dataset[i] for i in torch.randperm(len(dataset)).tolist()[:3]])
     for name in ("record_ids", "record_counts", "record_index", *OF_SPANS):
         del whole[name]
-    drawn = draw(len(batch["spans"]), 0.5)
+    drawn = draw(batch["spans"], 0.5)
     with torch.no_grad():
         loss, figures = compute_loss(model, batch, **drawn)
         losses = model(**whole, **drawn).losses
