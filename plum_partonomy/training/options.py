@@ -4,10 +4,12 @@ import argparse
 import dataclasses
 import json
 import re
+from collections.abc import Container
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
@@ -290,8 +292,17 @@ class PlumTrainingArguments(TrainingArguments):
             raise DataError("dataloader_persistent_workers needs workers; set dataloader_num_workers above 0.")
         if self.accelerator_config.dispatch_batches:
             raise DataError("accelerator_config cannot dispatch batches: masks of several sizes cannot be sent.")
+        if self.torch_compile:
+            modes, backends = torch._inductor.list_mode_options(), torch.compiler.list_backends()
+            self._check_choice("torch_compile_mode", [*modes], modes)
+            self._check_choice("torch_compile_backend", backends, torch.compiler.list_backends(exclude_tags=()))
         if missing := sorted(set(self.report_to) - set(get_available_reporting_integrations())):
             raise DataError(f"report_to has {missing[0]!r}, which is misspelt or not installed; install its package.")
+
+    def _check_choice(self, name: str, told: list[str], allowed: Container[str]):
+        value = getattr(self, name)
+        if value is not None and value not in allowed:
+            raise DataError(f"{name} must be one of {', '.join(told)}, found {value!r}.")
 
     def __getstate__(self) -> dict:
         """Return the state for `training_args.bin`, which is saved with checkpoints, without tokens."""

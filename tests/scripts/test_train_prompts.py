@@ -2,6 +2,8 @@
 
 import json
 
+import numpy as np
+import pytest
 import torch
 from torch.testing import assert_close
 
@@ -9,8 +11,8 @@ from modeling_plum import PlumForConditionalGeneration
 from plum_partonomy.inference.checkpoint import load_checkpoint
 from plum_partonomy.training.examples import OF_SPANS, Collator, ConversationDataset
 from plum_partonomy.training.mixture import load_records, parse_source
-from scripts.train_prompts import compute_loss, draw, encode_examples, main
-from tests.runs import ROOT
+from scripts.train_prompts import compute_loss, draw, encode_examples, load_batches, main
+from tests.runs import ROOT, make_records, record
 
 CHECKPOINT = ROOT / "checkpoints" / "plum-tiny"
 SHORT = [str(ROOT / "recipes" / "clicks_plum_tiny.yaml"), "--mixture", '{"name": "mini_instances"}', "--batches", "1"]
@@ -57,3 +59,16 @@ def test_weights_are_a_mean_of_those_before_and_after(tmp_path):
     after, mixed, before = (model.get_parameter(name) for model in models)
     assert_close(mixed, 0.75 * after + 0.25 * before)
     assert torch.equal(before, PlumForConditionalGeneration.from_pretrained(CHECKPOINT).get_parameter(name).float())
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_each_pass_over_the_records_is_an_epoch_of_the_data_set(workers):
+    dataset = ConversationDataset(make_records([record(number, 1) for number in range(3)]), seed=1, jitter=0.2)
+    torch.manual_seed(0)
+    batches = list(load_batches(dataset, list, 4, 2, workers))
+    assert [len(batch) for batch in batches] == [2, 1, 2, 1]
+    for epoch, passed in enumerate((batches[:2], batches[2:])):
+        dataset.set_epoch(epoch)
+        expected = {example["id"]: np.asarray(example["image"]) for example in map(dataset.__getitem__, range(3))}
+        found = {example["id"]: np.asarray(example["image"]) for batch in passed for example in batch}
+        assert found.keys() == expected.keys() and all(np.array_equal(found[key], expected[key]) for key in found)

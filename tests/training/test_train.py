@@ -131,6 +131,12 @@ def test_whole_numbers_may_stand_for_floats(tmp_path):
             "--metric_for_best_model must be one of strict_macro",
         ),
         ({"model": "m", "muon_learning_rate": 0.1, "optim": "sgd"}, [], "--muon_learning_rate trains with Muon"),
+        (
+            {"model": "m", "torch_compile_mode": "fast"},
+            [],
+            "--torch_compile_mode must be one of default",
+        ),
+        ({"model": "m", "torch_compile_backend": "inducter"}, [], "--torch_compile_backend must be one of"),
         ({"model": "m", "dataloader_persistent_workers": True}, [], "--dataloader_persistent_workers needs workers"),
         ({"model": "m", "accelerator_config": {"dispatch_batches": True}}, [], "cannot dispatch batches"),
         ({"model": "m", "accelerator_config": {"dispatch": True}}, [], "unexpected keyword argument 'dispatch'"),
