@@ -41,8 +41,9 @@ except ImportError:
 MAX_PROMPT_ROUNDS = 5
 DRAWN = (1, MAX_PROMPT_ROUNDS, 4, 1, 1)
 PROMPT_DRAWS = sum(DRAWN)
-# Probability that they come without the query of their span, and that they mean any mask with its words.
-BLIND, ANY_INSTANCE = 0.5, 0.25
+# Probability that they come without the query of their span, and that clicks with the span's own mask mean any mask
+# with its words.
+BLIND, ANY_INSTANCE = 0.5, 0.5
 # Standard deviation of a box in training as a share of its sides, and the largest displacement in pixels, as in SAM.
 BOX_NOISE, MAX_BOX_NOISE = 0.1, 20.0
 
@@ -167,8 +168,9 @@ class SampledPrompts:
 
     Half of the spans are decoded without their query: only prompts and mask say what is meant. Beside a query that
     finds its part already, nothing depends on where a click is, and a decoder trained from scratch does not learn it.
-    For the same reason the prompts of a quarter of the spans mean any mask with the words of the span, so that a click
-    on another instance leads there.
+    For the same reason half of the clicks that come with the span's own mask mean any mask with its words, so that a
+    click on another instance leads there. Prompts without a mask never do: their dense prompt is the mask feedback,
+    which says that instances found earlier are not meant.
 
     Args:
         targets: Receives the true mask of each span during decoding.
@@ -192,6 +194,7 @@ class SampledPrompts:
         self.cell = image_size / true_masks.shape[-1]  # side in pixels
         kind, self.pixels, self.sides, query, instance = draws.split(DRAWN, dim=1)
         self.kind, self.instance = kind[:, 0], instance[:, 0]
+        self.corrects = self.kind < 0.5  # spans whose first prompt comes with their own mask
         self.blind = query[:, 0] < BLIND  # spans decoded without their query
         self.dense_prompts: list[tuple[torch.LongTensor, torch.Tensor]] = []  # of own decodes: spans, (n, C, G, G)
         self.decoded: list[tuple[torch.LongTensor, torch.Tensor, torch.Tensor]] = []  # spans, masks, scores
@@ -201,13 +204,13 @@ class SampledPrompts:
         Run all rounds, once spans have their own masks `(S, 4G, 4G)` and targets. `decode(spans, dense_prompts,
         prompts)` returns masks and scores of spans with a batch of prompts.
         """
-        corrects, boxed = self.kind < 0.5, self.kind >= 0.75
+        boxed = self.kind >= 0.75
         spans, dense = map(torch.cat, zip(*self.dense_prompts, strict=True))
         dense, boxes = dense[spans.argsort()], self._boxes()
-        present = torch.where(corrects[:, None, None], own_masks.detach().float(), -GIVEN_MASK_LOGIT)
+        present = torch.where(self.corrects[:, None, None], own_masks.detach().float(), -GIVEN_MASK_LOGIT)
         points, labels = boxes.new_zeros(*self.pixels.shape, 2), torch.zeros_like(self.pixels, dtype=torch.long)
         for number in range(int(self.rounds.max())):
-            goes_on, masked = self.rounds > number, corrects | (number > 0)
+            goes_on, masked = self.rounds > number, self.corrects | (number > 0)
             members = goes_on.nonzero()[:, 0]
             points[members, number], labels[members, number] = self._click(
                 members, present, self.pixels[members, number]
@@ -244,7 +247,7 @@ class SampledPrompts:
         """The mask `(S,)`, by index, that the prompts of each span mean: the one it took, or any with its words."""
         same_words = self.targets.span_groups[:, None] == self.targets.mask_groups  # (S, M)
         any_instance = _nth(same_words, self.instance / ANY_INSTANCE)
-        return torch.where(self.instance < ANY_INSTANCE, any_instance, self.targets.of_span)
+        return torch.where(self.corrects & (self.instance < ANY_INSTANCE), any_instance, self.targets.of_span)
 
     @cached_property
     def _regions(self) -> tuple[torch.BoolTensor, torch.BoolTensor]:

@@ -170,14 +170,14 @@ def test_a_part_thinner_than_half_a_pixel_of_sams_input_can_be_clicked():
     assert set(pixels[:, 1].tolist()) <= {7, 8} and {11, 12, 13} <= set(pixels[:, 0].tolist()) <= set(range(9, 16))
 
 
-def test_a_quarter_of_the_prompts_mean_any_mask_with_the_words_of_their_span():
+def test_half_of_the_clicks_with_the_own_mask_mean_any_mask_with_the_words_of_their_span():
     true = torch.stack([rectangle(4 * i, 4 * i + 3, 0, 8) for i in range(5)])
     groups = torch.tensor([0, 1, 0, 0, 1]), torch.tensor([0, 1, 0, 1, 0])
     targets = MaskTargets(true, *groups, torch.zeros(5, dtype=torch.bool))
     targets.of_span = torch.tensor([2, 1, 0, 4, 3])
-    draws = torch.full((5, PROMPT_DRAWS), CLICK)
+    draws = torch.full((5, PROMPT_DRAWS), CORRECTION)
     meant, expected = [], torch.tensor([[0, 1, 0, 0, 1], [2, 1, 2, 2, 1], [4, 3, 4, 4, 3], [2, 1, 0, 4, 3]])
-    for instance in (0.05, 0.12, 0.245, OWN):
+    for instance in (0.1, 0.24, 0.49, OWN):
         draws[:, -1] = instance
         frames = torch.full((5, 2), IMAGE_SIZE)
         sampled = SampledPrompts(targets, in_frame(true), torch.ones(5, dtype=torch.long), draws, frames, IMAGE_SIZE)
@@ -188,13 +188,18 @@ def test_a_quarter_of_the_prompts_mean_any_mask_with_the_words_of_their_span():
             clicked += [pixel_of(prompt)[0] // 8 for prompt in unbatch(members, prompts).values()]
             return true[members], torch.zeros(5)
 
-        sampled.decode(true, decode)
+        sampled.decode(torch.full_like(true, -GIVEN_MASK_LOGIT), decode)
         meant.append(sampled.meant)
         indices, *_, labels, sizes = sampled.with_own(true, torch.zeros(5), list(range(5)), torch.arange(5))
         assert clicked == sampled.meant.tolist()
         assert indices.tolist() == labels == [*targets.of_span.tolist(), *clicked]
         assert sizes.tolist() == [*range(5), *range(5)]
     assert torch.equal(torch.stack(meant), expected)
+    # Without a mask the dense prompt is the feedback of earlier masks, which excludes other instances.
+    draws[:, 0], draws[:, -1] = torch.tensor([CLICK, BOX, CLICK, BOX, CLICK]), 0.1
+    assert torch.equal(
+        SampledPrompts(targets, in_frame(true), torch.ones(5), draws, frames, IMAGE_SIZE).meant, targets.of_span
+    )
 
 
 def test_boxes_are_displaced_by_a_tenth_of_their_sides_and_stay_in_the_image():
