@@ -101,6 +101,11 @@ def load_checkpoint(
             output_loading_info=True,
         )
     _check_report(folder, report, saved, changes)
+    if dtype != "auto" and getattr(config, "quantization_config", None):
+        # transformers leaves many tensors of a quantised checkpoint in the precision in which they were saved.
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
     return model, _load_processor(folder, config)
 
 
