@@ -19,8 +19,8 @@ try:
         label_frame,
         label_in_frame,
         largest_share,
-        low_res_logits,
-        masks_in_frame,
+        mask_shares,
+        share_logits,
     )
 except ImportError:
     if __package__:
@@ -32,8 +32,8 @@ except ImportError:
         label_frame,
         label_in_frame,
         largest_share,
-        low_res_logits,
-        masks_in_frame,
+        mask_shares,
+        share_logits,
     )
 
 # Largest number of prompted decodes of one span in training, and the random numbers that determine their prompts: the
@@ -49,26 +49,25 @@ BOX_NOISE, MAX_BOX_NOISE = 0.1, 20.0
 
 
 def resize_mask_labels(
-    mask_labels: list[torch.Tensor], sizes: torch.LongTensor, sam_image_size: int, low_res_size: int
-) -> tuple[torch.Tensor, torch.BoolTensor]:
+    mask_labels: list[torch.Tensor], sizes: torch.LongTensor, sam_image_size: int, *sides: int
+) -> list[torch.Tensor]:
     """
-    Return true masks as low-res logits `(M, 4G, 4G)`, and `(M, 8G, 8G)`, in which clicks are drawn.
+    Return true masks in the frame of SAM's input, for each side as the share `(M, side, side)` of each cell inside.
 
     Args:
         mask_labels: M masks `(H, W)`, 0/1, at the size of their image or of `label_frame`.
         sizes: `(M, 4)`, (height, width) in pixels of each mask's image as given and as resized for SAM.
     """
-    low_res = torch.empty(len(mask_labels), low_res_size, low_res_size, device=sizes.device)
-    fine = low_res.new_empty(len(mask_labels), 2 * low_res_size, 2 * low_res_size, dtype=torch.bool)
+    resized = [torch.empty(len(mask_labels), side, side, device=sizes.device) for side in sides]
     for size in sizes.unique(dim=0):
         members = (sizes == size).all(dim=1).nonzero()[:, 0]
         original, reshaped = tuple(size[:2].tolist()), tuple(size[2:].tolist())
         frame = label_frame(original, reshaped)
         masks = torch.stack([label_in_frame(mask_labels[i], original, frame) for i in members.tolist()])
-        shares = masks_in_frame(masks.to(sizes.device), sam_image_size, reshaped)
-        low_res[members] = low_res_logits(shares, low_res_size)
-        fine[members] = largest_share(F.interpolate(shares[:, None], fine.shape[1:], mode="area")[:, 0])
-    return low_res, fine
+        shares = mask_shares(masks.to(sizes.device), sam_image_size, reshaped, *sides)
+        for of_all, of_members in zip(resized, shares, strict=True):
+            of_all[members] = of_members
+    return resized
 
 
 class MaskTargets:
@@ -150,7 +149,7 @@ def _inner_part(regions: torch.BoolTensor) -> tuple[torch.BoolTensor, torch.Long
 
 
 def _both_sides(regions: torch.BoolTensor, step: int, axis: int) -> torch.BoolTensor:
-    """Return the pixels of which both pixels `step` away along an axis are inside the regions `(n, s, s)`."""
+    """Return the pixels whose two neighbours at distance `step` along an axis are in the region, as `(n, s, s)`."""
     padding = [0, 0, step, step] if axis == 1 else [step, step]
     padded, size = F.pad(regions, padding), regions.shape[axis]
     return padded.narrow(axis, 0, size) & padded.narrow(axis, 2 * step, size)
@@ -193,8 +192,9 @@ class SampledPrompts:
         self.targets, self.true_masks, self.rounds, self.frames = targets, true_masks, rounds, frames
         self.cell = image_size / true_masks.shape[-1]  # side in pixels
         kind, self.pixels, self.sides, query, instance = draws.split(DRAWN, dim=1)
-        self.kind, self.instance = kind[:, 0], instance[:, 0]
-        self.corrects = self.kind < 0.5  # spans whose first prompt comes with their own mask
+        self.instance = instance[:, 0]
+        self.corrects = kind[:, 0] < 0.5  # spans whose first prompt comes with their own mask
+        self.boxed = kind[:, 0] >= 0.75  # spans whose first prompt is a box
         self.blind = query[:, 0] < BLIND  # spans decoded without their query
         self.dense_prompts: list[tuple[torch.LongTensor, torch.Tensor]] = []  # of own decodes: spans, (n, C, G, G)
         self.decoded: list[tuple[torch.LongTensor, torch.Tensor, torch.Tensor]] = []  # spans, masks, scores
@@ -204,7 +204,6 @@ class SampledPrompts:
         Run all rounds, once spans have their own masks `(S, 4G, 4G)` and targets. `decode(spans, dense_prompts,
         prompts)` returns masks and scores of spans with a batch of prompts.
         """
-        boxed = self.kind >= 0.75
         spans, dense = map(torch.cat, zip(*self.dense_prompts, strict=True))
         dense, boxes = dense[spans.argsort()], self._boxes()
         present = torch.where(self.corrects[:, None, None], own_masks.detach().float(), -GIVEN_MASK_LOGIT)
@@ -217,7 +216,7 @@ class SampledPrompts:
             )
             found = []
             for has_box, has_mask in ((False, False), (False, True), (True, False), (True, True)):
-                members = (goes_on & (boxed == has_box) & (masked == has_mask)).nonzero()[:, 0]
+                members = (goes_on & (self.boxed == has_box) & (masked == has_mask)).nonzero()[:, 0]
                 if len(members):
                     clicks = slice(int(has_box), number + 1)  # a box comes instead of the first click
                     clicked = clicks.start < clicks.stop
@@ -330,11 +329,11 @@ def supervise_masks(
         teacher_forced = torch.zeros_like(span_groups, dtype=torch.bool)
     # All masks of a group are about one image, that of its first span.
     first_span = (span_groups == mask_groups[:, None]).int().argmax(dim=1)
-    sides = config.sam_image_size, config.low_res_mask_size
-    low_res_masks, true_masks = resize_mask_labels(mask_labels, sizes[first_span], *sides)
-    targets = MaskTargets(low_res_masks, span_groups, mask_groups, teacher_forced)
+    side, image_size = config.low_res_mask_size, config.sam_image_size
+    sides = [side] if prompt_rounds is None else [side, 2 * side]
+    low_res, *fine = resize_mask_labels(mask_labels, sizes[first_span], image_size, *sides)
+    targets = MaskTargets(share_logits(low_res), span_groups, mask_groups, teacher_forced)
     if prompt_rounds is None:
         return targets, None
-    return targets, SampledPrompts(
-        targets, true_masks, prompt_rounds, prompt_draws, sizes[:, 2:], config.sam_image_size
-    )
+    true_masks = largest_share(fine[0])
+    return targets, SampledPrompts(targets, true_masks, prompt_rounds, prompt_draws, sizes[:, 2:], image_size)

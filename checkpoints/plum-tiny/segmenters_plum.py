@@ -76,21 +76,24 @@ def downscale_masks(
     Returns:
         `(S, 4G, 4G)` logits between -10 and 10.
     """
-    return low_res_logits(masks_in_frame(masks, sam_image_size, reshaped_size), low_res_size)
+    (shares,) = mask_shares(masks, sam_image_size, reshaped_size, low_res_size)
+    return share_logits(shares)
 
 
-def masks_in_frame(masks: torch.Tensor, sam_image_size: int, reshaped_size: tuple[int, int]) -> torch.Tensor:
+def mask_shares(
+    masks: torch.Tensor, sam_image_size: int, reshaped_size: tuple[int, int], *sides: int
+) -> list[torch.Tensor]:
     """
-    Return binary masks `(S, height, width)` of an original image in SAM's padded square input, as the share
-    `(S, sam_image_size, sam_image_size)` of each pixel that is inside. Arguments as in [`downscale_masks`].
+    Return binary masks of an original image in the frame of SAM's input, at several resolutions: for each side the
+    share `(S, side, side)` of each cell that is inside. Other arguments as in [`downscale_masks`].
     """
     masks = F.interpolate(masks[:, None].float(), tuple(reshaped_size), mode="bilinear", antialias=True)
-    return F.pad(masks, (0, sam_image_size - reshaped_size[1], 0, sam_image_size - reshaped_size[0]))[:, 0]
+    masks = F.pad(masks, (0, sam_image_size - reshaped_size[1], 0, sam_image_size - reshaped_size[0]))
+    return [F.interpolate(masks, (side,) * 2, mode="area")[:, 0] for side in sides]
 
 
-def low_res_logits(shares: torch.Tensor, low_res_size: int) -> torch.Tensor:
-    """Return the result of [`masks_in_frame`] as low-res logits `(S, 4G, 4G)`."""
-    shares = F.interpolate(shares[:, None], (low_res_size,) * 2, mode="area")[:, 0]
+def share_logits(shares: torch.Tensor) -> torch.Tensor:
+    """Return the result of [`mask_shares`] as logits between -10 and 10."""
     return (2 * shares - 1) * GIVEN_MASK_LOGIT
 
 
