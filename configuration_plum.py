@@ -65,6 +65,10 @@ class PlumConfig(PreTrainedConfig):
             Whether the masks of earlier spans condition the mask of the next.
         mask_feedback_num_heads (`int`, *optional*, defaults to 8):
             Attention heads over the earlier masks.
+        correction_window (`float`, *optional*):
+            A mask that is corrected with clicks or a box is decoded in a square window of the image, this many times
+            as large as mask and prompts, which SAM encodes at its full input size (zoom-in, arXiv 2001.10331). From 1
+            to 100. Default: such masks are decoded in the whole image, as SAM does.
         language_modeling_loss_weight (`float`, *optional*, defaults to 1.0): Weight of next-token cross-entropy.
         span_loss_weight (`float`, *optional*, defaults to 8.0): Weight of the O/B/I cross-entropy.
         span_class_weights (`list[float]`, *optional*, defaults to `(0.1, 1.0, 1.0)`): Class weights of O, B and I.
@@ -109,6 +113,9 @@ class PlumConfig(PreTrainedConfig):
     # Mask feedback
     mask_feedback: bool = True
     mask_feedback_num_heads: int = 8
+
+    # Corrections with prompts
+    correction_window: float | None = None
 
     # Losses
     language_modeling_loss_weight: float = 1.0
@@ -173,6 +180,8 @@ class PlumConfig(PreTrainedConfig):
         text_width = self.vlm_config.get_text_config().hidden_size
         self._check_span_source()
         self._check_image_statistics(embedding_width)
+        if self.correction_window is not None and not 1 <= self.correction_window <= 100:
+            raise ValueError(f"correction_window must be a number from 1 to 100, found {self.correction_window}.")
         if self.span_tagger_num_layers and text_width % self.span_tagger_num_heads:
             raise ValueError(
                 f"span_tagger_num_heads is {self.span_tagger_num_heads}, which does not divide the language model's "

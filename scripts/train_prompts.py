@@ -31,6 +31,7 @@ from plum_partonomy.training.model import freeze, load_model
 from plum_partonomy.training.options import option_names, parse_arguments, read_options
 from plum_partonomy.training.run import make_train_dataset
 from plum_partonomy.training.trainer import MuonWithAdamW
+from segmenters_plum import upscale_masks
 from supervision_plum import MAX_PROMPT_ROUNDS, PROMPT_DRAWS, supervise_masks
 
 OF_IMAGES = ("input_ids", "attention_mask", "sam_image_index", "original_sizes", "reshaped_input_sizes")
@@ -57,7 +58,8 @@ def encode_examples(
         images = PlumImages({}, embeddings, batch["sam_image_index"], *sizes)
         kept = {name: batch[name] for name in OF_MASKS}
         encoded = {"hidden_states": states, "sam_image_embeddings": embeddings, "mask_labels": masks}
-        yield {**kept, **encoded, "sizes": images.sizes_of(batch["spans"])}
+        pixels = None if model.config.correction_window is None else batch["sam_pixel_values"]
+        yield {**kept, **encoded, "sam_pixels": pixels, "sizes": images.sizes_of(batch["spans"])}
 
 
 def load_batches(dataset, collator: Collator, batches: int, batch_size: int, workers: int) -> Iterator[dict]:
@@ -78,15 +80,24 @@ def compute_loss(model, batch: dict, **drawn: torch.Tensor) -> tuple[torch.Tenso
     """
     spans, sizes = batch["spans"], batch["sizes"]
     groups = {name: batch[name] for name in ("span_groups", "mask_groups")}
-    targets, sampled = supervise_masks(model.config, batch["mask_labels"], sizes, **groups, **drawn)
+    given = {**groups, **drawn, "sam_pixels": batch["sam_pixels"]}
+    targets, sampled = supervise_masks(model.config, batch["mask_labels"], sizes, **given)
     inputs = batch["hidden_states"], spans, batch["sam_image_embeddings"], batch["sam_image_index"]
     own = model.decode_masks(*inputs, targets=targets, sampled=sampled)
-    indices, masks, *labelled = sampled.with_own(*own, batch["mask_labels"], sizes)
+    _, masks, *labelled = sampled.with_own(*own, batch["mask_labels"], sizes)
     losses = mask_losses(model.config, masks, *labelled, torch.tensor(float(len(masks)), device=masks.device))
-    found, true = masks.detach() > 0, targets.low_res_masks[indices] > 0
-    ious = (found & true).sum(dim=(1, 2)) / (found | true).sum(dim=(1, 2)).clamp(min=1)
+    ious = measure_ious(masks.detach(), *labelled[1:], model.config.sam_image_size)
     figures = {"own": ious[: len(spans)].mean(), "prompted": ious[len(spans) :].mean()}
     return sum(model.loss_weights[name] * value for name, value in losses.items()), figures
+
+
+def measure_ious(masks: torch.Tensor, labels: list[torch.Tensor], sizes: torch.LongTensor, image_size: int):
+    """Return the IoU `(S,)` of each mask with its label, at the size of the label; arguments as in `mask_losses`."""
+    ious = []
+    for mask, label, size in zip(masks, labels, sizes.tolist(), strict=True):
+        found = upscale_masks(mask[None].float(), image_size, size[2:], label.shape)[0] > 0
+        ious.append((found & label).sum() / (found | label).sum().clamp(min=1))
+    return torch.stack(ious)
 
 
 def draw(spans: torch.LongTensor, teacher_forcing_probability: float) -> dict[str, torch.Tensor]:

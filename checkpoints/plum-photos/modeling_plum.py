@@ -123,6 +123,8 @@ class PlumSegmentationOutput(ModelOutput):
         tag_scores (`torch.FloatTensor` of shape `(S,)`):
             Mean probability of "not O" over the span's tokens; 1 for given spans.
         pred_masks (`torch.FloatTensor` of shape `(S, 4G, 4G)`): Low-res mask logits.
+        mask_windows (`torch.FloatTensor` of shape `(S, 3)`):
+            Window of each low-res mask, x0, y0, side in pixels of SAM's input; None if all show the whole input.
         iou_scores (`torch.FloatTensor` of shape `(S,)`): SAM's predicted IoU; 1 for given masks.
         sam_image_index (`torch.LongTensor` of shape `(B,)`): Image of each row, -1 for none.
         original_sizes, reshaped_input_sizes (`torch.LongTensor` of shape `(N, 2)`):
@@ -138,6 +140,7 @@ class PlumSegmentationOutput(ModelOutput):
     spans: torch.LongTensor | None = None
     tag_scores: torch.FloatTensor | None = None
     pred_masks: torch.FloatTensor | None = None
+    mask_windows: torch.FloatTensor | None = None
     iou_scores: torch.FloatTensor | None = None
     sam_image_index: torch.LongTensor | None = None
     original_sizes: torch.LongTensor | None = None
@@ -377,6 +380,7 @@ class PlumForConditionalGeneration(
                 teacher_forced=teacher_forced,
                 prompt_rounds=prompt_rounds,
                 prompt_draws=prompt_draws,
+                sam_pixels=images.sam_pixels,
             )
             pred_masks, iou_scores = self.decode_masks(*given, targets=targets, sampled=sampled)
 
@@ -580,11 +584,12 @@ class PlumForConditionalGeneration(
                 `(K,)`, 1 inside the mask and 0 outside, by index of the span. Prompts follow the span's query.
             input_boxes: Box `(4,)` around a mask, x0, y0, x1, y1 in pixels of the image, by index of the span.
             input_masks: Present mask by index of the span: booleans or integers (original height, original width), or
-                low-res logits in floats `(4G, 4G)`. As the dense prompt it replaces the earlier masks of the row.
+                low-res logits in floats `(4G, 4G)`. As the dense prompt it replaces the earlier masks of the row. A
+                model with `correction_window` decodes such a span in a window, from `sam_pixel_values`.
 
         Raises:
             ValueError: Spans are out of range, out of order, empty or without an image; a given mask or prompt
-                matches no span or does not fit its image; a row has no answer.
+                matches no span or does not fit its image; a row has no answer; windows without pixels.
         """
         images, hidden_states = self._read_given(input_ids, attention_mask, hidden_states, inputs)
         answer_mask = self._mask_given_answers(labels)
@@ -631,13 +636,13 @@ class PlumForConditionalGeneration(
         """Segment the spans of answers, which are fields of the output; `given` are inputs of [`decode_masks`]."""
         size, spans = self.config.low_res_mask_size, answers["spans"]
         pred_masks, iou_scores = hidden_states.new_zeros((0, size, size)), hidden_states.new_zeros(0)
+        windows = None
         if len(spans):
-            pred_masks, iou_scores = self.decode_masks(
-                hidden_states, spans, images.sam_embeddings, images.index, **(given or {})
-            )
+            pred_masks, iou_scores, windows = self.decode_corrected(hidden_states, spans, images, **(given or {}))
         return PlumSegmentationOutput(
             **answers,
             pred_masks=pred_masks,
+            mask_windows=windows,
             iou_scores=iou_scores,
             sam_image_index=images.index,
             original_sizes=images.original_sizes,

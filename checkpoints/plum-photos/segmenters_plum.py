@@ -7,7 +7,8 @@ embeddings of masks and of cell positions are modules of the same names in every
 points, a box and a present mask beside its query, embedded by the segmenter's own prompt encoder.
 
 Shapes. S spans, n of them at a time, N images, C SAM width, E channels of an image embedding, G grid side, H/W pixels.
-A *low-res mask* has 4G x 4G logits in the frame of SAM's square input.
+A *low-res mask* has 4G x 4G logits in the frame of SAM's square input, or in that of a *window*, a square x0, y0, side
+in pixels of this input.
 """
 
 import math
@@ -21,10 +22,16 @@ from torch import nn
 
 # Logit for certainty, for binary masks given by the caller.
 GIVEN_MASK_LOGIT = 10.0
+# Side of the smallest window as a share of SAM's input.
+SMALLEST_WINDOW = 1 / 4
 
 
 def upscale_masks(
-    low_res_masks: torch.Tensor, sam_image_size: int, reshaped_size: tuple[int, int], original_size: tuple[int, int]
+    low_res_masks: torch.Tensor,
+    sam_image_size: int,
+    reshaped_size: tuple[int, int],
+    original_size: tuple[int, int],
+    windows: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
     Resize mask logits from SAM's low-res frame to the original image: upscale to the padded square, crop, resize.
@@ -34,11 +41,15 @@ def upscale_masks(
         sam_image_size: Side of SAM's padded square input in pixels.
         reshaped_size: (height, width) of the resized image inside that square.
         original_size: (height, width) of the image as given.
+        windows: `(S, 3)` window of each mask. Default: the whole input.
 
     Returns:
         `(S, height, width)` logits.
     """
-    masks = F.interpolate(low_res_masks[:, None], (sam_image_size,) * 2, mode="bilinear", align_corners=False)
+    if windows is None:
+        masks = F.interpolate(low_res_masks[:, None], (sam_image_size,) * 2, mode="bilinear", align_corners=False)
+    else:
+        masks = paste_windows(low_res_masks, windows, sam_image_size, sam_image_size)[:, None]
     masks = masks[..., : reshaped_size[0], : reshaped_size[1]]
     if tuple(original_size) != tuple(reshaped_size):
         masks = F.interpolate(masks, tuple(original_size), mode="bilinear", align_corners=False)
@@ -105,6 +116,78 @@ def largest_share(shares: torch.Tensor) -> torch.BoolTensor:
     return (shares > 0) & (shares >= shares.amax(dim=(1, 2), keepdim=True).clamp(max=0.5))
 
 
+def windows_around(
+    masks: torch.BoolTensor, prompts: "SpanPrompt", sam_image_size: int, factor: float | torch.Tensor
+) -> torch.Tensor:
+    """
+    Return the windows `(n, 3)` around masks and prompts (zoom-in, arXiv 2001.10331): squares `factor` times as large
+    as the box around all, at least `SMALLEST_WINDOW` of SAM's input. Around nothing it is the whole input.
+
+    Args:
+        masks: `(n, s, s)` in the frame of SAM's input.
+        prompts: A batch of n prompts.
+        sam_image_size: Side of that frame in pixels.
+        factor: One for all windows, or `(n,)`.
+    """
+    ends = [_ends_of(masks, sam_image_size / masks.shape[-1])]  # top left and bottom right corners, (n, 2) each
+    if prompts.points is not None:
+        ends.append((prompts.points.amin(dim=1), prompts.points.amax(dim=1) + 1))
+    if prompts.box is not None:
+        ends.append(prompts.box.split(2, dim=1))
+    low, high = (torch.stack(corners) for corners in zip(*ends, strict=True))
+    low, high = low.amin(dim=0), high.amax(dim=0)
+    nothing = low > high
+    low, high = low.masked_fill(nothing, 0), high.masked_fill(nothing, sam_image_size)
+    side = (factor * (high - low).amax(dim=1)).clamp(SMALLEST_WINDOW * sam_image_size, sam_image_size)[:, None]
+    start = ((low + high - side) / 2).clamp(min=0).minimum(sam_image_size - side)
+    return torch.cat([start, side], dim=1)
+
+
+def _ends_of(masks: torch.BoolTensor, cell: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Return the top left and bottom right corners `(n, 2)` of masks `(n, s, s)` with cells of this side: x, y in pixels,
+    infinity and its negative for an empty mask.
+    """
+    corners = []
+    for axis in (1, 2):  # columns for x, rows for y
+        inside = masks.any(dim=axis).int()  # (n, s)
+        low, high = inside.argmax(dim=1), inside.shape[1] - inside.flip(1).argmax(dim=1)
+        empty = ~inside.any(dim=1)
+        corners.append(((low * cell).masked_fill(empty, torch.inf), (high * cell).masked_fill(empty, -torch.inf)))
+    return tuple(torch.stack(ends, dim=1) for ends in zip(*corners, strict=True))
+
+
+def crop_windows(frames: torch.Tensor, windows: torch.Tensor, sam_image_size: int, side: int) -> torch.Tensor:
+    """
+    Return windows `(n, 3)` of images or masks `(n, c, s, s)` in the frame of SAM's input, resized to `(n, c, side,
+    side)`.
+    """
+    x0, y0, size = (windows / sam_image_size).unbind(dim=1)
+    centres = (torch.arange(side, device=frames.device) + 0.5) / side
+    return _sample(frames, x0[:, None] + centres * size[:, None], y0[:, None] + centres * size[:, None])
+
+
+def paste_windows(masks: torch.Tensor, windows: torch.Tensor, sam_image_size: int, side: int) -> torch.Tensor:
+    """
+    Return logits `(n, s, s)` of windows `(n, 3)` in the frame of SAM's input, `(n, side, side)`: the reverse of
+    [`crop_windows`], with certainty of "outside" around the windows.
+    """
+    x0, y0, size = (windows / sam_image_size).unbind(dim=1)
+    centres = (torch.arange(side, device=masks.device) + 0.5) / side
+    x, y = ((centres - start[:, None]) / size[:, None] for start in (x0, y0))  # 0 to 1 inside the window
+    inside = ((y > 0) & (y < 1))[:, :, None] & ((x > 0) & (x < 1))[:, None]
+    return _sample(masks[:, None], x, y)[:, 0].masked_fill(~inside, -GIVEN_MASK_LOGIT)
+
+
+def _sample(frames: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Return frames `(n, c, s, s)` at columns `(n, W)` and rows `(n, H)`, both shares of the side: `(n, c, H, W)`."""
+    size = -1, y.shape[1], x.shape[1]
+    grid = torch.stack([x[:, None].expand(size), y[:, :, None].expand(size)], dim=3)
+    # In float32, because bfloat16 has too few numbers for places in an image.
+    sampled = F.grid_sample(frames.float(), 2 * grid - 1, mode="bilinear", padding_mode="border", align_corners=False)
+    return sampled.to(frames.dtype)
+
+
 def label_in_frame(mask: torch.Tensor, original: tuple[int, int], frame: tuple[int, int]) -> torch.Tensor:
     found = tuple(mask.shape)
     if found not in (original, frame):
@@ -141,6 +224,22 @@ class SpanPrompt:
     labels: torch.Tensor | None = None
     box: torch.Tensor | None = None
     mask: torch.Tensor | None = None
+
+    def in_windows(self, windows: torch.Tensor, sam_image_size: int, side: int) -> "SpanPrompt":
+        """
+        Return a batch of prompts in the frames of windows `(n, 3)`. Masks `(n, s, s)`, of any resolution, become
+        low-res logits `(n, side, side)` of -10 or 10 where a cell has one value.
+        """
+        start, scale = windows[:, None, :2], (sam_image_size / windows[:, 2])[:, None, None]
+        points = box = mask = None
+        if self.points is not None:
+            points = (self.points + 0.5 - start) * scale - 0.5  # a point is the centre of its pixel
+        if self.box is not None:
+            box = ((self.box.unflatten(1, (2, 2)) - start) * scale).flatten(1)
+        if self.mask is not None:
+            inside = crop_windows((self.mask > 0).float()[:, None], windows, sam_image_size, 2 * side)
+            mask = share_logits(F.avg_pool2d(inside, 2)[:, 0])
+        return SpanPrompt(points=points, labels=self.labels, box=box, mask=mask)
 
     @property
     def form(self) -> tuple[int, bool, bool]:

@@ -146,6 +146,7 @@ class PlumImages:
         sam_embeddings: `(N, E, G, G)`, or None without images.
         index: `(B,)` image of each row, -1 for none.
         original_sizes, reshaped_sizes: `(N, 2)` (height, width) in pixels as given, and as resized for SAM.
+        sam_pixels: `(N, 3, image_size, image_size)` for SAM, if given.
     """
 
     vlm_inputs: dict[str, torch.Tensor]
@@ -153,6 +154,7 @@ class PlumImages:
     index: torch.LongTensor
     original_sizes: torch.LongTensor | None
     reshaped_sizes: torch.LongTensor | None
+    sam_pixels: torch.Tensor | None = None
 
     def sizes_of(self, spans: torch.LongTensor) -> torch.LongTensor | None:
         """Return `(S, 4)`: original and reshaped size of the image of each span `[row, start, end)`, if known."""
@@ -243,7 +245,7 @@ class PlumVision:
         elif pixels is not None and len(pixels):
             vlm_inputs["pixel_values"] = pixels.to(self.vlm.dtype)
         sizes = (inputs.pop("original_sizes", None), inputs.pop("reshaped_input_sizes", None))
-        return PlumImages(vlm_inputs, embeddings, index, *sizes), inputs
+        return PlumImages(vlm_inputs, embeddings, index, *sizes, sam_pixels), inputs
 
     @staticmethod
     def _check_index(sam_image_index: torch.LongTensor, images: int, rows: int):

@@ -634,7 +634,9 @@ class PlumProcessor(ProcessorMixin):
         """Return one boolean mask at the size of its image; only one span's logits are in memory at that size."""
         image = int(outputs.sam_image_index[row])
         sizes = (getattr(outputs, f"{name}_sizes")[image].tolist() for name in ("reshaped_input", "original"))
-        logits = upscale_masks(outputs.pred_masks[index, None].float(), side_for_sam(self.sam_image_processor), *sizes)
+        windows = None if outputs.mask_windows is None else outputs.mask_windows[index, None]
+        side = side_for_sam(self.sam_image_processor)
+        logits = upscale_masks(outputs.pred_masks[index, None].float(), side, *sizes, windows)
         return (logits[0] > mask_threshold).cpu().numpy()
 
 

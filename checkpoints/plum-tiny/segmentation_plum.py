@@ -11,17 +11,20 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 try:
+    from .backbones_plum import PlumImages
     from .configuration_plum import PlumConfig
-    from .segmenters_plum import SpanPrompt, downscale_masks
+    from .segmenters_plum import SpanPrompt, crop_windows, downscale_masks, paste_windows, windows_around
     from .supervision_plum import MaskTargets, SampledPrompts
 except ImportError:
     if __package__:
         raise
+    from backbones_plum import PlumImages
     from configuration_plum import PlumConfig
-    from segmenters_plum import SpanPrompt, downscale_masks
+    from segmenters_plum import SpanPrompt, crop_windows, downscale_masks, paste_windows, windows_around
     from supervision_plum import MaskTargets, SampledPrompts
 
 # Inputs with the prompts of spans, in transformers' names.
@@ -29,6 +32,8 @@ PROMPTS = ("input_points", "input_labels", "input_boxes", "input_masks")
 # Mask prompts decoded at once: on a CPU limited by the total number of image cells, elsewhere a fixed number.
 CPU_CELLS_AT_ONCE = 16 * 16 * 16
 PROMPTS_AT_ONCE = 64
+# Windows of images that are encoded at once.
+WINDOWS_AT_ONCE = 8
 
 
 class PlumMaskFeedback(nn.Module):
@@ -199,9 +204,7 @@ class PlumMaskDecoding:
         self._check_images_of_spans(rows, images, sam_image_embeddings)
         # The mask branch stays in the precision of its weights: bfloat16 autocast costs it visible accuracy.
         with torch.autocast(hidden_states.device.type, enabled=False):
-            dtype = self.sam.mask_decoder.iou_token.weight.dtype
-            projected = self.span_projector(hidden_states.to(next(self.span_projector.parameters()).dtype))
-            queries = mean_over_spans(projected.to(hidden_states.device), spans).to(dtype)  # (S, C)
+            queries = self._span_queries(hidden_states, spans)
             embeddings = sam_image_embeddings.to(queries)
             positions = self._grid_positions(queries)
 
@@ -216,11 +219,81 @@ class PlumMaskDecoding:
             if sampled is not None:
                 seen = queries.masked_fill(sampled.blind[:, None], 0)
 
-                def decode_form(members: torch.LongTensor, dense: torch.Tensor, prompts: SpanPrompt):
-                    return self._decode_form(seen[members], images[members], embeddings, positions, dense, prompts)
+                def decode_sampled(members: torch.LongTensor, dense: torch.Tensor, prompts: SpanPrompt, windows):
+                    queries, of_members = seen[members], images[members]
+                    if windows is not None:
+                        return self._decode_windows(queries, sampled.sam_pixels, of_members, windows, prompts)
+                    return self._decode_form(queries, of_members, embeddings, positions, dense, prompts)
 
-                sampled.decode(masks, decode_form)
+                sampled.decode(masks, decode_sampled)
             return masks, scores
+
+    def decode_corrected(
+        self,
+        hidden_states: torch.Tensor,
+        spans: torch.LongTensor,
+        images: PlumImages,
+        given_masks: dict[int, torch.Tensor] | None = None,
+        prompts: dict[int, SpanPrompt] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """
+        Decode the masks of spans as [`decode_masks`] does, but spans with a present mask in windows if the model has a
+        `correction_window`. Such a mask depends on no other; for later spans it is a given one.
+
+        Returns:
+            Low-res logits `(S, 4G, 4G)`, predicted IoUs `(S,)` and windows `(S, 3)`, None without any.
+
+        Raises:
+            ValueError: The pixels of the windows are missing.
+        """
+        prompts, inputs = prompts or {}, (hidden_states, spans, images.sam_embeddings, images.index)
+        corrected = [i for i, prompt in prompts.items() if prompt.mask is not None]
+        if self.config.correction_window is None or not corrected:
+            return *self.decode_masks(*inputs, given_masks, prompts), None
+        if images.sam_pixels is None:
+            raise ValueError(
+                "A corrected mask of this model is decoded in a window of the image; pass sam_pixel_values beside "
+                "sam_image_embeddings."
+            )
+        size = self.config.sam_image_size
+        found = self._correct_in_windows(hidden_states, spans, images, {i: prompts[i] for i in corrected})
+        pasted = (paste_windows(mask[None], window[None], size, mask.shape[-1])[0] for mask, _, window in found)
+        given_masks = {**(given_masks or {}), **dict(zip(corrected, pasted, strict=True))}
+        others = {i: prompt for i, prompt in prompts.items() if i not in given_masks}
+        masks, scores = self.decode_masks(*inputs, given_masks, others)
+        windows = torch.tensor([0.0, 0.0, size], device=masks.device).repeat(len(spans), 1)
+        for i, (mask, score, window) in zip(corrected, found, strict=True):
+            masks[i], scores[i], windows[i] = mask, score, window
+        return masks, scores, windows
+
+    def _correct_in_windows(self, hidden_states, spans, images, prompts: dict[int, SpanPrompt]) -> list[tuple]:
+        """Return low-res logits, predicted IoU and window of each span with prompts, in the order of `prompts`."""
+        queries, index = self._span_queries(hidden_states, spans), images.index[spans[:, 0]]
+        forms, found = {}, {}
+        for i, prompt in prompts.items():
+            forms.setdefault(prompt.form, []).append(i)
+        for members in forms.values():
+            some = SpanPrompt.batch([prompts[i] for i in members])
+            windows = windows_around(some.mask > 0, some, self.config.sam_image_size, self.config.correction_window)
+            decoded = self._decode_windows(queries[members], images.sam_pixels, index[members], windows, some)
+            found |= dict(zip(members, zip(*decoded, windows, strict=True), strict=True))
+        return [found[i] for i in prompts]
+
+    def _decode_windows(self, queries, sam_pixels, images, windows, prompts: SpanPrompt):
+        """Decode n masks of a batch of prompts in windows `(n, 3)` of the images `(n,)`; as [`_decode_prompted`]."""
+        size, embeddings = self.config.sam_image_size, []
+        for some, places in zip(images.split(WINDOWS_AT_ONCE), windows.split(WINDOWS_AT_ONCE), strict=True):
+            embeddings.append(self.get_image_embeddings(crop_windows(sam_pixels[some], places, size, size)))
+        embeddings, positions = torch.cat(embeddings).to(queries), self._grid_positions(queries)
+        prompts = prompts.in_windows(windows, size, self.config.low_res_mask_size)
+        every, dense = torch.arange(len(queries), device=queries.device), self._no_mask_prompt(queries)
+        return self._decode_form(queries, every, embeddings, positions, dense, prompts)
+
+    def _span_queries(self, hidden_states, spans) -> torch.Tensor:
+        """Return the queries `(S, C)` of spans, on their device and in the precision of SAM's mask decoder."""
+        projected = self.span_projector(hidden_states.to(next(self.span_projector.parameters()).dtype))
+        queries = mean_over_spans(projected.to(hidden_states.device), spans)
+        return queries.to(self.sam.mask_decoder.iou_token.weight.dtype)
 
     @staticmethod
     def _check_images_of_spans(rows, images, sam_image_embeddings):
@@ -350,8 +423,12 @@ class PlumMaskDecoding:
         return {"given_masks": given_masks, "prompts": read}
 
     def _read_present_mask(self, mask, original, reshaped, *, where: str) -> torch.Tensor:
-        """Return low-res logits of a mask: binary at the size of the image, or such logits themselves."""
-        side = self.config.low_res_mask_size
+        """
+        Return logits of a mask, binary at the size of the image or low-res logits, in the frame of SAM's input:
+        low-res, or with a value for each of its pixels if masks are corrected in windows.
+        """
+        side, size = self.config.low_res_mask_size, self.config.sam_image_size
+        fine = side if self.config.correction_window is None else size
         mask = _as_tensor(mask, "input_masks", where)
         expected = (side, side) if mask.is_floating_point() else original
         if tuple(mask.shape) != expected:
@@ -359,9 +436,11 @@ class PlumMaskDecoding:
                 f"The input_masks of {where} are {mask.dtype} of shape {tuple(mask.shape)}; give booleans or integers "
                 f"of the size of its image, {original}, or low-res logits in floats, {(side, side)}."
             )
-        if mask.is_floating_point():
+        if not mask.is_floating_point():
+            return downscale_masks((mask != 0)[None], size, reshaped, fine)[0]
+        if fine == side:
             return mask
-        return downscale_masks((mask != 0)[None], self.config.sam_image_size, reshaped, side)[0]
+        return F.interpolate(mask[None, None], (fine, fine), mode="bilinear", align_corners=False)[0, 0]
 
     def _decode_in_lock_step(self, decode, queries, rows, positions, given_masks, prompts, targets, sampled):
         first = torch.searchsorted(rows, rows)  # index of the first span of the same row

@@ -16,11 +16,14 @@ try:
     from .segmenters_plum import (
         GIVEN_MASK_LOGIT,
         SpanPrompt,
+        crop_windows,
         label_frame,
         label_in_frame,
         largest_share,
         mask_shares,
+        paste_windows,
         share_logits,
+        windows_around,
     )
 except ImportError:
     if __package__:
@@ -29,23 +32,29 @@ except ImportError:
     from segmenters_plum import (
         GIVEN_MASK_LOGIT,
         SpanPrompt,
+        crop_windows,
         label_frame,
         label_in_frame,
         largest_share,
         mask_shares,
+        paste_windows,
         share_logits,
+        windows_around,
     )
 
 # Largest number of prompted decodes of one span in training, and the random numbers that determine their prompts: the
-# kind of the first, a pixel for each click, the displacement of a box's sides, whether there is a query, the instance.
+# kind of the first, a pixel for each click, the displacement of a box's sides, the size of windows, whether there is a
+# query, the instance.
 MAX_PROMPT_ROUNDS = 5
-DRAWN = (1, MAX_PROMPT_ROUNDS, 4, 1, 1)
+DRAWN = (1, MAX_PROMPT_ROUNDS, 4, 1, 1, 1)
 PROMPT_DRAWS = sum(DRAWN)
 # Probability that they come without the query of their span, and that clicks with the span's own mask mean any mask
 # with its words.
 BLIND, ANY_INSTANCE = 0.5, 0.5
 # Standard deviation of a box in training as a share of its sides, and the largest displacement in pixels, as in SAM.
 BOX_NOISE, MAX_BOX_NOISE = 0.1, 20.0
+# Windows in training are up to this many times larger or smaller than those of a user.
+WINDOW_NOISE = 1.3
 
 
 def resize_mask_labels(
@@ -162,8 +171,9 @@ class SampledPrompts:
     The first decode of a span has a click in the error region of its own mask, with this mask, in one half of all
     cases, and a click inside the true mask or a box around it in a quarter each. Each further decode adds a click in
     the error region of the decode before, whose mask it gets. A click is a uniformly drawn pixel of the inner part of
-    the deeper of the two error regions, missed and excess pixels, at twice the resolution of low-res masks: in these,
-    errors of a good mask vanish, and a click on one would mean more than in training.
+    the deeper of the two error regions, missed and excess pixels, at a finer resolution than that of low-res masks: in
+    these, errors of a good mask vanish, and a click on one would mean more than in training. Prompts with a mask are
+    decoded in windows if the model does so.
 
     Half of the spans are decoded without their query: only prompts and mask say what is meant. Beside a query that
     finds its part already, nothing depends on where a click is, and a decoder trained from scratch does not learn it.
@@ -173,11 +183,13 @@ class SampledPrompts:
 
     Args:
         targets: Receives the true mask of each span during decoding.
-        true_masks: `(M, 8G, 8G)` bool, the masks of `targets` at twice their resolution.
+        true_masks: `(M, s, s)` bool, the masks of `targets` in the frame of SAM's input at a finer resolution.
         rounds: `(S,)` number of prompted decodes of each span, 0 for none.
         draws: `(S, PROMPT_DRAWS)` numbers in [0, 1), the columns of DRAWN.
         frames: `(S, 2)` (height, width) in pixels of each span's image within SAM's input.
         image_size: Side of SAM's input in pixels.
+        sam_pixels: `(N, 3, image_size, image_size)` images for windows; None for a model that decodes in whole images.
+        window: `correction_window` of the model.
     """
 
     def __init__(
@@ -188,25 +200,31 @@ class SampledPrompts:
         draws: torch.Tensor,
         frames: torch.LongTensor,
         image_size: int,
+        sam_pixels: torch.Tensor | None = None,
+        window: float | None = None,
     ):
         self.targets, self.true_masks, self.rounds, self.frames = targets, true_masks, rounds, frames
+        self.image_size, self.sam_pixels = image_size, sam_pixels
         self.cell = image_size / true_masks.shape[-1]  # side in pixels
-        kind, self.pixels, self.sides, query, instance = draws.split(DRAWN, dim=1)
+        kind, self.pixels, self.sides, noise, query, instance = draws.split(DRAWN, dim=1)
+        self.window = None if window is None else window * WINDOW_NOISE ** (2 * noise[:, 0] - 1)
         self.instance = instance[:, 0]
         self.corrects = kind[:, 0] < 0.5  # spans whose first prompt comes with their own mask
         self.boxed = kind[:, 0] >= 0.75  # spans whose first prompt is a box
         self.blind = query[:, 0] < BLIND  # spans decoded without their query
         self.dense_prompts: list[tuple[torch.LongTensor, torch.Tensor]] = []  # of own decodes: spans, (n, C, G, G)
-        self.decoded: list[tuple[torch.LongTensor, torch.Tensor, torch.Tensor]] = []  # spans, masks, scores
+        # Prompted decodes: spans, masks, scores, and windows if they are decoded in these.
+        self.decoded: list[tuple[torch.LongTensor, torch.Tensor, torch.Tensor, torch.Tensor | None]] = []
 
     def decode(self, own_masks: torch.Tensor, decode: Callable[..., tuple[torch.Tensor, torch.Tensor]]):
         """
         Run all rounds, once spans have their own masks `(S, 4G, 4G)` and targets. `decode(spans, dense_prompts,
-        prompts)` returns masks and scores of spans with a batch of prompts.
+        prompts, windows)` returns masks and scores of spans with a batch of prompts, in windows `(n, 3)` unless None.
         """
         spans, dense = map(torch.cat, zip(*self.dense_prompts, strict=True))
         dense, boxes = dense[spans.argsort()], self._boxes()
         present = torch.where(self.corrects[:, None, None], own_masks.detach().float(), -GIVEN_MASK_LOGIT)
+        present = self._show(present, None)
         points, labels = boxes.new_zeros(*self.pixels.shape, 2), torch.zeros_like(self.pixels, dtype=torch.long)
         for number in range(int(self.rounds.max())):
             goes_on, masked = self.rounds > number, self.corrects | (number > 0)
@@ -214,7 +232,6 @@ class SampledPrompts:
             points[members, number], labels[members, number] = self._click(
                 members, present, self.pixels[members, number]
             )
-            found = []
             for has_box, has_mask in ((False, False), (False, True), (True, False), (True, True)):
                 members = (goes_on & (self.boxed == has_box) & (masked == has_mask)).nonzero()[:, 0]
                 if len(members):
@@ -226,20 +243,46 @@ class SampledPrompts:
                         box=boxes[members] if has_box else None,
                         mask=present[members] if has_mask else None,
                     )
-                    found.append((members, *decode(members, dense[members], prompts)))
-            members, masks, scores = map(torch.cat, zip(*found, strict=True))
-            present[members] = masks.detach().float()
-            self.decoded.append((members, masks, scores))
+                    windows = None
+                    if has_mask and self.window is not None:
+                        windows = windows_around(
+                            prompts.mask > 0, prompts, self.image_size, factor=self.window[members]
+                        )
+                    masks, scores = decode(members, dense[members], prompts, windows)
+                    present[members] = self._show(masks.detach().float(), windows)
+                    self.decoded.append((members, masks, scores, windows))
+
+    def _show(self, masks: torch.Tensor, windows: torch.Tensor | None) -> torch.Tensor:
+        """Return low-res logits `(n, 4G, 4G)` as a present mask: for windows `(n, image_size, image_size)`."""
+        size = self.image_size
+        if windows is not None:
+            return paste_windows(masks, windows, size, size)
+        if self.window is None:
+            return masks
+        return F.interpolate(masks[:, None], (size, size), mode="bilinear", align_corners=False)[:, 0]
 
     def with_own(self, masks, scores, mask_labels, sizes):
         """
         Return the true masks `(S + R,)` by index of own decodes followed by the R prompted ones, with their masks,
         scores, labels and sizes, from masks, scores and sizes of the S own ones and all labels.
         """
-        own = torch.arange(len(masks), device=masks.device), self.targets.of_span, masks, scores
-        prompted = [(spans, self.meant[spans], *decoded) for spans, *decoded in self.decoded]
-        spans, true, masks, scores = map(torch.cat, zip(own, *prompted, strict=True))
-        return true, masks, scores, [mask_labels[i] for i in true.tolist()], sizes[spans]
+        true, decoded, all_sizes = [self.targets.of_span], [(masks, scores)], [sizes]
+        labels = [mask_labels[i] for i in self.targets.of_span.tolist()]
+        for spans, found, found_scores, windows in self.decoded:
+            true.append(self.meant[spans])
+            decoded.append((found, found_scores))
+            if windows is None:
+                labels += [mask_labels[i] for i in self.meant[spans].tolist()]
+                all_sizes.append(sizes[spans])
+            else:
+                labels += self._crop(self.meant[spans], windows)
+                all_sizes.append(torch.full_like(sizes[spans], self.image_size))
+        return torch.cat(true), *map(torch.cat, zip(*decoded, strict=True)), labels, torch.cat(all_sizes)
+
+    def _crop(self, members: torch.LongTensor, windows: torch.Tensor) -> list[torch.BoolTensor]:
+        """Return windows of the true masks `members` at the size of SAM's input."""
+        size = self.image_size
+        return list(crop_windows(self.true_masks[members, None].float(), windows, size, size)[:, 0] > 0.5)
 
     @cached_property
     def meant(self) -> torch.LongTensor:
@@ -296,10 +339,11 @@ def supervise_masks(
     teacher_forced: torch.BoolTensor | None = None,
     prompt_rounds: torch.LongTensor | None = None,
     prompt_draws: torch.Tensor | None = None,
+    sam_pixels: torch.Tensor | None = None,
 ) -> tuple[MaskTargets | None, SampledPrompts | None]:
     """
     Return `targets` and `sampled` of `PlumForConditionalGeneration.decode_masks` from inputs of its `forward` and
-    `(S, 4)` sizes of each span's image, each None if not needed.
+    `(S, 4)` sizes of each span's image, each None if not needed. `sam_pixels` are the images for windows.
 
     Raises:
         ValueError: Inputs are missing, or not one for each span or mask.
@@ -330,10 +374,19 @@ def supervise_masks(
     # All masks of a group are about one image, that of its first span.
     first_span = (span_groups == mask_groups[:, None]).int().argmax(dim=1)
     side, image_size = config.low_res_mask_size, config.sam_image_size
-    sides = [side] if prompt_rounds is None else [side, 2 * side]
+    window = config.correction_window
+    if prompt_rounds is not None and window is not None and sam_pixels is None:
+        raise ValueError(
+            "This model decodes corrected masks in windows of the image: pass sam_pixel_values instead of "
+            "sam_image_embeddings, or set prompt_probability to 0."
+        )
+    sides = [side]
+    if prompt_rounds is not None:
+        sides.append(2 * side if window is None else image_size)
     low_res, *fine = resize_mask_labels(mask_labels, sizes[first_span], image_size, *sides)
     targets = MaskTargets(share_logits(low_res), span_groups, mask_groups, teacher_forced)
     if prompt_rounds is None:
         return targets, None
-    true_masks = largest_share(fine[0])
-    return targets, SampledPrompts(targets, true_masks, prompt_rounds, prompt_draws, sizes[:, 2:], image_size)
+    true_masks, of_windows = largest_share(fine[0]), {} if window is None else {"sam_pixels": sam_pixels}
+    prompts = targets, true_masks, prompt_rounds, prompt_draws, sizes[:, 2:], image_size
+    return targets, SampledPrompts(*prompts, **of_windows, window=window)

@@ -65,12 +65,13 @@ class _Answers:
             padding_side="right",
         )
         self.inputs = dict(inputs.to(model.device))
-        self.inputs["sam_image_embeddings"] = model.get_image_embeddings(self.inputs.pop("sam_pixel_values"))
+        # Beside the pixels, which windows of corrected masks are made of.
+        self.inputs["sam_image_embeddings"] = model.get_image_embeddings(self.inputs["sam_pixel_values"])
         self.inputs["hidden_states"] = encode_conversations(model, **self.inputs)
 
     @cached_property
-    def own(self) -> tuple[list[list[RLE]], torch.Tensor]:
-        """The masks of each answer without corrections, and their low-res logits."""
+    def own(self) -> tuple[list[list[RLE]], list[torch.Tensor]]:
+        """The masks of each answer without corrections, and those of all spans as input of further clicks."""
         return self._run()
 
     def segment(self, given: Sequence[Given]) -> list[list[RLE]]:
@@ -82,11 +83,17 @@ class _Answers:
         }
         return self._run(given_masks=masks)[0]
 
-    def _run(self, **corrections) -> tuple[list[list[RLE]], torch.Tensor]:
-        """Return the masks of each answer, and the low-res logits of all spans."""
+    def _run(self, **corrections) -> tuple[list[list[RLE]], list[torch.Tensor]]:
+        """
+        Return the masks of each answer, and those of all spans as input of further clicks: low-res logits or, since
+        those of a window show less than the image, masks of the image.
+        """
         outputs = self.model.segment_spans(**self.inputs, **corrections)
         answers = self.processor.post_process_segmentation(outputs)
-        return [[encode(span.mask) for span in answer.spans] for answer in answers], outputs.pred_masks
+        present = list(outputs.pred_masks)
+        if outputs.mask_windows is not None:
+            present = [torch.from_numpy(span.mask) for answer in answers for span in answer.spans]
+        return [[encode(span.mask) for span in answer.spans] for answer in answers], present
 
     def click(self, targets: Sequence[Sequence[int | None]], count: int) -> Iterator[list[list[RLE]]]:
         """
@@ -99,7 +106,7 @@ class _Answers:
         Args:
             targets: Index of the true mask that the clicks on each span mean, by answer; None for no clicks.
         """
-        masks, logits = self.own
+        masks, present = self.own
         clicks: dict[int, list[Click]] = defaultdict(list)
         for _ in range(count):
             clicked = {}
@@ -112,14 +119,14 @@ class _Answers:
                         clicked[self.first[row] + span] = row, span
                         clicks[self.first[row] + span].append(click)
             if clicked:
-                found, found_logits = self._run(
+                found, found_present = self._run(
                     input_points={i: [click[:2] for click in clicks[i]] for i in clicked},
                     input_labels={i: [click.inside for click in clicks[i]] for i in clicked},
-                    input_masks={i: logits[i] for i in clicked},
+                    input_masks={i: present[i] for i in clicked},
                 )
-                masks, logits = [list(of_row) for of_row in masks], logits.clone()
+                masks, present = [list(of_row) for of_row in masks], list(present)
                 for i, (row, span) in clicked.items():
-                    masks[row][span], logits[i] = found[row][span], found_logits[i]
+                    masks[row][span], present[i] = found[row][span], found_present[i]
             yield masks
 
     def compare(self, masks: Sequence[Sequence[RLE]]) -> list[np.ndarray]:

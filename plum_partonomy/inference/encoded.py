@@ -24,11 +24,13 @@ class EncodedImage:
             needs the pixels each time.
         sam_embedding: `(E, G, G)`.
         vlm_features: Features of the vision-language model; None if it needs the pixels.
+        sam_pixels: `(3, image_size, image_size)`, if the model decodes corrected masks in windows of the image.
     """
 
     shown: PreparedImage | Image.Image
     sam_embedding: torch.Tensor
     vlm_features: ModelOutput | None
+    sam_pixels: torch.Tensor | None = None
 
 
 @torch.no_grad()
@@ -42,12 +44,13 @@ def encode_image(
     """Return the features of an RGB image; `embed` replaces the model's `get_image_embeddings`."""
     embed, device = embed or model.get_image_embeddings, model.device
     (prepared,), sam_inputs, vlm_inputs = processor.prepare_images([image])
-    embeddings = embed(sam_inputs["sam_pixel_values"].to(device))
+    pixels = sam_inputs["sam_pixel_values"].to(device)
+    embeddings, kept = embed(pixels), None if model.config.correction_window is None else pixels[0]
     vlm_inputs = {name: value.to(device) for name, value in vlm_inputs.items() if isinstance(value, torch.Tensor)}
     features = model.get_vlm_image_features([prepared.tokens], sam_image_embeddings=embeddings, **vlm_inputs)
     if features is None:
-        return EncodedImage(image, embeddings[0], None)
-    return EncodedImage(prepared, embeddings[0], features[0])
+        return EncodedImage(image, embeddings[0], None, kept)
+    return EncodedImage(prepared, embeddings[0], features[0], kept)
 
 
 class RecentImage:
@@ -85,6 +88,8 @@ def encode_chats(
     inputs.pop("sam_pixel_values", None)
     images = list({id(image.shown): image for image, _ in chats}.values())
     inputs["sam_image_embeddings"] = torch.stack([image.sam_embedding for image in images])
+    if images[0].sam_pixels is not None:
+        inputs["sam_pixel_values"] = torch.stack([image.sam_pixels for image in images])
     if images[0].vlm_features is not None:
         inputs["vlm_image_features"] = [image.vlm_features for image in images]
     return inputs

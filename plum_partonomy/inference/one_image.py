@@ -367,9 +367,13 @@ def correct_with_prompts(
         mask=given_masks.pop(place, None),
     )
     if prompt.mask is None:
-        spans = [(span.start, span.end) for span in finish(plum, reply).spans]
-        if place in spans:
-            prompt = replace(prompt, mask=reply.outputs.pred_masks[spans.index(place)])
+        spans = finish(plum, reply).spans
+        places = [(span.start, span.end) for span in spans]
+        if place in places:
+            i = places.index(place)
+            # Low-res logits of a window show less than the image.
+            in_windows = reply.outputs.mask_windows is not None
+            prompt = replace(prompt, mask=spans[i].mask if in_windows else reply.outputs.pred_masks[i])
     return segment_again(plum, reply, ranges, given_masks=given_masks, prompts={**reply.prompts, place: prompt})
 
 

@@ -291,11 +291,11 @@ class PlumTrainer(Trainer):
         return None, counts, counts[:, :1]
 
     def _model_inputs(self, batch: dict) -> dict:
-        """Return a batch without the fields of the training code, and with embeddings instead of cached images."""
+        """Return a batch without the fields of the training code, and with the cached embeddings of its images."""
         inputs = {name: value for name, value in batch.items() if not name.startswith("record_")}
         if self.embedding_cache is not None and "sam_pixel_values" in inputs:
             with self.accelerator.autocast():
-                inputs["sam_image_embeddings"] = self.embedding_cache.embed(inputs.pop("sam_pixel_values"))
+                inputs["sam_image_embeddings"] = self.embedding_cache.embed(inputs["sam_pixel_values"])
         return inputs
 
 

@@ -31,9 +31,9 @@ def answer(number: int, text: str) -> dict:
     }
 
 
-def restless_model():
+def restless_model(correction_window: float | None):
     """A tiny model whose later masks depend visibly on earlier ones."""
-    model = tiny_model()
+    model = tiny_model(correction_window=correction_window)
     generator = torch.Generator().manual_seed(5)
     for parameter in model.mask_feedback.parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator) * 0.5
@@ -48,9 +48,9 @@ def segment_alone(model, processor, asked: dict, given: dict) -> list:
     return [encode(span.mask) for span in processor.post_process_segmentation(outputs)[0].spans]
 
 
-@pytest.fixture(scope="module")
-def measured():
-    model, processor = restless_model(), tiny_processor()
+@pytest.fixture(scope="module", params=[None, 1.5], ids=["image", "window"])
+def measured(request):
+    model, processor = restless_model(request.param), tiny_processor()
     answers = [answer(1, WHEELS), answer(2, TWO), answer(3, WHEELS)]
     return model, processor, answers, measure_answers(model, processor, answers)
 
@@ -95,13 +95,14 @@ def click_alone(model, processor, asked: dict, span: int, target: int) -> list:
     chat = conversation(asked["image"], asked["messages"][1]["content"], "Which?")
     inputs = processor.apply_chat_template([chat], masks=[asked["masks"]], tokenize=True, return_dict=True)
     outputs, true, clicks, results = model.segment_spans(**inputs), asked["masks"][target], [], []
+    mask = processor.post_process_segmentation(outputs)[0].spans[span].mask
     for _ in range(5):
-        clicks.append(next_click(processor.post_process_segmentation(outputs)[0].spans[span].mask, true))
+        clicks.append(next_click(mask, true))
         outputs = model.segment_spans(
             **inputs,
             input_points={span: [(x, y) for x, y, _ in clicks]},
             input_labels={span: [int(inside) for *_, inside in clicks]},
-            input_masks={span: outputs.pred_masks[span]},
+            input_masks={span: outputs.pred_masks[span] if outputs.mask_windows is None else torch.from_numpy(mask)},
         )
         mask = processor.post_process_segmentation(outputs)[0].spans[span].mask
         results.append((clicks[-1], encode(mask), (mask & true).sum() / (mask | true).sum()))

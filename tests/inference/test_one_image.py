@@ -153,6 +153,29 @@ def test_points_and_boxes_correct_the_present_mask_and_other_corrections_stay(pl
     assert list(correct_mask(plum, on_drawn, RANGES, RANGES[1], drawn).prompts) == [RANGES[0]]
 
 
+def test_clicks_in_windows_start_from_the_mask_in_the_image():
+    plum, image, drawn = Plum(tiny_model(correction_window=1.5), tiny_processor()), random_image(), random_mask()
+    other = Plum(tiny_model(), tiny_processor())
+    drawn[:] = False
+    drawn[10:24, 30:44] = True
+    reply, whole = (segment_words(each, image, MESSAGES, TEXT, RANGES) for each in (plum, other))
+    assert torch.equal(reply.outputs.pred_masks, whole.outputs.pred_masks)
+    reply = correct_mask(plum, reply, RANGES, RANGES[1], drawn)
+    first = correct_with_prompts(plum, reply, RANGES, RANGES[1], points=[(40, 12)], labels=[1])
+    second = correct_with_prompts(plum, first, RANGES, RANGES[1], points=[(33, 20)], labels=[0])
+    assert first.outputs.mask_windows[1, 2] < first.outputs.mask_windows[0, 2] == 64
+    chat = conversation(image, "A <p>wheel</p>, another <p>wheel</p> and a <p>left wing</p>.")
+    inputs = plum.processor.apply_chat_template(chat, tokenize=True, return_dict=True)
+    clicks = {"input_points": {1: [(40, 12)]}, "input_labels": {1: [1]}, "input_masks": {1: drawn}}
+    expected = plum.model.segment_spans(**inputs, **clicks)
+    assert torch.equal(first.outputs.pred_masks, expected.pred_masks)
+    (answer,) = plum.processor.post_process_segmentation(expected)
+    assert all(map(np.array_equal, masks_of(plum, first), [span.mask for span in answer.spans]))
+    clicks = {"input_points": {1: [(40, 12), (33, 20)]}, "input_labels": {1: [1, 0]}}
+    expected = plum.model.segment_spans(**inputs, **clicks, input_masks={1: answer.spans[1].mask})
+    assert torch.equal(second.outputs.pred_masks, expected.pred_masks)
+
+
 @contextlib.contextmanager
 def counted(plum):
     """Count how often the encoders and the language model run."""

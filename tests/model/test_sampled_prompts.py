@@ -47,7 +47,7 @@ def sample(true: list[torch.Tensor], own: list[torch.Tensor], draws: list[list[f
         [],
     )
 
-    def decode(members, dense, prompts):
+    def decode(members, dense, prompts, windows):
         assert dense[:, 0].tolist() == members.tolist()
         seen.append(unbatch(members, prompts))
         decoded = torch.stack([own[span] for span in members.tolist()])
@@ -136,7 +136,9 @@ def test_clicks_are_uniform_over_the_inner_part_of_the_region():
 
 def test_later_rounds_add_clicks_to_the_first_prompt_and_take_the_mask_before():
     true, own = [rectangle(8, 24, 8, 24)] * 3, [rectangle(8, 20, 4, 24)] * 3
-    draws = [[kind, 0.0, 0.0, 0.999, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, BLIND, OWN] for kind in (CORRECTION, CLICK, BOX)]
+    draws = [
+        [kind, 0.0, 0.0, 0.999, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, BLIND, OWN] for kind in (CORRECTION, CLICK, BOX)
+    ]
     prompted, sampled = sample(true, own, draws, rounds=[3, 1, 2])
     assert [sorted(prompts) for prompts in prompted] == [[0, 1, 2], [0, 2], [0]]
     correction, click, box = prompted[0].values()
@@ -184,7 +186,7 @@ def test_half_of_the_clicks_with_the_own_mask_mean_any_mask_with_the_words_of_th
         sampled.dense_prompts = [(torch.arange(5), torch.zeros(5, 1))]
         clicked = []
 
-        def decode(members, dense, prompts, clicked=clicked):
+        def decode(members, dense, prompts, windows, clicked=clicked):
             clicked += [pixel_of(prompt)[0] // 8 for prompt in unbatch(members, prompts).values()]
             return true[members], torch.zeros(5)
 
@@ -214,7 +216,7 @@ def test_boxes_are_displaced_by_a_tenth_of_their_sides_and_stay_in_the_image():
     noise = boxes - torch.tensor([16.0, 16.0, 48.0, 48.0])
     assert_close(noise.mean(dim=0), torch.zeros(4), rtol=0, atol=0.2)
     assert_close(noise.std(dim=0), torch.full((4,), 3.2), rtol=0.05, atol=0)
-    extremes = [[BOX, 0, 0, 0, 0, 0, low, low, high, high, BLIND, OWN] for low, high in ((0.0, 1.0), (1.0, 0.0))]
+    extremes = [[BOX, 0, 0, 0, 0, 0, low, low, high, high, 0.5, BLIND, OWN] for low, high in ((0.0, 1.0), (1.0, 0.0))]
     true = [rectangle(0, 23, 0, 32), rectangle(0, 32, 0, 14)]
     for frame, mask in zip(FRAMES, true, strict=True):
         prompted, _ = sample([mask] * 2, [mask] * 2, extremes, [1, 1], frame.expand(2, 2))
@@ -257,16 +259,16 @@ def test_prompted_decodes_are_those_of_the_same_prompts_given_and_their_losses_a
     true, masks, scores, *labelled = sampled.with_own(masks, scores, *of_own)
     assert true.tolist() == [0, 1, 2, 3, 1, 0, 2, 1, 2, 1]
 
-    def decode_alone(members, _, prompts):
+    def decode_alone(members, _, prompts, windows):
         """Each span as inference decodes it, with the same prompts in pixels of its image."""
         found = []
         for span, prompt in unbatch(members, prompts).items():
             scale = sizes[span, [1, 0]] / sizes[span, [3, 2]]
-            given = {"input_labels": prompt.labels, "input_masks": prompt.mask}
-            given["input_points"] = None if prompt.points is None else prompt.points * scale
-            given["input_boxes"] = None if prompt.box is None else prompt.box * scale.repeat(2)
-            given = {name: {span: value} for name, value in given.items() if value is not None}
-            outputs = model.segment_spans(**inputs, **given)
+            alone = {"input_labels": prompt.labels, "input_masks": prompt.mask}
+            alone["input_points"] = None if prompt.points is None else prompt.points * scale
+            alone["input_boxes"] = None if prompt.box is None else prompt.box * scale.repeat(2)
+            alone = {name: {span: value} for name, value in alone.items() if value is not None}
+            outputs = model.segment_spans(**inputs, **alone)
             found.append((outputs.pred_masks[span], outputs.iou_scores[span]))
         return tuple(map(torch.stack, zip(*found, strict=True)))
 
@@ -304,7 +306,7 @@ def test_half_of_the_spans_are_decoded_from_their_prompts_alone(batch):
         model.decode_masks(
             states, batch["spans"], images.sam_embeddings, images.index, targets=targets, sampled=sampled
         )
-        ((_, masks, _),) = sampled.decoded
+        ((_, masks, _, _),) = sampled.decoded
         return masks[0]
 
     assert torch.equal(decode_first(states, BLIND), decode_first(states.flip(-1), BLIND))

@@ -229,7 +229,9 @@ def test_a_saved_model_loads_to_the_same_function(plum, batch, tmp_path):
     )
     assert type(loaded.config.sam_config) is type(model.config.sam_config)
     assert torch.equal(again["sam_pixel_values"], batch["sam_pixel_values"])
-    assert_close(loaded.segment_spans(**again).pred_masks, model.segment_spans(**batch).pred_masks, rtol=0, atol=0)
+    assert all(map(torch.equal, loaded.state_dict().values(), model.state_dict().values()))
+    # Weights from a file lie elsewhere in memory, where a processor may sum in another order.
+    assert_close(loaded.segment_spans(**again).pred_masks, model.segment_spans(**batch).pred_masks, **EXACT)
 
 
 def test_the_tracker_inside_a_sam3_video_model_is_taken():
