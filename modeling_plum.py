@@ -371,17 +371,9 @@ class PlumForConditionalGeneration(
         if spans is not None and len(spans):
             sizes = images.sizes_of(spans)
             given = hidden_states, spans, images.sam_embeddings, images.index
-            targets, sampled = supervise_masks(
-                self.config,
-                mask_labels,
-                sizes,
-                span_groups=span_groups,
-                mask_groups=mask_groups,
-                teacher_forced=teacher_forced,
-                prompt_rounds=prompt_rounds,
-                prompt_draws=prompt_draws,
-                sam_pixels=images.sam_pixels,
-            )
+            groups = {"span_groups": span_groups, "mask_groups": mask_groups, "sam_pixels": images.sam_pixels}
+            drawn = {"teacher_forced": teacher_forced, "prompt_rounds": prompt_rounds, "prompt_draws": prompt_draws}
+            targets, sampled = supervise_masks(self.config, mask_labels, sizes, **groups, **drawn)
             pred_masks, iou_scores = self.decode_masks(*given, targets=targets, sampled=sampled)
 
         if mask_labels and sizes is None:

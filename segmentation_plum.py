@@ -256,10 +256,11 @@ class PlumMaskDecoding:
                 "sam_image_embeddings."
             )
         size = self.config.sam_image_size
-        found = self._correct_in_windows(hidden_states, spans, images, {i: prompts[i] for i in corrected})
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            found = self._correct_in_windows(hidden_states, spans, images, {i: prompts[i] for i in corrected})
         pasted = (paste_windows(mask[None], window[None], size, mask.shape[-1])[0] for mask, _, window in found)
         given_masks = {**(given_masks or {}), **dict(zip(corrected, pasted, strict=True))}
-        others = {i: prompt for i, prompt in prompts.items() if i not in given_masks}
+        others = {i: prompt for i, prompt in prompts.items() if prompt.mask is None}
         masks, scores = self.decode_masks(*inputs, given_masks, others)
         windows = torch.tensor([0.0, 0.0, size], device=masks.device).repeat(len(spans), 1)
         for i, (mask, score, window) in zip(corrected, found, strict=True):

@@ -377,8 +377,8 @@ def supervise_masks(
     window = config.correction_window
     if prompt_rounds is not None and window is not None and sam_pixels is None:
         raise ValueError(
-            "This model decodes corrected masks in windows of the image: pass sam_pixel_values instead of "
-            "sam_image_embeddings, or set prompt_probability to 0."
+            "This model decodes corrected masks in windows of the image: pass sam_pixel_values beside "
+            "sam_image_embeddings."
         )
     sides = [side]
     if prompt_rounds is not None:

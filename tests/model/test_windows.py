@@ -287,5 +287,5 @@ def test_training_with_windows_needs_pixels(model, batch):
     count = len(batch["spans"])
     drawn = {"prompt_rounds": torch.ones(count, dtype=torch.long), "prompt_draws": torch.rand(count, PROMPT_DRAWS)}
     embeddings = model.get_image_embeddings(batch["sam_pixel_values"])
-    with pytest.raises(ValueError, match="corrected masks in windows of the image: pass sam_pixel_values instead of"):
+    with pytest.raises(ValueError, match="corrected masks in windows of the image: pass sam_pixel_values beside"):
         model(**cached, sam_image_embeddings=embeddings, **drawn)
