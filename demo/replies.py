@@ -122,7 +122,8 @@ def size_of(*replies: Reply) -> int:
     for reply in replies:
         parts: list[Any] = [*reply.outputs.values(), *reply.given_masks.values(), reply.hidden_states]
         parts += [prompt.mask for prompt in reply.prompts.values()]
-        parts += [reply.encoded.sam_embedding, *tensors_in(reply.encoded.vlm_features)]
+        encoded = reply.encoded
+        parts += [encoded.sam_embedding, encoded.sam_pixels, *tensors_in(encoded.vlm_features)]
         sizes |= {id(part): part.nbytes for part in parts if hasattr(part, "nbytes")}
         sizes[id(reply.image)] = reply.image.width * reply.image.height * 3
     return sum(sizes.values())

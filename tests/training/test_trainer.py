@@ -64,7 +64,7 @@ def run_trainer(
     changes = {"jitter": 0.2, "max_spans": 2, "teacher_forcing_probability": 0.5} if augmented else {}
     changes["prompt_probability"] = 0.7
     dataset = ConversationDataset(uneven_records(), seed=3, **changes)
-    recorder, model = GradientRecorder(), tiny_model()
+    recorder, model = GradientRecorder(), tiny_model(correction_window=1.5 if augmented else None)
     # At its small initial weights the feedback would have gradients that vanish in rounding.
     for parameter in model.mask_feedback.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
