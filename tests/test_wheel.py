@@ -30,11 +30,12 @@ def environment(tmp_path_factory) -> Path:
         copy.write_bytes((ROOT / name).read_bytes())
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
     build = ["wheel", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", folder]
-    subprocess.run([*pip, *build, folder / "source"], check=True)
+    subprocess.run([*pip, *build, folder / "source"], check=True, env=variables())
     (wheel,) = folder.glob("*.whl")
     venv.create(folder / "environment", with_pip=False)
     python = folder / "environment" / "bin" / "python"
-    subprocess.run([*pip, "--python", python, "install", "--no-deps", "--no-index", wheel], check=True)
+    install = ["--python", python, "install", "--no-deps", "--no-index", wheel]
+    subprocess.run([*pip, *install], check=True, env=variables())
     # A folder named in a .pth file is searched, but the .pth files in it, such as an editable install's, are not read.
     (site_packages(folder / "environment") / "libraries.pth").write_text(sysconfig.get_path("purelib") + "\n")
     return folder / "environment"
@@ -45,10 +46,14 @@ def site_packages(environment: Path) -> Path:
     return folder
 
 
+def variables() -> dict[str, str]:
+    """Environment variables without the one that would show the repository to Python."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+
 def run(environment: Path, cwd: Path, *words: str) -> subprocess.CompletedProcess:
-    variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     command = [environment / "bin" / words[0], *words[1:]]
-    return subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True)
+    return subprocess.run(command, cwd=cwd, env=variables(), capture_output=True, text=True)
 
 
 def test_the_wheel_holds_the_tasks_of_lmms_eval_and_the_entry_point_of_its_model(environment):

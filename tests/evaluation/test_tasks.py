@@ -14,6 +14,7 @@ from plum_partonomy.features import GROUNDED_CONVERSATION_FEATURES
 from plum_partonomy.inference.one_image import Plum, ask
 from plum_partonomy.masks import DataError, encode
 from plum_partonomy.scoring.tasks import TEXT_FEATURES, load_task_image, load_task_questions, read_task_answers
+from tests.runs import approximately, read_lines
 from tests.sources.test_instructpart import HANDLE, instructpart_folder
 from tests.tiny import count_calls, tiny_model, tiny_processor
 
@@ -119,14 +120,14 @@ def test_a_model_answers_each_question_once_and_goes_on_where_it_was_interrupted
     plum = Plum(tiny_model().eval(), tiny_processor())
     rows, questions = load_task_questions("referring", conversations, name="default", split="test")
     alone = [ask(plum, load_task_image(rows, question), question.text, max_new_tokens=4) for question in questions]
-    written = [json.loads(line) for line in expected.splitlines()]
-    assert [answer_line(plum, reply) for reply in alone] == [
-        {name: line[name] for name in ("answer", "masks")} for line in written
-    ]
+    written = read_lines(expected)
+    assert [answer_line(plum, reply) for reply in alone] == approximately(
+        [{name: line[name] for name in ("answer", "masks")} for line in written]
+    )
     answers.write_bytes(expected[:-20])
     evaluate_task(run)
-    assert answers.read_bytes() == expected
-    assert json.loads(metrics.read_text())["overall"] == figures
+    assert read_lines(answers.read_bytes()) == approximately(written)
+    assert json.loads(metrics.read_text())["overall"] == approximately(figures)
     with pytest.raises(DataError, match="contains another run, with max_new_tokens 4"):
         evaluate_task(replace(run, max_new_tokens=5))
     with pytest.raises(DataError, match=r"contains another run, with dtype 'float32' \(now 'bfloat16'\)"):
