@@ -79,6 +79,28 @@ def test_a_mask_is_that_of_transformers_own_forward_with_the_same_prompt(plum, s
     assert embeddings.shape[1] == model.segmenter.embedding_width(model.config.sam_config)
 
 
+@torch.no_grad()
+def test_a_mask_corrected_in_a_window_as_large_as_the_image_is_that_corrected_in_the_image(plum):
+    model, processor = plum
+    side = model.config.sam_image_size
+    chat = conversation(random_image(side, side), "A <p>wing</p> and a <p>tail</p>.")
+    inputs = processor.apply_chat_template([chat], tokenize=True, return_dict=True)
+    mask = torch.zeros(side, side, dtype=torch.bool)
+    mask[side // 4 : side // 2, side // 4 : side // 2] = True
+    inputs |= {"input_masks": {0: mask}, "input_points": {0: [[side // 3, side // 3]]}, "input_labels": {0: [0]}}
+    expected, found = model.segment_spans(**inputs), {}
+    for factor in (100.0, 1.5):
+        zooming = copy.copy(model)
+        zooming.config = copy.deepcopy(model.config)
+        zooming.config.correction_window = factor
+        found[factor] = zooming.segment_spans(**inputs)
+    assert expected.mask_windows is None and found[100.0].mask_windows.tolist() == [[0, 0, side]] * 2
+    assert_close(found[100.0].pred_masks, expected.pred_masks, **EXACT)
+    assert_close(found[100.0].iou_scores, expected.iou_scores, **EXACT)
+    assert found[1.5].mask_windows.tolist() == [[3 * side / 16, 3 * side / 16, 3 * side / 8], [0, 0, side]]
+    assert not torch.allclose(found[1.5].pred_masks[0], expected.pred_masks[0], atol=1e-3)
+
+
 def test_the_finer_features_of_an_image_change_its_masks(plum, batch):
     model, _ = plum
     width = model.config.sam_width
