@@ -11,20 +11,33 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 try:
     from .backbones_plum import PlumImages
     from .configuration_plum import PlumConfig
-    from .segmenters_plum import SpanPrompt, crop_windows, downscale_masks, paste_windows, windows_around
+    from .segmenters_plum import (
+        SpanPrompt,
+        crop_windows,
+        downscale_masks,
+        paste_windows,
+        upscale_masks,
+        windows_around,
+    )
     from .supervision_plum import MaskTargets, SampledPrompts
 except ImportError:
     if __package__:
         raise
     from backbones_plum import PlumImages
     from configuration_plum import PlumConfig
-    from segmenters_plum import SpanPrompt, crop_windows, downscale_masks, paste_windows, windows_around
+    from segmenters_plum import (
+        SpanPrompt,
+        crop_windows,
+        downscale_masks,
+        paste_windows,
+        upscale_masks,
+        windows_around,
+    )
     from supervision_plum import MaskTargets, SampledPrompts
 
 # Inputs with the prompts of spans, in transformers' names.
@@ -255,30 +268,26 @@ class PlumMaskDecoding:
                 "A corrected mask of this model is decoded in a window of the image; pass sam_pixel_values beside "
                 "sam_image_embeddings."
             )
-        size = self.config.sam_image_size
+        size, prompted = self.config.sam_image_size, {i: prompts[i] for i in corrected}
         with torch.autocast(hidden_states.device.type, enabled=False):
-            found = self._correct_in_windows(hidden_states, spans, images, {i: prompts[i] for i in corrected})
-        pasted = (paste_windows(mask[None], window[None], size, mask.shape[-1])[0] for mask, _, window in found)
-        given_masks = {**(given_masks or {}), **dict(zip(corrected, pasted, strict=True))}
+            members, found, found_scores, places = self._correct_in_windows(hidden_states, spans, images, prompted)
+        pasted = paste_windows(found, places, size, self.config.low_res_mask_size)
+        given_masks = {**(given_masks or {}), **dict(zip(members.tolist(), pasted, strict=True))}
         others = {i: prompt for i, prompt in prompts.items() if prompt.mask is None}
         masks, scores = self.decode_masks(*inputs, given_masks, others)
         windows = torch.tensor([0.0, 0.0, size], device=masks.device).repeat(len(spans), 1)
-        for i, (mask, score, window) in zip(corrected, found, strict=True):
-            masks[i], scores[i], windows[i] = mask, score, window
+        masks[members], scores[members], windows[members] = found, found_scores, places
         return masks, scores, windows
 
-    def _correct_in_windows(self, hidden_states, spans, images, prompts: dict[int, SpanPrompt]) -> list[tuple]:
-        """Return low-res logits, predicted IoU and window of each span with prompts, in the order of `prompts`."""
-        queries, index = self._span_queries(hidden_states, spans), images.index[spans[:, 0]]
-        forms, found = {}, {}
-        for i, prompt in prompts.items():
-            forms.setdefault(prompt.form, []).append(i)
-        for members in forms.values():
-            some = SpanPrompt.batch([prompts[i] for i in members])
+    def _correct_in_windows(self, hidden_states, spans, images, prompts: dict[int, SpanPrompt]):
+        """Return the n spans with prompts, their low-res logits, predicted IoUs and windows `(n, 3)`."""
+        queries, index, found = self._span_queries(hidden_states, spans), images.index[spans[:, 0]], []
+        for keys, some in SpanPrompt.batches(prompts):
+            members = torch.tensor(keys, device=spans.device)
             windows = windows_around(some.mask > 0, some, self.config.sam_image_size, self.config.correction_window)
             decoded = self._decode_windows(queries[members], images.sam_pixels, index[members], windows, some)
-            found |= dict(zip(members, zip(*decoded, windows, strict=True), strict=True))
-        return [found[i] for i in prompts]
+            found.append((members, *decoded, windows))
+        return tuple(map(torch.cat, zip(*found, strict=True)))
 
     def _decode_windows(self, queries, sam_pixels, images, windows, prompts: SpanPrompt):
         """Decode n masks of a batch of prompts in windows `(n, 3)` of the images `(n,)`; as [`_decode_prompted`]."""
@@ -324,20 +333,18 @@ class PlumMaskDecoding:
         Decode the masks of spans `members` `(n,)`, with prompts by span index: `(n, 4G, 4G)` logits, `(n,)` IoUs. A
         mask among the prompts replaces the span's dense prompt in `dense` `(n, C, G, G)`.
         """
-        sparse, images, forms = queries[members, None], images[members], {}
-        for place, span in enumerate(members.tolist() if prompts else []):
-            if span in prompts:
-                forms.setdefault(prompts[span].form, []).append(place)
-        if not forms:
+        sparse, images = queries[members, None], images[members]
+        spans = enumerate(members.tolist() if prompts else [])
+        given = {place: prompts[span] for place, span in spans if span in prompts}
+        if not given:
             return self._decode_step(sparse, images, embeddings, positions, dense)
-        if sum(map(len, forms.values())) < len(members):
+        if len(given) < len(members):
             # All spans, so that those without prompts are computed in the same batch as in a call without any.
             masks, scores = self._decode_step(sparse, images, embeddings, positions, dense)
         else:
             size = self.config.low_res_mask_size
             masks, scores = dense.new_empty(len(members), size, size), dense.new_empty(len(members))
-        for places in forms.values():
-            some = SpanPrompt.batch([prompts[span] for span in members[places].tolist()])
+        for places, some in SpanPrompt.batches(given):
             masks[places], scores[places] = self._decode_form(
                 queries[members[places]], images[places], embeddings, positions, dense[places], some
             )
@@ -441,7 +448,7 @@ class PlumMaskDecoding:
             return downscale_masks((mask != 0)[None], size, reshaped, fine)[0]
         if fine == side:
             return mask
-        return F.interpolate(mask[None, None], (fine, fine), mode="bilinear", align_corners=False)[0, 0]
+        return upscale_masks(mask[None], size, (size, size), (size, size))[0]
 
     def _decode_in_lock_step(self, decode, queries, rows, positions, given_masks, prompts, targets, sampled):
         first = torch.searchsorted(rows, rows)  # index of the first span of the same row

@@ -1,7 +1,8 @@
 """
 Train a checkpoint for clicks and boxes with the parts that do not change computed once, several times faster than
 train.py: SAM's prompt encoder and mask decoder, the mask feedback and the span projector are trained, and the images
-and answers of a fixed set of examples are encoded in advance. `--keep` averages the weights after and before.
+and answers of a fixed set of examples are encoded in advance (windows of a model with `correction_window` in each
+step). `--keep` averages the weights after and before.
 
     python scripts/train_prompts.py recipes/clicks_plum_tiny.yaml --batches 200
 
@@ -80,8 +81,8 @@ def compute_loss(model, batch: dict, **drawn: torch.Tensor) -> tuple[torch.Tenso
     """
     spans, sizes = batch["spans"], batch["sizes"]
     groups = {name: batch[name] for name in ("span_groups", "mask_groups")}
-    given = {**groups, **drawn, "sam_pixels": batch["sam_pixels"]}
-    targets, sampled = supervise_masks(model.config, batch["mask_labels"], sizes, **given)
+    given = model.config, batch["mask_labels"], sizes, batch["sam_pixels"]
+    targets, sampled = supervise_masks(*given, **groups, **drawn)
     inputs = batch["hidden_states"], spans, batch["sam_image_embeddings"], batch["sam_image_index"]
     own = model.decode_masks(*inputs, targets=targets, sampled=sampled)
     _, masks, *labelled = sampled.with_own(*own, batch["mask_labels"], sizes)

@@ -371,9 +371,9 @@ class PlumForConditionalGeneration(
         if spans is not None and len(spans):
             sizes = images.sizes_of(spans)
             given = hidden_states, spans, images.sam_embeddings, images.index
-            groups = {"span_groups": span_groups, "mask_groups": mask_groups, "sam_pixels": images.sam_pixels}
+            groups = {"span_groups": span_groups, "mask_groups": mask_groups}
             drawn = {"teacher_forced": teacher_forced, "prompt_rounds": prompt_rounds, "prompt_draws": prompt_draws}
-            targets, sampled = supervise_masks(self.config, mask_labels, sizes, **groups, **drawn)
+            targets, sampled = supervise_masks(self.config, mask_labels, sizes, images.sam_pixels, **groups, **drawn)
             pred_masks, iou_scores = self.decode_masks(*given, targets=targets, sampled=sampled)
 
         if mask_labels and sizes is None:

@@ -17,12 +17,13 @@ try:
         GIVEN_MASK_LOGIT,
         SpanPrompt,
         crop_windows,
+        ends_of,
         label_frame,
         label_in_frame,
         largest_share,
         mask_shares,
-        paste_windows,
         share_logits,
+        upscale_masks,
         windows_around,
     )
 except ImportError:
@@ -33,12 +34,13 @@ except ImportError:
         GIVEN_MASK_LOGIT,
         SpanPrompt,
         crop_windows,
+        ends_of,
         label_frame,
         label_in_frame,
         largest_share,
         mask_shares,
-        paste_windows,
         share_logits,
+        upscale_masks,
         windows_around,
     )
 
@@ -188,7 +190,7 @@ class SampledPrompts:
         draws: `(S, PROMPT_DRAWS)` numbers in [0, 1), the columns of DRAWN.
         frames: `(S, 2)` (height, width) in pixels of each span's image within SAM's input.
         image_size: Side of SAM's input in pixels.
-        sam_pixels: `(N, 3, image_size, image_size)` images for windows; None for a model that decodes in whole images.
+        sam_pixels: `(N, 3, image_size, image_size)` images, which windows are cut from.
         window: `correction_window` of the model.
     """
 
@@ -255,11 +257,7 @@ class SampledPrompts:
     def _show(self, masks: torch.Tensor, windows: torch.Tensor | None) -> torch.Tensor:
         """Return low-res logits `(n, 4G, 4G)` as a present mask: for windows `(n, image_size, image_size)`."""
         size = self.image_size
-        if windows is not None:
-            return paste_windows(masks, windows, size, size)
-        if self.window is None:
-            return masks
-        return F.interpolate(masks[:, None], (size, size), mode="bilinear", align_corners=False)[:, 0]
+        return masks if self.window is None else upscale_masks(masks, size, (size, size), (size, size), windows)
 
     def with_own(self, masks, scores, mask_labels, sizes):
         """
@@ -316,30 +314,26 @@ class SampledPrompts:
         """Return displaced boxes `(S, 4)` around the true masks of spans, in pixels of SAM's input."""
         true, visible = self._regions
         region = torch.where(true.any(dim=2).any(dim=1)[:, None, None], true, visible)
-        ends = []
-        for axis in (1, 2):  # columns, rows
-            inside = region.any(dim=axis).int()  # (S, 8G)
-            ends += [inside.argmax(dim=1), inside.shape[1] - inside.flip(1).argmax(dim=1)]
-        x0, x1, y0, y1 = (end * self.cell for end in ends)
-        sides = torch.stack([x1 - x0, y1 - y0], dim=1).repeat(1, 2)
+        low, high = ends_of(region, self.cell)  # x, y of the corners
+        sides = (high - low).repeat(1, 2)
         # Up to 4.75 standard deviations, so that the corners stay in their order.
         normal = torch.special.ndtri(self.sides.double().clamp(1e-6, 1 - 1e-6)).float()
         noise = (normal * BOX_NOISE * sides).clamp(-MAX_BOX_NOISE, MAX_BOX_NOISE)
         limits = self.frames.flip(1).repeat(1, 2)
-        return (torch.stack([x0, y0, x1, y1], dim=1) + noise).clamp(min=0).minimum(limits)
+        return (torch.cat([low, high], dim=1) + noise).clamp(min=0).minimum(limits)
 
 
 def supervise_masks(
     config: PlumConfig,
     mask_labels: list[torch.Tensor] | None,
     sizes: torch.LongTensor | None,
+    sam_pixels: torch.Tensor | None = None,
     *,
     span_groups: torch.LongTensor | None = None,
     mask_groups: torch.LongTensor | None = None,
     teacher_forced: torch.BoolTensor | None = None,
     prompt_rounds: torch.LongTensor | None = None,
     prompt_draws: torch.Tensor | None = None,
-    sam_pixels: torch.Tensor | None = None,
 ) -> tuple[MaskTargets | None, SampledPrompts | None]:
     """
     Return `targets` and `sampled` of `PlumForConditionalGeneration.decode_masks` from inputs of its `forward` and
@@ -387,6 +381,5 @@ def supervise_masks(
     targets = MaskTargets(share_logits(low_res), span_groups, mask_groups, teacher_forced)
     if prompt_rounds is None:
         return targets, None
-    true_masks, of_windows = largest_share(fine[0]), {} if window is None else {"sam_pixels": sam_pixels}
-    prompts = targets, true_masks, prompt_rounds, prompt_draws, sizes[:, 2:], image_size
-    return targets, SampledPrompts(*prompts, **of_windows, window=window)
+    drawn = prompt_rounds, prompt_draws, sizes[:, 2:], image_size
+    return targets, SampledPrompts(targets, largest_share(fine[0]), *drawn, sam_pixels, window)

@@ -12,7 +12,7 @@ in pixels of this input.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 
@@ -129,7 +129,7 @@ def windows_around(
         sam_image_size: Side of that frame in pixels.
         factor: One for all windows, or `(n,)`.
     """
-    ends = [_ends_of(masks, sam_image_size / masks.shape[-1])]  # top left and bottom right corners, (n, 2) each
+    ends = [ends_of(masks, sam_image_size / masks.shape[-1])]  # top left and bottom right corners, (n, 2) each
     if prompts.points is not None:
         ends.append((prompts.points.amin(dim=1), prompts.points.amax(dim=1) + 1))
     if prompts.box is not None:
@@ -143,7 +143,7 @@ def windows_around(
     return torch.cat([start, side], dim=1)
 
 
-def _ends_of(masks: torch.BoolTensor, cell: float) -> tuple[torch.Tensor, torch.Tensor]:
+def ends_of(masks: torch.BoolTensor, cell: float) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Return the top left and bottom right corners `(n, 2)` of masks `(n, s, s)` with cells of this side: x, y in pixels,
     infinity and its negative for an empty mask.
@@ -255,6 +255,15 @@ class SpanPrompt:
             return None if values[0] is None else torch.stack(values)
 
         return cls(**{field.name: stack(field.name) for field in fields(cls)})
+
+    @classmethod
+    def batches(cls, prompts: Mapping[int, "SpanPrompt"]) -> Iterator[tuple[list[int], "SpanPrompt"]]:
+        """Yield the prompts of each form as a batch, with their keys."""
+        forms: dict[tuple, list[int]] = {}
+        for key, prompt in prompts.items():
+            forms.setdefault(prompt.form, []).append(key)
+        for keys in forms.values():
+            yield keys, cls.batch([prompts[key] for key in keys])
 
 
 class SamSegmenter:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from plum_partonomy.evaluation.processes import open_state
 from plum_partonomy.files import write_whole
-from plum_partonomy.inference.one_image import load_model
+from plum_partonomy.inference.one_image import load_model, present_masks
 from plum_partonomy.inference.packing import encode_conversations
 from plum_partonomy.masks import RLE, DataError, decode, encode
 from plum_partonomy.records import as_chat, tagged_phrases
@@ -70,7 +70,7 @@ class _Answers:
         self.inputs["hidden_states"] = encode_conversations(model, **self.inputs)
 
     @cached_property
-    def own(self) -> tuple[list[list[RLE]], list[torch.Tensor]]:
+    def own(self) -> tuple[list[list[RLE]], list[np.ndarray | torch.Tensor]]:
         """The masks of each answer without corrections, and those of all spans as input of further clicks."""
         return self._run()
 
@@ -83,17 +83,12 @@ class _Answers:
         }
         return self._run(given_masks=masks)[0]
 
-    def _run(self, **corrections) -> tuple[list[list[RLE]], list[torch.Tensor]]:
-        """
-        Return the masks of each answer, and those of all spans as input of further clicks: low-res logits or, since
-        those of a window show less than the image, masks of the image.
-        """
+    def _run(self, **corrections) -> tuple[list[list[RLE]], list[np.ndarray | torch.Tensor]]:
+        """Return the masks of each answer, and those of all spans as input of further clicks."""
         outputs = self.model.segment_spans(**self.inputs, **corrections)
         answers = self.processor.post_process_segmentation(outputs)
-        present = list(outputs.pred_masks)
-        if outputs.mask_windows is not None:
-            present = [torch.from_numpy(span.mask) for answer in answers for span in answer.spans]
-        return [[encode(span.mask) for span in answer.spans] for answer in answers], present
+        present = present_masks(outputs, [span for answer in answers for span in answer.spans])
+        return [[encode(span.mask) for span in answer.spans] for answer in answers], list(present)
 
     def click(self, targets: Sequence[Sequence[int | None]], count: int) -> Iterator[list[list[RLE]]]:
         """

@@ -88,8 +88,6 @@ def encode_chats(
     inputs.pop("sam_pixel_values", None)
     images = list({id(image.shown): image for image, _ in chats}.values())
     inputs["sam_image_embeddings"] = torch.stack([image.sam_embedding for image in images])
-    if images[0].sam_pixels is not None:
-        inputs["sam_pixel_values"] = torch.stack([image.sam_pixels for image in images])
     if images[0].vlm_features is not None:
         inputs["vlm_image_features"] = [image.vlm_features for image in images]
     return inputs

@@ -35,7 +35,7 @@ from plum_partonomy.questions.spans import join_parts
 from plum_partonomy.questions.wording import official_answer, official_question
 from plum_partonomy.records import escape_tags
 from plum_partonomy.scoring.overlays import draw_named_masks
-from processing_plum import PlumAnswer, PlumProcessor
+from processing_plum import PlumAnswer, PlumProcessor, PlumSpan
 
 MAX_NEW_TOKENS = 96
 OVERLAY_FILE, MASKS_FILE = "overlay.png", "masks.json"
@@ -274,6 +274,8 @@ def segment_again(
     hidden_states = reply.hidden_states
     if hidden_states is None or not torch.equal(reply.outputs.sequences, inputs["input_ids"]):
         hidden_states = plum.model.encode_conversations(**inputs)
+    if encoded.sam_pixels is not None:
+        inputs["sam_pixel_values"] = encoded.sam_pixels[None]
     inputs["given_masks"] = {ranges.index(place): torch.tensor(mask) for place, mask in given.items()}
     try:
         outputs = plum.model.segment_spans(**inputs, hidden_states=hidden_states, **_prompt_inputs(kept, ranges))
@@ -335,6 +337,14 @@ def correct_mask(plum: Plum, reply: Reply, ranges: Sequence[Range], place: Range
     return segment_again(plum, reply, ranges, given_masks={**reply.given_masks, place: mask}, prompts=prompts)
 
 
+def present_masks(outputs, spans: Sequence[PlumSpan]) -> Sequence[np.ndarray | torch.Tensor]:
+    """
+    Return the masks of all spans of an output of the model as `input_masks` of further prompts: low-res logits or,
+    since those of a window show less than the image, the masks of the image.
+    """
+    return outputs.pred_masks if outputs.mask_windows is None else [span.mask for span in spans]
+
+
 def correct_with_prompts(
     plum: Plum,
     reply: Reply,
@@ -370,10 +380,7 @@ def correct_with_prompts(
         spans = finish(plum, reply).spans
         places = [(span.start, span.end) for span in spans]
         if place in places:
-            i = places.index(place)
-            # Low-res logits of a window show less than the image.
-            in_windows = reply.outputs.mask_windows is not None
-            prompt = replace(prompt, mask=spans[i].mask if in_windows else reply.outputs.pred_masks[i])
+            prompt = replace(prompt, mask=present_masks(reply.outputs, spans)[places.index(place)])
     return segment_again(plum, reply, ranges, given_masks=given_masks, prompts={**reply.prompts, place: prompt})
 
 
@@ -545,6 +552,7 @@ __all__ = [
     "find_ranges",
     "finish",
     "load_model",
+    "present_masks",
     "remember",
     "save",
     "segment_again",
